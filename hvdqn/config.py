@@ -1,0 +1,425 @@
+"""What a run is: frozen dataclasses that become flags, YAML and checks.
+
+Every field is one flag (`--total-env-steps`) and one key of `config.yaml` (`total_env_steps`).
+Precedence: defaults < `--preset` < `--config FILE.yaml` < flags. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import io
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+import yaml
+
+from hvdqn.presets import PRESETS
+
+
+class UserError(ValueError):
+    """The user's input is wrong: one line that says what, and what would be right. Exit code 2."""
+
+
+@dataclass(frozen=True)
+class EnvironmentConfig:
+    """Which environment, and how many of it."""
+
+    env: str = "CartPole-v1"
+    """A Gymnasium id with a Discrete action space, or `module:id` (the module is imported first)."""
+    env_kwargs: str = "{}"
+    """JSON object handed to the environment's constructor."""
+    wrapper: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """`module:attribute`, called with each single environment. May be repeated; applied in order."""
+    envs_per_rank: int = 8
+    """Environments that one rank steps."""
+    vectorization: Literal["auto", "native", "sync", "async"] = "auto"
+    """The environment's own vector, one process, or one process an environment. `auto`: own, else sync."""
+    frame_stack: int = 1
+    """Frames an observation is made of."""
+    clip_rewards: bool = False
+    """Clip the rewards learned from to [-1, 1]. Reported returns stay raw."""
+    episodic_life: bool = False
+    """Atari: a lost life ends the episode while training, never in evaluation."""
+
+
+@dataclass(frozen=True)
+class ExplorationConfig:
+    """How actions are explored."""
+
+    epsilon_start: float = 1.0
+    """Share of random actions at the first env step."""
+    epsilon_end: float = 0.05
+    """Share of random actions once annealed."""
+    exploration_env_steps: int = 10_000
+    """Global env steps over which epsilon falls linearly."""
+
+
+@dataclass(frozen=True)
+class ReplayConfig:
+    """What is remembered, and how often it is learned from."""
+
+    replay_capacity: int = 100_000
+    """Transitions held by the whole job; a rank holds capacity / size."""
+    learning_starts: int = 1_000
+    """Global env steps before the first update."""
+    replay_ratio: float = 8.0
+    """Transitions learned from per env step."""
+    batch_per_rank: int = 32
+    """Transitions in one rank's minibatch. Global batch = size x batch_per_rank."""
+    n_step: int = 1
+    """Rewards summed before bootstrapping."""
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """The Q-network."""
+
+    torso: Literal["auto", "mlp", "nature", "minatar"] = "auto"
+    """`auto` looks at the observation: vectors mlp, large images nature, small images minatar."""
+    hidden: tuple[int, ...] = (120, 84)
+    """Units of the fully connected layers (after the convolutions, if any)."""
+
+
+@dataclass(frozen=True)
+class LearningConfig:
+    """From a minibatch to a step."""
+
+    gamma: float = 0.99
+    """Discount per env step."""
+    double: bool = True
+    """Double DQN: the online network picks the action that the target network values."""
+    loss: Literal["huber", "mse"] = "huber"
+    """Loss of the TD error."""
+    optimizer: Literal["adam", "rmsprop"] = "adam"
+    """Optimizer, over one flat tensor."""
+    lr: float = 2.5e-4
+    """Learning rate at the reference batch."""
+    optimizer_eps: float = 1e-8
+    """Epsilon of Adam or RMSProp."""
+    lr_scaling: Literal["none", "sqrt", "linear"] = "sqrt"
+    """How the learning rate grows with k = global batch / lr_reference_batch (sqrt is capped at 3)."""
+    lr_reference_batch: int = 0
+    """Global batch at which `lr` was tuned; 0: batch_per_rank, that is, one rank."""
+    lr_warmup: float = 0.02
+    """Share of all updates over which a scaled learning rate rises from `lr`."""
+    max_grad_norm: float = 10.0
+    """Norm to which the averaged gradient is clipped; 0: no clipping."""
+    target_every: int = 1_000
+    """Global env steps between hard target syncs, each of which also checks the ranks for drift."""
+    target_tau: float = 1.0
+    """Below 1: the target follows by this share at every update, in place of hard copies."""
+    max_skipped_updates: int = 10
+    """Updates skipped in a row for a non-finite gradient before the run gives up."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How ranks talk and agree."""
+
+    comm: Literal["auto", "local", "horovod", "torch", "mpi"] = "auto"
+    """Engine; `auto` reads the launcher's environment."""
+    sync: Literal["gradients"] = "gradients"
+    """What the ranks agree on: gradients averaged at every update."""
+    overlap: bool = True
+    """Environments step while gradients travel. Off: wait first, then step."""
+    threads_per_rank: int = 0
+    """Torch threads of a rank; 0: cores / ranks on this host."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the networks live; `auto`: CUDA where there is one."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: autocast of the forward passes; parameters and gradients stay fp32."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The run itself. `*_every` counts global env steps; 0 is never."""
+
+    total_env_steps: int = 50_000
+    """Global env steps: summed over ranks."""
+    seed: int = 1
+    """One seed; ranks and uses are spawned from it."""
+    run_dir: str = ""
+    """Where the run is recorded; empty: runs/<env>-<preset>-seed<seed>-<time>."""
+    resume: Literal["auto", "never", "must"] = "auto"
+    """Continue from the newest checkpoint of run_dir if there is one; never; or refuse without one."""
+    eval_every: int = 0
+    """Between evaluations; there is always one at the end."""
+    eval_episodes: int = 100
+    """Episodes of an evaluation, shared by all ranks."""
+    eval_epsilon: float = 0.0
+    """Share of random actions in evaluation."""
+    checkpoint_every: int = 10_000
+    """Between checkpoints; there is always one at the end."""
+    checkpoint_keep: int = 3
+    """Newest checkpoints kept."""
+    log_every: int = 1_000
+    """Between lines of metrics.jsonl."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train one deep Q-network on all ranks of the job."""
+
+    preset: str = ""
+    """Tuned settings by name, several joined by commas: later ones win."""
+    config: str = ""
+    """YAML file with the same keys as the flags."""
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
+    exploration: ExplorationConfig = field(default_factory=ExplorationConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    learning: LearningConfig = field(default_factory=LearningConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def flat(self) -> dict[str, Any]:
+        """All settings by flag name, sections dissolved, ready for YAML."""
+        settings: dict[str, Any] = {"preset": self.preset}
+        for section in _sections(self).values():
+            for name, value in dataclasses.asdict(section).items():
+                settings[name] = list(value) if isinstance(value, tuple) else value
+        return settings
+
+    def replace(self, **settings: Any) -> Config:
+        """A copy with some settings changed, each by its flag name.
+
+        Raises:
+            UserError: a name is no setting.
+        """
+        changed: dict[str, Any] = {}
+        for name, value in settings.items():
+            section = _section_of(name)
+            if section == "":
+                changed[name] = value
+            else:
+                changed[section] = dataclasses.replace(
+                    changed.get(section, getattr(self, section)), **{name: value}
+                )
+        return dataclasses.replace(self, **changed)
+
+
+def _sections(config: Config) -> dict[str, Any]:
+    return {
+        f.name: getattr(config, f.name)
+        for f in dataclasses.fields(config)
+        if dataclasses.is_dataclass(getattr(config, f.name))
+    }
+
+
+def _section_of(name: str) -> str:
+    """The section that holds a setting; "" for `preset` and `config` themselves."""
+    default = Config()
+    if name in ("preset", "config"):
+        return ""
+    for section, values in _sections(default).items():
+        if hasattr(values, name):
+            return section
+    known = [*default.flat(), "config"]
+    raise UserError(f"unknown setting '{name}'{did_you_mean(name, known)}; see --help for all of them")
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """`; did you mean 'a' or 'b'?`, or nothing where nothing is near."""
+    near = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(repr(name) for name in near)}?" if near else ""
+
+
+def parse(argv: Sequence[str], prog: str = "python -m hvdqn.train") -> Config:
+    """The run that a command line asks for, checked as far as one process can.
+
+    Raises:
+        UserError: something in it is wrong.
+        SystemExit: 0 after `--help`.
+    """
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    early.add_argument("--preset", default="")
+    early.add_argument("--config", default="")
+    with contextlib.suppress(argparse.ArgumentError):  # a flag without its value: tyro says it better
+        names, _ = early.parse_known_args(list(argv))
+        file_settings = read_config_file(names.config) if names.config else {}
+        preset = names.preset or str(file_settings.pop("preset", ""))
+        default = preset_config(preset)
+        if any(word.split("=")[0] == "--wrapper" for word in argv):
+            file_settings.pop("wrapper", None)  # flags win over the file; tyro alone would append
+        argv = [*_as_flags(file_settings), *argv]
+        config = _tyro_parse(argv, default, prog)
+        check(config)
+        return config
+    return _tyro_parse(argv, Config(), prog)
+
+
+def _tyro_parse(argv: Sequence[str], default: Config, prog: str) -> Config:
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            config, unknown = tyro.cli(
+                Config,
+                prog=prog,
+                args=list(argv),
+                default=default,
+                return_unknown_args=True,
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
+    except SystemExit as stop:
+        if stop.code == 0:
+            print(out.getvalue())
+            raise
+        raise UserError(_one_line(err.getvalue())) from None
+    if unknown:
+        flags = ["--" + name.replace("_", "-") for name in [*config.flat(), "config"]]
+        word = unknown[0].split("=")[0]
+        raise UserError(f"unknown argument '{word}'{did_you_mean(word, flags)}; see --help for all flags")
+    return dataclasses.replace(config, config="")
+
+
+def _one_line(boxed: str) -> str:
+    """The first paragraph of tyro's framed message, without its frame."""
+    lines = [re.sub(r"[│╭╰╮╯]", "", line).strip() for line in boxed.splitlines()]
+    rules = [i for i, line in enumerate(lines) if re.fullmatch(r"[-─]{4,}", line)]
+    first = rules[0] + 1 if rules else 0
+    body = lines[first : rules[1] if len(rules) > 1 else len(lines)]
+    return " ".join(" ".join(body).split()) or "the command line cannot be understood; see --help"
+
+
+def _as_flags(settings: Mapping[str, Any]) -> list[str]:
+    """Settings of a file as the flags that say the same, so that one parser checks both."""
+    argv: list[str] = []
+    for name, value in settings.items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            argv.append(flag if value else "--no-" + flag[2:])
+        elif name == "wrapper":
+            argv += [word for item in value for word in (flag, str(item))]
+        elif isinstance(value, (list, tuple)):
+            argv += [flag, *map(str, value)]
+        elif isinstance(value, dict):
+            argv.append(f"{flag}={json.dumps(value)}")
+        else:
+            argv.append(f"{flag}={value}")
+    return argv
+
+
+def read_config_file(path: str) -> dict[str, Any]:
+    """A YAML mapping of settings by flag name.
+
+    Raises:
+        UserError: unreadable, no mapping, or a key that is no setting.
+    """
+    try:
+        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a UTF-8 text"
+        raise UserError(f"cannot read the config file '{path}': {reason}; give a YAML file") from None
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" at line {where.line + 1}" if where is not None else ""
+        raise UserError(
+            f"the config file '{path}' is not valid YAML{line}; write one 'key: value' a line"
+        ) from None
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise UserError(f"the config file '{path}' holds no mapping; write one 'key: value' a line")
+    settings = {str(key).replace("-", "_"): value for key, value in loaded.items()}
+    for name in settings:
+        try:
+            _section_of(name)
+        except UserError as error:
+            raise UserError(f"in the config file '{path}': {error}") from None
+    settings.pop("config", None)
+    return settings
+
+
+def preset_config(names: str) -> Config:
+    """The defaults under one preset or several joined by commas.
+
+    Raises:
+        UserError: no such preset.
+    """
+    settings: dict[str, Any] = {}
+    for name in filter(None, names.split(",")):
+        if name not in PRESETS:
+            raise UserError(
+                f"unknown preset '{name}'{did_you_mean(name, list(PRESETS))}; there are {', '.join(PRESETS)}"
+            )
+        settings.update(PRESETS[name])
+    return Config(preset=names).replace(**settings)
+
+
+def write_config(config: Config, path: Path) -> None:
+    """Write all settings as YAML; fed back with `--config` they repeat the run."""
+    path.write_text(yaml.safe_dump(config.flat(), sort_keys=False), encoding="utf-8")
+
+
+_AT_LEAST_ONE = (
+    "envs_per_rank", "frame_stack", "replay_capacity", "batch_per_rank", "n_step", "total_env_steps",
+    "eval_episodes", "checkpoint_keep", "max_skipped_updates",
+)  # fmt: skip
+_NOT_NEGATIVE = (
+    "exploration_env_steps", "learning_starts", "lr_reference_batch", "max_grad_norm", "target_every",
+    "threads_per_rank", "seed", "eval_every", "checkpoint_every", "log_every",
+)  # fmt: skip
+_ABOVE_ZERO = ("replay_ratio", "lr", "optimizer_eps")
+_SHARES = ("epsilon_start", "epsilon_end", "eval_epsilon", "lr_warmup")
+
+
+def check(config: Config) -> None:
+    """Whatever can be refused before ranks meet.
+
+    Raises:
+        UserError: a value that cannot be right.
+    """
+    settings = config.flat()
+    flag = {name: "--" + name.replace("_", "-") for name in settings}
+    for name, value in settings.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{flag[name]} is {value}; it must be a finite number")
+    for names, holds, rule in (
+        (_AT_LEAST_ONE, lambda v: v >= 1, "at least 1"),
+        (_NOT_NEGATIVE, lambda v: v >= 0, "0 or more"),
+        (_ABOVE_ZERO, lambda v: v > 0, "above 0"),
+        (_SHARES, lambda v: 0 <= v <= 1, "within [0, 1]"),
+        (("gamma", "target_tau"), lambda v: 0 < v <= 1, "within (0, 1]"),
+    ):
+        for name in names:
+            if not holds(settings[name]):
+                raise UserError(f"{flag[name]} is {settings[name]}; it must be {rule}")
+    if any(units < 1 for units in config.network.hidden):
+        raise UserError(
+            f"--hidden is {' '.join(map(str, config.network.hidden))}; every layer needs at least 1 unit"
+        )
+    if config.replay.replay_capacity <= config.replay.learning_starts:
+        raise UserError(
+            f"--replay-capacity {config.replay.replay_capacity} must be above --learning-starts "
+            f"{config.replay.learning_starts}, or learning would never start"
+        )
+
+
+def check_world(config: Config, size: int) -> None:
+    """What depends on how many ranks there are.
+
+    Raises:
+        UserError: the shards are too small for this many ranks.
+    """
+    shard = config.replay.replay_capacity // size
+    rows = shard // config.environment.envs_per_rank
+    if config.replay.batch_per_rank > shard:
+        raise UserError(
+            f"--batch-per-rank {config.replay.batch_per_rank} is larger than the replay shard of a rank, {shard} "
+            f"(--replay-capacity {config.replay.replay_capacity} over {size} ranks); lower one or raise the other"
+        )
+    least = config.replay.n_step + config.environment.frame_stack
+    if rows < least:
+        raise UserError(
+            f"--replay-capacity {config.replay.replay_capacity} leaves {rows} transitions for each of "
+            f"{size * config.environment.envs_per_rank} environments; n-step and frame stack need {least}: raise it"
+        )
