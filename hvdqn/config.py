@@ -17,12 +17,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import tyro
 import yaml
 
 from hvdqn.presets import PRESETS
+
+T = TypeVar("T")
 
 
 class UserError(ValueError):
@@ -251,23 +253,30 @@ def parse(argv: Sequence[str], prog: str = "python -m hvdqn.train") -> Config:
         if any(word.split("=")[0] == "--wrapper" for word in argv):
             file_settings.pop("wrapper", None)  # flags win over the file; tyro alone would append
         argv = [*_as_flags(file_settings), *argv]
-        config = _tyro_parse(argv, default, prog)
+        config = dataclasses.replace(parse_flags(Config, argv, prog, default), config="")
         check(config)
         return config
-    return _tyro_parse(argv, Config(), prog)
+    return parse_flags(Config, argv, prog)
 
 
-def _tyro_parse(argv: Sequence[str], default: Config, prog: str) -> Config:
+def parse_flags(kind: type[T], argv: Sequence[str], prog: str, default: T | None = None) -> T:
+    """A dataclass from a command line; every mistake is one line.
+
+    Raises:
+        UserError: an unknown argument, or a value that does not parse.
+        SystemExit: 0 after `--help`.
+    """
     out, err = io.StringIO(), io.StringIO()
+    given = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            config, unknown = tyro.cli(
-                Config,
+            parsed, unknown = tyro.cli(
+                kind,
                 prog=prog,
                 args=list(argv),
-                default=default,
                 return_unknown_args=True,
                 config=(tyro.conf.OmitArgPrefixes,),
+                **given,
             )
     except SystemExit as stop:
         if stop.code == 0:
@@ -275,10 +284,22 @@ def _tyro_parse(argv: Sequence[str], default: Config, prog: str) -> Config:
             raise
         raise UserError(_one_line(err.getvalue())) from None
     if unknown:
-        flags = ["--" + name.replace("_", "-") for name in [*config.flat(), "config"]]
         word = unknown[0].split("=")[0]
-        raise UserError(f"unknown argument '{word}'{did_you_mean(word, flags)}; see --help for all flags")
-    return dataclasses.replace(config, config="")
+        raise UserError(
+            f"unknown argument '{word}'{did_you_mean(word, _flags_of(kind))}; see --help for all flags"
+        )
+    return parsed
+
+
+def _flags_of(kind: type) -> list[str]:
+    flags: list[str] = []
+    for f in dataclasses.fields(kind):
+        nested = f.default_factory if isinstance(f.default_factory, type) else None
+        if nested is not None and dataclasses.is_dataclass(nested):
+            flags += _flags_of(nested)
+        else:
+            flags.append("--" + f.name.replace("_", "-"))
+    return flags
 
 
 def _one_line(boxed: str) -> str:
@@ -396,6 +417,10 @@ def check(config: Config) -> None:
     if any(units < 1 for units in config.network.hidden):
         raise UserError(
             f"--hidden is {' '.join(map(str, config.network.hidden))}; every layer needs at least 1 unit"
+        )
+    if config.learning.target_every == 0 and config.learning.target_tau == 1.0:
+        raise UserError(
+            "--target-every 0 would leave the target network as it began; give env steps or a --target-tau below 1"
         )
     if config.replay.replay_capacity <= config.replay.learning_starts:
         raise UserError(

@@ -1,0 +1,91 @@
+"""How actions are chosen while training: epsilon-greedy, one coin per environment."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hvdqn.config import ExplorationConfig
+from hvdqn.envs import Environments, Step
+from hvdqn.networks import QNetwork
+
+
+def linear_epsilon(config: ExplorationConfig, env_steps: int) -> float:
+    """Epsilon after this many *global* env steps: a line from start to end, then flat (Mnih et al. 2015)."""
+    if env_steps >= config.exploration_env_steps:
+        return config.epsilon_end
+    done = env_steps / config.exploration_env_steps
+    return config.epsilon_start + done * (config.epsilon_end - config.epsilon_start)
+
+
+class FrameStack:
+    """The last `depth` frames of each environment, `[envs, depth, *frame]`; `[envs, *frame]` if depth is 1.
+
+    An episode's first frame is repeated to fill its stack, as replay does when it stacks at sampling time.
+    """
+
+    def __init__(self, first: NDArray[np.generic], depth: int) -> None:
+        self.depth = depth
+        self.frames = np.repeat(first[:, None], depth, axis=1)
+
+    def push(self, observation: NDArray[np.generic], fresh: NDArray[np.bool_]) -> None:
+        """Add each environment's newest frame; begin anew where an episode did."""
+        if self.depth > 1:
+            self.frames[:, :-1] = self.frames[:, 1:]
+        self.frames[:, -1] = observation
+        if self.depth > 1 and fresh.any():
+            self.frames[fresh] = observation[fresh][:, None]
+
+    @property
+    def observation(self) -> NDArray[np.generic]:
+        """What the network sees."""
+        return self.frames if self.depth > 1 else self.frames[:, 0]
+
+
+def greedy_actions(
+    network: QNetwork, observation: NDArray[np.generic], device: torch.device
+) -> NDArray[np.int64]:
+    """The best action of each environment, `[envs]`."""
+    with torch.inference_mode():
+        best = network.q_values(torch.from_numpy(observation).to(device)).argmax(dim=1)
+    actions: NDArray[np.int64] = best.cpu().numpy()  # on a GPU, the CPU waits here
+    return actions
+
+
+def epsilon_greedy(
+    greedy: NDArray[np.int64], epsilon: float, actions: int, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """Replace each environment's action by a random one with probability epsilon, each by a coin of its own."""
+    explore = rng.random(len(greedy)) < epsilon
+    return np.where(explore, rng.integers(actions, size=len(greedy)), greedy)
+
+
+class Actor:
+    """Steps this rank's environments with the online network.
+
+    `actions` and the `Step` that they led to are what replay takes.
+    """
+
+    def __init__(
+        self,
+        envs: Environments,
+        network: QNetwork,
+        frame_stack: int,
+        rng: np.random.Generator,
+        device: torch.device,
+    ) -> None:
+        self.envs, self.network, self.rng, self.device = envs, network, rng, device
+        self.first_observation = envs.reset()
+        self.frames = FrameStack(self.first_observation, frame_stack)
+
+    def choose(self, epsilon: float) -> NDArray[np.int64]:
+        """Actions of all environments, `[envs]`."""
+        greedy = greedy_actions(self.network, self.frames.observation, self.device)
+        return epsilon_greedy(greedy, epsilon, self.envs.actions, self.rng)
+
+    def step(self, actions: NDArray[np.int64]) -> Step:
+        """Take one env step in every environment."""
+        step = self.envs.step(actions)
+        self.frames.push(step.observation, step.fresh)
+        return step

@@ -1,0 +1,75 @@
+"""When things happen: integer arithmetic on global env steps, the same on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+
+
+@dataclass
+class Clock:
+    """Counts global env steps and updates, and says what they make due.
+
+    Ranks that hold equal clocks do the same thing at the same time without asking each other, so nothing
+    else (one rank's episodes, wall time, replay content) may decide what all ranks do together.
+
+    Args:
+        envs: environments in the whole job, that is, global env steps of one iteration.
+        global_batch: transitions of one update, over all ranks.
+        replay_ratio: transitions learned from per env step.
+        learning_starts: global env steps before the first update.
+    """
+
+    envs: int
+    global_batch: int
+    replay_ratio: float
+    learning_starts: int
+    env_steps: int = 0
+    updates: int = 0
+    origin_env_steps: int = 0
+    origin_updates: int = 0
+
+    def __post_init__(self) -> None:
+        # A float ratio would make "how many updates are owed" depend on rounding.
+        self._ratio = Fraction(self.replay_ratio).limit_denominator(1_000_000)
+
+    def updates_owed(self, env_steps: int) -> int:
+        """Updates that must have been taken once there were this many global env steps."""
+        since = max(env_steps - max(self.learning_starts, self.origin_env_steps), 0)
+        learned_from = since * self._ratio.numerator
+        return self.origin_updates + learned_from // (self._ratio.denominator * self.global_batch)
+
+    def update_due(self) -> bool:
+        """Whether an update is owed now."""
+        return self.updates < self.updates_owed(self.env_steps)
+
+    def tick(self) -> None:
+        """Every environment of the job took one step."""
+        self.env_steps += self.envs
+
+    def due(self, every: int) -> bool:
+        """Whether the last tick reached or passed a multiple of `every` env steps; never for 0."""
+        return every > 0 and self.env_steps // every > (self.env_steps - self.envs) // every
+
+    def state(self) -> dict[str, int]:
+        """What a checkpoint keeps."""
+        return {
+            "env_steps": self.env_steps,
+            "updates": self.updates,
+            "origin_env_steps": self.origin_env_steps,
+            "origin_updates": self.origin_updates,
+            "global_batch": self.global_batch,
+        }
+
+    def resume(self, state: Mapping[str, int]) -> None:
+        """Go on from a checkpoint.
+
+        Under another global batch, updates are owed from here on only: a smaller batch must not
+        be made to catch up on updates that the larger one never owed.
+        """
+        self.env_steps, self.updates = state["env_steps"], state["updates"]
+        if state["global_batch"] == self.global_batch:
+            self.origin_env_steps, self.origin_updates = state["origin_env_steps"], state["origin_updates"]
+        else:
+            self.origin_env_steps, self.origin_updates = self.env_steps, self.updates

@@ -1,0 +1,209 @@
+"""Greedy play, shared by all ranks, and `hvdqn eval`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import tyro
+
+from hvdqn.acting import FrameStack, epsilon_greedy, greedy_actions
+from hvdqn.checkpoint import LEARNER, BrokenCheckpointError, Checkpoint, open_checkpoint
+from hvdqn.comm import Comm, connect
+from hvdqn.config import Config, EnvironmentConfig, UserError, parse_flags
+from hvdqn.envs import Environments, make_environments
+from hvdqn.networks import QNetwork, make_network
+from hvdqn.seeds import rank_seeds
+
+# Environments without a time limit must not hold an evaluation for ever: Atari's 108,000 frames.
+LONGEST_EPISODE_ENV_STEPS = 27_000
+MOST_ENVS_PER_RANK = 16
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Undiscounted, unclipped returns of whole episodes, over all ranks."""
+
+    returns: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Mean return."""
+        return float(np.mean(self.returns))
+
+    @property
+    def std(self) -> float:
+        """Standard deviation over episodes."""
+        return float(np.std(self.returns))
+
+    def __str__(self) -> str:
+        low, high = min(self.returns), max(self.returns)
+        return f"{len(self.returns)} episodes: mean {self.mean:.2f}, std {self.std:.2f}, min {low:g}, max {high:g}"
+
+
+class Evaluator:
+    """Plays this rank's share of the episodes; environments are made at the first call and kept.
+
+    Args:
+        config: the environment, as in training but for clipping and episodic life.
+        episodes: over all ranks.
+        epsilon: share of random actions.
+        seed: this rank's evaluation seed; every evaluation of a run starts from it anew.
+    """
+
+    def __init__(
+        self,
+        config: EnvironmentConfig,
+        comm: Comm,
+        episodes: int,
+        epsilon: float,
+        seed: int,
+        device: torch.device,
+        threads: int = 0,
+    ) -> None:
+        self.config, self.comm, self.epsilon, self.seed = config, comm, epsilon, seed
+        self.device, self.threads = device, threads
+        self.share = episodes // comm.size + (comm.rank < episodes % comm.size)
+        self.envs = min(self.share, MOST_ENVS_PER_RANK)
+
+    def run(self, network: QNetwork) -> Evaluation:
+        """Play; a collective call."""
+        mine = self._play(network) if self.share else []
+        return Evaluation(tuple(value for share in self.comm.all_gather_object(mine) for value in share))
+
+    def _play(self, network: QNetwork) -> list[float]:
+        """Each environment plays a fixed number of episodes, so that short episodes are not favoured."""
+        envs = make_environments(self.config, self.envs, self.seed, training=False, threads=self.threads)
+        try:
+            return play(
+                network, envs, self._quota(), self.config.frame_stack, self.epsilon, self.seed, self.device
+            )
+        finally:
+            envs.close()
+
+    def _quota(self) -> np.ndarray:
+        quota = np.full(self.envs, self.share // self.envs)
+        quota[: self.share % self.envs] += 1
+        return quota
+
+
+def play(
+    network: QNetwork,
+    envs: Environments,
+    quota: np.ndarray,
+    frame_stack: int,
+    epsilon: float,
+    seed: int,
+    device: torch.device,
+) -> list[float]:
+    """Returns of `quota[i]` whole episodes of each environment i."""
+    rng = np.random.default_rng(seed)
+    frames = FrameStack(envs.reset(), frame_stack)
+    running, length = np.zeros(envs.envs), np.zeros(envs.envs, dtype=np.int64)
+    left, returns = quota.copy(), []
+    while (left > 0).any():
+        actions = greedy_actions(network, frames.observation, device)
+        step = envs.step(epsilon_greedy(actions, epsilon, envs.actions, rng))
+        frames.push(step.observation, step.fresh)
+        running += step.reward
+        length += step.valid
+        ended = step.terminated | step.truncated
+        endless = ~ended & (length >= LONGEST_EPISODE_ENV_STEPS)
+        if ended.any() or endless.any():
+            for env in np.flatnonzero((ended | endless) & (left > 0)):
+                returns.append(float(running[env]))
+            left[ended] -= 1
+            left[endless] = 0  # it may never end: what it played counts, and it plays no more
+            running[ended], length[ended] = 0.0, 0
+    return returns
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """Play a trained network greedily and print its returns."""
+
+    path: Annotated[Path, tyro.conf.Positional]
+    """A run directory, its `checkpoints/best`, or any checkpoint."""
+    episodes: int = 100
+    """Episodes to play."""
+    epsilon: float = 0.0
+    """Share of random actions."""
+    seed: int = 1
+    """Seed of environments and random actions."""
+
+
+def find_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint at a path, or the newest of a run directory.
+
+    Raises:
+        UserError: there is none, or it is broken.
+    """
+    for place in (path, path / "checkpoints" / "latest"):
+        if (place / "manifest.json").exists():
+            try:
+                return open_checkpoint(place)
+            except BrokenCheckpointError as broken:
+                raise UserError(f"{broken}; choose another checkpoint") from None
+    raise UserError(f"'{path}' holds no checkpoint; give a run directory or one of its checkpoints")
+
+
+def load_network(checkpoint: Checkpoint, config: Config, envs: Environments) -> QNetwork:
+    """The online network of a checkpoint.
+
+    Raises:
+        UserError: the file is broken.
+    """
+    network = make_network(
+        config.network,
+        config.learning.loss,
+        envs.observation_shape,
+        config.environment.frame_stack,
+        envs.is_image,
+        envs.actions,
+    )
+    try:
+        flat = torch.from_numpy(checkpoint.read(LEARNER)["learner"]["online"])
+    except BrokenCheckpointError as broken:
+        raise UserError(f"{broken}; choose another checkpoint") from None
+    torch.nn.utils.vector_to_parameters(flat, network.parameters())
+    return network
+
+
+def evaluate(options: EvalOptions) -> Evaluation:
+    """Play in this process.
+
+    Raises:
+        UserError: no such checkpoint, or its environment cannot be made here.
+    """
+    if options.episodes < 1:
+        raise UserError(f"--episodes is {options.episodes}; it must be at least 1")
+    checkpoint = find_checkpoint(options.path)
+    config = Config().replace(**checkpoint.manifest["config"])
+    probe = make_environments(config.environment, 1, options.seed, training=False)
+    network = load_network(checkpoint, config, probe)
+    probe.close()
+    evaluator = Evaluator(
+        config.environment,
+        connect("local"),
+        options.episodes,
+        options.epsilon,
+        rank_seeds(options.seed, 0).evaluation,
+        torch.device("cpu"),
+    )
+    return evaluator.run(network)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The `hvdqn eval` command; returns the exit code."""
+    try:
+        options = parse_flags(EvalOptions, sys.argv[1:] if argv is None else argv, prog="hvdqn eval")
+        print(f"{options.path}: {evaluate(options)}")
+    except UserError as error:
+        print(f"hvdqn eval: error: {error}", file=sys.stderr)
+        return 2
+    return 0
