@@ -20,7 +20,7 @@ import numpy as np
 import tyro
 import yaml
 
-from hvdqn.config import Config, UserError, did_you_mean
+from hvdqn.config import Config, UserError, did_you_mean, parse_flags
 from hvdqn.metrics import METRICS_FILE, SUMMARY_FILE, read_metrics
 
 if TYPE_CHECKING:
@@ -155,9 +155,8 @@ class Panel:
 
 def main(argv: Sequence[str]) -> int:
     """The `hvdqn plot` command; returns the exit code: 0, or 2 where the user's input is wrong."""
-    options = tyro.cli(PlotOptions, prog="hvdqn plot", args=list(argv))
     try:
-        print(plot(options))
+        print(plot(parse_flags(PlotOptions, argv, "hvdqn plot")))
     except UserError as error:
         print(f"hvdqn plot: {error}", file=sys.stderr)
         return 2

@@ -1,0 +1,381 @@
+"""What a run leaves behind, and what of it survives kills, resumes and failing disks."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import pty
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from hvdqn.metrics import (
+    PHASES,
+    LineConsole,
+    Metrics,
+    PhaseTimer,
+    Record,
+    Status,
+    number,
+    read_metrics,
+    write_summary,
+)
+
+
+def open_metrics(
+    run_dir: Path | None, total_env_steps: int = 1000, **options: float
+) -> tuple[Metrics, io.StringIO]:
+    stream = io.StringIO()
+    return Metrics(run_dir, total_env_steps, PhaseTimer(), stream=stream, **options), stream  # type: ignore[arg-type]
+
+
+def lines_of(run_dir: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def scalars_of(run_dir: Path, tag: str) -> list[tuple[int, float]]:
+    events = EventAccumulator(str(run_dir))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+# The timer
+
+
+def test_each_moment_belongs_to_one_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    timer = PhaseTimer()
+    now[0] = 101.0  # other: 1
+    assert timer.start("act") == "other"
+    now[0] = 103.0  # act: 2
+    assert timer.start("comm") == "act"
+    now[0] = 107.0  # comm: 4
+    assert timer.start("act") == "comm"
+    now[0] = 115.0  # act: 8, still running
+    assert timer.seconds() == {"act": 10, "env": 0, "sample": 0, "compute": 0, "comm": 4, "other": 1}
+    assert timer.total_seconds() == 15
+    assert timer.phase == "act"
+
+
+def test_timer_goes_on_from_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    timer = PhaseTimer()
+    timer.load({"act": 5.0, "env": 7.0, "a phase of another release": 1.0})
+    timer.start("env")
+    now[0] = 2.0
+    assert timer.seconds() == {**dict.fromkeys(PHASES, 0.0), "act": 5.0, "env": 9.0}
+
+
+def test_switching_is_cheap() -> None:
+    timer = PhaseTimer()
+    start = time.perf_counter()
+    for _ in range(10_000):
+        timer.start("act")
+        timer.start("env")
+    assert (time.perf_counter() - start) / 20_000 < 5e-6  # 0.1 us; the rest is for a busy machine
+
+
+# metrics.jsonl
+
+
+def test_one_line_a_record_with_non_finite_as_null(tmp_path: Path) -> None:
+    metrics, _ = open_metrics(tmp_path)
+    metrics.log(100, 7, {"loss": 0.5, "episodes": 3, "episode_return_mean": math.nan, "q_mean": -math.inf})
+    first, *rest = lines_of(tmp_path)
+    assert not rest
+    assert (first["env_steps"], first["updates"], first["loss"]) == (100, 7, 0.5)
+    assert first["episodes"] == 3
+    assert first["episode_return_mean"] is None
+    assert first["q_mean"] is None
+    assert isinstance(first["wall_seconds"], float)
+
+
+def test_rates_are_those_since_the_last_line_that_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    metrics, _ = open_metrics(tmp_path)
+    now[0] = 2.0
+    metrics.log(100, 10, {})
+    metrics.log(100, 10, {"eval_return_mean": 1.0})
+    now[0] = 7.0
+    metrics.log(200, 30, {})
+    first, evaluation, last = lines_of(tmp_path)
+    assert (first["env_steps_per_second"], first["updates_per_second"]) == (50, 5)
+    assert "env_steps_per_second" not in evaluation
+    assert (last["env_steps_per_second"], last["updates_per_second"]) == (20, 4)
+    assert last["wall_seconds"] == 7
+
+
+def test_resume_cuts_what_lies_beyond_the_checkpoint(tmp_path: Path) -> None:
+    metrics, _ = open_metrics(tmp_path)
+    for env_steps in (100, 200, 300, 400):
+        metrics.log(env_steps, env_steps // 10, {"loss": 1.0})
+    metrics.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"env_steps": 150, "upd')  # killed in mid-write
+    again, _ = open_metrics(tmp_path)
+    again.resume(200, 20)
+    assert [line["env_steps"] for line in lines_of(tmp_path)] == [100, 200]
+    again.log(300, 30, {"loss": 2.0})
+    assert [line["env_steps"] for line in lines_of(tmp_path)] == [100, 200, 300]
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_torn_last_line_is_left_out_and_a_torn_line_within_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"env_steps": 1}\n{"env_steps": 2}\n{"env_st')
+    assert read_metrics(path) == [{"env_steps": 1}, {"env_steps": 2}]
+    path.write_text('{"env_steps": 1}\n{"env_st\n{"env_steps": 3}\n')
+    with pytest.raises(ValueError, match="line 2 is no JSON object"):
+        read_metrics(path)
+
+
+# TensorBoard
+
+
+def test_tensorboard_reads_the_events(tmp_path: Path) -> None:
+    metrics, _ = open_metrics(tmp_path)
+    metrics.log(100, 10, {"loss": 0.5, "epsilon": 1.0})
+    metrics.log(200, 20, {"loss": 0.25, "epsilon": 0.5})
+    metrics.log(200, 20, {"eval_return_mean": 42.0})
+    assert scalars_of(tmp_path, "train/loss") == [(100, 0.5), (200, 0.25)]
+    assert scalars_of(tmp_path, "eval/return_mean") == [(200, 42.0)]
+    assert [step for step, _ in scalars_of(tmp_path, "time/env_steps_per_second")] == [100, 200]
+
+
+def test_tensorboard_drops_what_a_resume_does_again(tmp_path: Path) -> None:
+    metrics, _ = open_metrics(tmp_path)
+    for env_steps in (100, 200, 300):
+        metrics.log(env_steps, 1, {"loss": 1.0})
+    again, _ = open_metrics(tmp_path)
+    again.resume(200, 1)
+    again.log(300, 1, {"loss": 2.0})
+    assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 2
+    assert scalars_of(tmp_path, "train/loss") == [(100, 1.0), (200, 1.0), (300, 2.0)]
+
+
+def test_torch_and_tensorboard_are_not_loaded_before_the_first_record() -> None:
+    code = "import sys, hvdqn.metrics; print({'torch', 'tensorboard', 'rich'} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True
+    )
+    assert done.stdout == "set()\n"
+
+
+# Ranks above 0
+
+
+def test_other_ranks_have_the_same_interface_and_no_outputs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with Metrics(None, 1000, PhaseTimer()) as metrics:
+        metrics.resume(0, 0)
+        metrics.log(100, 10, {"loss": 0.5})
+        metrics.say("hello")
+    assert capfd.readouterr() == ("", "")
+    assert not list(tmp_path.iterdir())
+    assert metrics.write_failures == 0
+
+
+# Failing disks
+
+
+def test_a_removed_run_directory_does_not_end_the_run(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    metrics, stream = open_metrics(run_dir)
+    metrics.log(100, 1, {"loss": 1.0})
+    for file in run_dir.iterdir():
+        file.unlink()
+    run_dir.rmdir()
+    metrics.log(200, 1, {"loss": 1.0})
+    metrics.log(300, 1, {"loss": 1.0})
+    assert metrics.write_failures == 4  # two records, two files
+    warnings = [line for line in stream.getvalue().splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 1
+    assert f"{run_dir}/metrics.jsonl: No such file or directory" in warnings[0]
+    run_dir.mkdir()  # the file system is back
+    metrics.log(400, 1, {"loss": 1.0})
+    assert [line["env_steps"] for line in lines_of(run_dir)] == [400]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which only Linux has")
+def test_a_full_disk_is_counted_and_said_once(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    metrics, stream = open_metrics(tmp_path, line_every_seconds=0)
+    for env_steps in (100, 200, 300):
+        metrics.log(env_steps, 1, {"loss": 1.0})
+    assert metrics.write_failures == 3
+    assert stream.getvalue().count("No space left on device") == 1
+    assert stream.getvalue().count("env steps ") == 3
+    assert len(scalars_of(tmp_path, "train/loss")) == 3
+
+
+def test_a_line_that_only_partly_fits_is_cut_off_again(tmp_path: Path) -> None:
+    code = """
+import resource, signal, sys
+from pathlib import Path
+from hvdqn.metrics import Metrics, PhaseTimer
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+run_dir = Path(sys.argv[1])
+metrics = Metrics(run_dir, 1000, PhaseTimer())
+metrics.log(100, 1, {"loss": 1.0})
+size = (run_dir / "metrics.jsonl").stat().st_size
+resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, resource.RLIM_INFINITY))
+metrics.log(200, 2, {"loss": 1.0})
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+metrics.log(300, 3, {"loss": 1.0})
+print(metrics.write_failures >= 1)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=30, check=True
+    )
+    assert done.stdout.endswith("True\n")
+    assert [line["env_steps"] for line in lines_of(tmp_path)] == [100, 300]
+
+
+def test_a_console_that_is_gone_does_not_end_the_run(tmp_path: Path) -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError(32, "Broken pipe")
+
+    metrics = Metrics(tmp_path, 1000, PhaseTimer(), stream=Gone())
+    metrics.log(100, 1, {"loss": 1.0})
+    metrics.say("hello")
+    metrics.close()
+    assert metrics.write_failures > 0
+    assert len(lines_of(tmp_path)) == 1
+
+
+# The console
+
+
+def test_the_plain_line() -> None:
+    stream = io.StringIO()
+    console = LineConsole(stream, 50_000, every_seconds=0)
+    values = {"episode_return_mean": 143.21, "loss": 0.02134, "epsilon": 0.41, "q_mean": 3.0}
+    console.write(Record(4_000, 400, 1.0, {"env_steps_per_second": 4_000.0, **values}))
+    console.write(Record(12_800, 1_421, 2.0, values))
+    assert stream.getvalue().splitlines()[1] == (
+        "env steps 12,800/50,000 (25%)  8,800/s  updates 1,421  "
+        "return 143.2  loss 0.0213  epsilon 0.41  left 0:00:05"
+    )
+
+
+def test_lines_are_held_back_and_the_last_one_comes_at_the_end(tmp_path: Path) -> None:
+    metrics, stream = open_metrics(tmp_path, total_env_steps=300, line_every_seconds=3600)
+    for env_steps in (100, 200, 300):
+        metrics.log(env_steps, 1, {})
+    assert [line.split("  ")[0] for line in stream.getvalue().splitlines()] == ["env steps 100/300 (33%)"]
+    metrics.close()
+    metrics.close()
+    assert [line.split("  ")[0] for line in stream.getvalue().splitlines()] == [
+        "env steps 100/300 (33%)",
+        "env steps 300/300 (100%)",
+    ]
+
+
+def test_status_keeps_the_last_known_value_and_the_recent_rate() -> None:
+    status = Status(total_env_steps=1_000_000)
+    assert status.speed() == "?/s"
+    assert status.time_left() == "left ?"
+    for second in range(1, 31):  # 1,000/s for 15 s, then 100/s
+        env_steps = second * 1000 if second <= 15 else 15_000 + (second - 15) * 100
+        values = {"episode_return_mean": 9.5} if second == 1 else {"episode_return_mean": math.nan}
+        status.update(Record(env_steps, 5, float(second), values))
+    assert status.speed() == "100/s"
+    assert status.time_left() == "left 2:43:55"  # 983,500 env steps at 100/s
+    assert status.learning() == ["updates 5", "return 9.5"]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (0.02134, "0.0213"), (143.21, "143.2"), (-99.4, "-99.4"), (8912.4, "8,912"), (math.inf, "?")],
+)
+def test_numbers_for_people(value: float, text: str) -> None:
+    assert number(value) == text
+
+
+def test_say_prints_what_a_stream_cannot_encode(tmp_path: Path) -> None:
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding="ascii")
+    Metrics(tmp_path, 10, PhaseTimer(), stream=stream).say("run [bold]é[/bold] :smile:")
+    assert raw.getvalue() == rb"run [bold]\xe9[/bold] :smile:" + b"\n"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_the_bar_on_a_terminal(tmp_path: Path, encoding: str) -> None:
+    code = """
+import sys
+from pathlib import Path
+from hvdqn.metrics import Metrics, PhaseTimer
+with Metrics(Path(sys.argv[1]), 1000, PhaseTimer()) as metrics:
+    metrics.log(500, 50, {"loss": 0.5, "epsilon": 0.41})
+    metrics.say("checkpoint [bold]\\u00e9[/bold] :smile:")
+    metrics.log(1000, 100, {"loss": 0.25})
+"""
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "PYTHONIOENCODING": encoding}
+    ours, theirs = pty.openpty()
+    try:
+        subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path)],
+            env=environment,
+            stdout=theirs,
+            timeout=30,
+            check=True,
+        )
+        shown = os.read(ours, 100_000).decode(encoding)
+    finally:
+        os.close(theirs)
+        os.close(ours)
+    assert "500/1,000 (50%)" in shown
+    assert "1,000/1,000 (100%)" in shown
+    assert "updates 100  loss 0.25  epsilon 0.41" in shown
+    said = "é" if encoding == "utf-8" else r"\xe9"
+    assert f"checkpoint [bold]{said}[/bold] :smile:" in shown
+    assert shown.rstrip().endswith("\x1b[?25h")  # the cursor is back
+
+
+# summary.json
+
+
+def test_summary_is_whole_in_order_and_finite(tmp_path: Path) -> None:
+    write_summary(tmp_path, {"env": "old"})
+    write_summary(
+        tmp_path, {"env": "CartPole-v1", "eval_return_mean": math.nan, "seconds": {"act": 1.5}, "b": [1]}
+    )
+    text = (tmp_path / "summary.json").read_text()
+    assert json.loads(text) == {
+        "env": "CartPole-v1",
+        "eval_return_mean": None,
+        "seconds": {"act": 1.5},
+        "b": [1],
+    }
+    assert text.index("eval_return_mean") < text.index('"b"')
+    assert text.endswith("}\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_summary_that_cannot_be_written_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    write_summary(tmp_path, {"env": "old"})
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_summary(tmp_path, {"env": "new"})
+    assert json.loads((tmp_path / "summary.json").read_text()) == {"env": "old"}
+    assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
