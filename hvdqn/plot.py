@@ -203,7 +203,8 @@ def read_runs(paths: Iterable[Path]) -> list[Run]:
     directories = [directory for path in paths for directory in _run_directories(path)]
     if not directories:
         raise UserError("no RUN given; name one or more run directories")
-    return [_read_run(directory) for directory in dict.fromkeys(directories)]
+    once = {directory.resolve(): directory for directory in directories}
+    return [_read_run(directory) for directory in once.values()]
 
 
 def _run_directories(path: Path) -> list[Path]:
@@ -406,9 +407,9 @@ def summarise(group: Group, x: str, y: str) -> Curve:
     """
     if len(group.runs) == 1:
         return _single(group.runs[0], x, y)
-    curves = {run.directory: run.curve(x, y) for run in group.runs}
+    curves = [run.curve(x, y) for run in group.runs]
     try:
-        grid, values = common_grid(list(curves.values()))
+        grid, values = common_grid(curves)
     except ValueError as error:
         raise UserError(
             f"the runs of '{group.label}' share no stretch of {x}: {error}; "
@@ -419,9 +420,10 @@ def summarise(group: Group, x: str, y: str) -> Curve:
     if len(values) >= SEEDS_FOR_INTERQUARTILE_MEAN:
         dashed = interquartile_mean(values)
         notes.append("dashed: interquartile mean")
-    shortest, longest = (pick(curves, key=lambda d: curves[d][0][-1]) for pick in (min, max))
-    if curves[shortest][0][-1] < 0.95 * curves[longest][0][-1]:
-        notes.append(f"{group.label} ends where {shortest.name}, its shortest run, ends")
+    ends = [at[-1] for at, _ in curves]
+    if min(ends) < 0.95 * max(ends):
+        shortest = group.runs[ends.index(min(ends))].directory.name
+        notes.append(f"{group.label} ends where {shortest}, its shortest run, ends")
     return Curve(grid, values.mean(axis=0), bootstrap_band(values), dashed, notes=tuple(notes))
 
 
