@@ -105,11 +105,13 @@ def open_checkpoint(path: Path) -> Checkpoint:
         BrokenCheckpointError: it is missing, torn, altered, or of a format that is not known here.
     """
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        claimed = manifest.pop("sha256")
+        text = (path / MANIFEST).read_text(encoding="utf-8")
+        manifest = json.loads(text)
+        manifest.pop("sha256")
+        whole = text == _manifest_text(manifest)
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         raise BrokenCheckpointError(f"{path / MANIFEST} is missing or torn") from None
-    if claimed != _manifest_digest(manifest):
+    if not whole:
         raise BrokenCheckpointError(f"{path / MANIFEST} is not what was written (sha256 differs)")
     if manifest["format"] != FORMAT:
         raise BrokenCheckpointError(f"{path} has format {manifest['format']}, this version reads {FORMAT}")
@@ -198,10 +200,10 @@ class Checkpoints:
             "config": dict(config),
             "files": dict(files),
         }
-        text = json.dumps({**manifest, "sha256": _manifest_digest(manifest)}, indent=1)
         with (temporary / MANIFEST).open("w", encoding="utf-8") as file:
-            file.write(text)
-            _flush(file.fileno())
+            file.write(_manifest_text(manifest))
+            file.flush()
+            os.fsync(file.fileno())
         _sync_directory(temporary)
         final = self.directory / name
         if final.exists():  # a run that fell back passes the same env steps again
@@ -251,7 +253,7 @@ def write_part(path: Path, content: Any) -> dict[str, Any]:
         for block in (struct.pack("<Q", len(encoded)), encoded, *(_bytes_of(a) for a in arrays.values())):
             digest.update(block)
             _write_all(file, block)
-        _flush(file.fileno())
+        os.fsync(file.fileno())
         size = file.tell()
     return {"sha256": digest.hexdigest(), "bytes": size}
 
@@ -329,8 +331,10 @@ def _digest_blocks(file: Any) -> Any:
     return digest
 
 
-def _manifest_digest(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+def _manifest_text(manifest: Mapping[str, Any]) -> str:
+    """The manifest as it stands in its file, its own digest last."""
+    digest = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
+    return json.dumps({**manifest, "sha256": digest}, indent=1)
 
 
 def _fresh_directory(path: Path) -> None:
@@ -338,14 +342,10 @@ def _fresh_directory(path: Path) -> None:
     path.mkdir(parents=True)
 
 
-def _flush(descriptor: int) -> None:
-    os.fsync(descriptor)
-
-
 def _sync_directory(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        _flush(descriptor)
+        os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

@@ -261,19 +261,24 @@ class Training:
         self.envs.close()
 
 
-def choose_device(config: Config, comm: Comm) -> torch.device:
-    """The rank's device: its own GPU if there are several.
+def device_kind(config: Config) -> str:
+    """Cpu or cuda.
 
     Raises:
         UserError: CUDA is asked for and absent.
     """
     wanted = config.parallel.device
-    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
+    if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError(
             "--device cuda, but torch sees no CUDA device here; use --device cpu or a CUDA build of torch"
         )
+    return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def choose_device(config: Config, comm: Comm) -> torch.device:
+    """The rank's device: a GPU of its own where its host has as many as ranks."""
+    if device_kind(config) == "cpu":
+        return torch.device("cpu")
     device = torch.device("cuda", comm.local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
@@ -365,7 +370,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of every rank; returns the exit code."""
     try:
         config = parse(sys.argv[1:] if argv is None else argv)
-        comm = connect(config.parallel.comm, config.parallel.device)
+        comm = connect(config.parallel.comm, device_kind(config))
     except (UserError, LaunchError) as error:
         return refuse(str(error), launcher_rank())
     try:
