@@ -169,7 +169,7 @@ def plot(options: PlotOptions) -> Path:
     Raises:
         UserError: an unreadable or empty run, an unknown key, an output that cannot be written.
     """
-    out = options.out or (options.runs[0] if len(options.runs) == 1 else Path()) / "curves.png"
+    out = options.out or _beside(options.runs) / "curves.png"
     if out.suffix.lower() not in SUFFIXES:
         raise UserError(f"-o {out} is no picture that can be drawn; end it in {' or '.join(SUFFIXES)}")
     runs = read_runs(options.runs)
@@ -189,6 +189,12 @@ def plot(options: PlotOptions) -> Path:
             f"cannot write {out}: {error.strerror or error}; give another place with -o"
         ) from None
     return out
+
+
+def _beside(runs: Sequence[Path]) -> Path:
+    if len(runs) != 1:
+        return Path()
+    return runs[0].parent if runs[0].name == METRICS_FILE else runs[0]
 
 
 # Reading

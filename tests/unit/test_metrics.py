@@ -32,7 +32,7 @@ def open_metrics(
     run_dir: Path | None, total_env_steps: int = 1000, **options: float
 ) -> tuple[Metrics, io.StringIO]:
     stream = io.StringIO()
-    return Metrics(run_dir, total_env_steps, PhaseTimer(), stream=stream, **options), stream  # type: ignore[arg-type]
+    return Metrics(run_dir, total_env_steps, PhaseTimer(), stream=stream, **options), stream
 
 
 def lines_of(run_dir: Path) -> list[dict[str, object]]:
