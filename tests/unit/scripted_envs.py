@@ -1,0 +1,145 @@
+"""Environments whose every reward, end and observation is known beforehand.
+
+Registered on import: `--env tests.unit.scripted_envs:Scripted-v0` finds them from the root of the repository.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+
+TWO_EPISODES = (((1.0, 2.0, 3.0), "terminated"), ((-4.0, 0.5), "truncated"))
+
+
+class Scripted(gym.Env[np.ndarray, int]):
+    """Plays its episodes in turn, for ever. Observes [episode, step in it]; actions change nothing.
+
+    Args:
+        episodes: each its rewards and how it ends: "terminated", "truncated" or "both".
+        buffer: hand out the same array at every call, as some simulators do.
+    """
+
+    observation_space = spaces.Box(-1e6, 1e6, (2,), np.float32)
+    action_space = spaces.Discrete(3)
+
+    def __init__(self, episodes: Sequence[tuple[Sequence[float], str]] = TWO_EPISODES, buffer: bool = False):
+        self.episodes = [(list(rewards), end) for rewards, end in episodes]
+        self.buffer = np.zeros(2, np.float32) if buffer else None
+        self.episode = -1
+        self.step_in_episode = 0
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
+        super().reset(seed=seed)
+        self.episode += 1
+        self.step_in_episode = 0
+        return self._observation(), {"noise": 1.0}
+
+    def step(self, action: int):
+        rewards, end = self.episodes[self.episode % len(self.episodes)]
+        reward = rewards[self.step_in_episode]
+        self.step_in_episode += 1
+        ended = self.step_in_episode == len(rewards)
+        terminated = ended and end in ("terminated", "both")
+        truncated = ended and end in ("truncated", "both")
+        return self._observation(), reward, terminated, truncated, {"noise": 2.0}
+
+    def _observation(self) -> np.ndarray:
+        observation = np.array([self.episode, self.step_in_episode], np.float32)
+        if self.buffer is None:
+            return observation
+        self.buffer[:] = observation
+        return self.buffer
+
+
+class Observing(gym.Env[Any, int]):
+    """Observes samples of a space; every action is rewarded by its own number; lasts for ever."""
+
+    def __init__(self, observation_space: spaces.Space[Any], action_space: spaces.Space[Any] | None = None):
+        self.observation_space = observation_space
+        self.action_space = spaces.Discrete(3) if action_space is None else action_space
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
+        super().reset(seed=seed)
+        if seed is not None:
+            self.observation_space.seed(seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action: int):
+        assert self.action_space.contains(action)
+        return self.observation_space.sample(), float(action), False, False, {}
+
+
+class Forgetful(Scripted):
+    """Rewards from a stream that its attributes do not show: it cannot be resumed exactly."""
+
+    stream = iter(range(1_000_000))
+
+    def step(self, action: int):
+        observation, _, terminated, truncated, info = super().step(action)
+        return observation, float(next(self.stream)), terminated, truncated, info
+
+
+class Broken(Scripted):
+    """An environment with a bug of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        raise ValueError("a bug in the environment")
+
+
+OBSERVED = {
+    "Vector": spaces.Box(-1, 1, (3,), np.float64),
+    "Scalar": spaces.Box(-1, 1, (), np.float32),
+    "Matrix": spaces.Box(-1, 1, (2, 3), np.float32),
+    "Integers": spaces.Box(-5, 5, (3,), np.int32),
+    "Bytes": spaces.Box(0, 255, (4,), np.uint8),
+    "Image": spaces.Box(0, 255, (8, 6, 3), np.uint8),
+    "FloatImage": spaces.Box(0, 1, (3, 8, 6), np.float64),
+    "BoolImage": spaces.Box(0, 1, (10, 10, 4), bool),
+    "GrayImage": spaces.Box(0, 255, (8, 6), np.uint8),
+    "Discrete": spaces.Discrete(4, start=2),
+    "MultiDiscrete": spaces.MultiDiscrete([2, 3]),
+    "MultiBinary": spaces.MultiBinary((2, 2)),
+    "Dict": spaces.Dict(
+        image=spaces.Box(0, 255, (2, 2, 3), np.uint8),
+        rest=spaces.Tuple((spaces.Discrete(3), spaces.MultiBinary(2), spaces.Box(-1, 1, (2,), np.float64))),
+    ),
+    "Tuple": spaces.Tuple((spaces.Discrete(2), spaces.Discrete(4))),
+    "Text": spaces.Dict(seen=spaces.Discrete(2), said=spaces.Text(5)),
+    "Sequence": spaces.Sequence(spaces.Discrete(2)),
+    "Graph": spaces.Graph(spaces.Discrete(2), None),
+}
+
+gym.register("Scripted-v0", Scripted)
+gym.register("Forgetful-v0", Forgetful)
+gym.register("Broken-v0", Broken)
+for _name, _space in OBSERVED.items():
+    gym.register(f"Observes{_name}-v0", Observing, kwargs={"observation_space": _space})
+gym.register(
+    "ActsFromFive-v0",
+    Observing,
+    kwargs={"observation_space": OBSERVED["Bytes"], "action_space": spaces.Discrete(3, start=5)},
+)
+gym.register(
+    "ActsContinuously-v0",
+    Observing,
+    kwargs={"observation_space": OBSERVED["Bytes"], "action_space": spaces.Box(-1, 1, (2,))},
+)
+
+
+def doubled(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
+    """A wrapper: rewards times two."""
+    return gym.wrappers.TransformReward(env, lambda reward: 2 * reward)
+
+
+def plus_ten(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
+    """A wrapper: ten more reward a step."""
+    return gym.wrappers.TransformReward(env, lambda reward: reward + 10)
+
+
+def nothing(env: gym.Env[Any, Any]) -> None:
+    """No wrapper at all: it returns nothing."""

@@ -1,0 +1,622 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import psutil
+import pytest
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from hvdqn.config import EnvironmentConfig, UserError
+from hvdqn.envs import Environments, Step, make_environments
+from hvdqn.envs import make as making
+from tests.unit import scripted_envs
+
+Script = list[tuple[list[float], str]]
+
+
+def make(env: str, envs: int = 2, seed: int = 1, training: bool = True, **settings: Any) -> Environments:
+    if "scripted_envs" not in env and not re.match(r"[A-Z]\w+-v\d|ALE/|MinAtar/", env):
+        env = f"tests.unit.scripted_envs:{env}"
+    return make_environments(EnvironmentConfig(env=env, **settings), envs, seed, training)
+
+
+def steps_of(environments: Environments, count: int, seed: int = 7) -> list[Step]:
+    rng = np.random.default_rng(seed)
+    return [
+        environments.step(rng.integers(environments.actions, size=environments.envs)) for _ in range(count)
+    ]
+
+
+def assert_same(one: Step, other: Step) -> None:
+    for name in Step.__slots__:
+        np.testing.assert_array_equal(getattr(one, name), getattr(other, name), err_msg=name)
+
+
+# --- The step contract -------------------------------------------------------------------------------------------
+
+
+def naive_transitions(script: Script, count: int) -> list[tuple[Any, ...]]:
+    """What Gymnasium's own loop over one environment sees, written out."""
+    env, seen = scripted_envs.Scripted(script), []
+    observation, _ = env.reset()
+    while len(seen) < count:
+        next_observation, reward, terminated, truncated, _ = env.step(0)
+        seen.append((*observation, reward, terminated, truncated, *next_observation))
+        observation = env.reset()[0] if terminated or truncated else next_observation
+    return seen
+
+
+def learned_transitions(environments: Environments, count: int) -> list[list[tuple[Any, ...]]]:
+    """What a learner sees of each env through the step contract."""
+    seen: list[list[tuple[Any, ...]]] = [[] for _ in range(environments.envs)]
+    observation = environments.reset().copy()
+    while min(map(len, seen)) < count:
+        step = environments.step(np.zeros(environments.envs, np.int64))
+        for env in np.flatnonzero(step.valid):
+            ends = bool(step.terminated[env]), bool(step.truncated[env])
+            seen[env].append((*observation[env], float(step.reward[env]), *ends, *step.next_observation[env]))
+        observation = step.observation.copy()
+    return [transitions[:count] for transitions in seen]
+
+
+ends = st.sampled_from(["terminated", "truncated", "both"])
+rewards = st.lists(st.integers(-9, 9).map(float), min_size=1, max_size=4)
+scripts = st.lists(st.tuples(rewards, ends), min_size=1, max_size=3)
+
+
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+@settings(max_examples=40, deadline=None)
+@given(script=st.lists(scripts, min_size=1, max_size=3))
+def test_every_autoreset_mode_gives_the_transitions_of_a_naive_loop(
+    mode: AutoresetMode, script: list[Script]
+):
+    vector = SyncVectorEnv([lambda s=s: scripted_envs.Scripted(s) for s in script], autoreset_mode=mode)
+    environments = Environments(vector, seed=1)
+    assert learned_transitions(environments, 15) == [naive_transitions(s, 15) for s in script]
+
+
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+def test_episodes_report_raw_returns_and_lengths_in_every_mode(mode: AutoresetMode):
+    vector = SyncVectorEnv([scripted_envs.Scripted] * 2, autoreset_mode=mode)
+    environments = Environments(vector, seed=1, clip_rewards=True)
+    environments.reset()
+    rewards = [environments.step(np.zeros(2, np.int64)) for _ in range(7)]
+    assert max(step.reward.max() for step in rewards) == 1.0
+    assert min(step.reward.min() for step in rewards) == -1.0
+    episodes = environments.finished()
+    assert [tuple(e) for e in episodes[:4]] == [(6.0, 3, 0), (6.0, 3, 1), (-3.5, 2, 0), (-3.5, 2, 1)]
+    assert environments.finished() == []
+
+
+def test_a_next_step_reset_is_a_call_of_which_nothing_is_learned():
+    vector = SyncVectorEnv([scripted_envs.Scripted], autoreset_mode=AutoresetMode.NEXT_STEP)
+    environments = Environments(vector, seed=1)
+    environments.reset()
+    steps = [environments.step(np.zeros(1, np.int64)) for _ in range(4)]
+    final, reset = steps[2], steps[3]
+    assert final.terminated[0]
+    assert not final.fresh[0]
+    np.testing.assert_array_equal(final.observation, final.next_observation)
+    assert reset.fresh[0]
+    assert not reset.valid[0]
+    assert reset.reward[0] == 0
+    assert not reset.terminated[0]
+    assert not reset.truncated[0]
+
+
+@pytest.mark.parametrize("mode", [AutoresetMode.SAME_STEP, AutoresetMode.DISABLED])
+def test_a_same_step_reset_shows_the_end_and_the_new_beginning(mode: AutoresetMode):
+    vector = SyncVectorEnv([scripted_envs.Scripted], autoreset_mode=mode)
+    environments = Environments(vector, seed=1)
+    environments.reset()
+    step = [environments.step(np.zeros(1, np.int64)) for _ in range(3)][-1]
+    np.testing.assert_array_equal(step.next_observation, [[0, 3]])
+    np.testing.assert_array_equal(step.observation, [[1, 0]])
+    assert step.fresh[0]
+    assert step.valid[0]
+    np.testing.assert_array_equal(environments.observation, [[1, 0]])
+
+
+def test_an_environment_that_reuses_its_buffer_keeps_its_final_observations():
+    plain, reusing = make("Scripted-v0"), make("Scripted-v0", env_kwargs='{"buffer": true}')
+    plain.reset(), reusing.reset()
+    for one, other in zip(steps_of(plain, 12), steps_of(reusing, 12), strict=True):
+        assert_same(one, other)
+
+
+def test_steps_stay_as_they_were_given():
+    environments = make("CartPole-v1", envs=3)
+    environments.reset()
+    steps, copies = [], []
+    for _ in range(60):
+        steps.append(steps_of(environments, 1)[0])
+        copies.append(Step(*(getattr(steps[-1], name).copy() for name in Step.__slots__)))
+    for step, copied in zip(steps, copies, strict=True):
+        assert_same(step, copied)
+
+
+def test_constant_flags_cannot_be_written_to():
+    environments = make("Scripted-v0")
+    environments.reset()
+    step = environments.step(np.zeros(2, np.int64))
+    with pytest.raises(ValueError, match="read-only"):
+        step.valid[0] = False
+
+
+def test_clipping_is_for_training_alone():
+    for training, largest in ((True, 1.0), (False, 3.0)):
+        environments = make("Scripted-v0", clip_rewards=True, training=training)
+        environments.reset()
+        assert max(step.reward.max() for step in steps_of(environments, 5)) == largest
+
+
+def test_rewards_are_float32_and_within_the_clip_keep_their_size():
+    environments = make("Scripted-v0", clip_rewards=True)
+    environments.reset()
+    rewards = np.array([step.reward[0] for step in steps_of(environments, 5)])
+    assert rewards.dtype == np.float32
+    np.testing.assert_array_equal(rewards, [1, 1, 1, -1, 0.5])
+
+
+# --- Spaces ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "dtype", "image"),
+    [
+        ("Vector", (3,), np.float32, False),
+        ("Scalar", (1,), np.float32, False),
+        ("Matrix", (6,), np.float32, False),
+        ("Integers", (3,), np.float32, False),
+        ("Bytes", (4,), np.uint8, False),
+        ("Image", (8, 6, 3), np.uint8, True),
+        ("FloatImage", (3, 8, 6), np.float32, True),
+        ("BoolImage", (10, 10, 4), np.bool_, True),
+        ("GrayImage", (8, 6), np.uint8, True),
+        ("Discrete", (4,), np.float32, False),
+        ("MultiDiscrete", (5,), np.float32, False),
+        ("MultiBinary", (4,), np.float32, False),
+        ("Dict", (12 + 3 + 2 + 2,), np.float32, False),
+        ("Tuple", (6,), np.float32, False),
+    ],
+)
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_observations_are_those_of_the_space_flattened_unless_they_are_images(
+    name: str, shape: tuple[int, ...], dtype: Any, image: bool, vectorization: str
+):
+    environments = make(f"Observes{name}-v0", vectorization=vectorization)
+    assert (environments.observation_shape, environments.observation_dtype) == (shape, dtype)
+    assert environments.is_image is image
+    observation = environments.reset(seed=3)
+    step = environments.step(np.zeros(2, np.int64))
+    environments.close()
+    space = scripted_envs.OBSERVED[name]
+    space.seed(int(np.random.SeedSequence(3).generate_state(2)[1]) >> 1)  # of the second env
+    for seen in (observation, step.observation)[: 2 if vectorization == "async" else 1]:
+        expected = space.sample()
+        if not image and not isinstance(space, gym.spaces.Box):
+            expected = gym.spaces.flatten(space, expected)
+        assert seen.dtype == dtype
+        assert seen.shape == (2, *shape)
+        np.testing.assert_array_equal(seen[1], np.asarray(expected).reshape(shape).astype(dtype))
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_actions_count_from_zero_wherever_the_space_starts(vectorization: str):
+    environments = make("ActsFromFive-v0", envs=3, vectorization=vectorization)
+    environments.reset()
+    assert environments.actions == 3
+    np.testing.assert_array_equal(environments.step(np.array([0, 1, 2])).reward, [5, 6, 7])
+    environments.close()
+
+
+@pytest.mark.parametrize(
+    ("wrappers", "first_reward"),
+    [((), 1), (("doubled", "plus_ten"), 12), (("plus_ten", "doubled"), 22)],
+)
+def test_wrappers_are_applied_in_order(wrappers: tuple[str, ...], first_reward: float):
+    environments = make("Scripted-v0", wrapper=tuple(f"tests.unit.scripted_envs:{name}" for name in wrappers))
+    environments.reset()
+    assert environments.step(np.zeros(2, np.int64)).reward[0] == first_reward
+
+
+def test_wrappers_turn_a_native_vector_into_a_loop():
+    environments = make("CartPole-v1", wrapper=("tests.unit.scripted_envs:doubled",))
+    environments.reset()
+    assert "sync vector" in environments.description
+    assert environments.step(np.zeros(2, np.int64)).reward.tolist() == [2, 2]
+
+
+# --- Native vectors ----------------------------------------------------------------------------------------------
+
+
+def balance(observation: NDArray[np.float32]) -> NDArray[np.int64]:
+    return (observation[:, 2] + 0.5 * observation[:, 3] + 0.05 * observation[:, 1] > 0).astype(np.int64)
+
+
+@pytest.mark.parametrize("vectorization", ["native", "sync"])
+def test_cartpole_is_truncated_after_500_steps_with_return_500(vectorization: str):
+    environments = make("CartPole-v1", envs=4, vectorization=vectorization)
+    assert f"{vectorization} vector" in environments.description
+    observation = environments.reset()
+    for _ in range(500):
+        step = environments.step(balance(observation))
+        observation = step.observation
+    assert step.truncated.all()
+    assert not step.terminated.any()
+    assert [tuple(e) for e in environments.finished()] == [(500.0, 500, env) for env in range(4)]
+
+
+@pytest.mark.parametrize(
+    "env", ["CartPole-v1", "Acrobot-v1", "MinAtar/Breakout-v1", "MinAtar/SpaceInvaders-v1"]
+)
+def test_the_seed_decides_everything(env: str):
+    def played(seed: int) -> list[Step]:
+        environments = make(env, envs=3, seed=seed)
+        environments.reset()
+        return steps_of(environments, 60)
+
+    for one, other in zip(played(5), played(5), strict=True):
+        assert_same(one, other)
+    assert any((a.observation != b.observation).any() for a, b in zip(played(5), played(6), strict=True))
+    first = make(env, envs=3, seed=5).reset()
+    if env != "MinAtar/SpaceInvaders-v1":  # which always begins alike
+        assert (first != first[0]).any(), "all envs were given one seed"
+
+
+def test_a_later_reset_goes_on_with_the_streams_unless_seeded():
+    environments = make("CartPole-v1")
+    first, second = environments.reset().copy(), environments.reset().copy()
+    assert (first != second).any()
+    np.testing.assert_array_equal(environments.reset(seed=1), first)
+
+
+# --- Atari -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["native", "sync"])
+def breakout_lives(request: pytest.FixtureRequest) -> tuple[list[Step], list[Any]]:
+    environments = make("ALE/Breakout-v5", vectorization=request.param, episodic_life=True, clip_rewards=True)
+    assert "a lost life ends the episode" in environments.description
+    assert environments.observation_shape == (84, 84)
+    environments.reset()
+    steps = steps_of(environments, 450)
+    episodes = environments.finished()
+    environments.close()
+    return steps, episodes
+
+
+def test_an_atari_life_ends_an_episode_and_not_the_game(breakout_lives: tuple[list[Step], list[Any]]):
+    steps, episodes = breakout_lives
+    for env in range(2):
+        ends = [index for index, step in enumerate(steps) if step.terminated[env]]
+        games = [episode for episode in episodes if episode.env == env]
+        assert games
+        last = np.cumsum([game.length for game in games]) - 1  # the calls in which games ended
+        assert set(last) <= set(ends)
+        assert ends.index(last[0]) == 4, "Breakout has five lives"
+        for index in ends:
+            step = steps[index]
+            assert step.fresh[env]
+            same = np.array_equal(step.next_observation[env], step.observation[env])
+            assert same == (index not in last), "only a new game changes the picture"
+        returns = np.cumsum([step.reward[env] for step in steps])[last[0]]
+        assert games[0].episode_return >= returns > 0, "raw returns are no smaller than clipped ones"
+
+
+def test_atari_looks_the_same_natively_and_in_a_loop():
+    native = make("ALE/Breakout-v5", vectorization="native", episodic_life=True)
+    loop = make("ALE/Breakout-v5", vectorization="sync", episodic_life=True)
+    np.testing.assert_array_equal(native.reset(), loop.reset())
+    for one, other in zip(steps_of(native, 250), steps_of(loop, 250), strict=True):
+        assert_same(one, other)
+    assert native.finished() == loop.finished()
+    assert "native vector, SAME_STEP autoreset, frameskip 4, sticky actions 0.0" in native.description
+    native.close(), loop.close()
+
+
+def test_an_atari_game_in_evaluation_has_all_its_lives():
+    environments = make("ALE/Breakout-v5", envs=1, training=False, episodic_life=True)
+    environments.reset()
+    steps = steps_of(environments, 250)
+    episodes = environments.finished()
+    ends = [index for index, step in enumerate(steps) if step.terminated[0]]
+    assert [episode.length for episode in episodes] == np.diff([-1, *ends]).tolist()
+    assert "life" not in environments.description
+    assert environments.state() is None, "an emulator's state is no plain data"
+    environments.close()
+
+
+def test_an_atari_time_limit_truncates():
+    kwargs = '{"max_num_frames_per_episode": 100, "repeat_action_probability": 0.25}'
+    environments = make("ALE/Pong-v5", envs=1, env_kwargs=kwargs)
+    environments.reset()
+    steps = steps_of(environments, 25)
+    assert "sticky actions 0.25" in environments.description
+    assert [bool(step.truncated[0]) for step in steps] == [False] * 24 + [True]
+    assert (steps[-1].next_observation != steps[-1].observation).any()
+    assert environments.finished()[0].length == 25
+    environments.close()
+
+
+# --- Exact resume ------------------------------------------------------------------------------------------------
+
+PLAIN = [
+    *[("CartPole-v1", how) for how in ("native", "sync", "async")],
+    ("Acrobot-v1", "auto"),
+    ("MountainCar-v0", "auto"),
+    ("FrozenLake-v1", "auto"),
+    *[
+        (f"MinAtar/{game}-v1", "auto")
+        for game in ("Asterix", "Breakout", "Freeway", "Seaquest", "SpaceInvaders")
+    ],
+    ("Scripted-v0", "auto"),
+]
+
+
+def through_a_file(state: Any, path: Path) -> Any:
+    """The state as a checkpoint keeps it: a JSON text and arrays that need no pickle."""
+    arrays: list[np.ndarray] = []
+
+    def split(node: Any) -> Any:
+        if isinstance(node, np.ndarray):
+            arrays.append(node)
+            return {"array": len(arrays) - 1}
+        if isinstance(node, dict):
+            return {key: split(value) for key, value in node.items()}
+        return [split(value) for value in node] if isinstance(node, list) else node
+
+    def join(node: Any) -> Any:
+        if isinstance(node, dict) and set(node) == {"array"}:
+            return loaded[str(node["array"])]
+        if isinstance(node, dict):
+            return {key: join(value) for key, value in node.items()}
+        return [join(value) for value in node] if isinstance(node, list) else node
+
+    text = json.dumps(split(state))
+    np.savez(path, **{str(index): array for index, array in enumerate(arrays)})
+    loaded = np.load(path, allow_pickle=False)
+    return join(json.loads(text))
+
+
+@pytest.mark.parametrize(("env", "vectorization"), PLAIN)
+def test_a_saved_state_goes_on_bitwise_in_other_environments(env: str, vectorization: str, tmp_path: Path):
+    played = make(env, seed=1, vectorization=vectorization)
+    played.reset()
+    steps_of(played, 137)
+    saved = played.state()
+    assert saved is not None
+    saved = through_a_file(saved, tmp_path / "arrays.npz")
+    other = make(env, seed=2, vectorization=vectorization)
+    other.load_state(saved)
+    np.testing.assert_array_equal(other.observation, played.observation)
+    for one, two in zip(steps_of(played, 500), steps_of(other, 500), strict=True):
+        assert_same(one, two)
+    assert played.finished() == other.finished()
+    played.close(), other.close()
+
+
+def test_saving_changes_nothing():
+    watched, plain = make("MinAtar/Asterix-v1"), make("MinAtar/Asterix-v1")
+    watched.reset(), plain.reset()
+    for _ in range(4):
+        assert watched.state() is not None
+        for one, other in zip(steps_of(watched, 20), steps_of(plain, 20), strict=True):
+            assert_same(one, other)
+
+
+def test_a_saved_state_is_no_window_on_the_living_one():
+    environments = make("MinAtar/Asterix-v1")
+    environments.reset()
+    steps_of(environments, 20)
+    saved = environments.state()
+    before = json.dumps(saved, default=lambda array: array.tolist())
+    steps_of(environments, 20)
+    assert json.dumps(saved, default=lambda array: array.tolist()) == before
+
+
+def test_state_that_no_attribute_shows_is_found_out_by_the_rehearsal():
+    environments = make("Forgetful-v0")
+    environments.reset()
+    assert environments.state() is None
+
+
+@pytest.mark.parametrize(
+    "hidden", [iter([1]), object(), {"a": {1, 2}}, np.array([None]), lambda: [open], print]
+)
+def test_only_plain_data_and_functions_may_hang_on_an_environment(hidden: Any):
+    from hvdqn.envs import snapshot
+
+    env = scripted_envs.Scripted()
+    env.hidden = hidden  # type: ignore[attr-defined]
+    assert (snapshot.save(env) is not None) == callable(hidden)
+
+
+def test_a_state_of_other_environments_is_refused():
+    saved = {}
+    for env in ("Acrobot-v1", "MountainCar-v0"):
+        environments = make(env)
+        environments.reset()
+        saved[env] = environments.state()
+    with pytest.raises(ValueError, match=r"observations \(2, 6\), not \(2, 2\)"):
+        make("MountainCar-v0").load_state(saved["Acrobot-v1"])
+    with pytest.raises(ValueError, match=r"observations \(2, 2\), not \(3, 2\)"):
+        make("MountainCar-v0", envs=3).load_state(saved["MountainCar-v0"])
+    with pytest.raises(ValueError, match="does not fit"):
+        make("Scripted-v0").load_state(saved["MountainCar-v0"])
+
+
+# --- Worker processes --------------------------------------------------------------------------------------------
+
+
+def test_an_async_vector_plays_as_a_sync_one_does():
+    sync, side = (
+        make("MinAtar/Breakout-v1", vectorization="sync"),
+        make("MinAtar/Breakout-v1", vectorization="async"),
+    )
+    np.testing.assert_array_equal(sync.reset(), side.reset())
+    for one, other in zip(steps_of(sync, 60), steps_of(side, 60), strict=True):
+        assert_same(one, other)
+    assert sync.finished() == side.finished()
+    side.close()
+
+
+def test_workers_leave_signals_to_their_rank():
+    environments = make("Scripted-v0", vectorization="async")
+    environments.reset()
+    vector = environments._vector
+    assert isinstance(vector, AsyncVectorEnv)
+    for process in vector.processes:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+            os.kill(process.pid, number)
+    assert steps_of(environments, 3)[-1].terminated.all()
+    environments.close()
+    assert not any(process.is_alive() for process in vector.processes)
+
+
+@pytest.mark.parametrize("end", ["raise ValueError('a crash')", "os.kill(os.getpid(), signal.SIGKILL)"])
+def test_no_worker_outlives_its_rank(end: str):
+    program = f"""
+import os, signal
+from tests.unit import test_envs
+environments = test_envs.make("Scripted-v0", envs=3, vectorization="async")
+environments.reset()
+print(*[process.pid for process in environments._vector.processes], flush=True)
+{end}
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).parents[2],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        timeout=30,
+    )
+    assert ended.returncode != 0
+    workers = [int(pid) for pid in ended.stdout.split()]
+    assert len(workers) == 3
+    deadline = time.monotonic() + 10
+    while any(map(psutil.pid_exists, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(psutil.pid_exists, workers))
+
+
+# --- Wrong input -------------------------------------------------------------------------------------------------
+
+WRONG = {
+    "unknown id": ({"env": "CartPol-v1"}, r"unknown environment 'CartPol-v1'; did you mean .*'CartPole-v1'"),
+    "unknown case": ({"env": "cartpole-v1"}, r"did you mean .*'CartPole-v1'"),
+    "unknown game": ({"env": "ALE/Breakuot-v5"}, r"did you mean 'ALE/Breakout-v5'"),
+    "game without its namespace": ({"env": "Breakout-v5"}, r"did you mean .*'ALE/Breakout-v5'"),
+    "nothing near": ({"env": "zzzzzzzzzz"}, r"unknown environment 'zzzzzzzzzz'; give a registered"),
+    "unknown module": ({"env": "no_such_module:X-v0"}, r"cannot import 'no_such_module'.*PYTHONPATH"),
+    "continuous": ({"env": "Pendulum-v1"}, r"action space Box\(.*needs Discrete"),
+    "continuous, scripted": (
+        {"env": "tests.unit.scripted_envs:ActsContinuously-v0"},
+        r"action space Box.*Discrete",
+    ),
+    "continuous Atari": ({"env": "ALE/Pong-v5", "env_kwargs": '{"continuous": true}'}, r"needs Discrete"),
+    "text": (
+        {"env": "tests.unit.scripted_envs:ObservesText-v0"},
+        r"observes a Text space at \['said'\]; hvdqn reads Box",
+    ),
+    "text, async": (
+        {"env": "tests.unit.scripted_envs:ObservesText-v0", "vectorization": "async"},
+        r"observes a Text space at \['said'\]",
+    ),
+    "sequence": (
+        {"env": "tests.unit.scripted_envs:ObservesSequence-v0"},
+        r"observes a Sequence space; hvdqn reads",
+    ),
+    "graph": ({"env": "tests.unit.scripted_envs:ObservesGraph-v0"}, r"observes a Graph space"),
+    "no JSON": ({"env_kwargs": "{a: 1}"}, r"--env-kwargs '\{a: 1\}' is not JSON .*\"name\": value"),
+    "no object": ({"env_kwargs": "[1]"}, r"--env-kwargs '\[1\]' is no JSON object"),
+    "unknown argument": ({"env_kwargs": '{"gravty": 1}'}, r"does not suit 'CartPole-v1': .*gravty"),
+    "unknown argument, sync": (
+        {"env": "Acrobot-v1", "env_kwargs": '{"gravty": 1}'},
+        r"does not suit 'Acrobot-v1': .*gravty",
+    ),
+    "unknown argument, Atari": (
+        {"env": "ALE/Pong-v5", "env_kwargs": '{"obs_type": "ram"}'},
+        r"does not suit 'ALE/Pong-v5': .*obs_type",
+    ),
+    "wrong value": ({"env": "FrozenLake-v1", "env_kwargs": '{"map_name": "9x9"}'}, r"does not suit"),
+    "own setting": ({"env": "ALE/Pong-v5", "env_kwargs": '{"stack_num": 4}'}, r"'stack_num'.*--frame-stack"),
+    "wrapper form": ({"wrapper": ("doubled",)}, r"--wrapper 'doubled' is not of the form module:attribute"),
+    "wrapper module": ({"wrapper": ("no_such:f",)}, r"--wrapper 'no_such:f': cannot import 'no_such'"),
+    "wrapper name": (
+        {"wrapper": ("tests.unit.scripted_envs:dobled",)},
+        r"module 'tests.unit.scripted_envs' has no 'dobled'",
+    ),
+    "wrapper arguments": (
+        {"wrapper": ("gymnasium.wrappers:TimeLimit",)},
+        r"cannot be called with an environment alone \(.*max_episode_steps.*\)",
+    ),
+    "no wrapper": (
+        {"wrapper": ("tests.unit.scripted_envs:nothing",)},
+        r"returned a NoneType; it must return",
+    ),
+    "native and wrapper": (
+        {"wrapper": ("tests.unit.scripted_envs:doubled",), "vectorization": "native"},
+        r"--wrapper wraps single environments; .*sync",
+    ),
+    "not native": ({"env": "Acrobot-v1", "vectorization": "native"}, r"has no native vector; use .*sync"),
+    "lives": ({"episodic_life": True}, r"--episodic-life needs an Atari environment"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_is_one_line_that_names_the_remedy(case: str):
+    settings, message = WRONG[case]
+    with pytest.raises(UserError, match=message) as raised:
+        make_environments(EnvironmentConfig(**settings), 2, 1, True)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("module", "env", "extra"),
+    [("ale_py", "ALE/Pong-v5", "atari"), ("minatar.gym", "MinAtar/Breakout-v1", "minatar")],
+)
+def test_a_missing_extra_is_named(module: str, env: str, extra: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    for known in list(gym.registry):
+        if known.startswith(env.split("/")[0]):
+            monkeypatch.delitem(gym.registry, known)
+    with pytest.raises(UserError, match=re.escape(f"pip install 'hvdqn[{extra}]'")):
+        make_environments(EnvironmentConfig(env=env), 2, 1, True)
+
+
+def test_a_missing_dependency_is_named(monkeypatch: pytest.MonkeyPatch):
+    def engine(**_: Any) -> None:
+        raise gym.error.DependencyNotInstalled(
+            "Box2D is not installed,\n you can install it by `pip install swig`"
+        )
+
+    monkeypatch.setitem(
+        gym.registry, "Engine-v0", gym.envs.registration.EnvSpec("Engine-v0", entry_point=engine)
+    )
+    with pytest.raises(UserError, match=r"'Engine-v0' lacks a dependency: Box2D is not installed, you can"):
+        make_environments(EnvironmentConfig(env="Engine-v0"), 2, 1, True)
+
+
+def test_a_bug_in_the_environment_keeps_its_traceback():
+    with pytest.raises(ValueError, match="a bug in the environment") as raised:
+        make("Broken-v0")
+    assert not isinstance(raised.value, UserError)
+
+
+def test_old_atari_ids_are_found_too():
+    assert making.find_spec("PongNoFrameskip-v4").kwargs["frameskip"] == 1
