@@ -339,7 +339,7 @@ main() {
 
     slot=${XDG_CACHE_HOME:-$HOME/.cache}/hvdqn/wheels/$key
     log=$slot/build.log
-    mkdir -p -- "$slot" || die 2 "cannot write $slot; set XDG_CACHE_HOME to a folder that can be written"
+    mkdir -p -- "$slot" 2>/dev/null || die 2 "cannot write $slot; set XDG_CACHE_HOME to a folder that can be written"
     exec {lock}>"$slot/.lock"
     if ! flock --nonblock "$lock"; then
         say "another process is at the same build; waiting for it"

@@ -110,13 +110,14 @@ check_mpi() {
     [[ ${HVDQN_SYSTEM_MPI:-} == 1 ]] || return 0
     local program
     for program in mpicxx mpirun; do
-        command -v "$program" >/dev/null ||
+        # Not the environment's own, which may come first in PATH and is about to go.
+        type -aP "$program" | grep -qv "^$venv/" ||
             die 2 "HVDQN_SYSTEM_MPI=1 but no $program in PATH; load your site's MPI module, or unset it to get Open MPI as a wheel"
     done
 }
 
 check_environment() {
-    mkdir -p -- "$venv" || die 2 "cannot write $venv; set HVDQN_VENV to a folder that can be written"
+    mkdir -p -- "$venv" 2>/dev/null || die 2 "cannot write $venv; set HVDQN_VENV to a folder that can be written"
     venv=$(cd -- "$venv" && pwd -P)
     if [[ -x $venv/bin/python ]]; then
         # The scripts in bin name the folder they were installed in: a copied one would run the original's torch.
@@ -182,8 +183,8 @@ main() {
     torch=${HVDQN_TORCH:-$default_torch}
     venv=${HVDQN_VENV:-$repo/.venv}
     choose_python
-    check_mpi
     check_environment
+    check_mpi
     log=$venv/hvdqn-setup.log
     trap stop_ticker EXIT
 

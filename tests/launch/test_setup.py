@@ -1,0 +1,169 @@
+"""The set-up scripts, as a user meets them: wrong input, a machine without a compiler, a second run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+VENV = Path(sys.prefix)
+pytestmark = pytest.mark.launch
+
+
+def run(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run one of the scripts with settings of the caller's shell taken away, and those given added."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HVDQN_", "HOROVOD_"))}
+    kept["PATH"] = f"{VENV / 'bin'}{os.pathsep}{kept['PATH']}"
+    return subprocess.run(
+        [REPO / "launch" / script, *arguments],
+        env=kept | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def one_line(text: str) -> str:
+    assert text.count("\n") == 1, f"expected one line, got:\n{text}"
+    return text
+
+
+def path_without(folder: Path, *prefixes: str) -> str:
+    """PATH with every program of this machine except those whose names begin so, linked into `folder`."""
+    folder.mkdir()
+    for place in [VENV / "bin", *map(Path, os.environ["PATH"].split(os.pathsep))]:
+        for program in place.iterdir() if place.is_dir() else ():
+            link = folder / program.name
+            if not program.name.startswith(prefixes) and not link.is_symlink():
+                link.symlink_to(program)
+    return str(folder)
+
+
+@pytest.fixture
+def bare_venv(tmp_path: Path) -> Path:
+    """An environment that sees this one's torch but was never set up."""
+    folder = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True, timeout=60)
+    here = next(Path(path) for path in sys.path if path.endswith("site-packages"))
+    inside = folder / here.relative_to(VENV)
+    (inside / "outer.pth").write_text(f"{here}\n")
+    return folder
+
+
+def test_without_a_compiler_horovod_says_so_and_exits_3(bare_venv: Path, tmp_path: Path) -> None:
+    result = run(
+        "install_horovod.sh",
+        PATH=path_without(tmp_path / "programs", "c++", "g++", "clang"),
+        CXX="",
+        HVDQN_VENV=str(bare_venv),
+        XDG_CACHE_HOME=str(tmp_path),
+    )
+    assert result.returncode == 3, result.stdout + result.stderr
+    message = one_line(result.stderr)
+    assert "no C++ compiler found" in message
+    assert "torchrun" in message
+    assert not (bare_venv / ".hvdqn-horovod").exists()
+
+
+def test_a_compiler_that_is_too_old_is_told_from_none(bare_venv: Path, tmp_path: Path) -> None:
+    old = tmp_path / "old-c++"
+    old.write_text("#!/bin/sh\necho \"error: unrecognized option '-std=c++20'\" >&2\nexit 1\n")
+    old.chmod(0o755)
+    result = run("install_horovod.sh", CXX=str(old), HVDQN_VENV=str(bare_venv), XDG_CACHE_HOME=str(tmp_path))
+    assert result.returncode == 3, result.stdout + result.stderr
+    assert f"{old} cannot compile C++20" in one_line(result.stderr)
+
+
+def test_a_gpu_build_needs_a_torch_with_cuda(bare_venv: Path, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    if torch.version.cuda is not None:
+        pytest.skip("torch has CUDA here: whether --gpu is possible depends on the toolkit")
+    result = run("install_horovod.sh", "--gpu", HVDQN_VENV=str(bare_venv), XDG_CACHE_HOME=str(tmp_path))
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert "has no CUDA" in one_line(result.stderr)
+
+
+@pytest.fixture
+def python_3_8(tmp_path: Path) -> Path:
+    """This Python, claiming to be 3.8."""
+    program = tmp_path / "python3.8"
+    program.write_text(
+        f"#!{sys.executable}\n"
+        "import sys\n"
+        "sys.version_info = (3, 8, 18, 'final', 0)\n"
+        "assert sys.argv[1] == '-c'\n"
+        "exec(sys.argv[2])\n"
+    )
+    program.chmod(0o755)
+    return program
+
+
+def test_an_old_python_is_refused(python_3_8: Path, tmp_path: Path) -> None:
+    venv = tmp_path / "venv"
+    result = run("setup.sh", HVDQN_PYTHON=str(python_3_8), HVDQN_VENV=str(venv))
+    assert result.returncode == 2
+    message = one_line(result.stderr)
+    assert "3.8.18" in message
+    assert ">= 3.10" in message
+    assert not venv.exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "environment", "expected"),
+    [
+        ("setup.sh", ["--tests"], {}, "unknown argument '--tests'; known: --test"),
+        ("setup.sh", [], {"HVDQN_PYTHON": "/nowhere/python3"}, "/nowhere/python3 is not a Python that runs"),
+        ("setup.sh", [], {"HVDQN_VENV": "/proc/none"}, "cannot write /proc/none"),
+        ("install_horovod.sh", ["--rocm"], {}, "unknown argument '--rocm'; known: --gpu --cpu"),
+        ("install_horovod.sh", [], {"HVDQN_HOROVOD": "tpu"}, "HVDQN_HOROVOD='tpu' is unknown"),
+        ("install_horovod.sh", [], {"HVDQN_VENV": "/nowhere"}, "no Python at /nowhere/bin/python"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_2(
+    script: str, arguments: list[str], environment: dict[str, str], expected: str
+) -> None:
+    result = run(script, *arguments, **environment)
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert expected in one_line(result.stderr)
+
+
+def test_the_mpi_of_the_system_must_be_there(tmp_path: Path) -> None:
+    result = run(
+        "setup.sh",
+        PATH=path_without(tmp_path / "programs", "mpi"),
+        HVDQN_VENV=str(tmp_path / "venv"),
+        HVDQN_SYSTEM_MPI="1",
+    )
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert "no mpicxx in PATH" in one_line(result.stderr)
+
+
+def test_a_moved_environment_is_refused(tmp_path: Path) -> None:
+    """Its scripts would run the Python of the place that it was made in."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True, timeout=60)
+    (tmp_path / "venv" / ".hvdqn-path").write_text("/elsewhere/.venv\n")
+    result = run("setup.sh", HVDQN_VENV=str(tmp_path / "venv"))
+    assert result.returncode == 2
+    assert "was made as /elsewhere/.venv and cannot be moved" in one_line(result.stderr)
+
+
+def test_a_second_set_up_takes_seconds_and_changes_nothing() -> None:
+    if not (VENV / ".hvdqn-all,test").is_file():
+        pytest.skip(f"{VENV} was not made by launch/setup.sh --test: run launch/test.sh")
+
+    def contents() -> list[str]:
+        return sorted(str(path) for path in VENV.glob("lib/python*/site-packages/*"))
+
+    before = contents()
+    began = time.monotonic()
+    result = run("setup.sh", "--test", HVDQN_VENV=str(VENV))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "is up to date" in result.stdout
+    assert time.monotonic() - began < 10
+    assert contents() == before
