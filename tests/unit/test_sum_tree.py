@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hvdqn.replay.sum_tree import SumTree
+
+
+def updates(rows: int, masses: st.SearchStrategy[float]) -> st.SearchStrategy[list[list[tuple[int, float]]]]:
+    """Batches of (row, mass), rows named twice included."""
+    return st.lists(
+        st.lists(st.tuples(st.integers(0, rows - 1), masses), min_size=1, max_size=20), max_size=6
+    )
+
+
+def build(rows: int, batches: list[list[tuple[int, float]]]) -> tuple[SumTree, np.ndarray]:
+    tree, naive = SumTree(rows), np.zeros(rows)
+    for batch in batches:
+        tree.set(np.array([row for row, _ in batch]), np.array([mass for _, mass in batch], np.float64))
+        for row, mass in batch:
+            naive[row] = mass
+    return tree, naive
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), rows=st.sampled_from([1, 2, 15, 16, 17, 255, 256, 257, 4097]))
+def test_whole_masses_are_found_exactly_as_in_a_naive_array(data: st.DataObject, rows: int) -> None:
+    tree, naive = build(rows, data.draw(updates(rows, st.integers(0, 50).map(float))))
+    np.testing.assert_array_equal(tree.mass, naive)
+    assert tree.total == naive.sum()
+    targets = np.arange(0.0, naive.sum(), 0.5)  # sums of whole numbers are exact, so every border is met
+    np.testing.assert_array_equal(tree.find(targets), np.searchsorted(naive.cumsum(), targets, side="right"))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    data=st.data(),
+    rows=st.sampled_from([3, 40, 300]),
+    fractions=st.lists(st.floats(0.0, 1.0), min_size=1, max_size=20),
+)
+def test_masses_of_any_size_never_lead_to_a_row_without(
+    data: st.DataObject, rows: int, fractions: list[float]
+) -> None:
+    sizes = st.one_of(st.just(0.0), st.floats(1e-12, 1e12))
+    tree, naive = build(rows, data.draw(updates(rows, sizes)))
+    np.testing.assert_allclose(tree.total, naive.sum(), rtol=1e-12)
+    if tree.total == 0.0:
+        return
+    targets = np.minimum(np.array(fractions) * tree.total, np.nextafter(tree.total, 0.0))
+    found = tree.find(targets)
+    assert (naive[found] > 0.0).all()
+    slack = 1e-12 * tree.total
+    assert (naive.cumsum()[found] >= targets - slack).all()
+    assert (naive.cumsum()[found] - naive[found] <= targets + slack).all()
+
+
+def test_sums_do_not_drift_and_do_not_depend_on_the_order() -> None:
+    rng = np.random.default_rng(0)
+    tree = SumTree(1000)
+    for _ in range(2000):
+        tree.set(rng.integers(0, 1000, 64), rng.random(64) * 10.0 ** rng.integers(-9, 9))
+    fresh, filled = SumTree(1000), SumTree(1000)
+    fresh.set(np.arange(1000)[::-1], tree.mass[::-1])
+    filled.fill(tree.mass)
+    for level, same, also in zip(tree._levels, fresh._levels, filled._levels, strict=True):
+        np.testing.assert_array_equal(level, same)
+        np.testing.assert_array_equal(level, also)
+
+
+def test_draws_follow_the_masses() -> None:
+    rng = np.random.default_rng(0)
+    mass = rng.random(300) ** 4
+    mass[::3] = 0.0
+    tree = SumTree(300)
+    tree.fill(mass)
+    draws = 200_000
+    counts = np.bincount(tree.find(rng.random(draws) * tree.total), minlength=300)
+    expected = draws * mass / mass.sum()
+    assert (counts[::3] == 0).all()
+    positive = mass > 0
+    chi_square = ((counts - expected)[positive] ** 2 / expected[positive]).sum()
+    freedom = positive.sum() - 1
+    assert abs(chi_square - freedom) < 4 * np.sqrt(2 * freedom)
+
+
+def test_of_a_row_named_twice_the_last_counts() -> None:
+    tree = SumTree(20)
+    tree.set(np.array([3, 3, 3]), np.array([1.0, 7.0, 2.0]))
+    assert tree.mass[3] == tree.total == 2.0
+
+
+@pytest.mark.parametrize("rows", [1, 16, 1_000_000])
+def test_a_full_tree_ends_at_its_last_row(rows: int) -> None:
+    tree = SumTree(rows)
+    tree.fill(np.full(rows, 0.1))
+    assert tree.find(np.array([0.0, np.nextafter(tree.total, 0.0)])).tolist() == [0, rows - 1]
