@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -64,7 +67,12 @@ def epsilon_greedy(
 class Actor:
     """Steps this rank's environments with the online network.
 
-    `actions` and the `Step` that they led to are what replay takes.
+    Args:
+        envs: this rank's environments, not reset yet.
+        network: the online network.
+        frame_stack: frames that make one observation.
+        rng: of exploration.
+        device: where the network lives.
     """
 
     def __init__(
@@ -75,9 +83,14 @@ class Actor:
         rng: np.random.Generator,
         device: torch.device,
     ) -> None:
-        self.envs, self.network, self.rng, self.device = envs, network, rng, device
-        self.first_observation = envs.reset()
-        self.frames = FrameStack(self.first_observation, frame_stack)
+        self.envs, self.network, self.frame_stack = envs, network, frame_stack
+        self.rng, self.device = rng, device
+
+    def start(self) -> NDArray[np.generic]:
+        """Begin an episode in every environment; return the first observations."""
+        first = self.envs.reset()
+        self.frames = FrameStack(first, self.frame_stack)
+        return first
 
     def choose(self, epsilon: float) -> NDArray[np.int64]:
         """Actions of all environments, `[envs]`."""
@@ -89,3 +102,21 @@ class Actor:
         step = self.envs.step(actions)
         self.frames.push(step.observation, step.fresh)
         return step
+
+    def state(self) -> dict[str, Any]:
+        """Plain data to go on from; `environments` is None where theirs cannot be had."""
+        return {
+            "rng": self.rng.bit_generator.state,
+            "frames": self.frames.frames,
+            "environments": self.envs.state(),
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> bool:
+        """Go on where `state` was taken; False where environments have to `start` anew."""
+        self.rng.bit_generator.state = state["rng"]
+        if state["environments"] is None:
+            return False
+        self.envs.load_state(state["environments"])
+        self.frames = FrameStack(state["frames"][:, 0], self.frame_stack)
+        self.frames.frames[:] = state["frames"]
+        return True

@@ -248,9 +248,11 @@ def write_part(path: Path, content: Any) -> dict[str, Any]:
         offset += array.nbytes
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
+    blocks: list[bytes | memoryview] = [struct.pack("<Q", len(encoded)), encoded]
+    blocks += [_bytes_of(array) for array in arrays.values()]
     digest = hashlib.sha256()
     with path.open("wb", buffering=0) as file:
-        for block in (struct.pack("<Q", len(encoded)), encoded, *(_bytes_of(a) for a in arrays.values())):
+        for block in blocks:
             digest.update(block)
             _write_all(file, block)
         os.fsync(file.fileno())
@@ -306,7 +308,7 @@ def _attach_arrays(data: Any, file: Any) -> Any:
 
 
 def _bytes_of(array: NDArray[Any]) -> memoryview:
-    return memoryview(array.reshape(-1).view(np.uint8)) if array.size else memoryview(b"")
+    return array.reshape(-1).view(np.uint8).data if array.size else memoryview(b"")
 
 
 def _write_all(file: Any, block: bytes | memoryview) -> None:

@@ -62,14 +62,21 @@ class Clock:
             "global_batch": self.global_batch,
         }
 
-    def resume(self, state: Mapping[str, int]) -> None:
+    def resume(self, state: Mapping[str, int], refill: bool = False) -> None:
         """Go on from a checkpoint.
 
         Under another global batch, updates are owed from here on only: a smaller batch must not
         be made to catch up on updates that the larger one never owed.
+
+        Args:
+            state: what `state` gave.
+            refill: replay was not kept: it fills for `learning_starts` env steps before the next update.
         """
         self.env_steps, self.updates = state["env_steps"], state["updates"]
-        if state["global_batch"] == self.global_batch:
+        if refill:
+            self.origin_env_steps = self.env_steps + self.learning_starts
+            self.origin_updates = self.updates
+        elif state["global_batch"] == self.global_batch:
             self.origin_env_steps, self.origin_updates = state["origin_env_steps"], state["origin_updates"]
         else:
             self.origin_env_steps, self.origin_updates = self.env_steps, self.updates

@@ -14,13 +14,14 @@ import io
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import tyro
 import yaml
+from tyro import MISSING_NONPROP
 
 from hvdqn.presets import PRESETS
 
@@ -112,7 +113,7 @@ class LearningConfig:
     lr_reference_batch: int = 0
     """Global batch at which `lr` was tuned; 0: batch_per_rank, that is, one rank."""
     lr_warmup: float = 0.02
-    """Share of all updates over which a scaled learning rate rises from `lr`."""
+    """Share of the run over which a scaled learning rate rises from `lr`."""
     max_grad_norm: float = 10.0
     """Norm to which the averaged gradient is clipped; 0: no clipping."""
     target_every: int = 1_000
@@ -139,6 +140,8 @@ class ParallelConfig:
     """Where the networks live; `auto`: CUDA where there is one."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: autocast of the forward passes; parameters and gradients stay fp32."""
+    stall_timeout: float = 600.0
+    """Seconds without progress after which the job is ended and the missing rank named; 0: never."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +165,9 @@ class RunConfig:
     checkpoint_every: int = 10_000
     """Between checkpoints; there is always one at the end."""
     checkpoint_keep: int = 3
-    """Newest checkpoints kept."""
+    """Newest checkpoints kept; the weights of the best evaluation are kept besides."""
+    checkpoint_replay: Literal["auto", "yes", "no"] = "auto"
+    """Keep replay in checkpoints, for an exact resume; `auto`: if twice its size is free on the disk."""
     log_every: int = 1_000
     """Between lines of metrics.jsonl."""
 
@@ -267,16 +272,16 @@ def parse_flags(kind: type[T], argv: Sequence[str], prog: str, default: T | None
         SystemExit: 0 after `--help`.
     """
     out, err = io.StringIO(), io.StringIO()
-    given = {} if default is None else {"default": default}
+    parsed: T
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             parsed, unknown = tyro.cli(
                 kind,
                 prog=prog,
                 args=list(argv),
+                default=MISSING_NONPROP if default is None else default,
                 return_unknown_args=True,
                 config=(tyro.conf.OmitArgPrefixes,),
-                **given,
             )
     except SystemExit as stop:
         if stop.code == 0:
@@ -291,11 +296,11 @@ def parse_flags(kind: type[T], argv: Sequence[str], prog: str, default: T | None
     return parsed
 
 
-def _flags_of(kind: type) -> list[str]:
+def _flags_of(kind: Any) -> list[str]:
     flags: list[str] = []
     for f in dataclasses.fields(kind):
-        nested = f.default_factory if isinstance(f.default_factory, type) else None
-        if nested is not None and dataclasses.is_dataclass(nested):
+        nested: Any = f.default_factory
+        if dataclasses.is_dataclass(nested):
             flags += _flags_of(nested)
         else:
             flags.append("--" + f.name.replace("_", "-"))
@@ -387,7 +392,7 @@ _AT_LEAST_ONE = (
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "exploration_env_steps", "learning_starts", "lr_reference_batch", "max_grad_norm", "target_every",
-    "threads_per_rank", "seed", "eval_every", "checkpoint_every", "log_every",
+    "threads_per_rank", "seed", "stall_timeout", "eval_every", "checkpoint_every", "log_every",
 )  # fmt: skip
 _ABOVE_ZERO = ("replay_ratio", "lr", "optimizer_eps")
 _SHARES = ("epsilon_start", "epsilon_end", "eval_epsilon", "lr_warmup")
@@ -404,13 +409,14 @@ def check(config: Config) -> None:
     for name, value in settings.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{flag[name]} is {value}; it must be a finite number")
-    for names, holds, rule in (
+    rules: tuple[tuple[Sequence[str], Callable[[float], bool], str], ...] = (
         (_AT_LEAST_ONE, lambda v: v >= 1, "at least 1"),
         (_NOT_NEGATIVE, lambda v: v >= 0, "0 or more"),
         (_ABOVE_ZERO, lambda v: v > 0, "above 0"),
         (_SHARES, lambda v: 0 <= v <= 1, "within [0, 1]"),
         (("gamma", "target_tau"), lambda v: 0 < v <= 1, "within (0, 1]"),
-    ):
+    )
+    for names, holds, rule in rules:
         for name in names:
             if not holds(settings[name]):
                 raise UserError(f"{flag[name]} is {settings[name]}; it must be {rule}")

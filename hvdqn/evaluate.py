@@ -17,7 +17,9 @@ from hvdqn.checkpoint import LEARNER, BrokenCheckpointError, Checkpoint, open_ch
 from hvdqn.comm import Comm, connect
 from hvdqn.config import Config, EnvironmentConfig, UserError, parse_flags
 from hvdqn.envs import Environments, make_environments
-from hvdqn.networks import QNetwork, make_network
+from hvdqn.metrics import PhaseTimer
+from hvdqn.networks import QNetwork
+from hvdqn.parts import network_for
 from hvdqn.seeds import rank_seeds
 
 # Environments without a time limit must not hold an evaluation for ever: Atari's 108,000 frames.
@@ -64,63 +66,52 @@ class Evaluator:
         epsilon: float,
         seed: int,
         device: torch.device,
+        timer: PhaseTimer,
         threads: int = 0,
     ) -> None:
         self.config, self.comm, self.epsilon, self.seed = config, comm, epsilon, seed
-        self.device, self.threads = device, threads
+        self.device, self.timer, self.threads = device, timer, threads
         self.share = episodes // comm.size + (comm.rank < episodes % comm.size)
         self.envs = min(self.share, MOST_ENVS_PER_RANK)
 
     def run(self, network: QNetwork) -> Evaluation:
         """Play; a collective call."""
         mine = self._play(network) if self.share else []
-        return Evaluation(tuple(value for share in self.comm.all_gather_object(mine) for value in share))
+        self.timer.start("comm")  # ranks whose episodes were short wait here
+        shares = self.comm.all_gather_object(mine)
+        self.timer.start("other")
+        return Evaluation(tuple(value for share in shares for value in share))
 
     def _play(self, network: QNetwork) -> list[float]:
         """Each environment plays a fixed number of episodes, so that short episodes are not favoured."""
         envs = make_environments(self.config, self.envs, self.seed, training=False, threads=self.threads)
         try:
-            return play(
-                network, envs, self._quota(), self.config.frame_stack, self.epsilon, self.seed, self.device
-            )
+            return self._play_quota(network, envs)
         finally:
             envs.close()
 
-    def _quota(self) -> np.ndarray:
-        quota = np.full(self.envs, self.share // self.envs)
-        quota[: self.share % self.envs] += 1
-        return quota
-
-
-def play(
-    network: QNetwork,
-    envs: Environments,
-    quota: np.ndarray,
-    frame_stack: int,
-    epsilon: float,
-    seed: int,
-    device: torch.device,
-) -> list[float]:
-    """Returns of `quota[i]` whole episodes of each environment i."""
-    rng = np.random.default_rng(seed)
-    frames = FrameStack(envs.reset(), frame_stack)
-    running, length = np.zeros(envs.envs), np.zeros(envs.envs, dtype=np.int64)
-    left, returns = quota.copy(), []
-    while (left > 0).any():
-        actions = greedy_actions(network, frames.observation, device)
-        step = envs.step(epsilon_greedy(actions, epsilon, envs.actions, rng))
-        frames.push(step.observation, step.fresh)
-        running += step.reward
-        length += step.valid
-        ended = step.terminated | step.truncated
-        endless = ~ended & (length >= LONGEST_EPISODE_ENV_STEPS)
-        if ended.any() or endless.any():
-            for env in np.flatnonzero((ended | endless) & (left > 0)):
-                returns.append(float(running[env]))
-            left[ended] -= 1
-            left[endless] = 0  # it may never end: what it played counts, and it plays no more
-            running[ended], length[ended] = 0.0, 0
-    return returns
+    def _play_quota(self, network: QNetwork, envs: Environments) -> list[float]:
+        left = np.full(self.envs, self.share // self.envs)
+        left[: self.share % self.envs] += 1
+        rng = np.random.default_rng(self.seed)
+        frames = FrameStack(envs.reset(), self.config.frame_stack)
+        running, length = np.zeros(self.envs), np.zeros(self.envs, dtype=np.int64)
+        returns: list[float] = []
+        while (left > 0).any():
+            self.timer.start("other")  # a sign of life for the watchdog
+            actions = greedy_actions(network, frames.observation, self.device)
+            step = envs.step(epsilon_greedy(actions, self.epsilon, envs.actions, rng))
+            frames.push(step.observation, step.fresh)
+            running += step.reward
+            length += step.valid
+            ended = step.terminated | step.truncated
+            endless = ~ended & (length >= LONGEST_EPISODE_ENV_STEPS)
+            if ended.any() or endless.any():
+                returns += running[(ended | endless) & (left > 0)].tolist()
+                left[ended] -= 1
+                left[endless] = 0  # it may never end: what it played counts, and it plays no more
+                running[ended], length[ended] = 0.0, 0
+        return returns
 
 
 @dataclass(frozen=True)
@@ -158,14 +149,7 @@ def load_network(checkpoint: Checkpoint, config: Config, envs: Environments) -> 
     Raises:
         UserError: the file is broken.
     """
-    network = make_network(
-        config.network,
-        config.learning.loss,
-        envs.observation_shape,
-        config.environment.frame_stack,
-        envs.is_image,
-        envs.actions,
-    )
+    network = network_for(config, envs)
     try:
         flat = torch.from_numpy(checkpoint.read(LEARNER)["learner"]["online"])
     except BrokenCheckpointError as broken:
@@ -194,6 +178,7 @@ def evaluate(options: EvalOptions) -> Evaluation:
         options.epsilon,
         rank_seeds(options.seed, 0).evaluation,
         torch.device("cpu"),
+        PhaseTimer(),
     )
     return evaluator.run(network)
 

@@ -41,17 +41,17 @@ def flatten_parameters(network: nn.Module, device: torch.device) -> Tensor:
 
 
 def _views(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    sizes = [tensor.numel() for tensor in like]
+    ends = np.cumsum([tensor.numel() for tensor in like])
     return [
-        part.view(tensor.shape) for part, tensor in zip(flat[: sum(sizes)].split(sizes), like, strict=True)
+        flat[end - tensor.numel() : end].view(tensor.shape) for end, tensor in zip(ends, like, strict=True)
     ]
 
 
 def learning_rate(config: LearningConfig, global_batch: int, batch_per_rank: int, done: float) -> float:
-    """The learning rate after a share `done` of all updates.
+    """The learning rate after a share `done` of the run.
 
     lr x k, lr x min(sqrt(k), 3) or lr, with k = global batch / reference batch; a scaled one is approached
-    linearly from `lr` over the first `lr_warmup` of the updates (Goyal et al. 2017, section 2.2).
+    linearly from `lr` over the first `lr_warmup` of the run (Goyal et al. 2017, section 2.2).
     """
     k = global_batch / (config.lr_reference_batch or batch_per_rank)
     factor = {"none": 1.0, "sqrt": min(math.sqrt(k), 3.0), "linear": k}[config.lr_scaling]
@@ -79,7 +79,6 @@ class Learner:
         comm: the ranks.
         sync: how they agree.
         batch_per_rank: transitions of one rank's minibatch.
-        total_updates: updates of the whole run, for the warm-up.
         timer: told when waiting for others begins and ends.
         device: where the networks live.
         autocast: bf16 forward passes.
@@ -92,13 +91,12 @@ class Learner:
         comm: Comm,
         sync: Sync,
         batch_per_rank: int,
-        total_updates: int,
         timer: PhaseTimer,
         device: torch.device,
         autocast: bool = False,
     ) -> None:
         self.online, self.config, self.comm, self.sync = network, config, comm, sync
-        self.batch_per_rank, self.total_updates = batch_per_rank, max(total_updates, 1)
+        self.batch_per_rank = batch_per_rank
         self.timer, self.device, self.autocast = timer, device, autocast
         self.target = copy.deepcopy(network).requires_grad_(False)
         self.parameters = nn.Parameter(flatten_parameters(network, device))
@@ -114,7 +112,7 @@ class Learner:
             parameter.grad = view
         self.optimizer = make_optimizer(config, self.parameters)
         self.totals = torch.zeros(len(REPORTED) + len(LEARNED), dtype=torch.float64)
-        self.updates = 0
+        self.done = 0.0
         self.updates_summed = 0
         self.skipped_updates = 0
         self.skipped_in_a_row = 0
@@ -123,13 +121,15 @@ class Learner:
         comm.broadcast_(self.parameters.data)
         self.target_parameters.copy_(self.parameters.data)
 
-    def begin_update(self, batch: Batch, report: Sequence[float]) -> None:
+    def begin_update(self, batch: Batch, report: Sequence[float], done: float = 1.0) -> None:
         """Compute this rank's gradient and launch the exchange.
 
         Args:
             batch: this rank's minibatch.
             report: this rank's `REPORTED`, as in its order.
+            done: share of the run that lies behind, for the warm-up of the learning rate.
         """
+        self.done = done
         loss, td_error, q_mean = self.backward(batch)
         trailer = self.trailer
         trailer.zero_()
@@ -172,7 +172,6 @@ class Learner:
         norm = float(torch.linalg.vector_norm(self.gradient))  # on a GPU, the CPU waits here
         finite = math.isfinite(norm)
         self._read_trailer(learned=finite)
-        self.updates += 1
         if not finite:
             self._skip()
             return
@@ -209,10 +208,9 @@ class Learner:
 
     @property
     def lr(self) -> float:
-        """Learning rate of the next update."""
-        global_batch = self.comm.size * self.batch_per_rank
+        """Learning rate of the last update begun."""
         return learning_rate(
-            self.config, global_batch, self.batch_per_rank, self.updates / self.total_updates
+            self.config, self.comm.size * self.batch_per_rank, self.batch_per_rank, self.done
         )
 
     def drain(self) -> dict[str, float]:

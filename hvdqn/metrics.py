@@ -35,10 +35,11 @@ class PhaseTimer:
     Built running, in phase `other`. A switch costs about 0.1 us.
     """
 
-    __slots__ = ("_seconds", "_since", "phase")
+    __slots__ = ("_seconds", "_since", "changes", "phase")
 
     def __init__(self) -> None:
         self.phase: Phase = "other"
+        self.changes = 0  # a rank whose count stands still hangs: see `faults.Watchdog`
         self._seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         self._since = time.perf_counter()
 
@@ -48,6 +49,7 @@ class PhaseTimer:
         before = self.phase
         self._seconds[before] += now - self._since
         self.phase = phase
+        self.changes += 1
         self._since = now
         return before
 
@@ -351,8 +353,12 @@ class Console(Output, Protocol):
 
 
 def open_console(stream: TextIO, total_env_steps: int, line_every_seconds: float) -> Console:
-    """A progress bar on a terminal that can redraw; elsewhere a line every few seconds."""
-    if stream.isatty() and os.environ.get("TERM", "dumb") != "dumb":
+    """A progress bar on a terminal that can redraw; elsewhere a line every few seconds.
+
+    Open MPI gives ranks a pseudo-terminal whatever its own output is, and puts tags between what they print.
+    """
+    behind_mpirun = "OMPI_COMM_WORLD_RANK" in os.environ
+    if stream.isatty() and not behind_mpirun and os.environ.get("TERM", "dumb") != "dumb":
         return BarConsole(stream, total_env_steps)
     return LineConsole(stream, total_env_steps, line_every_seconds)
 
@@ -378,20 +384,25 @@ class LineConsole:
             self._print_status()
 
     def say(self, text: str) -> None:
-        """Print one plain line."""
-        print(_encodable(text, self._stream), file=self._stream, flush=True)
+        """Print one plain line, after the status line held back if there is one."""
+        if self._held_back:
+            self._print_status()
+        self._print(text)
 
     def close(self) -> None:
         """Print the line held back, so that a log ends with the end."""
         if self._held_back:
-            self._held_back = False
             self._print_status()
 
     def _print_status(self) -> None:
+        self._held_back = False
         self._next = time.monotonic() + self._every_seconds
         status = self._status
         counters = [f"env steps {status.progress()}", status.speed()]
-        self.say("  ".join([*counters, *status.learning(), status.time_left()]))
+        self._print("  ".join([*counters, *status.learning(), status.time_left()]))
+
+    def _print(self, text: str) -> None:
+        print(_encodable(text, self._stream), file=self._stream, flush=True)
 
 
 class BarConsole:

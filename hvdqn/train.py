@@ -13,24 +13,21 @@ checkpoint (start it again with the same run directory and it goes on), 1 anythi
 
 from __future__ import annotations
 
-import os
+import functools
 import re
+import shutil
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hvdqn import __version__
-from hvdqn.acting import Actor, linear_epsilon
-from hvdqn.checkpoint import LEARNER, Checkpoints, rank_part
-from hvdqn.clock import Clock
+from hvdqn.acting import linear_epsilon
+from hvdqn.checkpoint import LEARNER, Checkpoint, Checkpoints
 from hvdqn.comm import Comm, LaunchError, connect, launcher_rank
 from hvdqn.config import Config, UserError, check_world, parse, write_config
-from hvdqn.envs import make_environments
 from hvdqn.evaluate import Evaluator
 from hvdqn.faults import (
     EXIT_FAILED,
@@ -38,88 +35,75 @@ from hvdqn.faults import (
     EXIT_REQUEUE,
     EXIT_USER_ERROR,
     StopSignal,
+    Watchdog,
     check_replicas,
     together,
 )
-from hvdqn.learner import Learner
-from hvdqn.metrics import Metrics, PhaseTimer, write_summary
-from hvdqn.networks import make_network
-from hvdqn.replay import Ring, UniformSampler
+from hvdqn.metrics import Metrics, write_summary
+from hvdqn.parts import Parts, build_parts, device_kind
+from hvdqn.resume import begin, best_evaluation, contents, find_checkpoint, restore
 from hvdqn.seeds import rank_seeds
-from hvdqn.sync import make_sync
 
 # Iterations between exchanges of votes and returns while no update carries them.
 POLL_ITERATIONS = 32
 
 
 class Training:
-    """The parts of one rank, and the loop over them. Every method is called by all ranks together."""
+    """One rank's part in a run: the loop, and what is due in it. Every method is called by all ranks together.
 
-    def __init__(self, config: Config, comm: Comm, run_dir: Path, stop: StopSignal) -> None:
+    Args:
+        config: checked, the same on every rank.
+        comm: the ranks.
+        run_dir: where the run is recorded.
+        stop: whether this rank was told to stop.
+        parts: of this rank.
+    """
+
+    def __init__(self, config: Config, comm: Comm, run_dir: Path, stop: StopSignal, parts: Parts) -> None:
         self.config, self.comm, self.run_dir, self.stop = config, comm, run_dir, stop
-        environment, replay = config.environment, config.replay
-        seeds = rank_seeds(config.run.seed, comm.rank)
-        device, threads = choose_device(config, comm), choose_threads(config, comm)
-        self.timer = PhaseTimer()
-        self.envs = together(
-            comm,
-            lambda: make_environments(
-                environment, environment.envs_per_rank, seeds.environments, training=True, threads=threads
-            ),
-        )
-        self.clock = Clock(
-            envs=comm.size * environment.envs_per_rank,
-            global_batch=comm.size * replay.batch_per_rank,
-            replay_ratio=replay.replay_ratio,
-            # Nothing can be sampled before each environment has made n steps and been reset in between.
-            learning_starts=max(
-                replay.learning_starts, 2 * (replay.n_step + 1) * comm.size * environment.envs_per_rank
-            ),
-        )
-        torch.manual_seed(config.run.seed)
-        self.learner = Learner(
-            make_network(
-                config.network,
-                config.learning.loss,
-                self.envs.observation_shape,
-                environment.frame_stack,
-                self.envs.is_image,
-                self.envs.actions,
-            ),
-            config.learning,
-            comm,
-            make_sync(config.parallel.sync, comm),
-            replay.batch_per_rank,
-            self.clock.updates_owed(config.run.total_env_steps),
-            self.timer,
-            device,
-            autocast=config.parallel.precision == "bf16",
-        )
-        self.ring = Ring(
-            envs=self.envs.envs,
-            capacity=replay.replay_capacity // comm.size,
-            observation_shape=self.envs.observation_shape,
-            observation_dtype=self.envs.observation_dtype,
-            frame_stack=environment.frame_stack,
-            n_step=replay.n_step,
-            gamma=config.learning.gamma,
-        )
-        self.replay = UniformSampler(self.ring, seeds.replay)
-        self.actor = Actor(self.envs, self.learner.online, environment.frame_stack, seeds.exploration, device)
-        self.ring.start(self.actor.first_observation)
+        self.parts, self.timer, self.clock = parts, parts.timer, parts.clock
+        self.learner, self.replay, self.actor = parts.learner, parts.replay, parts.actor
+        self.watchdog = Watchdog(run_dir / "heartbeats", comm, self.timer, config.parallel.stall_timeout)
         self.evaluator = Evaluator(
-            environment,
+            config.environment,
             comm,
             config.run.eval_episodes,
             config.run.eval_epsilon,
-            seeds.evaluation,
-            device,
-            threads,
+            rank_seeds(config.run.seed, comm.rank).evaluation,
+            parts.device,
+            self.timer,
+            parts.threads,
         )
         self.checkpoints = Checkpoints(run_dir / "checkpoints", comm, config.run.checkpoint_keep)
         self.metrics = Metrics(run_dir if comm.rank == 0 else None, config.run.total_env_steps, self.timer)
         self.evaluation: dict[str, float] = {}
+        self.best_eval_return = self.comm.broadcast_object(best_evaluation(run_dir))
+        self.failed_checkpoints = 0
         self.evaluated_at = self.saved_at = -1
+
+    def begin(self, checkpoint: Checkpoint | None, wrong: Sequence[str]) -> None:
+        """Begin the run, or go on from a checkpoint; say so, and which newer checkpoints were passed over."""
+        lines = [f"warning: a newer checkpoint was passed over: {reason}" for reason in wrong]
+        if checkpoint is None:
+            begin(self.parts)
+        else:
+            lines += restore(self.parts, checkpoint, self.config, self.comm)
+        self.metrics.resume(self.clock.env_steps, self.clock.updates)
+        self.introduce()
+        for line in lines:
+            self.metrics.say(line)
+
+    def introduce(self) -> None:
+        """Say what is about to run."""
+        ranks = f"{self.comm.size} rank" + "s" * (self.comm.size > 1)
+        megabytes = self.replay.ring.nbytes / 1e6
+        update_every = self.clock.global_batch / self.config.replay.replay_ratio
+        self.metrics.say(f"hvdqn {__version__}: {ranks}, comm {self.comm.name} ({self.comm.why})")
+        self.metrics.say(f"each rank: {self.parts.envs.description}; replay {megabytes:,.3g} MB when full")
+        self.metrics.say(
+            f"network: {self.learner.parameters.numel():,} parameters; global batch {self.clock.global_batch}, "
+            f"an update every {update_every:g} env steps"
+        )
 
     def run(self) -> None:
         """Step, remember, learn, until the env steps are spent or a rank was told to stop."""
@@ -149,7 +133,8 @@ class Training:
             self.timer.start("sample")
             batch = self.replay.sample(self.config.replay.batch_per_rank)
             self.timer.start("compute")
-            self.learner.begin_update(batch, self.report())
+            done = self.clock.env_steps / self.config.run.total_env_steps
+            self.learner.begin_update(batch, self.report(), done)
             self.clock.updates += 1
             travelling = True
             if not self.config.parallel.overlap:
@@ -164,7 +149,7 @@ class Training:
         self.timer.start("env")
         step = self.actor.step(actions)
         self.timer.start("sample")
-        self.ring.add(actions, step)
+        self.replay.add(actions, step)
         self.clock.tick()
 
     @property
@@ -174,7 +159,7 @@ class Training:
 
     def report(self) -> Sequence[float]:
         """What this rank tells the others since it last did: `learner.REPORTED`."""
-        episodes = self.envs.finished()
+        episodes = self.parts.envs.finished()
         returns, lengths = sum(e.episode_return for e in episodes), sum(e.length for e in episodes)
         return (float(self.stop.received), float(len(episodes)), returns, float(lengths))
 
@@ -208,26 +193,49 @@ class Training:
             "eval_return_std": evaluation.std,
             "eval_episodes": len(evaluation.returns),
         }
+        if evaluation.mean > self.best_eval_return:
+            self.best_eval_return = evaluation.mean
+            self.save_best()
         self.metrics.log(self.clock.env_steps, self.clock.updates, self.evaluation)
         self.metrics.say(f"evaluation at env step {self.clock.env_steps:,}, {evaluation}")
 
     def save(self) -> None:
-        """Write a checkpoint; a disk that fails does not end the run."""
-        if self.saved_at == self.clock.env_steps:
-            return
-        parts: dict[str, Any] = {rank_part(self.comm.rank): {}}
-        if self.comm.rank == 0:
-            parts[LEARNER] = {
-                "learner": self.learner.state(),
-                "clock": self.clock.state(),
-                "seconds": self.timer.seconds(),
-            }
-        failure = self.checkpoints.save(self.clock.env_steps, parts, self.config.flat())
-        self.saved_at = self.clock.env_steps
+        """Write a checkpoint."""
+        if self.saved_at != self.clock.env_steps:
+            self.write_checkpoint(contents(self.parts, self.comm, self.keeps_replay))
+            self.saved_at = self.clock.env_steps
+
+    def save_best(self) -> None:
+        """Keep the weights of the best evaluation so far, as `checkpoints/best`."""
+        weights = {"learner": self.learner.state(), "eval_return_mean": self.best_eval_return}
+        parts = {LEARNER: weights} if self.comm.rank == 0 else {}
+        self.write_checkpoint(parts, name="best")
+
+    def write_checkpoint(self, parts: Mapping[str, Any], name: str = "") -> None:
+        """Write one; a disk that fails is said and counted, and does not end the run."""
+        failure = self.checkpoints.save(self.clock.env_steps, parts, self.config.flat(), name)
         if failure:
+            self.failed_checkpoints += 1
             self.metrics.say(
-                f"checkpoint at env step {self.clock.env_steps:,} failed: {failure}; the last one stands"
+                f"warning: the checkpoint at env step {self.clock.env_steps:,} could not be written, "
+                f"the one before stands: {failure}"
             )
+
+    @functools.cached_property
+    def keeps_replay(self) -> bool:
+        """Whether checkpoints hold replay: found once, the same on every rank."""
+        choice = self.config.run.checkpoint_replay
+        if choice != "auto":
+            return choice == "yes"
+        copies = self.config.run.checkpoint_keep + 1
+        needed = 2 * copies * self.comm.size * self.replay.ring.nbytes
+        fits = self.comm.broadcast_object(shutil.disk_usage(self.run_dir).free > needed)
+        if not fits:
+            self.metrics.say(
+                f"checkpoints leave replay out: it would take {needed / 2e9:.1f} GB, and as much again is not free. "
+                f"A resumed run fills it anew; --checkpoint-replay yes keeps it all the same"
+            )
+        return fits
 
     def summary(self) -> dict[str, Any]:
         """What `summary.json` holds."""
@@ -243,6 +251,7 @@ class Training:
             "env_steps": self.clock.env_steps,
             "updates": self.clock.updates,
             "skipped_updates": self.learner.skipped_updates,
+            "failed_checkpoints": self.failed_checkpoints,
             "wall_seconds": wall_seconds,
             "env_steps_per_second": self.clock.env_steps / wall_seconds,
             "updates_per_second": self.clock.updates / wall_seconds,
@@ -256,44 +265,17 @@ class Training:
         }
 
     def close(self) -> None:
-        """Release what the parts hold."""
-        self.metrics.close()
-        self.envs.close()
-
-
-def device_kind(config: Config) -> str:
-    """Cpu or cuda.
-
-    Raises:
-        UserError: CUDA is asked for and absent.
-    """
-    wanted = config.parallel.device
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "--device cuda, but torch sees no CUDA device here; use --device cpu or a CUDA build of torch"
+        """Say where everything lies, and release what the parts hold."""
+        self.metrics.say(
+            f"run directory: {self.run_dir}   checkpoint: {self.run_dir / 'checkpoints' / 'latest'}"
         )
-    return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
-
-
-def choose_device(config: Config, comm: Comm) -> torch.device:
-    """The rank's device: a GPU of its own where its host has as many as ranks."""
-    if device_kind(config) == "cpu":
-        return torch.device("cpu")
-    device = torch.device("cuda", comm.local_rank % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    return device
-
-
-def choose_threads(config: Config, comm: Comm) -> int:
-    """Threads of this rank: its share of the cores that it may use, so that ranks do not fight for them."""
-    threads = config.parallel.threads_per_rank
-    threads = threads or max(1, len(os.sched_getaffinity(0)) // comm.local_size)
-    torch.set_num_threads(threads)
-    return threads
+        self.metrics.close()
+        self.parts.envs.close()
+        self.watchdog.close()
 
 
 def open_run_dir(config: Config, comm: Comm) -> Path:
-    """The run directory, made by rank 0 with `config.yaml` in it.
+    """The run directory, made by rank 0.
 
     Raises:
         UserError: it cannot be written.
@@ -314,7 +296,8 @@ def open_run_dir(config: Config, comm: Comm) -> Path:
         if comm.rank == 0:
             try:
                 path.mkdir(parents=True, exist_ok=True)
-                write_config(config, path / "config.yaml")
+                (path / ".writable").touch()
+                (path / ".writable").unlink()
             except OSError as error:
                 raise UserError(
                     f"cannot write to the run directory '{path}': {error.strerror}; choose another with --run-dir"
@@ -350,18 +333,18 @@ def train(config: Config, comm: Comm, stop: StopSignal) -> int:
     check_same_config(config, comm)
     check_world(config, comm.size)
     run_dir = open_run_dir(config, comm)
-    training = Training(config, comm, run_dir, stop)
-    training.metrics.say(f"hvdqn {__version__}: {comm.size} rank(s), {comm.why}")
-    training.metrics.say(
-        f"{training.envs.description} per rank; {training.learner.parameters.numel():,} parameters"
-    )
+    checkpoint, wrong = find_checkpoint(config, comm, run_dir)
+    parts = build_parts(config, comm, checkpoint.env_steps if checkpoint else 0)
+    if comm.rank == 0:
+        write_config(config, run_dir / "config.yaml")
+    training = Training(config, comm, run_dir, stop, parts)
+    training.begin(checkpoint, wrong)
     training.run()
     training.save()
     if not training.learner.stop_voted:
         training.evaluate()
     if comm.rank == 0:
         write_summary(run_dir, training.summary())
-    training.metrics.say(f"run directory: {run_dir}")
     training.close()
     return EXIT_REQUEUE if training.learner.stop_voted else EXIT_FINISHED
 

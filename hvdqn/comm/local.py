@@ -1,0 +1,51 @@
+"""One process: every collective is the identity and costs nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from hvdqn.comm.base import Comm
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class _Done:
+    tensor: Tensor
+
+    def wait(self) -> Tensor:
+        return self.tensor
+
+
+class LocalComm(Comm):
+    """A world of one."""
+
+    name = "local"
+
+    def __init__(self) -> None:
+        super().__init__(rank=0, size=1, local_rank=0, local_size=1)
+
+    def allreduce_mean_async(self, tensor: Tensor, name: str) -> _Done:
+        """See `Comm`."""
+        return _Done(tensor)
+
+    def broadcast_(self, tensor: Tensor, root: int = 0) -> None:
+        """See `Comm`."""
+
+    def broadcast_object(self, obj: T, root: int = 0) -> T:
+        """See `Comm`."""
+        return obj
+
+    def all_gather_object(self, obj: T) -> list[T]:
+        """See `Comm`."""
+        return [obj]
+
+    def barrier(self) -> None:
+        """See `Comm`."""
+
+    def close(self) -> None:
+        """See `Comm`."""

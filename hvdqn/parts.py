@@ -1,0 +1,153 @@
+"""The parts of one rank, built from the configuration."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from hvdqn.acting import Actor
+from hvdqn.clock import Clock
+from hvdqn.comm import Comm
+from hvdqn.config import Config, UserError
+from hvdqn.envs import Environments, make_environments
+from hvdqn.faults import together
+from hvdqn.learner import Learner
+from hvdqn.metrics import PhaseTimer
+from hvdqn.networks import QNetwork, make_network
+from hvdqn.replay import Replay, Ring, UniformSampler
+from hvdqn.seeds import rank_seeds
+from hvdqn.sync import make_sync
+
+# Below this many parameters an operation is too short to be worth a second thread.
+PARAMETERS_WORTH_THREADS = 500_000
+
+
+@dataclass
+class Parts:
+    """What one rank trains with. Nothing has begun: no environment is reset, replay is empty."""
+
+    envs: Environments
+    clock: Clock
+    learner: Learner
+    replay: Replay
+    actor: Actor
+    timer: PhaseTimer
+    device: torch.device
+    threads: int
+
+
+def build_parts(config: Config, comm: Comm, env_steps: int = 0) -> Parts:
+    """Build them; a collective call.
+
+    Args:
+        config: checked, the same on every rank.
+        comm: the ranks.
+        env_steps: where the run is resumed, for the seeds.
+
+    Raises:
+        UserError: on all ranks, where one cannot make its environments or network.
+    """
+    seeds = rank_seeds(config.run.seed, comm.rank, env_steps)
+    device, threads = choose_device(config, comm), share_of_cores(config, comm)
+    environment = config.environment
+    envs = together(
+        comm,
+        lambda: make_environments(environment, environment.envs_per_rank, seeds.environments, True, threads),
+    )
+    torch.manual_seed(config.run.seed)
+    network = together(comm, lambda: network_for(config, envs))
+    small = sum(p.numel() for p in network.parameters()) < PARAMETERS_WORTH_THREADS
+    torch.set_num_threads(1 if small and not config.parallel.threads_per_rank else threads)
+    timer = PhaseTimer()
+    learner = Learner(
+        network,
+        config.learning,
+        comm,
+        make_sync(config.parallel.sync, comm),
+        config.replay.batch_per_rank,
+        timer,
+        device,
+        autocast=config.parallel.precision == "bf16",
+    )
+    return Parts(
+        envs=envs,
+        clock=make_clock(config, comm.size),
+        learner=learner,
+        replay=make_replay(config, comm.size, envs, seeds.replay),
+        actor=Actor(envs, network, environment.frame_stack, seeds.exploration, device),
+        timer=timer,
+        device=device,
+        threads=threads,
+    )
+
+
+def network_for(config: Config, envs: Environments) -> QNetwork:
+    """The Q-network of these environments.
+
+    Raises:
+        UserError: the torso does not fit the observations.
+    """
+    return make_network(
+        config.network,
+        config.learning.loss,
+        envs.observation_shape,
+        config.environment.frame_stack,
+        envs.is_image,
+        envs.actions,
+    )
+
+
+def make_clock(config: Config, size: int) -> Clock:
+    """The clock of a job of `size` ranks."""
+    replay = config.replay
+    envs = size * config.environment.envs_per_rank
+    # Nothing can be sampled before each environment has made n steps and may have been reset in between.
+    earliest = 2 * (replay.n_step + 1) * envs
+    return Clock(
+        envs, size * replay.batch_per_rank, replay.replay_ratio, max(replay.learning_starts, earliest)
+    )
+
+
+def make_replay(config: Config, size: int, envs: Environments, rng: np.random.Generator) -> Replay:
+    """This rank's shard of replay."""
+    ring = Ring(
+        envs=envs.envs,
+        capacity=config.replay.replay_capacity // size,
+        observation_shape=envs.observation_shape,
+        observation_dtype=envs.observation_dtype,
+        frame_stack=config.environment.frame_stack,
+        n_step=config.replay.n_step,
+        gamma=config.learning.gamma,
+    )
+    return Replay(ring, UniformSampler(ring, rng))
+
+
+def device_kind(config: Config) -> str:
+    """The kind of device that `--device` means here: cpu or cuda.
+
+    Raises:
+        UserError: CUDA is asked for and absent.
+    """
+    wanted = config.parallel.device
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "--device cuda, but torch sees no CUDA device here; use --device cpu or a CUDA build of torch"
+        )
+    return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def choose_device(config: Config, comm: Comm) -> torch.device:
+    """The rank's device: a GPU of its own where its host has as many as ranks."""
+    if device_kind(config) == "cpu":
+        return torch.device("cpu")
+    device = torch.device("cuda", comm.local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def share_of_cores(config: Config, comm: Comm) -> int:
+    """Threads of this rank: its share of the cores it may use, so that ranks of one host do not fight."""
+    return config.parallel.threads_per_rank or max(1, len(os.sched_getaffinity(0)) // comm.local_size)
