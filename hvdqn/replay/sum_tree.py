@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TypeAlias
 
 import numpy as np
@@ -22,9 +23,8 @@ class SumTree:
     """
 
     def __init__(self, rows: int) -> None:
-        self._levels: list[
-            Mass
-        ] = []  # leaves first; [nodes, fanout], rows of zeros where the width does not divide
+        # Leaves first, each [nodes, fanout]; zeros where the rows do not fill the last node.
+        self._levels: list[Mass] = []
         nodes = rows
         while not self._levels or nodes > 1:
             nodes = -(-nodes // _FANOUT)
@@ -41,7 +41,7 @@ class SumTree:
         """Give `rows` [batch] the masses `mass` [batch]; of a row named twice the last counts."""
         self.mass[rows] = mass
         nodes = rows
-        for children, parents in zip(self._levels, self._levels[1:], strict=False):
+        for children, parents in pairwise(self._levels):
             nodes = nodes // _FANOUT
             # The same sum as in `find`, in the same order, so a search never falls off the end of a node.
             parents.reshape(-1)[nodes] = children.take(nodes, axis=0).cumsum(axis=1)[:, -1]
@@ -49,7 +49,7 @@ class SumTree:
     def fill(self, mass: Mass) -> None:
         """Replace all masses [rows]."""
         self.mass[:] = mass
-        for children, parents in zip(self._levels, self._levels[1:], strict=False):
+        for children, parents in pairwise(self._levels):
             parents.reshape(-1)[: len(children)] = children.cumsum(axis=1)[:, -1]
 
     def find(self, targets: Mass) -> Rows:

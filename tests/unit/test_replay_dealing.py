@@ -3,8 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hvdqn.replay import PrioritizedSampler, Replay, Ring
-from hvdqn.replay.dealing import deal
+from hvdqn.replay import PrioritizedSampler, Replay, Ring, deal
 from hvdqn.replay.sampling import Assembler
 from hvdqn.replay.storage import TERMINATED, TRUNCATED
 from tests.unit.replay_naive import Moment, ScriptedEnvs, check_batch, moments, ring_for

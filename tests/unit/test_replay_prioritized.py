@@ -79,6 +79,7 @@ def test_starts_and_only_starts_have_mass(
             pending.append((batch.rows.copy(), rng.random(8) * 3.0))
         while len(pending) > 2:
             replay.update(*pending.pop(0))
+        np.testing.assert_array_equal(np.flatnonzero(masses(replay)), ring.starts())
     check_ring(ring, envs)
 
 

@@ -96,3 +96,11 @@ def test_a_full_tree_ends_at_its_last_row(rows: int) -> None:
     tree = SumTree(rows)
     tree.fill(np.full(rows, 0.1))
     assert tree.find(np.array([0.0, np.nextafter(tree.total, 0.0)])).tolist() == [0, rows - 1]
+
+
+def test_a_target_that_rounding_would_push_out_of_its_node_stays_inside() -> None:
+    tree, large = SumTree(32), 8144465079774356.0
+    tree.set(np.array([0, 21]), np.array([23.5, large]))
+    target = np.nextafter(tree.total, 0.0)
+    assert target - 23.5 == large  # rounded: as much as row 21 has, though the target lies below the total
+    assert tree.find(np.array([target])).tolist() == [21]
