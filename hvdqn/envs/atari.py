@@ -118,8 +118,8 @@ class AtariVector(VectorEnv[NDArray[np.uint8], NDArray[np.int64], NDArray[Any]])
         return self.step_wait()
 
     def close_extras(self, **kwargs: Any) -> None:
-        """End ALE's threads."""
-        del self._ale
+        """End ALE's threads, if they were ever begun."""
+        self.__dict__.pop("_ale", None)
 
     def _same_game(self, info: dict[str, Any]) -> NDArray[np.bool_]:
         """Where a life went but the game goes on: after a reset the lives are back and the frames jump."""

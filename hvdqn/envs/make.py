@@ -128,29 +128,25 @@ def _read_kwargs(config: EnvironmentConfig, spec: EnvSpec) -> dict[str, Any]:
 
 def _make_vector(build: _Build, envs: int, threads: int) -> tuple[VectorEnv[Any, Any, Any], str]:
     """The vector environment that the config asks for, and what kind of vector it is."""
-    config, spec = build.config, build.spec
-    offered = spec.vector_entry_point is not None and not spec.additional_wrappers
-    if config.vectorization == "native":
-        if config.wrapper:
-            raise UserError("--wrapper wraps single environments; use it with --vectorization sync or async")
-        if not offered:
-            raise UserError(f"'{config.env}' has no native vector; use --vectorization sync or async")
-    if config.vectorization == "native" or (
-        config.vectorization == "auto" and offered and not config.wrapper
-    ):
+    config, asked = build.config, build.config.vectorization
+    offered = build.spec.vector_entry_point is not None and not build.spec.additional_wrappers
+    if asked == "native" and config.wrapper:
+        raise UserError("--wrapper wraps single environments; use it with --vectorization sync or async")
+    if asked == "native" and not offered:
+        raise UserError(f"'{config.env}' has no native vector; use --vectorization sync or async")
+    if asked == "native" or (asked == "auto" and offered and not config.wrapper):
         with _construction(config):
             vector = _make_native(build, envs, threads)
         if isinstance(vector.single_observation_space, spaces.Box):
             return vector, "native"
         vector.close()
-        if config.vectorization == "native":
+        if asked == "native":
             raise UserError(f"the native vector of '{config.env}' has no Box observations; use sync or async")
-    how = "async" if config.vectorization == "async" else "sync"
     makers = [functools.partial(_make_single, build, index, os.getpid()) for index in range(envs)]
     with _construction(config):
-        if how == "async":
-            return AsyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP), how
-        return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP), how
+        if asked == "async":
+            return AsyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP), "async"
+        return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP), "sync"
 
 
 def _make_native(build: _Build, envs: int, threads: int) -> VectorEnv[Any, Any, Any]:
@@ -291,6 +287,7 @@ def _describe(build: _Build, vector: VectorEnv[Any, Any, Any], how: str) -> str:
     """Everything about the environments that changes what a result means, in one line."""
     mode = AutoresetMode(vector.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP))
     said = [build.config.env, f"{vector.num_envs} envs", f"{how} vector", f"{mode.name} autoreset"]
+    said += [f"wrapped by {path}" for path in build.config.wrapper]
     if is_atari(build.spec):
         said.append(f"frameskip {build.kwargs.get('frameskip', 4)}")
         said.append(f"sticky actions {build.kwargs['repeat_action_probability']}")

@@ -98,7 +98,11 @@ def _save_value(value: object) -> Any:
 
 def _is_python_object(value: object) -> bool:
     """Whether its whole state is in its `__dict__`: no slots, no base class from C with fields of its own."""
-    return hasattr(value, "__dict__") and type(value).__basicsize__ == _Python.__basicsize__
+    return hasattr(value, "__dict__") and _layout(type(value)) == _layout(_Python)
+
+
+def _layout(kind: type) -> tuple[int, int, int]:
+    return kind.__basicsize__, kind.__dictoffset__, kind.__weakrefoffset__
 
 
 def _class_name(thing: object) -> str:

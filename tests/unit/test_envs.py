@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from hvdqn.config import EnvironmentConfig, UserError
 from hvdqn.envs import Environments, Step, make_environments
 from hvdqn.envs import make as making
+from hvdqn.envs.atari import AtariVector
 from tests.unit import scripted_envs
 
 Script = list[tuple[list[float], str]]
@@ -193,11 +194,11 @@ def test_rewards_are_float32_and_within_the_clip_keep_their_size():
         ("Tuple", (6,), np.float32, False),
     ],
 )
-@pytest.mark.parametrize("vectorization", ["sync", "async"])
 def test_observations_are_those_of_the_space_flattened_unless_they_are_images(
-    name: str, shape: tuple[int, ...], dtype: Any, image: bool, vectorization: str
+    name: str, shape: tuple[int, ...], dtype: Any, image: bool
 ):
-    environments = make(f"Observes{name}-v0", vectorization=vectorization)
+    # In worker processes, where each env samples a copy of the space that is its own.
+    environments = make(f"Observes{name}-v0", vectorization="async")
     assert (environments.observation_shape, environments.observation_dtype) == (shape, dtype)
     assert environments.is_image is image
     observation = environments.reset(seed=3)
@@ -205,7 +206,7 @@ def test_observations_are_those_of_the_space_flattened_unless_they_are_images(
     environments.close()
     space = scripted_envs.OBSERVED[name]
     space.seed(int(np.random.SeedSequence(3).generate_state(2)[1]) >> 1)  # of the second env
-    for seen in (observation, step.observation)[: 2 if vectorization == "async" else 1]:
+    for seen in (observation, step.observation):
         expected = space.sample()
         if not image and not isinstance(space, gym.spaces.Box):
             expected = gym.spaces.flatten(space, expected)
@@ -236,7 +237,9 @@ def test_wrappers_are_applied_in_order(wrappers: tuple[str, ...], first_reward: 
 def test_wrappers_turn_a_native_vector_into_a_loop():
     environments = make("CartPole-v1", wrapper=("tests.unit.scripted_envs:doubled",))
     environments.reset()
-    assert "sync vector" in environments.description
+    assert environments.description == (
+        "CartPole-v1, 2 envs, sync vector, SAME_STEP autoreset, wrapped by tests.unit.scripted_envs:doubled"
+    )
     assert environments.step(np.zeros(2, np.int64)).reward.tolist() == [2, 2]
 
 
@@ -326,6 +329,14 @@ def test_atari_looks_the_same_natively_and_in_a_loop():
     assert native.finished() == loop.finished()
     assert "native vector, SAME_STEP autoreset, frameskip 4, sticky actions 0.0" in native.description
     native.close(), loop.close()
+
+
+def test_a_game_is_over_where_the_lives_are_back_or_the_frames_jump():
+    vector = AtariVector(4, 1, True, {"game": "breakout"})
+    vector._lives, vector._frames = np.array([3, 3, 1, 9]), np.array([400, 400, 400, 400])
+    info = {"lives": np.array([2, 3, 5, 5]), "episode_frame_number": np.array([404, 404, 12, 20])}
+    assert vector._same_game(info).tolist() == [True, False, False, False]
+    vector.close()
 
 
 def test_an_atari_game_in_evaluation_has_all_its_lives():
@@ -491,8 +502,10 @@ def test_workers_leave_signals_to_their_rank():
 def test_no_worker_outlives_its_rank(end: str):
     program = f"""
 import os, signal
-from tests.unit import test_envs
-environments = test_envs.make("Scripted-v0", envs=3, vectorization="async")
+from hvdqn.config import EnvironmentConfig
+from hvdqn.envs import make_environments
+config = EnvironmentConfig("tests.unit.scripted_envs:Scripted-v0", vectorization="async")
+environments = make_environments(config, 3, 1, True)
 environments.reset()
 print(*[process.pid for process in environments._vector.processes], flush=True)
 {end}
