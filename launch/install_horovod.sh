@@ -278,6 +278,7 @@ build_wheel() {
     )
     [[ $device == cpu ]] || gpu_settings
     (
+        export TMPDIR=$work # what pip leaves behind when it is killed goes with the rest
         fetch_and_patch
         # CCL_ROOT is set by Intel's oneAPI module and would turn on a backend nobody asked for.
         logged env -u CCL_ROOT "${settings[@]}" "$python" -m pip wheel -v --no-deps --no-build-isolation --wheel-dir "$work/wheel" .
