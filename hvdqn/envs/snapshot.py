@@ -81,9 +81,11 @@ def _save_attribute(value: object, seen: set[int]) -> Any:
 def _save_value(value: object) -> Any:
     if type(value) in _PLAIN:
         return value
-    if type(value) is np.ndarray and value.dtype.kind in "biufcSU":
+    if type(value) is np.ndarray and _is_storable(value.dtype):
         return value.copy()
-    if isinstance(value, (np.bool_, np.number)):
+    if type(value) is np.ndarray and value.dtype.kind == "U":
+        return {"text": value.ravel().tolist(), "shape": list(value.shape), "dtype": value.dtype.str}
+    if isinstance(value, (np.bool_, np.number)) and _is_storable(value.dtype):
         return {"scalar": np.array(value)}
     if type(value) is list:
         return [_save_value(item) for item in value]
@@ -94,6 +96,11 @@ def _save_value(value: object) -> Any:
     if type(value) is dict:
         return {"dict": [[_save_value(key), _save_value(item)] for key, item in value.items()]}
     raise NotPlain(type(value).__name__)
+
+
+def _is_storable(dtype: np.dtype[Any]) -> bool:
+    """Whether a checkpoint has a type for it: no text, no complex or extended numbers, no foreign byte order."""
+    return dtype.kind in "biuf" and dtype.itemsize <= 8 and dtype.isnative
 
 
 def _is_python_object(value: object) -> bool:
@@ -145,6 +152,8 @@ def _load_value(saved: Any) -> Any:
         return saved
     if "scalar" in saved:
         return saved["scalar"][()]
+    if "text" in saved:
+        return np.array(saved["text"], saved["dtype"]).reshape(saved["shape"])
     if "tuple" in saved:
         return tuple(_load_value(item) for item in saved["tuple"])
     if "deque" in saved:
