@@ -75,7 +75,7 @@ _ENGINES = {
         "install a torch that has it",
         ("torchrun", "hand", "horovodrun", *_MPI_LAUNCHERS),
         "torchrun --nproc-per-node N",
-        "start all ranks as one job: one torchrun on each host, all with the same --rdzv-endpoint",
+        "give every rank the same WORLD_SIZE, or leave that to torchrun",
     ),
     "mpi": _Engine(
         "mpi4py",
@@ -145,7 +145,12 @@ def choose(
         engine, why = _pick(promise, environ, is_installed)
     else:
         engine, why = choice, "asked for by --comm"
-    _check_possible(engine, found, environ, is_installed)
+        _check_launcher(engine, found, environ)
+    if not is_installed(_ENGINES[engine].module):
+        raise LaunchError(
+            f"{_ENGINES[engine].module.split('.')[0]} is not installed; {_ENGINES[engine].install}, "
+            "or start with torchrun"
+        )
     return Choice(engine, why, promise)
 
 
@@ -170,6 +175,10 @@ def _pick(
         return "local", f"started by {promise.launcher} as a single rank"
     why = f"started by {promise.launcher}"
     if promise.launcher in ("torchrun", "hand"):
+        if not _has_master(environ):
+            raise LaunchError(
+                f"{why}, but MASTER_ADDR and MASTER_PORT are not both set; use torchrun, or set them"
+            )
         return "torch", why
     if promise.launcher == "horovodrun":
         return "horovod", why
@@ -185,26 +194,18 @@ def _has_master(environ: Mapping[str, str]) -> bool:
     return "MASTER_ADDR" in environ and "MASTER_PORT" in environ
 
 
-def _check_possible(
-    name: str, found: list[Promise], environ: Mapping[str, str], is_installed: Callable[[str], bool]
-) -> None:
-    engine = _ENGINES[name]
+def _check_launcher(name: str, found: list[Promise], environ: Mapping[str, str]) -> None:
     if name == "local":
         check_size(name, 1, found)
         return
     launcher = found[0].launcher if found else "no launcher"
-    possible = launcher in engine.launchers
+    possible = launcher in _ENGINES[name].launchers
     if name == "torch":
         possible = possible and found[0].size > 0 and _has_master(environ)
     if not possible:
         raise LaunchError(
-            f"--comm {name} cannot connect a process started by {launcher}; start it with {engine.start}, "
-            "or drop --comm"
-        )
-    if not is_installed(engine.module):
-        raise LaunchError(
-            f"started by {launcher}, but {engine.module.split('.')[0]} is not installed; {engine.install}, "
-            "or start with torchrun"
+            f"--comm {name} cannot connect a process started by {launcher}; "
+            f"start it with {_ENGINES[name].start}, or drop --comm"
         )
 
 
@@ -218,7 +219,11 @@ def check_size(name: str, size: int, found: list[Promise]) -> None:
     """
     for depth, promise in enumerate(found):
         if promise.size > size or (depth == 0 and 0 < promise.size < size):
+            inner = found[0].launcher
+            remedy = (
+                _ENGINES[name].wrong_size if depth == 0 else f"make one {inner} job of their {inner} jobs"
+            )
             raise LaunchError(
                 f"{promise.variable}={promise.size}: {promise.launcher} started {promise.size} ranks, but "
-                f"--comm {name} connects {size}; {_ENGINES[name].wrong_size}"
+                f"--comm {name} connects {size}; {remedy}"
             )

@@ -19,8 +19,9 @@ def _import_horovod() -> Any:
     try:
         import horovod.torch as hvd
     except ImportError as error:
+        reason = str(error).partition("\n")[0]
         raise LaunchError(
-            f"Horovod cannot be used ({error}); run launch/install_horovod.sh, or start with torchrun"
+            f"Horovod cannot be used ({reason}); run launch/install_horovod.sh, or start with torchrun"
         ) from None
     if not hasattr(hvd, "init"):  # its import only prints what is wrong with its library
         raise LaunchError(

@@ -30,7 +30,7 @@ def start_mpi() -> ModuleType:
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0]
         raise LaunchError(
             f"mpi4py cannot be used ({reason}); pip install 'hvdqn[mpi]' beside the MPI that starts the ranks"
         ) from None

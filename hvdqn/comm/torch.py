@@ -50,7 +50,7 @@ def _meet(rank: int, size: int) -> tuple[Store, list[str]]:
         store.wait(keys, CONNECT_TIMEOUT)
         return store, [store.get(key).decode() for key in keys]
     except (dist.DistError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0]
         seconds = CONNECT_TIMEOUT.total_seconds()
         raise LaunchError(
             f"rank {rank} did not meet all {size} ranks within {seconds:.0f} s ({reason}); start them all, with "
