@@ -1,0 +1,209 @@
+"""One rank of test_comm.py: `comm_worker.py MODE COMM`, started by a launcher.
+
+MODE conformance: every promise of `Comm`, one function each. The others let rank 1 fail in some way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+
+import torch
+
+from hvdqn.comm import Comm, LaunchError, connect, launcher_rank
+
+SIZES = (1, 2, 3, 7, 1000, 17_003, 134_002, 1_310_720)  # up to 10 MB of float64
+DTYPES = (torch.float32, torch.float64)
+
+
+def part(rank: int, size: int, dtype: torch.dtype, salt: int = 0) -> torch.Tensor:
+    """What `rank` brings to a reduction; every rank can work out every other's."""
+    generator = torch.Generator().manual_seed(1_000_003 * salt + 101 * size + rank)
+    return torch.randn(size, dtype=dtype, generator=generator)
+
+
+def check_mean(comm: Comm, result: torch.Tensor, salt: int = 0) -> str:
+    """Compare a mean with the float64 mean of all parts; return a hash of its bits."""
+    parts = [part(rank, len(result), result.dtype, salt).double() for rank in range(comm.size)]
+    expected = sum(parts) / comm.size
+    tolerance = 2 * comm.size * torch.finfo(result.dtype).eps * max(p.abs().max().item() for p in parts)
+    torch.testing.assert_close(result.double(), expected, rtol=0, atol=tolerance)
+    return hashlib.sha256(result.numpy().tobytes()).hexdigest()
+
+
+def world(comm: Comm) -> None:
+    assert comm.all_gather_object(comm.rank) == list(range(comm.size))
+    assert launcher_rank() == comm.rank
+    assert comm.local_size == comm.size  # these tests run on one host
+    assert sorted(comm.all_gather_object(comm.local_rank)) == list(range(comm.size))
+    assert comm.why
+
+
+def mean(comm: Comm) -> list[str]:
+    bits = []
+    for dtype in DTYPES:
+        for size in SIZES:
+            tensor = part(comm.rank, size, dtype)
+            result = comm.allreduce_mean_async(tensor, f"mean.{size}.{dtype}").wait()
+            assert result is tensor, "the mean is taken in place"
+            bits.append(check_mean(comm, result))
+    return bits
+
+
+def same_name_again(comm: Comm) -> list[str]:
+    bits = []
+    for update in range(20):
+        tensor = part(comm.rank, 1000, torch.float32, salt=update)
+        comm.allreduce_mean_async(tensor, "gradient").wait()
+        bits.append(check_mean(comm, tensor, salt=update))
+    return bits
+
+
+def two_in_flight(comm: Comm) -> list[str]:
+    first, second = (part(comm.rank, size, torch.float32) for size in (17_003, 1000))
+    pending_first = comm.allreduce_mean_async(first, "first")
+    pending_second = comm.allreduce_mean_async(second, "second")
+    time.sleep(0.01 * comm.rank)
+    assert pending_first.wait() is first
+    assert pending_second.wait() is second
+    return [check_mean(comm, first), check_mean(comm, second)]
+
+
+def waiting_again_changes_nothing(comm: Comm) -> None:
+    tensor = part(comm.rank, 1000, torch.float64)
+    pending = comm.allreduce_mean_async(tensor, "again")
+    pending.wait()
+    assert pending.wait() is tensor
+    check_mean(comm, tensor)
+
+
+def part_of_a_larger_tensor(comm: Comm) -> None:
+    larger = torch.full((1002,), 5.0)
+    larger[1:-1] = part(comm.rank, 1000, torch.float32)
+    comm.allreduce_mean_async(larger[1:-1], "view").wait()
+    check_mean(comm, larger[1:-1].clone())
+    assert larger[0] == larger[-1] == 5.0
+
+
+def parameters_that_want_gradients(comm: Comm) -> None:
+    tensor = torch.nn.Parameter(torch.full((100,), float(comm.rank)))
+    with torch.no_grad():
+        comm.allreduce_mean_async(tensor, "parameters").wait()
+        assert tensor.tolist() == [(comm.size - 1) / 2] * 100
+        comm.broadcast_(tensor)
+
+
+def nan_and_inf_reach_every_rank(comm: Comm) -> None:
+    tensor = torch.zeros(4)
+    if comm.rank == comm.size - 1:
+        tensor[0], tensor[1] = float("nan"), float("inf")
+    comm.allreduce_mean_async(tensor, "poisoned").wait()
+    assert tensor[0].isnan()
+    assert tensor[1].isinf()
+    assert tensor[2:].tolist() == [0, 0]
+
+
+def broadcast(comm: Comm) -> None:
+    dtypes = (torch.uint8, torch.bool, torch.int64, torch.float16, torch.bfloat16, *DTYPES)
+    for root in {0, comm.size - 1}:
+        for dtype in dtypes:
+            for shape in ((), (0,), (1,), (3, 5, 7), (50_000,)):
+                expected = torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(root)).to(dtype)
+                tensor = expected.clone() if comm.rank == root else torch.zeros(shape, dtype=dtype)
+                comm.broadcast_(tensor, root)
+                assert torch.equal(tensor, expected), (root, dtype, shape)
+
+
+def objects(comm: Comm) -> None:
+    mine = {"rank": comm.rank, "text": "é" * 1000 * comm.rank, "none": None}
+    for root in {0, comm.size - 1}:
+        received = comm.broadcast_object(mine, root)
+        assert received["rank"] == root
+        assert len(received["text"]) == 1000 * root
+    gathered = comm.all_gather_object(mine)
+    assert [one["rank"] for one in gathered] == list(range(comm.size))
+    assert [len(one["text"]) for one in gathered] == [1000 * rank for rank in range(comm.size)]
+    assert gathered[comm.rank] == mine
+
+
+def barrier(comm: Comm) -> None:
+    time.sleep(0.05 * comm.rank)
+    came = time.monotonic()  # one clock for all processes of a host
+    comm.barrier()
+    went = time.monotonic()
+    times = comm.all_gather_object((came, went))
+    assert max(came for came, _ in times) <= min(went for _, went in times)
+
+
+# Each raises, or returns hashes that must be the same on every rank.
+CHECKS: tuple[Callable[[Comm], list[str] | None], ...] = (
+    world,
+    mean,
+    same_name_again,
+    two_in_flight,
+    waiting_again_changes_nothing,
+    part_of_a_larger_tensor,
+    parameters_that_want_gradients,
+    nan_and_inf_reach_every_rank,
+    broadcast,
+    objects,
+    barrier,
+)
+
+
+def conformance(comm: Comm) -> None:
+    bits = [one for check in CHECKS for one in check(comm) or []]
+    everywhere = comm.all_gather_object(bits)
+    assert everywhere == [bits] * comm.size, "the ranks hold different bits"
+    summary = hashlib.sha256("".join(bits).encode()).hexdigest()
+    say(f"rank {comm.rank} of {comm.size} passed over {comm.name}, bits {summary}")
+
+
+def error_on_one_rank(comm: Comm) -> None:
+    if comm.rank == 1:
+        raise RuntimeError("the environment of this rank broke")
+    comm.allreduce_mean_async(torch.ones(1000), "gradient").wait()
+
+
+def abort_by_watchdog(comm: Comm) -> None:
+    """Rank 1 hangs, the others wait for it in a collective until a watchdog thread of rank 0 gives up."""
+    if comm.rank == 1:
+        time.sleep(600)
+    if comm.rank == 0:
+        threading.Timer(0.3, give_up, [comm]).start()
+    comm.allreduce_mean_async(torch.ones(1000), "gradient").wait()
+
+
+def give_up(comm: Comm) -> None:
+    say("giving up")
+    comm.abort(7)
+
+
+def say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+def main(mode: str, choice: str) -> None:
+    torch.set_num_threads(1)
+    try:
+        comm = connect(choice)
+    except LaunchError as error:
+        if launcher_rank() == 0:
+            say(f"refused: {error}")
+        sys.exit(2)
+    try:
+        globals()[mode](comm)
+    except Exception:
+        traceback.print_exc()
+        comm.abort(1)
+    comm.close()
+    say(f"closed at {time.time()}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,137 @@
+"""Every engine keeps every promise of `Comm`, through real launchers; the checks are in comm_worker.py."""
+
+from __future__ import annotations
+
+import functools
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.launchers import LAUNCHERS, Result, launch
+
+pytestmark = pytest.mark.distributed
+
+WORKER = str(Path(__file__).with_name("comm_worker.py"))
+ENGINES = {  # launcher -> what `--comm auto` makes of it
+    "python": "local",
+    "horovodrun-gloo": "horovod",
+    "horovodrun-mpi": "horovod",
+    "mpirun": "horovod",
+    "torchrun": "torch",
+}
+MULTI_RANK = [launcher for launcher in LAUNCHERS if launcher != "python"]
+# What the launchers make of a rank's exit code 7: Horovod's Gloo launcher and torchrun know only 1.
+EXIT_CODES = {"horovodrun-gloo": 1, "horovodrun-mpi": 7, "mpirun": 7, "torchrun": 1}
+
+
+@functools.cache
+def conformance(launcher: str, comm: str, np: int, run: int = 0) -> Result:
+    result = launch(launcher, np, [WORKER, "conformance", comm], timeout=120)
+    ended = time.time()
+    assert result.returncode == 0, result
+    closed = [float(stamp) for stamp in re.findall(r"closed at ([\d.]+)", result.stdout)]
+    assert len(closed) == np, result
+    assert ended - min(closed) < 15, f"leaving took {ended - min(closed):.1f} s\n{result}"
+    return result
+
+
+def bits(result: Result) -> set[str]:
+    return set(re.findall(r"bits (\w{64})", result.stdout))
+
+
+@pytest.mark.parametrize(
+    ("launcher", "comm", "np"),
+    [
+        ("python", "auto", 1),
+        ("mpirun", "mpi", 1),
+        *[
+            (launcher, "auto", np)
+            for launcher in ("horovodrun-gloo", "horovodrun-mpi", "torchrun")
+            for np in (2, 4)
+        ],
+        *[("mpirun", "mpi", np) for np in (2, 3, 4)],
+        ("mpirun", "auto", 2),
+    ],
+)
+def test_engine_keeps_every_promise(launcher: str, comm: str, np: int) -> None:
+    result = conformance(launcher, comm, np)
+    engine = ENGINES[launcher] if comm == "auto" else comm
+    for rank in range(np):
+        assert f"rank {rank} of {np} passed over {engine}" in result.stdout, result
+
+
+@pytest.mark.parametrize(
+    ("launcher", "comm", "np"),
+    [
+        ("mpirun", "mpi", 3),
+        ("horovodrun-gloo", "auto", 2),
+        ("horovodrun-mpi", "auto", 2),
+        ("torchrun", "auto", 2),
+    ],
+)
+def test_two_runs_give_the_same_bits(launcher: str, comm: str, np: int) -> None:
+    first, second = (bits(conformance(launcher, comm, np, run)) for run in (0, 1))
+    assert len(first) == 1
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("launcher", "comm"), [*[(launcher, "auto") for launcher in MULTI_RANK], ("mpirun", "mpi")]
+)
+def test_abort_ends_ranks_that_hang_and_ranks_that_wait(launcher: str, comm: str) -> None:
+    result = launch(launcher, 3, [WORKER, "abort_by_watchdog", comm], timeout=30)
+    assert result.returncode == EXIT_CODES[launcher], result
+    assert result.stdout.count("giving up") == 1, result
+    assert "closed" not in result.stdout
+
+
+def test_an_error_on_one_rank_is_told_once_and_ends_the_job() -> None:
+    result = launch("mpirun", 4, [WORKER, "error_on_one_rank", "mpi"], timeout=20)
+    assert result.returncode == 1, result
+    assert result.stderr.count("RuntimeError: the environment of this rank broke") == 1, result
+    assert "closed" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("launcher", "np", "comm", "env", "message"),
+    [
+        pytest.param(
+            "mpirun",
+            2,
+            "horovod",
+            {"HOROVOD_CONTROLLER": "gloo", "HOROVOD_CPU_OPERATIONS": "gloo"},
+            r"OMPI_COMM_WORLD_SIZE=2: mpirun started 2 ranks, but --comm horovod connects 1; start with horovodrun",
+            id="gloo-without-its-variables",
+        ),
+        pytest.param(
+            "python",
+            1,
+            "mpi",
+            {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"},
+            r"SLURM_STEP_NUM_TASKS=2: srun started 2 ranks, but --comm mpi connects 1; .* srun --mpi=pmix",
+            id="srun-without-pmi",
+        ),
+        pytest.param(
+            "torchrun",
+            1,
+            "auto",
+            {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"},
+            r"srun started 2 ranks, but --comm local connects 1",
+            id="torchrun-for-one-on-each-host",
+        ),
+        pytest.param(
+            "mpirun", 2, "local", {}, r"mpirun started 2 ranks, but --comm local connects 1", id="local"
+        ),
+    ],
+)
+def test_a_wrong_world_is_refused_once(
+    launcher: str, np: int, comm: str, env: dict[str, str], message: str
+) -> None:
+    result = launch(launcher, np, [WORKER, "conformance", comm], timeout=20, env=env)
+    assert result.returncode == (1 if launcher == "torchrun" else 2), result
+    refusals = re.findall(r"refused: (.*)", result.stdout)
+    assert len(refusals) == 1, result
+    assert re.search(message, refusals[0]), result
+    assert "Traceback" not in result.stdout

@@ -1,0 +1,221 @@
+"""What the launchers' environments are taken for, without starting any of them."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+
+import hvdqn.comm
+from hvdqn.comm import LaunchError, connect, launcher_rank
+from hvdqn.comm.auto import check_size, choose, promises
+from hvdqn.comm.torch import TorchComm
+
+HOROVODRUN = {"HOROVOD_RANK": "1", "HOROVOD_SIZE": "2", "HOROVOD_CONTROLLER": "gloo"}
+MPIRUN = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "PMIX_RANK": "1"}
+MASTER = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x", **MASTER}
+BY_HAND = {"RANK": "1", "WORLD_SIZE": "2", **MASTER}
+MPICH = {"PMI_RANK": "1", "PMI_SIZE": "2"}
+MVAPICH = {"MV2_COMM_WORLD_RANK": "1", "MV2_COMM_WORLD_SIZE": "2"}
+# What Slurm sets in a batch script or an salloc shell of two tasks...
+SBATCH = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_PROCID": "0"}
+# ... and in the second of the two tasks of a step.
+SRUN = {**SBATCH, "SLURM_PROCID": "1", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}
+SRUN_PMIX = {**SRUN, "PMIX_RANK": "1"}
+
+
+def one(environ: dict[str, str]) -> dict[str, str]:
+    """The same launcher, asked for one process."""
+    return {
+        name: "0" if name.endswith(("_RANK", "RANK", "PROCID")) else "1" if value == "2" else value
+        for name, value in environ.items()
+    }
+
+
+def everything(module: str) -> bool:
+    return True
+
+
+@pytest.mark.parametrize(
+    ("environ", "engine", "launcher", "rank"),
+    [
+        ({}, "local", None, 0),
+        (HOROVODRUN, "horovod", "horovodrun", 1),
+        (MPIRUN, "horovod", "mpirun", 1),
+        (MPICH, "horovod", "mpiexec", 1),
+        (MVAPICH, "horovod", "mpiexec", 1),
+        (SRUN_PMIX, "horovod", "srun", 1),
+        ({**SRUN, **MPICH}, "horovod", "mpiexec", 1),
+        (SRUN, "horovod", "srun", 1),
+        ({**SRUN, **MASTER}, "torch", "srun", 1),
+        ({**SRUN_PMIX, **MASTER}, "horovod", "srun", 1),
+        ({"PMIX_RANK": "1"}, "horovod", "PMIx", 1),
+        (TORCHRUN, "torch", "torchrun", 1),
+        (BY_HAND, "torch", "hand", 1),
+        # One launcher inside another: the innermost has made the ranks.
+        ({**SBATCH, **HOROVODRUN}, "horovod", "horovodrun", 1),
+        ({**SBATCH, **MPIRUN}, "horovod", "mpirun", 1),
+        ({**SBATCH, **TORCHRUN}, "torch", "torchrun", 1),
+        ({**TORCHRUN, **MPIRUN, **SRUN}, "torch", "torchrun", 1),
+        ({**MPIRUN, **SRUN, "SLURM_PROCID": "0"}, "horovod", "mpirun", 1),
+        # Generic names alone prove nothing.
+        ({"RANK": "1", "WORLD_SIZE": "2"}, "local", None, 0),
+        ({"HOROVOD_RANK": "1"}, "local", None, 0),
+        # Worlds that are meant to be of one.
+        (one(HOROVODRUN), "local", "horovodrun", 0),
+        (one(MPIRUN), "local", "mpirun", 0),
+        (one(SRUN_PMIX), "local", "srun", 0),
+        (one(TORCHRUN), "local", "torchrun", 0),
+        (one(SBATCH), "local", None, 0),
+    ],
+)
+def test_auto_follows_the_launcher(
+    environ: dict[str, str], engine: str, launcher: str | None, rank: int
+) -> None:
+    choice = choose("auto", environ, everything)
+    assert choice.engine == engine
+    assert (choice.promise.launcher if choice.promise else None) == launcher
+    assert (launcher or "no launcher") in choice.why
+    assert launcher_rank(environ) == rank
+
+
+def test_auto_takes_mpi4py_where_horovod_is_missing() -> None:
+    choice = choose("auto", MPIRUN, lambda module: module != "horovod.torch")
+    assert choice.engine == "mpi"
+    assert "Horovod is not installed" in choice.why
+
+
+@pytest.mark.parametrize(
+    ("choice", "environ", "missing", "message"),
+    [
+        ("auto", SBATCH, "", "SLURM_NTASKS=2 but no launcher started this process; put srun"),
+        ("auto", {**one(SRUN), "SLURM_NTASKS": "2"}, "", "SLURM_NTASKS=2 but no launcher"),  # an salloc shell
+        ("auto", MPIRUN, "horovod.torch mpi4py", "horovod is not installed; run launch/install_horovod.sh"),
+        ("auto", HOROVODRUN, "horovod.torch", "horovod is not installed"),
+        ("auto", {**MPIRUN, "OMPI_COMM_WORLD_SIZE": "two"}, "", "OMPI_COMM_WORLD_SIZE=two: whole numbers"),
+        (
+            "auto",
+            {**MPIRUN, "OMPI_COMM_WORLD_RANK": "2"},
+            "",
+            "OMPI_COMM_WORLD_RANK=2, OMPI_COMM_WORLD_SIZE=2",
+        ),
+        ("auto", {**MPIRUN, "OMPI_COMM_WORLD_RANK": "-1"}, "", "ranks go from 0"),
+        ("local", MPIRUN, "", "mpirun started 2 ranks, but --comm local connects 1; start a single process"),
+        ("horovod", {}, "", "started by no launcher; start it with horovodrun -np N"),
+        ("horovod", TORCHRUN, "", "started by torchrun; start it with horovodrun -np N"),
+        ("horovod", MPIRUN, "horovod.torch", "horovod is not installed; run launch/install_horovod.sh"),
+        ("mpi", {}, "", "started by no launcher; start it with mpirun -np N"),
+        ("mpi", HOROVODRUN, "", "started by horovodrun; start it with mpirun -np N"),
+        ("mpi", TORCHRUN, "", "started by torchrun; start it with mpirun -np N"),
+        ("mpi", MPIRUN, "mpi4py", "mpi4py is not installed; pip install 'hvdqn[mpi]'"),
+        ("torch", {}, "", "started by no launcher; start it with torchrun --nproc-per-node N"),
+        ("torch", MPIRUN, "", "started by mpirun; start it with torchrun"),
+        (
+            "torch",
+            {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"},
+            "",
+            "by hand; start it with torchrun",
+        ),
+        (
+            "auto",
+            {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"},
+            "",
+            "MASTER_PORT are not both set",
+        ),
+        ("nccl", {}, "", "--comm nccl is unknown; choose one of auto, local, horovod, torch, mpi"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_a_remedy(
+    choice: str, environ: dict[str, str], missing: str, message: str
+) -> None:
+    with pytest.raises(LaunchError) as refusal:
+        choose(choice, environ, lambda module: module not in missing.split())
+    assert message in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("choice", "environ"),
+    [
+        ("local", SBATCH),
+        ("local", one(MPIRUN)),
+        ("horovod", one(HOROVODRUN)),
+        ("mpi", SRUN_PMIX),
+        ("torch", {**MPIRUN, **MASTER}),
+        ("torch", {**SRUN, **MASTER}),
+    ],
+)
+def test_what_can_work_may_be_asked_for(choice: str, environ: dict[str, str]) -> None:
+    assert choose(choice, environ, everything).engine == choice
+
+
+@pytest.mark.parametrize(
+    ("environ", "size", "right"),
+    [
+        (MPIRUN, 2, True),
+        (MPIRUN, 1, False),  # a silent world of one
+        (MPIRUN, 4, False),
+        ({"PMIX_RANK": "1"}, 4, True),  # promised no number
+        ({**TORCHRUN, "WORLD_SIZE": "8", **SRUN}, 8, True),  # srun started one torchrun on each of two hosts
+        ({**TORCHRUN, "WORLD_SIZE": "8", **SRUN}, 4, False),
+        ({**one(TORCHRUN), **SRUN}, 1, False),
+        ({**HOROVODRUN, "HOROVOD_SIZE": "4", **MPIRUN}, 4, True),
+        ({}, 1, True),
+    ],
+)
+def test_the_world_is_compared_with_every_promise(environ: dict[str, str], size: int, right: bool) -> None:
+    if right:
+        check_size("horovod", size, promises(environ))
+    else:
+        with pytest.raises(LaunchError, match=rf"started \d ranks, but --comm horovod connects {size}; .+"):
+            check_size("horovod", size, promises(environ))
+
+
+def test_the_rank_is_known_without_any_connection_and_never_fails() -> None:
+    assert launcher_rank({}) == 0
+    assert launcher_rank(SRUN) == 1
+    assert launcher_rank({**MPIRUN, "OMPI_COMM_WORLD_RANK": "x"}) == 0
+
+
+def test_local_is_the_identity() -> None:
+    comm = connect("local")
+    assert (comm.rank, comm.size, comm.local_rank, comm.local_size) == (0, 1, 0, 1)
+    tensor = torch.randn(5)
+    before = tensor.clone()
+    assert comm.allreduce_mean_async(tensor, "x").wait() is tensor
+    comm.broadcast_(tensor)
+    assert torch.equal(tensor, before)
+    assert comm.broadcast_object("a") == "a"
+    assert comm.all_gather_object("a") == ["a"]
+    comm.barrier()
+    comm.close()
+
+
+def test_a_rank_that_never_comes_is_told_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datetime
+
+    import hvdqn.comm.torch as engine
+
+    monkeypatch.setattr(engine, "CONNECT_TIMEOUT", datetime.timedelta(seconds=1))
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "0")
+    with pytest.raises(LaunchError, match=r"rank 0 did not meet all 2 ranks within 1 s .*; start them all"):
+        TorchComm("cpu", rank=0, size=2)
+
+
+def imports(path: Path) -> set[str]:
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return plain | {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+
+
+def test_each_engine_keeps_its_library_to_itself() -> None:
+    for path in Path(hvdqn.comm.__file__).parent.glob("*.py"):
+        roots = {name.split(".")[0] for name in imports(path)}
+        ours = {name for name in imports(path) if name.split(".")[0] == "hvdqn"}
+        assert all(name.startswith("hvdqn.comm") for name in ours), path
+        assert ("horovod" in roots) == (path.name == "horovod.py")
+        assert ("mpi4py" in roots) == (path.name == "mpi.py")
