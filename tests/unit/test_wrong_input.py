@@ -1,0 +1,249 @@
+"""Whatever a user can get wrong ends with exit code 2 and one line: what is wrong, what would be right.
+
+Every row runs `hvdqn.train.main` in this process; those that need another environment, and a few more to hold the
+real thing to the same promise, are processes of their own. Two ranks: tests/distributed/test_wrong_input.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from hvdqn import train
+from tests.launchers import clean_environment
+
+SCRIPTED = "tests.unit.scripted_envs:"
+
+
+@dataclass(frozen=True)
+class Wrong:
+    """A command line that is wrong, and words that its one line must hold.
+
+    `{tmp}` in `argv` and `env` is a fresh folder, where `files` are written first.
+    """
+
+    argv: tuple[str, ...]
+    words: tuple[str, ...]
+    files: Mapping[str, str] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+def wrong(argv: str, *words: str, files: Mapping[str, str] | None = None, **env: str) -> Wrong:
+    return Wrong(tuple(argv.split()), words, files or {}, env)
+
+
+HERE = {
+    "unknown environment": wrong("--env CartPoll-v1", "unknown environment 'CartPoll-v1'", "'CartPole-v1'"),
+    "unknown version": wrong("--env CartPole-v7", "unknown environment 'CartPole-v7'", "'CartPole-v1'"),
+    "nothing near": wrong("--env qqqqqqqqqq", "unknown environment 'qqqqqqqqqq'", "registered Gymnasium id"),
+    "unknown module": wrong("--env no_such_module:X-v0", "cannot import 'no_such_module'", "PYTHONPATH"),
+    "unknown flag": wrong("--learnin-starts 3", "'--learnin-starts'", "did you mean", "--learning-starts"),
+    "flag without value": wrong("--lr", "--lr"),
+    "value of another type": wrong("--lr fast", "--lr", "fast"),
+    "none of the choices": wrong("--optimizer sgd", "sgd", "adam", "rmsprop"),
+    "stray word": wrong("cartpole", "cartpole"),
+    "unknown preset": wrong("--preset cartpol", "unknown preset 'cartpol'", "did you mean 'cartpole'", "atari"),
+    "continuous actions": wrong(
+        "--env Pendulum-v1", "'Pendulum-v1'", "action space Box", "needs Discrete", "--wrapper"
+    ),
+    "text observations": wrong(
+        f"--env {SCRIPTED}ObservesText-v0", "Text space at ['said']", "Box, Discrete", "--wrapper"
+    ),
+    "sequence observations": wrong(f"--env {SCRIPTED}ObservesSequence-v0", "Sequence space", "--wrapper"),
+    "graph observations": wrong(f"--env {SCRIPTED}ObservesGraph-v0", "Graph space", "--wrapper"),
+    "convolutions over a vector": wrong("--torso nature", "--torso nature", "needs images", "--torso mlp"),
+    "convolutions over a tiny image": wrong(
+        f"--env {SCRIPTED}ObservesImage-v0 --torso nature", "8 x 6", "--torso minatar"
+    ),
+    "batch above shard": wrong("--batch-per-rank 2001", "2001", "replay shard", "2000", "lower one or raise"),
+    "capacity at learning starts": wrong(
+        "--replay-capacity 200", "--replay-capacity 200", "above --learning-starts 200", "never start"
+    ),
+    "capacity below learning starts": wrong("--learning-starts 9000", "2000", "above --learning-starts 9000"),
+    "a row too short for n steps": wrong(
+        "--envs-per-rank 500 --n-step 5 --batch-per-rank 1", "--replay-capacity 2000 leaves 4", "need 6"
+    ),
+    "no envs": wrong("--envs-per-rank 0", "--envs-per-rank is 0", "at least 1"),
+    "negative batch": wrong("--batch-per-rank -32", "--batch-per-rank is -32", "at least 1"),
+    "no capacity": wrong("--replay-capacity 0", "--replay-capacity is 0", "at least 1"),
+    "negative steps": wrong("--total-env-steps -1", "--total-env-steps is -1", "at least 1"),
+    "no n step": wrong("--n-step 0", "--n-step is 0", "at least 1"),
+    "no frame stack": wrong("--frame-stack 0", "--frame-stack is 0", "at least 1"),
+    "no eval episodes": wrong("--eval-episodes 0", "--eval-episodes is 0", "at least 1"),
+    "no replay ratio": wrong("--replay-ratio 0", "--replay-ratio is 0.0", "above 0"),
+    "negative learning rate": wrong("--lr -0.1", "--lr is -0.1", "above 0"),
+    "negative target period": wrong("--target-every -5", "--target-every is -5", "0 or more"),
+    "negative checkpoint period": wrong("--checkpoint-every -1", "--checkpoint-every is -1", "0 or more"),
+    "negative seed": wrong("--seed -1", "--seed is -1", "0 or more"),
+    "an empty layer": wrong("--hidden 64 0", "--hidden is 64 0", "at least 1 unit"),
+    "gamma 0": wrong("--gamma 0", "--gamma is 0.0", "(0, 1]"),
+    "gamma above 1": wrong("--gamma 1.01", "--gamma is 1.01", "(0, 1]"),
+    "gamma below 0": wrong("--gamma -0.9", "--gamma is -0.9", "(0, 1]"),
+    "gamma nan": wrong("--gamma nan", "--gamma is nan", "finite"),
+    "epsilon above 1": wrong("--epsilon-start 2", "--epsilon-start is 2.0", "[0, 1]"),
+    "no config file": wrong("--config {tmp}/none.yaml", "cannot read", "none.yaml", "No such file", "YAML file"),
+    "config is a folder": wrong("--config {tmp}", "cannot read", "Is a directory"),
+    "config is no text": wrong("--config {tmp}/c.yaml", "c.yaml", "UTF-8", files={"c.yaml": "\udcff\udcfe"}),
+    "config is no YAML": wrong("--config {tmp}/c.yaml", "not valid YAML at line 2", files={"c.yaml": "lr: 1\n{"}),
+    "config is no mapping": wrong("--config {tmp}/c.yaml", "no mapping", "key: value", files={"c.yaml": "[1]"}),
+    "unknown key in config": wrong(
+        "--config {tmp}/c.yaml",
+        "c.yaml",
+        "unknown setting 'total_steps'",
+        "'total_env_steps'",
+        files={"c.yaml": "total_steps: 5"},
+    ),
+    "wrong value in config": wrong("--config {tmp}/c.yaml", "--gamma is 1.5", files={"c.yaml": "gamma: 1.5"}),
+    "wrong type in config": wrong("--config {tmp}/c.yaml", "--lr", "fast", files={"c.yaml": "lr: fast"}),
+    "wrong preset in config": wrong(
+        "--preset= --config {tmp}/c.yaml", "unknown preset 'pong'", files={"c.yaml": "preset: pong"}
+    ),
+    "run directory below a file": wrong(
+        "--run-dir {tmp}/file/run", "cannot write", "file/run", "Not a directory", "--run-dir", files={"file": ""}
+    ),
+    "run directory is a file": wrong(
+        "--run-dir {tmp}/file", "cannot write", "{tmp}/file", "File exists", "--run-dir", files={"file": ""}
+    ),
+    "no checkpoint to resume": wrong("--resume must", "--resume must", "there is none", "--run-dir"),
+    "env kwargs no JSON": wrong("--env-kwargs {{x", "--env-kwargs", "not JSON", '{"name": value}'),
+    "env kwargs unknown": wrong(
+        '--env-kwargs {{"gravity":1}}', "--env-kwargs", "does not suit 'CartPole-v1'", "gravity"
+    ),
+    "wrapper without attribute": wrong("--wrapper gymnasium", "--wrapper 'gymnasium'", "module:attribute"),
+    "wrapper unknown": wrong("--wrapper gymnasium.wrappers:Flatten", "has no 'Flatten'"),
+    "lives without Atari": wrong("--episodic-life", "--episodic-life needs an Atari environment", "ALE/Pong-v5"),
+    "native where there is none": wrong(
+        "--env Acrobot-v1 --vectorization native", "no native vector", "sync or async"
+    ),
+    "engine without its launcher": wrong("--comm torch", "--comm torch", "torchrun --nproc-per-node"),
+    "mpi without mpirun": wrong("--comm mpi", "--comm mpi", "mpirun -np N"),
+    "many Slurm tasks, one process": wrong("", "SLURM_NTASKS=8", "srun", "--comm local", SLURM_NTASKS="8"),
+    "a rank outside of its world": wrong("", "RANK=2", "size - 1", RANK="2", WORLD_SIZE="2", MASTER_ADDR="::1"),
+}  # fmt: skip
+
+# Rows for a process of their own: what they need cannot be had in this one.
+APART = {
+    "unknown flag": HERE["unknown flag"],
+    "CUDA absent": wrong(
+        "--device cuda", "--device cuda", "no CUDA device", "--device cpu", CUDA_VISIBLE_DEVICES=""
+    ),
+    "missing extra": wrong(
+        "--preset atari",
+        "'ALE/Pong-v5' needs the atari extra",
+        "pip install 'hvdqn[atari]'",
+        files={"ale_py.py": "raise ModuleNotFoundError(\"No module named 'ale_py'\", name='ale_py')"},
+        PYTHONPATH="{tmp}",
+    ),
+    # The variables of an mpirun that is not there: a rank that would otherwise train alone, thinking itself one of 4.
+    "another world than promised": wrong(
+        "",
+        "OMPI_COMM_WORLD_SIZE=4",
+        "mpirun started 4 ranks",
+        "connects 1",
+        OMPI_COMM_WORLD_SIZE="4",
+        OMPI_COMM_WORLD_RANK="0",
+    ),
+}
+
+# A run of the smoke preset lies in the run directory already.
+ON_A_RUN = {
+    "never resume": wrong("--resume never", "holds checkpoints", "--resume is never", "--run-dir"),
+    "another environment": wrong(
+        "--env Acrobot-v1", "begun with --env CartPole-v1, not Acrobot-v1", "--run-dir"
+    ),
+    "another network": wrong("--hidden 8", "begun with --hidden", "--run-dir"),
+    "another optimizer": wrong("--optimizer rmsprop", "begun with --optimizer adam, not rmsprop"),
+}
+
+
+def prepare(row: Wrong, tmp: Path) -> list[str]:
+    """Write the row's files; return its command line, with a run directory of its own."""
+    for name, text in row.files.items():
+        (tmp / name).write_bytes(text.encode("utf-8", "surrogateescape"))
+    argv = [word.replace("{tmp}", str(tmp)).replace("{{", "{").replace("}}", "}") for word in row.argv]
+    own = [] if "--run-dir" in argv else ["--run-dir", str(tmp / "run")]
+    preset = [] if any(word.startswith("--preset") for word in argv) else ["--preset", "smoke"]
+    return [*preset, *own, *argv]
+
+
+def check_refusal(code: int | None, stderr: str, words: tuple[str, ...], tmp: Path) -> None:
+    lines = stderr.splitlines()
+    assert code == 2, stderr
+    assert len(lines) == 1, stderr
+    assert lines[0].startswith("hvdqn: error: "), stderr
+    for word in words:
+        assert word.replace("{tmp}", str(tmp)) in lines[0]
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Every file below a folder and the digest of its content."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.fixture(autouse=True)
+def _signals_as_before() -> Iterator[None]:
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process is no rank of anything, as a fresh shell is."""
+    for name in os.environ.keys() - clean_environment().keys():
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.usefixtures("clean")
+@pytest.mark.parametrize("row", HERE.values(), ids=HERE)
+def test_one_line_says_what_is_wrong(
+    row: Wrong, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in row.env.items():
+        monkeypatch.setenv(name, value)
+    argv = prepare(row, tmp_path)
+    before = tree(tmp_path)
+    code = train.main(argv)
+    check_refusal(code, capsys.readouterr().err, row.words, tmp_path)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.usefixtures("clean")
+def test_a_run_that_is_there_stays_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = ["--preset", "smoke", "--total-env-steps", "300", "--run-dir", str(tmp_path)]
+    assert train.main([*run, "--eval-episodes", "1"]) == 0
+    before = tree(tmp_path)
+    for row in ON_A_RUN.values():
+        capsys.readouterr()
+        code = train.main([*run, *row.argv])
+        check_refusal(code, capsys.readouterr().err, row.words, tmp_path)
+        assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("row", APART.values(), ids=APART)
+def test_a_real_process_says_it_too(row: Wrong, tmp_path: Path) -> None:
+    argv = prepare(row, tmp_path)
+    before = tree(tmp_path)
+    env = clean_environment()
+    for name, value in row.env.items():
+        value = value.replace("{tmp}", str(tmp_path))
+        env[name] = f"{value}{os.pathsep}{env[name]}" if name == "PYTHONPATH" else value
+    result = subprocess.run(
+        [sys.executable, "-m", "hvdqn.train", *argv], env=env, capture_output=True, text=True, timeout=60
+    )
+    check_refusal(result.returncode, result.stderr, row.words, tmp_path)
+    assert result.stdout == ""
+    assert {name for name in tree(tmp_path) if "__pycache__" not in name} == before.keys()
