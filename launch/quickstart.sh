@@ -59,13 +59,6 @@ launch_with_torchrun() {
 }
 
 train() {
-    # mpirun gives every rank a terminal of its own, whatever its output goes to: tell them what that really is.
-    if [[ -t 1 ]]; then
-        COLUMNS=$(tput cols 2>/dev/null || echo 80)
-        export COLUMNS
-    else
-        export TERM=dumb
-    fi
     if [[ -f $venv/.hvdqn-horovod ]]; then
         printf '\nTraining on %d ranks with horovodrun. Run directory: %s\n' "$ranks" "$run_dir"
         launch_with_horovod "$@"
