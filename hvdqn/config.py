@@ -114,6 +114,8 @@ class LearningConfig:
     """Global batch at which `lr` was tuned; 0: batch_per_rank, that is, one rank."""
     lr_warmup: float = 0.02
     """Share of the run over which a scaled learning rate rises from `lr`."""
+    lr_final: float = 1.0
+    """Share of the learning rate that is left at the end of the run, approached linearly."""
     max_grad_norm: float = 10.0
     """Norm to which the averaged gradient is clipped; 0: no clipping."""
     target_every: int = 1_000
@@ -395,7 +397,7 @@ _NOT_NEGATIVE = (
     "threads_per_rank", "seed", "stall_timeout", "eval_every", "checkpoint_every", "log_every",
 )  # fmt: skip
 _ABOVE_ZERO = ("replay_ratio", "lr", "optimizer_eps")
-_SHARES = ("epsilon_start", "epsilon_end", "eval_epsilon", "lr_warmup")
+_SHARES = ("epsilon_start", "epsilon_end", "eval_epsilon", "lr_warmup", "lr_final")
 
 
 def check(config: Config) -> None:

@@ -51,12 +51,14 @@ def learning_rate(config: LearningConfig, global_batch: int, batch_per_rank: int
     """The learning rate after a share `done` of the run.
 
     lr x k, lr x min(sqrt(k), 3) or lr, with k = global batch / reference batch; a scaled one is approached
-    linearly from `lr` over the first `lr_warmup` of the run (Goyal et al. 2017, section 2.2).
+    linearly from `lr` over the first `lr_warmup` of the run (Goyal et al. 2017, section 2.2). On top of that the
+    rate falls linearly to its share `lr_final` at the end.
     """
     k = global_batch / (config.lr_reference_batch or batch_per_rank)
     factor = {"none": 1.0, "sqrt": min(math.sqrt(k), 3.0), "linear": k}[config.lr_scaling]
     warm = min(done / config.lr_warmup, 1.0) if config.lr_warmup > 0 else 1.0
-    return config.lr * (1.0 + (factor - 1.0) * warm)
+    decayed = 1.0 + (config.lr_final - 1.0) * done
+    return config.lr * (1.0 + (factor - 1.0) * warm) * decayed
 
 
 def make_optimizer(config: LearningConfig, flat: nn.Parameter) -> torch.optim.Optimizer:

@@ -175,3 +175,8 @@ def test_state_round_trip_continues_bit_for_bit():
 def test_learning_rate_by_hand(scaling, global_batch, done, expected):
     config = LearningConfig(lr=1.0, lr_scaling=scaling, lr_warmup=0.1)
     assert learning_rate(config, global_batch, 32, done) == pytest.approx(expected)
+
+
+def test_learning_rate_falls_to_its_final_share():
+    config = LearningConfig(lr=1.0, lr_final=0.1)
+    assert [learning_rate(config, 32, 32, done) for done in (0.0, 0.5, 1.0)] == pytest.approx([1.0, 0.55, 0.1])
