@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 
 @dataclass
@@ -52,21 +53,29 @@ class Clock:
         """Whether the last tick reached or passed a multiple of `every` env steps; never for 0."""
         return every > 0 and self.env_steps // every > (self.env_steps - self.envs) // every
 
-    def state(self) -> dict[str, int]:
+    def state(self) -> dict[str, float]:
         """What a checkpoint keeps."""
         return {
             "env_steps": self.env_steps,
             "updates": self.updates,
             "origin_env_steps": self.origin_env_steps,
             "origin_updates": self.origin_updates,
-            "global_batch": self.global_batch,
+            **self._rate(),
         }
 
-    def resume(self, state: Mapping[str, int], refill: bool = False) -> None:
+    def _rate(self) -> dict[str, float]:
+        """What decides how many updates are owed, the counters aside."""
+        return {
+            "global_batch": self.global_batch,
+            "replay_ratio": self.replay_ratio,
+            "learning_starts": self.learning_starts,
+        }
+
+    def resume(self, state: Mapping[str, Any], refill: bool = False) -> None:
         """Go on from a checkpoint.
 
-        Under another global batch, updates are owed from here on only: a smaller batch must not
-        be made to catch up on updates that the larger one never owed.
+        Where updates are owed at another rate than before, they are owed from here on only: a smaller batch
+        must not be made to catch up on updates that the larger one never owed.
 
         Args:
             state: what `state` gave.
@@ -76,7 +85,7 @@ class Clock:
         if refill:
             self.origin_env_steps = self.env_steps + self.learning_starts
             self.origin_updates = self.updates
-        elif state["global_batch"] == self.global_batch:
+        elif all(state[name] == value for name, value in self._rate().items()):
             self.origin_env_steps, self.origin_updates = state["origin_env_steps"], state["origin_updates"]
         else:
             self.origin_env_steps, self.origin_updates = self.env_steps, self.updates

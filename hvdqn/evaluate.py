@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -25,6 +27,8 @@ from hvdqn.seeds import rank_seeds
 # Environments without a time limit must not hold an evaluation for ever: Atari's 108,000 frames.
 LONGEST_EPISODE_ENV_STEPS = 27_000
 MOST_ENVS_PER_RANK = 16
+# A rank that is told to stop must not wait for the end of an evaluation.
+STEPS_BETWEEN_VOTES = 32
 
 
 @dataclass(frozen=True)
@@ -74,23 +78,34 @@ class Evaluator:
         self.share = episodes // comm.size + (comm.rank < episodes % comm.size)
         self.envs = min(self.share, MOST_ENVS_PER_RANK)
 
-    def run(self, network: QNetwork) -> Evaluation:
-        """Play; a collective call."""
-        mine = self._play(network) if self.share else []
-        self.timer.start("comm")  # ranks whose episodes were short wait here
-        shares = self.comm.all_gather_object(mine)
-        self.timer.start("other")
+    def run(self, network: QNetwork, stop: Callable[[], bool] = lambda: False) -> Evaluation | None:
+        """Play; a collective call. None if some rank's `stop` asked to leave off before the end."""
+        returns: list[float] = []
+        with closing(self._play(network)) as play:
+            playing = True
+            while playing:
+                playing = False
+                for returns in itertools.islice(play, STEPS_BETWEEN_VOTES):  # noqa: B007 - the last one stays
+                    playing = True
+                votes = torch.tensor([float(playing), float(stop())])
+                with self.timer.during("comm"):  # ranks whose episodes were short wait here
+                    self.comm.allreduce_mean_async(votes, name="evaluation").wait()
+                if votes[1] > 0:
+                    return None
+                playing = bool(votes[0] > 0)
+        with self.timer.during("comm"):
+            shares = self.comm.all_gather_object(returns)
         return Evaluation(tuple(value for share in shares for value in share))
 
-    def _play(self, network: QNetwork) -> list[float]:
-        """Each environment plays a fixed number of episodes, so that short episodes are not favoured."""
-        envs = make_environments(self.config, self.envs, self.seed, training=False, threads=self.threads)
-        try:
-            return self._play_quota(network, envs)
-        finally:
-            envs.close()
+    def _play(self, network: QNetwork) -> Generator[list[float], None, None]:
+        """After each step, the returns so far."""
+        if self.share:
+            envs = make_environments(self.config, self.envs, self.seed, training=False, threads=self.threads)
+            with closing(envs):
+                yield from self._play_quota(network, envs)
 
-    def _play_quota(self, network: QNetwork, envs: Environments) -> list[float]:
+    def _play_quota(self, network: QNetwork, envs: Environments) -> Generator[list[float], None, None]:
+        """Each environment plays a fixed number of episodes, so that short episodes are not favoured."""
         left = np.full(self.envs, self.share // self.envs)
         left[: self.share % self.envs] += 1
         rng = np.random.default_rng(self.seed)
@@ -111,7 +126,7 @@ class Evaluator:
                 left[ended] -= 1
                 left[endless] = 0  # it may never end: what it played counts, and it plays no more
                 running[ended], length[ended] = 0.0, 0
-        return returns
+            yield returns
 
 
 @dataclass(frozen=True)
@@ -180,7 +195,9 @@ def evaluate(options: EvalOptions) -> Evaluation:
         torch.device("cpu"),
         PhaseTimer(),
     )
-    return evaluator.run(network)
+    evaluation = evaluator.run(network)
+    assert evaluation is not None  # nobody asked to leave off
+    return evaluation
 
 
 def main(argv: Sequence[str] | None = None) -> int:

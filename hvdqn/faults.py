@@ -1,7 +1,8 @@
-"""What goes wrong on shared machines: signals, drifting replicas, errors of one rank."""
+"""What goes wrong on shared machines: signals, drifting replicas, errors of one rank, ranks that hang."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TypeVar
@@ -25,40 +27,56 @@ EXIT_FINISHED, EXIT_FAILED, EXIT_USER_ERROR, EXIT_REQUEUE = 0, 1, 2, 75
 class StopSignal:
     """Remembers that this rank was asked to stop; the ranks then agree on it through the trailer.
 
-    SIGTERM and SIGUSR2 come from schedulers, SIGINT from the keyboard. A second SIGINT exits at once.
+    SIGTERM and SIGUSR2 come from schedulers, SIGINT from the keyboard; a second SIGINT exits at once. A thread
+    reads them from a pipe: Python's own handlers run only when the call under way returns, and a call that waits
+    for a dead rank never does.
     """
 
     def __init__(self) -> None:
         self.name = ""
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
-            signal.signal(number, self._handle)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.name == "SIGINT":
-            os._exit(128 + number)
-        self.name = signal.Signals(number).name
+            signal.signal(number, _leave_to_thread)
+        threading.Thread(target=self._listen, args=(reader,), name="signals", daemon=True).start()
 
     @property
     def received(self) -> bool:
         """Whether this rank votes to stop."""
         return bool(self.name)
 
+    def _listen(self, reader: int) -> None:
+        interrupts = 0
+        while True:
+            for number in os.read(reader, 64):
+                if number == signal.SIGINT:
+                    interrupts += 1
+                if interrupts == 2:
+                    os._exit(128 + signal.SIGINT)
+                self.name = signal.Signals(number).name
+
+
+def _leave_to_thread(number: int, frame: FrameType | None) -> None:
+    """Stand in for the default action, which would end the process."""
+
 
 class DriftError(RuntimeError):
-    """Replicas that must be equal bit for bit are not."""
+    """Replicas that must be equal bit for bit are not; raised on all ranks at once."""
 
 
 def check_replicas(differing_ranks: list[int], env_steps: int) -> None:
     """Refuse to train on when replicas differ.
 
     Raises:
-        DriftError: some rank's weights are not rank 0's.
+        DriftError: some rank's weights are not those of the others.
     """
     if differing_ranks:
         ranks = ", ".join(map(str, differing_ranks))
         raise DriftError(
-            f"at env step {env_steps} the weights of rank {ranks} differ from rank 0's, which no update can cause: "
-            "suspect that host's memory or a library that differs; resume from the last checkpoint"
+            f"at env step {env_steps} the weights of rank {ranks} differ from the other ranks', which no update can "
+            "cause: suspect that host's memory or a library that differs; start again to resume from the last "
+            "checkpoint"
         )
 
 
@@ -80,22 +98,33 @@ def together(comm: Comm, build: Callable[[], T]) -> T:
     return result
 
 
+@dataclass(frozen=True)
+class Heartbeat:
+    """What one rank last said of itself."""
+
+    phase: str
+    idle_seconds: float  # since it last changed phase
+    age_seconds: float  # since it said so
+
+
 class Watchdog:
     """Ends a job in which some rank stopped moving, and names it.
 
-    A thread on every rank writes a heartbeat file: its phase, how often phases changed, and, by the file's time,
-    that the process lives. A rank that has not changed phase for `timeout_seconds` reads all of them. Times are
-    compared as the file system gives them, so clocks of hosts may differ.
+    A thread on every rank writes a heartbeat file: its phase, for how long it has not changed, and, by the
+    file's time, that the process lives. A rank that made no progress for `timeout_seconds` reads all of them. It
+    waits on while others progress, however slowly, and ends the job where a rank does not answer, hangs in its own
+    work, or where all wait for each other. Times are those of the file system, so clocks of hosts may differ.
 
     Args:
         directory: where all ranks keep their heartbeats.
         comm: the ranks.
         timer: whose phases are watched.
-        timeout_seconds: without a change of phase; 0: no watchdog.
+        timeout_seconds: without progress; 0: no watchdog.
     """
 
     def __init__(self, directory: Path, comm: Comm, timer: PhaseTimer, timeout_seconds: float) -> None:
         self.directory, self.comm, self.timer, self.timeout_seconds = directory, comm, timer, timeout_seconds
+        self._interval = min(1.0, timeout_seconds / 8)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         if timeout_seconds > 0:
@@ -106,70 +135,92 @@ class Watchdog:
         self._closed.set()
         if self._thread.is_alive():
             self._thread.join()
-        self._file(self.comm.rank).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self._file(self.comm.rank).unlink(missing_ok=True)
+            self.directory.rmdir()  # the last rank succeeds
 
     def _file(self, rank: int) -> Path:
         return self.directory / f"rank-{rank:05d}.json"
 
     def _watch(self) -> None:
-        changes, since = -1, time.monotonic()
-        while not self._closed.wait(min(1.0, self.timeout_seconds / 4)):
+        changes, idle, before = -1, 0.0, time.monotonic()
+        while not self._closed.wait(self._interval):
+            now = time.monotonic()
+            # A job that was suspended as a whole has not stalled: the time away does not count.
+            idle += min(now - before, 2 * self._interval)
+            before = now
             if self.timer.changes != changes:
-                changes, since = self.timer.changes, time.monotonic()
-            idle = time.monotonic() - since
+                changes, idle = self.timer.changes, 0.0
             self._beat(idle)
-            if idle >= self.timeout_seconds:
-                self._end(idle)
+            if self._stalled(idle):
+                self._judge(idle)
+
+    def _stalled(self, idle_seconds: float) -> bool:
+        # A change is seen up to one interval late, and the next look comes one later.
+        return idle_seconds + 2 * self._interval > self.timeout_seconds
 
     def _beat(self, idle: float) -> None:
-        beat = {"phase": self.timer.phase, "idle_seconds": idle}
-        try:
+        beat = json.dumps({"phase": self.timer.phase, "idle_seconds": idle}).ljust(96)
+        with contextlib.suppress(OSError):  # a full disk is no hang
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._file(self.comm.rank).write_text(json.dumps(beat), encoding="utf-8")
-        except OSError:
-            return  # a full disk is no hang
+            # Not truncated: no reader may find it empty.
+            descriptor = os.open(self._file(self.comm.rank), os.O_WRONLY | os.O_CREAT, 0o644)
+            try:
+                os.write(descriptor, beat.encode())
+            finally:
+                os.close(descriptor)
 
-    def _end(self, idle: float) -> None:
-        silent, busy = self._diagnose()
-        blamed = silent or busy
-        speaker = min(
-            (rank for rank in range(self.comm.size) if rank not in dict(silent)), default=self.comm.rank
-        )
-        if self.comm.rank != speaker:
-            time.sleep(1.0)
-        else:
-            what = (
-                "; ".join(f"rank {rank} {text}" for rank, text in blamed) or "every rank waits for the others"
-            )
+    def _judge(self, idle: float) -> None:
+        beats = self._heartbeats()
+        causes = self._causes(beats)
+        if not causes:
+            return
+        answering = [rank for rank, beat in enumerate(beats) if beat and not self._is_silent(beat)]
+        if self.comm.rank == min(answering, default=self.comm.rank):
             print(
-                f"hvdqn: no progress for {idle:.0f} s (--stall-timeout {self.timeout_seconds:g}), rank "
-                f"{self.comm.rank} in phase '{self.timer.phase}': {what}. Ending the job; start it again to resume",
+                f"hvdqn: no progress for {idle:.0f} s (--stall-timeout {self.timeout_seconds:g}): "
+                f"{'; '.join(causes)}; rank {self.comm.rank} is in phase '{self.timer.phase}'. "
+                "Ending the job; start it again to resume",
                 file=sys.stderr,
                 flush=True,
             )
+        else:
+            time.sleep(3.0)  # one rank speaks for all, and ends all
         self.comm.abort(EXIT_FAILED)
 
-    def _diagnose(self) -> tuple[list[tuple[int, str]], list[tuple[int, str]]]:
-        """Ranks whose process does not answer, and ranks that live but hang outside of `comm`."""
-        silent, busy = [], []
-        now = self._age_reference()
+    def _heartbeats(self) -> list[Heartbeat | None]:
+        """Every rank's, None where there is none."""
+        beats: list[Heartbeat | None] = []
         for rank in range(self.comm.size):
             try:
                 beat = json.loads(self._file(rank).read_text(encoding="utf-8"))
+                now = self._file(self.comm.rank).stat().st_mtime  # by the same clock as the other's
                 age = now - self._file(rank).stat().st_mtime
+                beats.append(Heartbeat(beat["phase"], beat["idle_seconds"] + max(age, 0.0), age))
             except (OSError, ValueError):
-                silent.append((rank, "left no heartbeat"))
-                continue
-            if age > self.timeout_seconds / 2:
-                silent.append(
-                    (rank, f"does not answer for {age:.0f} s, last seen in phase '{beat['phase']}'")
-                )
-            elif beat["phase"] != "comm" and beat["idle_seconds"] > self.timeout_seconds / 2:
-                busy.append((rank, f"hangs in phase '{beat['phase']}' for {beat['idle_seconds']:.0f} s"))
-        return silent, busy
+                beats.append(None)
+        return beats
 
-    def _age_reference(self) -> float:
-        try:
-            return self._file(self.comm.rank).stat().st_mtime
-        except OSError:
-            return time.time()
+    def _is_silent(self, beat: Heartbeat) -> bool:
+        return beat.age_seconds > self.timeout_seconds / 2
+
+    def _causes(self, beats: list[Heartbeat | None]) -> list[str]:
+        """Why the job has stalled; empty where some rank still makes progress."""
+        if beats[self.comm.rank] is None:
+            return [f"no heartbeat can be kept in {self.directory}, so who is missing is not known"]
+        silent = [
+            f"rank {rank} does not answer"
+            + (f" since {beat.age_seconds:.0f} s, last seen in phase '{beat.phase}'" if beat else "")
+            for rank, beat in enumerate(beats)
+            if beat is None or self._is_silent(beat)
+        ]
+        hanging = [
+            f"rank {rank} hangs in phase '{beat.phase}' since {beat.idle_seconds:.0f} s"
+            for rank, beat in enumerate(beats)
+            if beat and beat.phase != "comm" and self._stalled(beat.idle_seconds)
+        ]
+        if silent or hanging:
+            return silent or hanging
+        if all(beat and self._stalled(beat.idle_seconds) for beat in beats):
+            return ["every rank waits for the others"]
+        return []

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -138,8 +139,10 @@ class Learner:
         trailer[: len(REPORTED)] = torch.as_tensor(report)
         for slot, value in enumerate((loss, td_error, q_mean), start=len(REPORTED)):
             trailer[slot] = value
-        # Each rank has a slot of its own to own up to a gradient that would spoil everyone's.
-        trailer[len(REPORTED) + len(LEARNED) + self.comm.rank] = ~torch.isfinite(self.gradient.sum())
+        # Each rank has a slot of its own to own up to a gradient that would spoil everyone's. An infinite reward
+        # shows in the loss alone: Huber's gradient is clipped.
+        finite = torch.isfinite(self.gradient.sum()) & torch.isfinite(loss)
+        trailer[len(REPORTED) + len(LEARNED) + self.comm.rank] = ~finite
         self.sync.begin(self)
 
     def finish_update(self) -> None:
@@ -172,7 +175,7 @@ class Learner:
     def step(self) -> None:
         """Clip the averaged gradient and step, or skip the update if it is not finite: the same on every rank."""
         norm = float(torch.linalg.vector_norm(self.gradient))  # on a GPU, the CPU waits here
-        finite = math.isfinite(norm)
+        finite = math.isfinite(norm) and not bool(self.spoilt.any())
         self._read_trailer(learned=finite)
         if not finite:
             self._skip()
@@ -192,21 +195,29 @@ class Learner:
         trailer = self.trailer
         trailer.zero_()
         trailer[: len(REPORTED)] = torch.as_tensor(report)
-        self.comm.allreduce_mean_async(trailer, name="trailer").wait()
+        with self.timer.during("comm"):
+            self.comm.allreduce_mean_async(trailer, name="trailer").wait()
         self._read_trailer(learned=False)
 
     def sync_target(self) -> list[int]:
         """Make rank 0's weights everyone's target network; return the ranks whose own weights differ.
 
-        The comparison is bit for bit, NaNs included, and comes at no cost but the broadcast's.
+        The comparison is bit for bit, NaNs included, and comes at no cost but the broadcast's. Where most ranks
+        agree, those that differ from them are returned, rank 0 or not.
         """
         mine = self.parameters.data
         incoming = mine.clone()
-        self.comm.broadcast_(incoming)
+        with self.timer.during("comm"):
+            self.comm.broadcast_(incoming)
+            same = torch.equal(incoming.view(torch.uint8), mine.view(torch.uint8))
+            agreed = all(self.comm.all_gather_object(same))
         if self.config.target_tau == 1.0:
             self.target_parameters.copy_(incoming)
-        same = torch.equal(incoming.view(torch.uint8), mine.view(torch.uint8))
-        return [rank for rank, agrees in enumerate(self.comm.all_gather_object(same)) if not agrees]
+        if agreed:
+            return []
+        digests = self.comm.all_gather_object(self.sha256())
+        common = Counter(digests).most_common(1)[0][0]
+        return [rank for rank, digest in enumerate(digests) if digest != common]
 
     @property
     def lr(self) -> float:
@@ -227,6 +238,27 @@ class Learner:
     def sha256(self) -> str:
         """Digest of the online parameters' bytes."""
         return hashlib.sha256(self.parameters.data.cpu().numpy().tobytes()).hexdigest()
+
+    @property
+    def spoilt(self) -> Tensor:
+        """Above 0 for each rank whose part of the last update was not finite. [size]."""
+        return self.trailer[len(REPORTED) + len(LEARNED) :]
+
+    def counters(self) -> dict[str, Any]:
+        """What was counted: kept in a checkpoint, so that a resumed run goes on counting."""
+        return {
+            "totals": self.totals,
+            "updates_summed": self.updates_summed,
+            "skipped_updates": self.skipped_updates,
+            "skipped_in_a_row": self.skipped_in_a_row,
+        }
+
+    def load_counters(self, counters: Mapping[str, Any]) -> None:
+        """Put back what `counters` gave."""
+        self.totals.copy_(torch.tensor(counters["totals"]))
+        self.updates_summed = counters["updates_summed"]
+        self.skipped_updates = counters["skipped_updates"]
+        self.skipped_in_a_row = counters["skipped_in_a_row"]
 
     def state(self) -> dict[str, Tensor]:
         """Tensors that a checkpoint keeps: both networks and the optimizer's moments."""
@@ -258,9 +290,8 @@ class Learner:
         self.skipped_updates += 1
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row >= self.config.max_skipped_updates:
-            spoilt = self.trailer[len(REPORTED) + len(LEARNED) :].cpu().numpy()
             ranks = (
-                ", ".join(map(str, np.flatnonzero(spoilt > 0)))
+                ", ".join(map(str, np.flatnonzero(self.spoilt.cpu().numpy() > 0)))
                 or "none alone: only the average is not finite"
             )
             raise NonFiniteError(

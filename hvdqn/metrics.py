@@ -11,7 +11,8 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TextIO, get_args
@@ -52,6 +53,17 @@ class PhaseTimer:
         self.changes += 1
         self._since = now
         return before
+
+    @contextmanager
+    def during(self, phase: Phase) -> Iterator[None]:
+        """Be in `phase`, then in the one before; an exception leaves `phase` standing, to tell where it came from."""
+        before = self.start(phase)
+        yield
+        self.start(before)
+
+    def alive(self) -> None:
+        """Tell the watchdog that a long piece of work moves on."""
+        self.changes += 1
 
     def seconds(self) -> dict[str, float]:
         """Seconds by phase up to now, those of the attempts before a resume included."""

@@ -39,12 +39,13 @@ class Parts:
     threads: int
 
 
-def build_parts(config: Config, comm: Comm, env_steps: int = 0) -> Parts:
+def build_parts(config: Config, comm: Comm, timer: PhaseTimer, env_steps: int = 0) -> Parts:
     """Build them; a collective call.
 
     Args:
         config: checked, the same on every rank.
         comm: the ranks.
+        timer: of this rank.
         env_steps: where the run is resumed, for the seeds.
 
     Raises:
@@ -61,7 +62,6 @@ def build_parts(config: Config, comm: Comm, env_steps: int = 0) -> Parts:
     network = together(comm, lambda: network_for(config, envs))
     small = sum(p.numel() for p in network.parameters()) < PARAMETERS_WORTH_THREADS
     torch.set_num_threads(1 if small and not config.parallel.threads_per_rank else threads)
-    timer = PhaseTimer()
     learner = Learner(
         network,
         config.learning,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,48 +26,68 @@ from hvdqn.replay import deal
 # What a network and its optimizer are made of cannot change between the attempts of one run.
 FIXED = ("env", "env_kwargs", "wrapper", "frame_stack", "torso", "hidden", "optimizer")
 # Nor can these, if it is to go on bit for bit.
-SHAPES = ("envs_per_rank", "replay_capacity")
+SHAPES = ("envs_per_rank", "replay_capacity", "vectorization")
 # These say where and how a run is started, not what it is.
 INCIDENTAL = {"run_dir", "resume", "preset"}
 
 
-def contents(parts: Parts, comm: Comm, keep_replay: bool) -> dict[str, Any]:
+@dataclass
+class Progress:
+    """What a run has counted besides its clock: it goes on counting when it is resumed."""
+
+    failed_checkpoints: int = 0
+    evaluated_at_env_steps: int = -1
+    evaluation: dict[str, float] = field(default_factory=dict)
+    keeps_replay: bool | None = None  # not decided yet
+
+
+def contents(parts: Parts, comm: Comm, progress: Progress) -> dict[str, Any]:
     """What this rank writes into a checkpoint."""
     written: dict[str, Any] = {
         rank_part(comm.rank): {
             "actor": parts.actor.state(),
-            "replay": parts.replay.state() if keep_replay else None,
+            "replay": parts.replay.state() if progress.keeps_replay else None,
+            "seconds": parts.timer.seconds(),
         }
     }
     if comm.rank == 0:
         written[LEARNER] = {
             "learner": parts.learner.state(),
+            "counters": parts.learner.counters(),
             "clock": parts.clock.state(),
-            "seconds": parts.timer.seconds(),
+            "progress": asdict(progress),
         }
     return written
 
 
-def find_checkpoint(config: Config, comm: Comm, run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
-    """Where to go on, and what is wrong with newer checkpoints; a collective call.
+def find_checkpoint(
+    config: Config, checkpoints: Checkpoints, run_dir: Path
+) -> tuple[Checkpoint | None, list[str]]:
+    """Where to go on, and what is wrong with newer checkpoints, which are set aside; a collective call.
 
     Raises:
         UserError: `--resume` forbids what is there, or asks for what is not.
     """
-    found, wrong = Checkpoints(run_dir / "checkpoints", comm, config.run.checkpoint_keep).newest_whole()
-    if config.run.resume == "never" and (found or wrong):
+    found, broken = checkpoints.newest_whole()
+    if config.run.resume == "never" and (found or broken):
         raise UserError(
             f"'{run_dir}' holds checkpoints and --resume is never; "
             f"go on with --resume auto, or choose another --run-dir"
         )
     if found is None and config.run.resume == "must":
-        reason = f"none is whole ({wrong[0]})" if wrong else "there is none"
+        reason = f"none is whole ({next(iter(broken.values()))})" if broken else "there is none"
         raise UserError(
             f"--resume must, but of checkpoints in '{run_dir}' {reason}; give the --run-dir of a run"
         )
     if found is not None:
         _check_fixed(found.manifest["config"], config.flat(), run_dir)
-    return found, wrong
+    checkpoints.fall_back(found, broken)
+    lines = [
+        f"warning: checkpoint {name} is set aside as {name}.broken: {why}" for name, why in broken.items()
+    ]
+    if broken and found is None:
+        lines.append("warning: no checkpoint is whole: the run begins anew")
+    return found, lines
 
 
 def _check_fixed(before: Mapping[str, Any], now: Mapping[str, Any], run_dir: Path) -> None:
@@ -91,35 +112,33 @@ def begin(parts: Parts) -> None:
     parts.replay.start(parts.actor.start())
 
 
-def restore(parts: Parts, checkpoint: Checkpoint, config: Config, comm: Comm) -> list[str]:
+def restore(parts: Parts, checkpoint: Checkpoint, config: Config, comm: Comm) -> tuple[Progress, list[str]]:
     """Put every part where the checkpoint was taken.
 
     Returns:
-        One line for the place, and one for each thing that is not as it was.
+        What the run had counted; and one line for the place, and one for each thing that is not as it was.
+
+    Raises:
+        UserError: the settings now make a network of another size.
     """
     shared = checkpoint.read(LEARNER)
-    parts.learner.load_state({name: torch.from_numpy(array) for name, array in shared["learner"].items()})
-    parts.timer.load(shared["seconds"])
-    before, now = checkpoint.manifest["config"], config.flat()
-    same_world = checkpoint.world_size == comm.size
-    same_shapes = same_world and all(before[name] == now[name] for name in SHAPES)
-    ranks = [comm.rank] if same_shapes else range(checkpoint.world_size)
-    shards = [checkpoint.read(rank_part(rank)) for rank in ranks]
-    kept = all(shard["replay"] is not None for shard in shards)
-    parts.clock.resume(shared["clock"], refill=not kept)
-    if kept and same_shapes:
-        parts.replay.load_state(shards[0]["replay"])
-    elif kept:
-        dealt = deal([shard["replay"] for shard in shards], parts.replay.ring, comm.rank, comm.size)
-        parts.replay.load_state(dealt)
-    exact = same_shapes and kept and parts.actor.load_state(shards[0]["actor"])
+    weights = {name: torch.tensor(array) for name, array in shared["learner"].items()}
+    had, has = weights["online"].numel(), parts.learner.parameters.numel()
+    if had != has:
+        raise UserError(
+            f"'{checkpoint.path}' holds {had:,} parameters, these settings make {has:,}; keep the network's "
+            f"settings, or choose another --run-dir"
+        )
+    parts.learner.load_state(weights)
+    parts.learner.load_counters(shared["counters"])
+    kept, exact = _restore_shard(parts, checkpoint, shared["clock"], config, comm)
     if not exact:
         begin(parts)
     lines = [f"resumed from {checkpoint.path} at env step {parts.clock.env_steps:,}"]
-    if not same_world:
+    if checkpoint.world_size != comm.size:
         lines.append(
-            f"{checkpoint.world_size} ranks before, {comm.size} now: replay is dealt anew, the global batch is "
-            f"{parts.clock.global_batch}; clock and schedules go on"
+            f"{checkpoint.world_size} ranks before, {comm.size} now: replay is dealt anew, the global batch was "
+            f"{shared['clock']['global_batch']}, is {parts.clock.global_batch}; clock and schedules go on"
         )
     if not kept:
         lines.append(
@@ -128,9 +147,35 @@ def restore(parts: Parts, checkpoint: Checkpoint, config: Config, comm: Comm) ->
         )
     if not exact:
         lines.append("environments begin new episodes: this resume is not bit for bit")
-    lines += [
-        f"--{name.replace('_', '-')} was {before[name]}, is {now[name]}"
-        for name in now
-        if name in before and name not in INCIDENTAL and before[name] != now[name]
+    lines += _changed_settings(checkpoint.manifest["config"], config.flat())
+    return Progress(**shared["progress"]), lines
+
+
+def _restore_shard(
+    parts: Parts, checkpoint: Checkpoint, clock: Mapping[str, Any], config: Config, comm: Comm
+) -> tuple[bool, bool]:
+    """What is each rank's own; whether replay was kept, and whether the environments go on where they were."""
+    before, now = checkpoint.manifest["config"], config.flat()
+    same_world = checkpoint.world_size == comm.size
+    same_shapes = same_world and all(before[name] == now[name] for name in SHAPES)
+    ranks = [comm.rank] if same_shapes else range(checkpoint.world_size)
+    # Mapped from their files: what a rank does not need of them is not read.
+    shards = [checkpoint.read(rank_part(rank)) for rank in ranks]
+    parts.timer.load(shards[0]["seconds"])
+    kept = all(shard["replay"] is not None for shard in shards)
+    parts.clock.resume(clock, refill=not kept)
+    if kept and same_shapes:
+        parts.replay.load_state(shards[0]["replay"])
+    elif kept:
+        dealt = deal([shard["replay"] for shard in shards], parts.replay.ring, comm.rank, comm.size)
+        parts.replay.load_state(dealt)
+    exact = same_shapes and kept and parts.actor.load_state(shards[0]["actor"])
+    return kept, exact
+
+
+def _changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    return [
+        f"--{name.replace('_', '-')} was {before[name]}, is {value}"
+        for name, value in now.items()
+        if name in before and name not in INCIDENTAL and before[name] != value
     ]
-    return lines

@@ -13,13 +13,13 @@ checkpoint (start it again with the same run directory and it goes on), 1 anythi
 
 from __future__ import annotations
 
-import functools
 import re
 import shutil
 import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +34,16 @@ from hvdqn.faults import (
     EXIT_FINISHED,
     EXIT_REQUEUE,
     EXIT_USER_ERROR,
+    DriftError,
     StopSignal,
     Watchdog,
     check_replicas,
     together,
 )
-from hvdqn.metrics import Metrics, write_summary
+from hvdqn.learner import NonFiniteError
+from hvdqn.metrics import Metrics, PhaseTimer, write_summary
 from hvdqn.parts import Parts, build_parts, device_kind
-from hvdqn.resume import begin, best_evaluation, contents, find_checkpoint, restore
+from hvdqn.resume import Progress, begin, best_evaluation, contents, find_checkpoint, restore
 from hvdqn.seeds import rank_seeds
 
 # Iterations between exchanges of votes and returns while no update carries them.
@@ -57,13 +59,22 @@ class Training:
         run_dir: where the run is recorded.
         stop: whether this rank was told to stop.
         parts: of this rank.
+        checkpoints: of this run.
     """
 
-    def __init__(self, config: Config, comm: Comm, run_dir: Path, stop: StopSignal, parts: Parts) -> None:
+    def __init__(
+        self,
+        config: Config,
+        comm: Comm,
+        run_dir: Path,
+        stop: StopSignal,
+        parts: Parts,
+        checkpoints: Checkpoints,
+    ) -> None:
         self.config, self.comm, self.run_dir, self.stop = config, comm, run_dir, stop
+        self.checkpoints = checkpoints
         self.parts, self.timer, self.clock = parts, parts.timer, parts.clock
         self.learner, self.replay, self.actor = parts.learner, parts.replay, parts.actor
-        self.watchdog = Watchdog(run_dir / "heartbeats", comm, self.timer, config.parallel.stall_timeout)
         self.evaluator = Evaluator(
             config.environment,
             comm,
@@ -74,24 +85,26 @@ class Training:
             self.timer,
             parts.threads,
         )
-        self.checkpoints = Checkpoints(run_dir / "checkpoints", comm, config.run.checkpoint_keep)
         self.metrics = Metrics(run_dir if comm.rank == 0 else None, config.run.total_env_steps, self.timer)
-        self.evaluation: dict[str, float] = {}
         self.best_eval_return = self.comm.broadcast_object(best_evaluation(run_dir))
-        self.failed_checkpoints = 0
-        self.evaluated_at = self.saved_at = -1
+        self.progress = Progress()
+        self.saved_at_env_steps = -1
 
-    def begin(self, checkpoint: Checkpoint | None, wrong: Sequence[str]) -> None:
-        """Begin the run, or go on from a checkpoint; say so, and which newer checkpoints were passed over."""
-        lines = [f"warning: a newer checkpoint was passed over: {reason}" for reason in wrong]
+    def begin(self, checkpoint: Checkpoint | None, said: Sequence[str]) -> None:
+        """Begin the run, or go on from a checkpoint; say so, after what was said while looking for one."""
+        changed: list[str] = []
         if checkpoint is None:
             begin(self.parts)
         else:
-            lines += restore(self.parts, checkpoint, self.config, self.comm)
+            self.progress, changed = restore(self.parts, checkpoint, self.config, self.comm)
+            self.saved_at_env_steps = self.clock.env_steps
         self.metrics.resume(self.clock.env_steps, self.clock.updates)
         self.introduce()
-        for line in lines:
+        for line in (*said, *changed):
             self.metrics.say(line)
+        self.decide_on_replay()
+        if self.clock.env_steps and self.clock.due(self.config.run.eval_every):
+            self.evaluate()  # where a signal cut it short
 
     def introduce(self) -> None:
         """Say what is about to run."""
@@ -107,6 +120,7 @@ class Training:
 
     def run(self) -> None:
         """Step, remember, learn, until the env steps are spent or a rank was told to stop."""
+        self.learner.exchange(self.report())  # a rank may have been told before the start
         while self.clock.env_steps < self.config.run.total_env_steps and not self.learner.stop_voted:
             travelling = self.begin_updates()
             self.act()  # while the gradients travel
@@ -183,12 +197,15 @@ class Training:
         self.metrics.log(self.clock.env_steps, self.clock.updates, values)
 
     def evaluate(self) -> None:
-        """Play greedily, every rank its share."""
-        if self.evaluated_at == self.clock.env_steps:
+        """Play greedily, every rank its share, until it is done or a rank was told to stop."""
+        if self.progress.evaluated_at_env_steps == self.clock.env_steps or self.learner.stop_voted:
             return
-        evaluation = self.evaluator.run(self.learner.online)
-        self.evaluated_at = self.clock.env_steps
-        self.evaluation = {
+        evaluation = self.evaluator.run(self.learner.online, lambda: self.stop.received)
+        if evaluation is None:
+            self.learner.stop_voted = True
+            return
+        self.progress.evaluated_at_env_steps = self.clock.env_steps
+        self.progress.evaluation = {
             "eval_return_mean": evaluation.mean,
             "eval_return_std": evaluation.std,
             "eval_episodes": len(evaluation.returns),
@@ -196,46 +213,47 @@ class Training:
         if evaluation.mean > self.best_eval_return:
             self.best_eval_return = evaluation.mean
             self.save_best()
-        self.metrics.log(self.clock.env_steps, self.clock.updates, self.evaluation)
+        self.metrics.log(self.clock.env_steps, self.clock.updates, self.progress.evaluation)
         self.metrics.say(f"evaluation at env step {self.clock.env_steps:,}, {evaluation}")
 
     def save(self) -> None:
         """Write a checkpoint."""
-        if self.saved_at != self.clock.env_steps:
-            self.write_checkpoint(contents(self.parts, self.comm, self.keeps_replay))
-            self.saved_at = self.clock.env_steps
+        if self.saved_at_env_steps != self.clock.env_steps:
+            self.write_checkpoint(contents(self.parts, self.comm, self.progress))
+            self.saved_at_env_steps = self.clock.env_steps
 
     def save_best(self) -> None:
         """Keep the weights of the best evaluation so far, as `checkpoints/best`."""
         weights = {"learner": self.learner.state(), "eval_return_mean": self.best_eval_return}
         parts = {LEARNER: weights} if self.comm.rank == 0 else {}
-        self.write_checkpoint(parts, name="best")
+        self.write_checkpoint(parts, best=True)
 
-    def write_checkpoint(self, parts: Mapping[str, Any], name: str = "") -> None:
+    def write_checkpoint(self, parts: Mapping[str, Any], best: bool = False) -> None:
         """Write one; a disk that fails is said and counted, and does not end the run."""
-        failure = self.checkpoints.save(self.clock.env_steps, parts, self.config.flat(), name)
+        failure = self.checkpoints.save(self.clock.env_steps, parts, self.config.flat(), best)
         if failure:
-            self.failed_checkpoints += 1
+            self.progress.failed_checkpoints += 1
             self.metrics.say(
                 f"warning: the checkpoint at env step {self.clock.env_steps:,} could not be written, "
                 f"the one before stands: {failure}"
             )
 
-    @functools.cached_property
-    def keeps_replay(self) -> bool:
-        """Whether checkpoints hold replay: found once, the same on every rank."""
+    def decide_on_replay(self) -> None:
+        """Whether checkpoints hold replay: found once in a run, the same on every rank."""
         choice = self.config.run.checkpoint_replay
         if choice != "auto":
-            return choice == "yes"
+            self.progress.keeps_replay = choice == "yes"
+        if self.progress.keeps_replay is not None:
+            return
         copies = self.config.run.checkpoint_keep + 1
         needed = 2 * copies * self.comm.size * self.replay.ring.nbytes
         fits = self.comm.broadcast_object(shutil.disk_usage(self.run_dir).free > needed)
+        self.progress.keeps_replay = fits
         if not fits:
             self.metrics.say(
                 f"checkpoints leave replay out: it would take {needed / 2e9:.1f} GB, and as much again is not free. "
                 f"A resumed run fills it anew; --checkpoint-replay yes keeps it all the same"
             )
-        return fits
 
     def summary(self) -> dict[str, Any]:
         """What `summary.json` holds."""
@@ -251,27 +269,53 @@ class Training:
             "env_steps": self.clock.env_steps,
             "updates": self.clock.updates,
             "skipped_updates": self.learner.skipped_updates,
-            "failed_checkpoints": self.failed_checkpoints,
+            "failed_checkpoints": self.progress.failed_checkpoints,
             "wall_seconds": wall_seconds,
             "env_steps_per_second": self.clock.env_steps / wall_seconds,
             "updates_per_second": self.clock.updates / wall_seconds,
             **{
-                name: self.evaluation.get(name)
+                name: self.progress.evaluation.get(name)
                 for name in ("eval_return_mean", "eval_return_std", "eval_episodes")
             },
             "param_sha256": self.learner.sha256(),
             "stopped_by": "signal" if self.learner.stop_voted else "finished",
             "seconds": seconds,
+            "rank_env_steps_per_second": self.rank_speeds(),
         }
 
+    def rank_speeds(self) -> list[float]:
+        """Env steps per second of each rank's own work, waiting for the others left out; a collective call."""
+        seconds = self.timer.seconds()
+        speed = self.clock.env_steps / self.comm.size / (sum(seconds.values()) - seconds["comm"])
+        return self.comm.all_gather_object(speed)
+
     def close(self) -> None:
-        """Say where everything lies, and release what the parts hold."""
+        """Record the end, say where everything lies, and release what the parts hold."""
+        summary = self.summary()
+        self.say_how_it_ended(summary["rank_env_steps_per_second"])
+        if self.comm.rank == 0:
+            try:
+                write_summary(self.run_dir, summary)
+            except OSError as error:
+                self.metrics.say(f"warning: summary.json could not be written: {error}")
+        self.metrics.close()
+        self.parts.envs.close()
+
+    def say_how_it_ended(self, speeds: Sequence[float]) -> None:
+        """A few lines for people."""
+        slowest, fastest = min(speeds), max(speeds)
+        if fastest > 2 * slowest:
+            self.metrics.say(
+                f"rank {speeds.index(slowest)} is the slowest, {slowest:,.4g} env steps/s of its own work, and the "
+                f"others wait for it; the fastest, rank {speeds.index(fastest)}, makes {fastest:,.4g}"
+            )
+        if self.learner.stop_voted:
+            self.metrics.say(
+                f"stopped by a signal at env step {self.clock.env_steps:,}: start it again to resume"
+            )
         self.metrics.say(
             f"run directory: {self.run_dir}   checkpoint: {self.run_dir / 'checkpoints' / 'latest'}"
         )
-        self.metrics.close()
-        self.parts.envs.close()
-        self.watchdog.close()
 
 
 def open_run_dir(config: Config, comm: Comm) -> Path:
@@ -324,7 +368,7 @@ def check_same_config(config: Config, comm: Comm) -> None:
             )
 
 
-def train(config: Config, comm: Comm, stop: StopSignal) -> int:
+def train(config: Config, comm: Comm, stop: StopSignal, timer: PhaseTimer) -> int:
     """Train, evaluate, record; return the exit code.
 
     Raises:
@@ -333,19 +377,20 @@ def train(config: Config, comm: Comm, stop: StopSignal) -> int:
     check_same_config(config, comm)
     check_world(config, comm.size)
     run_dir = open_run_dir(config, comm)
-    checkpoint, wrong = find_checkpoint(config, comm, run_dir)
-    parts = build_parts(config, comm, checkpoint.env_steps if checkpoint else 0)
-    if comm.rank == 0:
-        write_config(config, run_dir / "config.yaml")
-    training = Training(config, comm, run_dir, stop, parts)
-    training.begin(checkpoint, wrong)
-    training.run()
-    training.save()
-    if not training.learner.stop_voted:
+    with closing(Watchdog(run_dir / "heartbeats", comm, timer, config.parallel.stall_timeout)):
+        checkpoints = Checkpoints(run_dir / "checkpoints", comm, config.run.checkpoint_keep, timer)
+        checkpoint, said = find_checkpoint(config, checkpoints, run_dir)
+        parts = build_parts(config, comm, timer, checkpoint.env_steps if checkpoint else 0)
+        if comm.rank == 0:
+            write_config(config, run_dir / "config.yaml")
+        training = Training(config, comm, run_dir, stop, parts, checkpoints)
+        training.begin(checkpoint, said)
+        training.run()
+        training.save()
         training.evaluate()
-    if comm.rank == 0:
-        write_summary(run_dir, training.summary())
-    training.close()
+        training.close()
+        with timer.during("comm"):
+            comm.barrier()
     return EXIT_REQUEUE if training.learner.stop_voted else EXIT_FINISHED
 
 
@@ -353,32 +398,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of every rank; returns the exit code."""
     try:
         config = parse(sys.argv[1:] if argv is None else argv)
+        stop = StopSignal()
         comm = connect(config.parallel.comm, device_kind(config))
     except (UserError, LaunchError) as error:
         return refuse(str(error), launcher_rank())
+    timer = PhaseTimer()
     try:
-        code = train(config, comm, StopSignal())
+        code = train(config, comm, stop, timer)
     except UserError as error:
         code = refuse(str(error), comm.rank)
-    except Exception:
-        print(
-            f"hvdqn: rank {comm.rank} of {comm.size} failed:\n{traceback.format_exc()}",
-            file=sys.stderr,
-            flush=True,
-        )
+    except (DriftError, NonFiniteError) as error:  # on all ranks at once
+        code = refuse(str(error), comm.rank, EXIT_FAILED)
+    except Exception as error:
+        told = traceback.format_exc()
+        if timer.phase == "comm":  # the rank that failed tells more
+            told = (
+                f"the other ranks do not answer: {traceback.format_exception_only(error)[-1].splitlines()[0]}"
+            )
+        print(f"hvdqn: rank {comm.rank} of {comm.size} failed: {told}", file=sys.stderr, flush=True)
         comm.abort(EXIT_FAILED)
     comm.barrier()
     comm.close()
     return code
 
 
-def refuse(message: str, rank: int) -> int:
-    """Say once what is wrong with the input; the other ranks give rank 0 the time to say it."""
+def refuse(message: str, rank: int, code: int = EXIT_USER_ERROR) -> int:
+    """Say once what every rank found wrong; the other ranks give rank 0 the time to say it."""
     if rank == 0:
         print(f"hvdqn: error: {message}", file=sys.stderr, flush=True)
     else:
         time.sleep(3)
-    return EXIT_USER_ERROR
+    return code
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from hvdqn.checkpoint import (
     write_part,
 )
 from hvdqn.comm import connect
+from hvdqn.metrics import PhaseTimer
 
 CONTENT = {
     "learner": {"online": torch.arange(6, dtype=torch.float32), "step": torch.tensor(7.0)},
@@ -31,7 +32,7 @@ CONTENT = {
 
 
 def checkpoints(tmp_path, keep=3):
-    return Checkpoints(tmp_path, connect("local"), keep)
+    return Checkpoints(tmp_path, connect("local"), keep, PhaseTimer())
 
 
 def save(store, env_steps, content=CONTENT):
@@ -70,7 +71,7 @@ def test_newest_of_several_is_found_and_old_ones_go(tmp_path):
     assert (tmp_path / "latest").resolve().name == "000000000030"
     found, wrong = store.newest_whole()
     assert found is not None
-    assert (found.env_steps, wrong) == (30, [])
+    assert (found.env_steps, wrong) == (30, {})
     assert found.read(rank_part(0))["clock"]["env_steps"] == 40
 
 
