@@ -1,0 +1,156 @@
+"""Exploration by the schedule, one coin per environment; frames stacked as replay stacks them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from hvdqn.acting import Actor, FrameStack, epsilon_greedy, greedy_actions, linear_epsilon
+from hvdqn.config import EnvironmentConfig, ExplorationConfig, NetworkConfig
+from hvdqn.envs import Environments, make_environments
+from hvdqn.networks import make_network
+from hvdqn.replay import Replay, Ring, UniformSampler
+from tests.unit.scripted_envs import TWO_EPISODES
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("env_steps", "expected"), [(0, 0.9), (250, 0.7), (500, 0.5), (1_000, 0.1), (1_001, 0.1), (10**9, 0.1)]
+)
+def test_epsilon_falls_in_a_line_then_stays(env_steps, expected):
+    config = ExplorationConfig(epsilon_start=0.9, epsilon_end=0.1, exploration_env_steps=1_000)
+    assert linear_epsilon(config, env_steps) == pytest.approx(expected)
+
+
+def test_epsilon_without_a_schedule_is_its_end():
+    config = ExplorationConfig(epsilon_start=1.0, epsilon_end=0.2, exploration_env_steps=0)
+    assert linear_epsilon(config, 0) == 0.2
+
+
+def test_each_environment_has_a_coin_of_its_own():
+    """4 standard deviations around what 10,000 rounds of independent coins would give."""
+    rounds, envs, epsilon, actions = 10_000, 4, 0.3, 1_000_000  # a random action is never the greedy one, -1
+    rng, greedy = np.random.default_rng(0), np.full(envs, -1)
+    explored = np.array([epsilon_greedy(greedy, epsilon, actions, rng) for _ in range(rounds)]) >= 0
+    for env in range(envs):
+        assert abs(explored[:, env].sum() - rounds * epsilon) < 4 * np.sqrt(rounds * epsilon * (1 - epsilon))
+    together = epsilon**envs  # one coin for all would make this epsilon
+    assert abs(explored.all(axis=1).sum() - rounds * together) < 4 * np.sqrt(rounds * together)
+
+
+def test_random_actions_are_uniform_over_all_actions():
+    draws = np.concatenate(
+        [epsilon_greedy(np.zeros(8, np.int64), 1.0, 5, np.random.default_rng(s)) for s in range(2_000)]
+    )
+    counts = np.bincount(draws, minlength=5)
+    assert len(counts) == 5
+    assert abs(counts - len(draws) / 5).max() < 4 * np.sqrt(len(draws) * 0.2 * 0.8)
+
+
+def test_epsilon_zero_is_greedy():
+    greedy = np.arange(6) % 3
+    assert (epsilon_greedy(greedy, 0.0, 3, np.random.default_rng(0)) == greedy).all()
+
+
+def test_greedy_actions_are_the_best_of_the_network():
+    torch.manual_seed(0)
+    network = make_network(NetworkConfig(hidden=(16,)), "huber", (4,), 1, is_image=False, actions=3)
+    observation = np.random.default_rng(0).normal(size=(10, 4)).astype(np.float32)
+    q = network(torch.from_numpy(observation)).detach().numpy()
+    actions = greedy_actions(network, observation, CPU)
+    assert (actions == q.argmax(axis=1)).all()
+    assert len(set(actions.tolist())) > 1
+
+
+def test_frame_stack_by_hand():
+    frames = FrameStack(np.array([[0], [10]]), 3)
+    assert frames.observation[..., 0].tolist() == [[0, 0, 0], [10, 10, 10]]
+    frames.push(np.array([[1], [11]]), np.array([False, False]))
+    frames.push(np.array([[2], [20]]), np.array([False, True]))
+    assert frames.observation[..., 0].tolist() == [[0, 1, 2], [20, 20, 20]]
+    frames.push(np.array([[3], [21]]), np.array([False, False]))
+    assert frames.observation[..., 0].tolist() == [[1, 2, 3], [20, 20, 21]]
+
+
+def test_a_stack_of_one_is_the_observation_itself():
+    frames = FrameStack(np.array([[0.0], [10.0]]), 1)
+    frames.push(np.array([[1.0], [20.0]]), np.array([False, True]))
+    assert frames.observation.tolist() == [[1.0], [20.0]]
+
+
+def make_actor(envs: Environments, depth: int) -> Actor:
+    torch.manual_seed(0)
+    network = make_network(
+        NetworkConfig(hidden=(8,)),
+        "huber",
+        envs.observation_shape,
+        depth,
+        is_image=False,
+        actions=envs.actions,
+    )
+    return Actor(envs, network, depth, np.random.default_rng(5), CPU)
+
+
+def scripted(envs: int, seed: int = 0) -> Environments:
+    config = EnvironmentConfig(env="tests.unit.scripted_envs:Scripted-v0", vectorization="sync")
+    return make_environments(config, envs, seed, training=True)
+
+
+@pytest.mark.parametrize("depth", [2, 4])
+def test_the_actor_sees_the_stacks_that_replay_builds(depth):
+    """Over episodes shorter and longer than the stack, ended by termination and truncation, round the ring's seam."""
+    envs = scripted(2)
+    actor = make_actor(envs, depth)
+    ring = Ring(2, 40, envs.observation_shape, envs.observation_dtype, frame_stack=depth, n_step=1)
+    replay = Replay(ring, UniformSampler(ring, np.random.default_rng(1)))
+    replay.start(actor.start())
+    seen = {}
+    compared = {"observation": 0, "next_observation": 0}
+    for _ in range(60):
+        for stack in actor.frames.observation:
+            seen[tuple(stack[-1])] = stack.copy()  # the newest frame, [episode, step in it], names the moment
+        actions = actor.choose(0.5)
+        replay.add(actions, actor.step(actions))
+        batch = replay.sample(16)
+        for stack in batch.observation:
+            np.testing.assert_array_equal(stack, seen[tuple(stack[-1])])
+            compared["observation"] += 1
+        for stack in batch.next_observation:
+            if tuple(stack[-1]) in seen:  # nobody acts on a final observation
+                np.testing.assert_array_equal(stack, seen[tuple(stack[-1])])
+                compared["next_observation"] += 1
+    assert compared["observation"] == 60 * 16
+    assert compared["next_observation"] > 200
+    episodes = {episode for episode, _ in seen}
+    assert len(episodes) > len(TWO_EPISODES)
+    envs.close()
+
+
+def test_an_actor_goes_on_from_its_state():
+    first, second = (make_actor(scripted(3), 2) for _ in range(2))
+    first.start()
+    for _ in range(7):
+        first.step(first.choose(0.7))
+    state = first.state()
+    assert second.load_state(state)
+    for _ in range(20):
+        np.testing.assert_array_equal(first.frames.observation, second.frames.observation)
+        actions = first.choose(0.7)
+        np.testing.assert_array_equal(second.choose(0.7), actions)
+        one, other = first.step(actions), second.step(actions)
+        np.testing.assert_array_equal(one.reward, other.reward)
+
+
+def test_an_actor_whose_environments_cannot_be_saved_asks_for_a_start():
+    config = EnvironmentConfig(env="tests.unit.scripted_envs:Forgetful-v0", vectorization="sync")
+    first = make_actor(make_environments(config, 2, 0, training=True), 1)
+    first.start()
+    first.choose(1.0)
+    state = first.state()
+    assert state["environments"] is None
+    second = make_actor(make_environments(config, 2, 0, training=True), 1)
+    assert not second.load_state(state)
+    second.start()
+    assert second.choose(1.0).tolist() == first.choose(1.0).tolist()  # exploration goes on all the same

@@ -1,0 +1,204 @@
+"""Greedy play: every environment its quota, every rank its share; and the `hvdqn eval` command."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+
+from hvdqn import __main__, evaluate, train
+from hvdqn.comm.local import LocalComm
+from hvdqn.config import Config, EnvironmentConfig
+from hvdqn.envs import make_environments
+from hvdqn.evaluate import Evaluation, Evaluator
+from hvdqn.metrics import PhaseTimer
+from hvdqn.parts import network_for
+
+CPU = torch.device("cpu")
+
+
+class Uneven(gym.Env[np.ndarray, int]):
+    """Every second one that is made plays episodes of 20 steps, the others of 1; each step is worth 1."""
+
+    observation_space = spaces.Box(-1, 1, (1,), np.float32)
+    action_space = spaces.Discrete(2)
+    made = itertools.count()
+
+    def __init__(self) -> None:
+        self.length = 20 if next(self.made) % 2 == 0 else 1
+        self.steps = 0
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action: int):
+        self.steps += 1
+        return np.zeros(1, np.float32), 1.0, self.steps == self.length, False, {}
+
+
+class Lazy(Uneven):
+    """Worth 1 a step, for ever; action 1 ends it."""
+
+    def step(self, action: int):
+        return np.zeros(1, np.float32), 1.0, action == 1, False, {}
+
+
+gym.register("Uneven-v0", Uneven)
+gym.register("Lazy-v0", Lazy)
+
+
+def evaluator(
+    env: str, episodes: int, rank: int = 0, size: int = 1, epsilon: float = 0.0, seed: int = 3
+) -> Evaluator:
+    comm = LocalComm()
+    comm.rank, comm.size = rank, size
+    config = EnvironmentConfig(env=env, vectorization="sync")
+    return Evaluator(config, comm, episodes, epsilon, seed, CPU, PhaseTimer())
+
+
+def network(env: str, best_action: int = 0):
+    """A network that always prefers one action."""
+    config = Config().replace(env=env, hidden=(4,))
+    envs = make_environments(config.environment, 1, 0, training=False)
+    made = network_for(config, envs)
+    envs.close()
+    with torch.no_grad():
+        made.head.values.weight.zero_()
+        made.head.values.bias.zero_()
+        made.head.values.bias[best_action] = 1.0
+    return made
+
+
+def test_short_episodes_are_not_favoured():
+    """Of 8 episodes over 8 envs, half must be long ones; taking the first 8 that end would be nearly all short."""
+    returns = evaluator("Uneven-v0", 8).run(network("Uneven-v0")).returns
+    assert sorted(returns) == [1.0] * 4 + [20.0] * 4
+
+
+def test_more_episodes_than_environments_are_spread_evenly(monkeypatch):
+    monkeypatch.setattr(evaluate, "MOST_ENVS_PER_RANK", 2)
+    evaluation = evaluator("Uneven-v0", 7).run(network("Uneven-v0"))
+    assert len(evaluation.returns) == 7
+    assert sorted([evaluation.returns.count(1.0), evaluation.returns.count(20.0)]) == [3, 4]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("episodes", [1, 2, 7, 10, 100])
+def test_the_shares_of_ranks_add_up(size, episodes):
+    shares = [evaluator("Uneven-v0", episodes, rank, size).share for rank in range(size)]
+    assert sum(shares) == episodes
+    assert max(shares) - min(shares) <= 1
+
+
+def test_a_rank_without_a_share_plays_nothing():
+    idle = evaluator("Uneven-v0", 1, rank=1, size=2)
+    assert idle.run(network("Uneven-v0")).returns == ()
+
+
+def test_an_episode_without_an_end_counts_once(monkeypatch):
+    monkeypatch.setattr(evaluate, "LONGEST_EPISODE_ENV_STEPS", 30)
+    assert evaluator("Lazy-v0", 3).run(network("Lazy-v0")).returns == (30.0, 30.0, 30.0)
+    assert evaluator("Lazy-v0", 3).run(network("Lazy-v0", best_action=1)).returns == (1.0, 1.0, 1.0)
+
+
+def test_evaluations_of_one_run_play_the_same_episodes():
+    plays = evaluator("CartPole-v1", 4, epsilon=0.3)
+    made = network("CartPole-v1")
+    first, second = plays.run(made), plays.run(made)
+    assert first == second
+    assert evaluator("CartPole-v1", 4, epsilon=0.3, seed=4).run(made) != first
+
+
+def test_rewards_are_raw_where_training_clips_them():
+    config = EnvironmentConfig(
+        env="tests.unit.scripted_envs:Scripted-v0", vectorization="sync", clip_rewards=True
+    )
+    plays = Evaluator(config, LocalComm(), 1, 0.0, 1, CPU, PhaseTimer())
+    assert plays.run(network(config.env)).returns == (6.0,)  # 1 + 2 + 3
+
+
+def test_an_evaluation_in_words():
+    evaluation = Evaluation((1.0, 2.0, 3.0, 6.0))
+    assert evaluation.mean == 3.0
+    assert evaluation.std == pytest.approx(np.sqrt(3.5))
+    assert str(evaluation) == "4 episodes: mean 3.00, std 1.87, min 1, max 6"
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("run")
+    argv = [
+        "--preset",
+        "smoke",
+        "--total-env-steps",
+        "400",
+        "--eval-every",
+        "200",
+        "--checkpoint-every",
+        "200",
+    ]
+    assert train.main([*argv, "--run-dir", str(path)]) == 0
+    return path
+
+
+def test_eval_plays_what_the_run_ended_with(run_dir, capsys):
+    summary = json.loads((run_dir / "summary.json").read_text())
+    for place in (run_dir, run_dir / "checkpoints" / "latest", run_dir / "checkpoints" / f"{400:012d}"):
+        capsys.readouterr()
+        assert __main__.main(["eval", str(place), "--episodes", "4"]) == 0
+        said = capsys.readouterr().out
+        numbers = re.fullmatch(rf"{place}: 4 episodes: mean (.*), std (.*), min (.*), max (.*)\n", said)
+        assert numbers is not None, said
+        # The same seed by default, hence the same episodes as at the end of the run.
+        assert float(numbers[1]) == pytest.approx(summary["eval_return_mean"], abs=0.006)
+        assert float(numbers[2]) == pytest.approx(summary["eval_return_std"], abs=0.006)
+        assert float(numbers[3]) <= float(numbers[1]) <= float(numbers[4])
+
+
+def test_eval_plays_the_best_weights(run_dir, capsys):
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    best = max(row["eval_return_mean"] for row in rows if "eval_return_mean" in row)
+    assert __main__.main(["eval", str(run_dir / "checkpoints" / "best"), "--episodes", "4"]) == 0
+    assert f"mean {best:.2f}," in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["{tmp}/nowhere"], ["nowhere", "no checkpoint", "run directory"]),
+        (["{tmp}"], ["no checkpoint", "run directory"]),
+        (["{run}", "--episodes", "0"], ["--episodes is 0", "at least 1"]),
+        (["{run}", "--episode", "3"], ["'--episode'", "--episodes"]),
+        (["{broken}"], ["manifest.json", "another checkpoint"]),
+        ([], ["PATH"]),
+    ],
+)
+def test_eval_says_what_is_wrong(argv, words, run_dir, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "manifest.json").write_text("{")
+    places = {"tmp": tmp_path, "run": run_dir, "broken": broken}
+    assert __main__.main(["eval", *(word.format(**places) for word in argv)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("hvdqn eval: error: ")
+    assert said.count("\n") == 1
+    for word in words:
+        assert word in said
+
+
+def test_eval_refuses_altered_weights(run_dir, capsys):
+    weights = run_dir / "checkpoints" / "best" / "learner.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert __main__.main(["eval", str(run_dir / "checkpoints" / "best")]) == 2
+    assert "is not what was written" in capsys.readouterr().err

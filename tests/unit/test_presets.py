@@ -1,0 +1,75 @@
+"""Every preset is a run that can be started, with any number of ranks that its users would take."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import pytest
+
+from hvdqn.comm.local import LocalComm
+from hvdqn.config import Config, check_world, parse
+from hvdqn.parts import build_parts
+from hvdqn.presets import PRESETS
+
+NEEDS = {"lunarlander": "Box2D", "minatar": "minatar", "atari": "ale_py"}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_it_parses_and_changes_what_it_names(name):
+    config = parse(["--preset", name])
+    assert config.preset == name
+    flat = config.flat()
+    for setting, value in PRESETS[name].items():
+        assert flat[setting] == (list(value) if isinstance(value, tuple) else value)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("size", [1, 2, 8, 32])
+def test_it_fits_any_world(name, size):
+    check_world(parse(["--preset", name]), size)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_it_is_consistent(name):
+    run = parse(["--preset", name])
+    assert run.replay.learning_starts < run.run.total_env_steps
+    assert run.exploration.exploration_env_steps <= run.run.total_env_steps
+    assert run.learning.target_every <= run.run.total_env_steps
+    assert run.run.checkpoint_every <= run.run.total_env_steps
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_its_parts_are_built_and_its_environments_step(name):
+    if name in NEEDS and find_spec(NEEDS[name]) is None:
+        pytest.skip(f"{NEEDS[name]} is not installed: the preset {name} is NOT tested")
+    # Replay is reserved, not filled; still, a million Atari frames are more than some machines promise.
+    preset = parse(["--preset", name])
+    config = preset.replace(
+        envs_per_rank=2, replay_capacity=min(preset.replay.replay_capacity, 10_000), learning_starts=100
+    )
+    parts = build_parts(config, LocalComm())
+    try:
+        parts.replay.start(parts.actor.start())
+        for _ in range(8):
+            actions = parts.actor.choose(1.0)
+            parts.replay.add(actions, parts.actor.step(actions))
+        batch = parts.replay.sample(config.replay.batch_per_rank)
+        loss, _, _ = parts.learner.backward(batch)
+        assert loss.isfinite()
+        assert parts.learner.gradient.abs().sum() > 0
+    finally:
+        parts.envs.close()
+
+
+def test_one_atari_transition_takes_at_most_7500_bytes():
+    """One 84 x 84 frame is 7,056; a buffer of stacked pairs would take 56 kB."""
+    if find_spec("ale_py") is None:
+        pytest.skip("ale_py is not installed: replay memory of Atari is NOT tested")
+    config = parse(["--preset", "atari"]).replace(replay_capacity=8_000, learning_starts=1_000)
+    assert ring_bytes(config) <= 7_500 * config.replay.replay_capacity
+
+
+def ring_bytes(config: Config) -> int:
+    parts = build_parts(config, LocalComm())
+    parts.envs.close()
+    return parts.replay.ring.nbytes

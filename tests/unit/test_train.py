@@ -1,0 +1,169 @@
+"""Whole runs on one process: what they leave behind, that they repeat, and environments nobody here wrote."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import pytest
+import yaml
+
+from hvdqn import train
+from hvdqn.checkpoint import open_checkpoint
+from tests.launchers import clean_environment
+
+SMALL = ["--preset", "smoke", "--total-env-steps", "600", "--eval-episodes", "2"]
+SUMMARY = {
+    "env", "preset", "world_size", "comm", "sync", "env_steps", "updates", "wall_seconds", "env_steps_per_second",
+    "updates_per_second", "eval_return_mean", "eval_return_std", "eval_episodes", "param_sha256", "stopped_by",
+    "seconds",
+}  # fmt: skip
+PHASES = {"act", "env", "sample", "compute", "comm", "other"}
+THIRD_PARTY = "popgym:popgym-AutoencodeEasy-v0"
+
+
+@pytest.fixture(autouse=True)
+def _signals_as_before() -> Iterator[None]:
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def run(run_dir: Path, *argv: str) -> dict[str, Any]:
+    """Train in this process; return the summary."""
+    assert train.main([*SMALL, "--run-dir", str(run_dir), *argv]) == 0
+    summary: dict[str, Any] = json.loads((run_dir / "summary.json").read_text())
+    return summary
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    run_dir = tmp_path_factory.mktemp("first")
+    return run_dir, run(run_dir)
+
+
+def test_the_summary_holds_what_scripts_rely_on(first: tuple[Path, dict[str, Any]]) -> None:
+    _, summary = first
+    assert summary.keys() >= SUMMARY
+    assert summary["seconds"].keys() >= PHASES
+    assert sum(summary["seconds"].values()) == pytest.approx(summary["wall_seconds"])
+    assert (summary["env"], summary["preset"], summary["comm"]) == ("CartPole-v1", "smoke", "local")
+    assert (summary["world_size"], summary["sync"], summary["stopped_by"]) == (1, "gradients", "finished")
+    assert summary["env_steps"] == 600
+    assert summary["updates"] == (600 - 8 - 200) * 8 // 32  # none is owed for the last iteration's steps
+    assert summary["eval_episodes"] == 2
+    assert re.fullmatch(r"[0-9a-f]{64}", summary["param_sha256"])
+
+
+def test_the_run_directory_holds_the_record(first: tuple[Path, dict[str, Any]]) -> None:
+    run_dir, summary = first
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    steps = [row["env_steps"] for row in rows]
+    assert steps == sorted(steps)
+    assert {200, 400, 600} <= set(steps)
+    assert any("loss" in row for row in rows)
+    assert rows[-1]["eval_return_mean"] == summary["eval_return_mean"]
+    assert list(run_dir.rglob("events.out.tfevents.*"))
+    latest = run_dir / "checkpoints" / "latest"
+    assert latest.resolve().name == f"{600:012d}"
+    assert open_checkpoint(latest).env_steps == 600
+    assert not list(run_dir.rglob(".*")), "something temporary was left"
+    assert not list((run_dir / "heartbeats").glob("*")), "a heartbeat was left"
+
+
+def test_config_yaml_repeats_the_run(first: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    run_dir, summary = first
+    settings = yaml.safe_load((run_dir / "config.yaml").read_text())
+    assert settings["total_env_steps"] == 600
+    argv = ["--config", str(run_dir / "config.yaml"), "--run-dir", str(tmp_path)]
+    assert train.main(argv) == 0
+    again = json.loads((tmp_path / "summary.json").read_text())
+    for name in ("param_sha256", "eval_return_mean", "updates"):
+        assert again[name] == summary[name]
+
+
+def test_the_same_seed_ends_with_the_same_parameters(
+    first: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    _, overlapped = first
+    assert run(tmp_path / "again")["param_sha256"] == overlapped["param_sha256"]
+    in_turn = run(tmp_path / "in turn", "--no-overlap")
+    assert run(tmp_path / "in turn again", "--no-overlap")["param_sha256"] == in_turn["param_sha256"]
+    assert in_turn["param_sha256"] != overlapped["param_sha256"]  # acting one update later is another run
+    assert run(tmp_path / "other", "--seed", "2")["param_sha256"] != overlapped["param_sha256"]
+
+
+def test_it_says_what_runs_and_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path)
+    said = capsys.readouterr().out
+    assert said.count("comm local") == 1
+    assert "1 rank, comm local (no launcher started this process)" in said
+    assert "native vector" in said
+    assert "env steps 600/600" in said
+    assert re.search(r"2 episodes: mean [\d.]+, std [\d.]+, min [\d.]+, max [\d.]+", said)
+    assert f"run directory: {tmp_path}" in said
+
+
+def test_odd_sizes_take_the_updates_they_owe(tmp_path: Path) -> None:
+    flags = ("--replay-ratio", "3.7", "--batch-per-rank", "7", "--envs-per-rank", "3", "--n-step", "3")
+    summary = run(tmp_path, *flags, "--learning-starts", "50")
+    assert summary["env_steps"] == 600
+    assert summary["updates"] == int((597 - 50) * 3.7 / 7)
+
+
+def with_hidden_state(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
+    """A third party's wrapper that makes its observations a Dict of a Tuple and another Tuple."""
+    from popgym.core.observability import Observability
+    from popgym.wrappers import Markovian
+
+    return Markovian(env, Observability.FULL_AND_PARTIAL)
+
+
+def test_an_environment_nobody_here_wrote_trains_by_its_id_alone(tmp_path: Path) -> None:
+    """From the package index, in a fresh process that knows nothing of it: Tuple observations."""
+    need_third_party()
+    argv = [
+        "--preset",
+        "smoke",
+        "--env",
+        THIRD_PARTY,
+        "--total-env-steps",
+        "2000",
+        "--run-dir",
+        str(tmp_path),
+    ]
+    result = subprocess.run(
+        [sys.executable, "-m", "hvdqn.train", *argv],
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["env"], summary["env_steps"], summary["eval_episodes"]) == (THIRD_PARTY, 2000, 4)
+    assert summary["updates"] > 400
+
+
+def test_an_environment_nobody_here_wrote_trains_with_dict_observations(tmp_path: Path) -> None:
+    need_third_party()
+    wrapper = "tests.unit.test_train:with_hidden_state"
+    summary = run(tmp_path / "run", "--env", THIRD_PARTY, "--wrapper", wrapper, "--total-env-steps", "2000")
+    assert summary["updates"] > 400
+    # Its cards are arrays of text, and still the run can be resumed exactly.
+    rank = open_checkpoint(tmp_path / "run" / "checkpoints" / "latest").read("rank-00000")
+    assert rank["actor"]["environments"] is not None
+
+
+def need_third_party() -> None:
+    if find_spec("popgym") is None:
+        pytest.skip("popgym is not installed (the extra `test`): third-party environments are NOT tested")
