@@ -1,0 +1,98 @@
+#!/usr/bin/env bash
+# What the batch scripts here share. Each finds this repository, names it in HVDQN_HOME, and sources this file.
+
+readonly STOPPED=75                   # hvdqn's exit code: stopped by a signal, after a checkpoint
+readonly KILLED_BY_USR2=$((128 + 12)) # the signal came before Python could catch it: nothing was under way yet
+
+# What scontrol calls this job. The number of a whole array is also the number of one of its tasks, so a task says
+# both: `scontrol requeue 17` would start every task of array 17 again.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+readonly job=${job:-$SLURM_JOB_ID}
+
+say() { printf 'hvdqn job %s: %s\n' "$job" "$*"; }
+
+die() { # die MESSAGE: the input is wrong
+    say "error: $*" >&2
+    exit 2
+}
+
+# Read site.env, and from Slurm what every script needs: run_dir, and cpus of a rank.
+load_site() {
+    local -r site=${HVDQN_SITE_ENV:-$HVDQN_HOME/slurm/site.env}
+    if [[ -e $site ]]; then
+        set +eu # modules and activate scripts are not written for strict shells
+        # shellcheck source=/dev/null
+        source "$site"
+        set -eu
+    elif [[ -n ${HVDQN_SITE_ENV:-} ]]; then
+        die "HVDQN_SITE_ENV names $site, which is not there"
+    fi
+    # One folder a job, so that a requeued job finds its checkpoints again.
+    run_dir=${HVDQN_RUNS:-$PWD/runs}/$job
+    cpus=${SLURM_CPUS_PER_TASK:-1}
+    export OMP_NUM_THREADS=$cpus # ranks of one node share it: one thread for each core a rank was given
+    export PYTHONUNBUFFERED=1    # output as it comes, into a file too
+    one_rank_a_gpu
+}
+
+# Two ranks on one GPU fail late, inside NCCL; a GPU without a rank is paid for and idle.
+one_rank_a_gpu() {
+    [[ -n ${SLURM_GPUS_ON_NODE:-} ]] || return 0
+    local -r tasks=${SLURM_TASKS_PER_NODE%%[(,]*} # "4(x2),1" begins with this node's
+    ((tasks == SLURM_GPUS_ON_NODE)) ||
+        die "$tasks tasks on a node where the job has $SLURM_GPUS_ON_NODE GPUs; ask for one task a GPU:" \
+            "--ntasks-per-node=$SLURM_GPUS_ON_NODE"
+}
+
+# The Python that has torch and Horovod; hvdqn itself as it stands in this repository.
+load_python() {
+    local -r venv=${HVDQN_VENV:-$HVDQN_HOME/.venv}
+    if [[ -x $venv/bin/python ]]; then
+        PATH=$venv/bin:$PATH
+    elif [[ -n ${HVDQN_VENV:-} ]]; then
+        die "HVDQN_VENV names $venv, which has no bin/python; correct it in site.env"
+    fi
+    export PATH PYTHONPATH=$HVDQN_HOME${PYTHONPATH:+:$PYTHONPATH}
+    python -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("torch"))' ||
+        die "$(command -v python || echo 'there is no python, which') has no torch; run launch/setup.sh, or name" \
+            "an environment that has it: HVDQN_VENV in site.env, from site.env.example"
+}
+
+# Start a command on every task, wait for all, and return the highest of their exit codes.
+run_ranks() { # run_ranks [SRUN_FLAG...] COMMAND [ARGUMENT...]
+    local -r flags=(
+        --mpi="${HVDQN_MPI:-pmix}" # how ranks find each other; `srun --mpi=list` shows what this Slurm has
+        --kill-on-bad-exit=1       # a rank dies: end the others, which would wait for it
+        --unbuffered               # output as it comes
+        --cpus-per-task="$cpus"    # srun does not take it from sbatch since Slurm 22.05
+        --export=ALL               # what site.env has set, also where sbatch was told --export=NONE
+    )
+    srun "${flags[@]}" "$@" &
+    local -r step=$!
+    # Slurm signals ranks directly. What reaches this shell alone (--signal=B:..., scancel --batch) goes on to them:
+    # srun hands USR2 to every rank. And it must not end this shell, which is to requeue the job.
+    # shellcheck disable=SC2064 # the number of this step, now
+    trap "kill -USR2 $step 2>/dev/null || true" TERM USR2
+    while kill -0 "$step" 2>/dev/null; do wait "$step" || true; done # a trapped signal ends wait, not the ranks
+    wait "$step"
+}
+
+# End the job with the ranks' exit code; where it says "stopped by a signal", have Slurm start the job again.
+finish() { # finish CODE
+    local -r code=$1 restarts=${SLURM_RESTART_COUNT:-0} most=${HVDQN_MAX_RESTARTS:-20}
+    local state
+    ((code == STOPPED || code == KILLED_BY_USR2)) || exit "$code"
+
+    state=$(scontrol show job "$job")
+    if [[ $state != *JobState=RUNNING* && $state != *Reason=TimeLimit* ]]; then
+        say "stopped because Slurm ends this job (scancel, or a requeue of its own); its run directory is $run_dir"
+    elif ((restarts >= most)); then
+        say "stopped by a signal, and not requeued after $restarts restarts (HVDQN_MAX_RESTARTS=$most);" \
+            "to go on, submit again with --run-dir $run_dir"
+    elif scontrol requeue "$job"; then
+        say "stopped by a signal; requeued, restart $((restarts + 1)) of at most $most"
+    else
+        say "stopped by a signal, and Slurm refused to requeue; to go on, submit again with --run-dir $run_dir"
+    fi
+    exit "$code"
+}
