@@ -316,6 +316,9 @@ assert hvd.allreduce(torch.ones(3), name='check').tolist() == [1, 1, 1]
     if ((EUID == 0)); then
         export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
     fi
+    if ! command -v ssh >/dev/null; then
+        export OMPI_MCA_plm=isolated # without ssh, mpirun starts ranks on one host only, and only so
+    fi
     OMPI_MCA_rmaps_base_oversubscribe=1 timeout --kill-after 5 60 mpirun -np 2 "$python" -c "
 import torch, horovod.torch as hvd
 hvd.init()

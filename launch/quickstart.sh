@@ -48,6 +48,9 @@ launch_with_horovod() {
     if ((EUID == 0)); then
         export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
     fi
+    if ! command -v ssh >/dev/null; then
+        export OMPI_MCA_plm=isolated # Open MPI wants an ssh even for one host, unless told that there is one only
+    fi
     # --disable-cache: what horovodrun remembers for an hour, in one file for all jobs, it finds out here in no time.
     horovodrun -np "$ranks" --mpi --mpi-args="$arguments" --disable-cache python -m hvdqn.train "$@"
 }

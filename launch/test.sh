@@ -54,6 +54,9 @@ main() {
     if ((EUID == 0)); then # the tests start mpirun
         export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
     fi
+    if ! command -v ssh >/dev/null; then
+        export OMPI_MCA_plm=isolated # without ssh, mpirun starts ranks on one host only, and only so
+    fi
 
     check "ruff check" ruff check .
     check "ruff format" ruff format --check .
