@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -29,7 +30,8 @@ class StopSignal:
 
     SIGTERM and SIGUSR2 come from schedulers, SIGINT from the keyboard; a second SIGINT exits at once. A thread
     reads them from a pipe: Python's own handlers run only when the call under way returns, and a call that waits
-    for a dead rank never does.
+    for a dead rank never does. At exit the schedulers' are ignored: launchers end the other ranks when the first
+    one exits, and must find the same exit code in all.
     """
 
     def __init__(self) -> None:
@@ -40,6 +42,7 @@ class StopSignal:
         for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
             signal.signal(number, _leave_to_thread)
         threading.Thread(target=self._listen, args=(reader,), name="signals", daemon=True).start()
+        atexit.register(_ignore_stop_signals)
 
     @property
     def received(self) -> bool:
@@ -55,6 +58,11 @@ class StopSignal:
                 if interrupts == 2:
                     os._exit(128 + signal.SIGINT)
                 self.name = signal.Signals(number).name
+
+
+def _ignore_stop_signals() -> None:
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _leave_to_thread(number: int, frame: FrameType | None) -> None:

@@ -396,9 +396,9 @@ def train(config: Config, comm: Comm, stop: StopSignal, timer: PhaseTimer) -> in
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of every rank; returns the exit code."""
+    stop = StopSignal()
     try:
         config = parse(sys.argv[1:] if argv is None else argv)
-        stop = StopSignal()
         comm = connect(config.parallel.comm, device_kind(config))
     except (UserError, LaunchError) as error:
         return refuse(str(error), launcher_rank())
