@@ -167,3 +167,17 @@ def test_a_second_set_up_takes_seconds_and_changes_nothing() -> None:
     assert "is up to date" in result.stdout
     assert time.monotonic() - began < 10
     assert contents() == before
+
+
+def test_a_folder_named_hvdqn_in_the_way_is_not_taken_for_the_package(tmp_path: Path) -> None:
+    """`git clone .../hvdqn && hvdqn/launch/quickstart.sh`: `python -m` looks in the current folder first."""
+    (tmp_path / "hvdqn").symlink_to(REPO)
+    result = subprocess.run(
+        [sys.executable, "-c", "import hvdqn; print(hvdqn.__version__)"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
