@@ -8,6 +8,7 @@ import pytest
 
 from hvdqn.comm.local import LocalComm
 from hvdqn.config import Config, check_world, parse
+from hvdqn.metrics import PhaseTimer
 from hvdqn.parts import build_parts
 from hvdqn.presets import PRESETS
 
@@ -47,7 +48,7 @@ def test_its_parts_are_built_and_its_environments_step(name):
     config = preset.replace(
         envs_per_rank=2, replay_capacity=min(preset.replay.replay_capacity, 10_000), learning_starts=100
     )
-    parts = build_parts(config, LocalComm())
+    parts = build_parts(config, LocalComm(), PhaseTimer())
     try:
         parts.replay.start(parts.actor.start())
         for _ in range(8):
@@ -70,6 +71,6 @@ def test_one_atari_transition_takes_at_most_7500_bytes():
 
 
 def ring_bytes(config: Config) -> int:
-    parts = build_parts(config, LocalComm())
+    parts = build_parts(config, LocalComm(), PhaseTimer())
     parts.envs.close()
     return parts.replay.ring.nbytes

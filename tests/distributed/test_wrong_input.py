@@ -1,0 +1,74 @@
+"""Wrong input on two ranks: said once, not once a rank, within 10 s, and mpirun passes exit code 2 on."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.launchers import Result, launch
+from tests.unit.test_wrong_input import tree
+
+pytestmark = pytest.mark.distributed
+
+TRAIN = ["-m", "hvdqn.train", "--preset", "smoke"]
+LIMIT_SECONDS = 10.0
+
+ROWS = {
+    # Refused before the ranks meet...
+    "unknown flag": ("--learnin-starts 3", ("'--learnin-starts'", "did you mean")),
+    "another world than promised": ("--comm local", ("OMPI_COMM_WORLD_SIZE=2", "started 2 ranks", "connects 1")),
+    # ...and after.
+    "unknown environment": ("--env CartPoll-v1", ("unknown environment 'CartPoll-v1'", "'CartPole-v1'")),
+    "batch above shard": ("--batch-per-rank 1001", ("1001", "shard of a rank, 1000", "2000 over 2 ranks")),
+    "run directory not writable": ("--run-dir {tmp}/file/run", ("cannot write", "Not a directory", "--run-dir")),
+}  # fmt: skip
+
+
+@functools.cache
+def start_up_seconds() -> float:
+    """What python, torch and mpirun take on this machine as busy as it is now: no part of the limit."""
+    result = launch("mpirun", 2, ["-c", "import hvdqn.train"], timeout=120)
+    assert result.returncode == 0, str(result)
+    return result.seconds
+
+
+def check_said_once(result: Result, words: tuple[str, ...]) -> None:
+    lines = [line for line in result.stderr.splitlines() if "hvdqn: error: " in line]
+    assert len(lines) == 1, str(result)
+    for word in words:
+        assert word in lines[0]
+    assert "Traceback" not in result.stdout + result.stderr, str(result)
+    assert result.seconds < start_up_seconds() + LIMIT_SECONDS, str(result)
+
+
+@pytest.mark.parametrize(("argv", "words"), ROWS.values(), ids=ROWS)
+def test_two_ranks_say_it_once(argv: str, words: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    run_dir = ["--run-dir", str(tmp_path / "run")]
+    flags = [word.format(tmp=tmp_path) for word in argv.split()]
+    result = launch("mpirun", 2, [*TRAIN, *run_dir, *flags], timeout=120)
+    assert result.returncode == 2, str(result)
+    check_said_once(result, words)
+    assert tree(tmp_path).keys() == {"file"}
+
+
+def test_ranks_of_different_settings(tmp_path: Path) -> None:
+    train = [*TRAIN, "--run-dir", str(tmp_path / "run")]
+    second = [":", "-np", "1", sys.executable, *train, "--gamma", "0.9"]
+    result = launch("mpirun", 1, [*train, *second], timeout=120)
+    assert result.returncode == 2, str(result)
+    check_said_once(
+        result, ("different settings", "--gamma is 0.99 on rank 0 and 0.9 on rank 1", "one command")
+    )
+    assert tree(tmp_path) == {}
+
+
+@pytest.mark.parametrize("launcher", ["horovodrun-gloo", "torchrun"])
+def test_launchers_that_have_exit_codes_of_their_own(launcher: str, tmp_path: Path) -> None:
+    result = launch(launcher, 2, [*TRAIN, "--run-dir", str(tmp_path), "--env", "Pendulum-v1"], timeout=120)
+    assert result.returncode, str(result)
+    check_said_once(result, ("'Pendulum-v1'", "needs Discrete"))
+    assert tree(tmp_path) == {}
