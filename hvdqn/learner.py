@@ -124,15 +124,18 @@ class Learner:
         comm.broadcast_(self.parameters.data)
         self.target_parameters.copy_(self.parameters.data)
 
-    def begin_update(self, batch: Batch, report: Sequence[float], done: float = 1.0) -> None:
+    def begin_update(self, batch: Batch | None, report: Sequence[float], done: float = 1.0) -> None:
         """Compute this rank's gradient and launch the exchange.
 
         Args:
-            batch: this rank's minibatch.
+            batch: this rank's minibatch; None: it has none yet, and the average is that of the other ranks.
             report: this rank's `REPORTED`, as in its order.
             done: share of the run that lies behind, for the warm-up of the learning rate.
         """
         self.done = done
+        if batch is None:
+            self._abstain(report)
+            return
         loss, td_error, q_mean = self.backward(batch)
         trailer = self.trailer
         trailer.zero_()
@@ -174,8 +177,11 @@ class Learner:
 
     def step(self) -> None:
         """Clip the averaged gradient and step, or skip the update if it is not finite: the same on every rank."""
-        norm = float(torch.linalg.vector_norm(self.gradient))  # on a GPU, the CPU waits here
-        finite = math.isfinite(norm) and not bool(self.spoilt.any())
+        spoilt = self.spoilt.cpu()  # on a GPU, the CPU waits here
+        if bool((spoilt < 0).any()):
+            self._leave_out(int((spoilt < 0).sum()))
+        norm = float(torch.linalg.vector_norm(self.gradient))
+        finite = math.isfinite(norm) and not bool((spoilt > 0).any())
         self._read_trailer(learned=finite)
         if not finite:
             self._skip()
@@ -241,7 +247,7 @@ class Learner:
 
     @property
     def spoilt(self) -> Tensor:
-        """Above 0 for each rank whose part of the last update was not finite. [size]."""
+        """Above 0 for each rank whose part of the last update was not finite, below 0 where it had none. [size]."""
         return self.trailer[len(REPORTED) + len(LEARNED) :]
 
     def counters(self) -> dict[str, Any]:
@@ -277,6 +283,20 @@ class Learner:
         if moments:
             # `step` of Adam lives where its moments live when fused.
             self.optimizer.state[self.parameters] = {k: v.to(self.device) for k, v in moments.items()}
+
+    def _abstain(self, report: Sequence[float]) -> None:
+        """Take part in the exchange without a gradient."""
+        self.message.zero_()
+        self.trailer[: len(REPORTED)] = torch.as_tensor(report)
+        self.trailer[len(REPORTED) + len(LEARNED) + self.comm.rank] = -1.0
+        self.sync.begin(self)
+
+    def _leave_out(self, absent: int) -> None:
+        """Make the mean over all ranks the mean over those that had a minibatch."""
+        assert absent < self.comm.size, "an update is due, but no rank has anything to learn from"
+        share = self.comm.size / (self.comm.size - absent)
+        self.gradient.mul_(share)
+        self.trailer[len(REPORTED) :][: len(LEARNED)].mul_(share)
 
     def _read_trailer(self, learned: bool) -> None:
         reported, seen = self.trailer[: len(REPORTED)], self.trailer[len(REPORTED) :][: len(LEARNED)]
