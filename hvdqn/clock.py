@@ -30,6 +30,7 @@ class Clock:
     updates: int = 0
     origin_env_steps: int = 0
     origin_updates: int = 0
+    last_tick: int = 0  # env steps of it: `envs`, but where the world has changed since
 
     def __post_init__(self) -> None:
         # A float ratio would make "how many updates are owed" depend on rounding.
@@ -48,10 +49,11 @@ class Clock:
     def tick(self) -> None:
         """Every environment of the job took one step."""
         self.env_steps += self.envs
+        self.last_tick = self.envs
 
     def due(self, every: int) -> bool:
         """Whether the last tick reached or passed a multiple of `every` env steps; never for 0."""
-        return every > 0 and self.env_steps // every > (self.env_steps - self.envs) // every
+        return every > 0 and self.env_steps // every > (self.env_steps - self.last_tick) // every
 
     def state(self) -> dict[str, float]:
         """What a checkpoint keeps."""
@@ -60,6 +62,8 @@ class Clock:
             "updates": self.updates,
             "origin_env_steps": self.origin_env_steps,
             "origin_updates": self.origin_updates,
+            "last_tick": self.last_tick,
+            "owed_updates": self.updates_owed(self.env_steps),
             **self._rate(),
         }
 
@@ -82,10 +86,17 @@ class Clock:
             refill: replay was not kept: it fills for `learning_starts` env steps before the next update.
         """
         self.env_steps, self.updates = state["env_steps"], state["updates"]
+        self.last_tick = state["last_tick"]
         if refill:
-            self.origin_env_steps = self.env_steps + self.learning_starts
-            self.origin_updates = self.updates
+            self.refill()
         elif all(state[name] == value for name, value in self._rate().items()):
             self.origin_env_steps, self.origin_updates = state["origin_env_steps"], state["origin_updates"]
         else:
-            self.origin_env_steps, self.origin_updates = self.env_steps, self.updates
+            # Replay may still be refilling, and the last updates owed may still have to be taken.
+            self.origin_env_steps = max(self.env_steps, state["origin_env_steps"])
+            self.origin_updates = state["owed_updates"]
+
+    def refill(self) -> None:
+        """Replay is empty: it fills for `learning_starts` env steps before the next update."""
+        self.origin_env_steps = self.env_steps + self.learning_starts
+        self.origin_updates = self.updates
