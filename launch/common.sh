@@ -163,11 +163,10 @@ PY
 
 # Ask all remote hosts at once whether they are there and have what this host has. Launchers would find out too, but one
 # after the other, after minutes, or without saying which host it was.
-check_hosts() { # check_hosts FILE...: which must lie on every host
-    local host wants
-    wants="cd $(quote "$PWD") && test -r $(quote "$1")"
-    shift
-    for file; do wants+=" && test -r $(quote "$file")"; done
+check_hosts() { # check_hosts PROGRAM...: which must lie on every host
+    local host file wants
+    wants="cd $(quote "$PWD")"
+    for file; do wants+=" && test -x $(quote "$file")"; done
     local -A asked=()
     for host in "${remote[@]}"; do
         # shellcheck disable=SC2029 # quoted for the other side
@@ -182,7 +181,7 @@ check_hosts() { # check_hosts FILE...: which must lie on every host
             printf '%s: error: cannot reach host %s by ssh: %s\n' "$me" "$host" "$(tail -n 1 "$scratch/ssh-$host" | tr -d '\r')" >&2
             failed=1
         elif ((code)); then
-            printf '%s: error: host %s lacks what this host has: the folder %s, %s; share the file system, or copy it there\n' \
+            printf '%s: error: host %s lacks some of what this host has: the folder %s and %s; share the file system, or copy it there\n' \
                 "$me" "$host" "$PWD" "$*" >&2
             ((failed)) || failed=2
         fi

@@ -1,0 +1,209 @@
+"""Training over several hosts through the launch scripts: each has its own network, hostname and ssh server."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.launch.hosts import Cluster, require_namespaces
+from tests.launchers import REPOSITORY, Result, clean_environment
+
+pytestmark = pytest.mark.launch
+
+SCRIPTS = {
+    "horovodrun-gloo": ("horovodrun.sh", "--gloo"),
+    "horovodrun-mpi": ("horovodrun.sh", "--mpi"),
+    "mpirun": ("mpirun.sh",),
+    "torchrun": ("torchrun.sh",),
+}
+TELL = str(Path(__file__).with_name("tell.py"))
+TRAIN = ("--preset", "smoke", "--total-env-steps", "1000", "--target-every", "500", "--eval-episodes", "2")
+# One way of a packet, and what a link lets through: a slow office network.
+DELAY_MS, MBIT = 5.0, 100.0
+# Never written to any file but the one that --env-file names.
+TYPED_SECRET, FILED_SECRET = "typed-5f1b0e7c", "filed-93ad44c2"
+
+
+@dataclass(frozen=True)
+class Training:
+    """A finished run over several hosts."""
+
+    result: Result
+    summary: dict[str, Any]
+    told: dict[int, tuple[str, str, str]]  # rank -> host, names of secrets it knew, hash of its weights
+    seen: str  # all command lines that `ps` showed on the hosts other than the first while it ran
+
+
+class Watch(threading.Thread):
+    """Collects the command lines on some hosts until it is stopped."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        super().__init__(daemon=True)
+        self._cluster, self._stopped, self._seen = cluster, threading.Event(), set[str]()
+
+    def run(self) -> None:
+        while not self._stopped.wait(0.05):
+            for host in self._cluster.hosts[1:]:
+                self._seen.update(host.command_lines())
+
+    def stop(self) -> str:
+        self._stopped.set()
+        self.join()
+        return "\n".join(self._seen)
+
+
+def environment() -> dict[str, str]:
+    return clean_environment() | {"HVDQN_VENV": sys.prefix}
+
+
+def script(launcher: str, *words: str) -> list[str]:
+    name, *flags = SCRIPTS[launcher]
+    return [str(REPOSITORY / "launch" / name), *flags, *words]
+
+
+def train(cluster: Cluster, launcher: str, hosts: str, folder: Path) -> Training:
+    """Train over some hosts, with one secret in the environment and one in a file."""
+    run_dir, secrets = folder / "run", folder / "secrets.env"
+    secrets.touch(mode=0o600)
+    secrets.write_text(f"SERVICE_TOKEN={FILED_SECRET}\n")
+    words = ["--hosts", hosts, "--interfaces", "eth0", "--env-file", str(secrets)]
+    words += ["--", sys.executable, TELL, *TRAIN, "--run-dir", str(run_dir)]
+    watch = Watch(cluster)
+    watch.start()
+    with cluster.start(
+        script(launcher, *words), environment() | {"WANDB_API_KEY": TYPED_SECRET}, 120, folder
+    ) as job:
+        result = job.wait()
+    seen = watch.stop()
+    assert result.returncode == 0, result
+    assert cluster.left_behind() == []
+    told = re.findall(r"rank (\d+) on (\S+) knew (\S+) and ended with (\w{64})", result.stdout)
+    return Training(
+        result,
+        json.loads((run_dir / "summary.json").read_text()),
+        {int(rank): (host, known, digest) for rank, host, known, digest in told},
+        seen,
+    )
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    require_namespaces()
+    with Cluster(3, tmp_path_factory.mktemp("hosts")) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def slow_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    require_namespaces()
+    with Cluster(2, tmp_path_factory.mktemp("slow"), DELAY_MS, MBIT) as made:
+        print(f"links are slowed by {made.slowed_by}")
+        yield made
+
+
+@pytest.fixture(scope="module")
+def trainings(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Train over h1 and h2 with a launcher, once."""
+    return functools.cache(
+        lambda launcher: train(cluster, launcher, "h1:1,h2:1", tmp_path_factory.mktemp(launcher))
+    )
+
+
+@pytest.mark.parametrize("launcher", SCRIPTS)
+def test_two_hosts_end_with_the_same_weights(launcher: str, trainings: Any) -> None:
+    training = trainings(launcher)
+    assert [host for _, (host, _, _) in sorted(training.told.items())] == ["h1", "h2"], training.result
+    assert training.summary["world_size"] == 2
+    assert training.summary["env_steps"] >= 1000
+    digests = {digest for _, _, digest in training.told.values()}
+    assert digests == {training.summary["param_sha256"]}, training.result
+
+
+def test_launchers_agree_to_the_last_bit(trainings: Any) -> None:
+    """A sum of two does not depend on the order, so neither engine nor network may show in the weights."""
+    digests = {launcher: trainings(launcher).summary["param_sha256"] for launcher in SCRIPTS}
+    assert len(set(digests.values())) == 1, digests
+
+
+@pytest.mark.parametrize("launcher", SCRIPTS)
+def test_no_secret_shows_in_ps_on_the_other_host(launcher: str, trainings: Any) -> None:
+    training = trainings(launcher)
+    assert TELL in training.seen, "the ranks of h2 were not seen: the watch proves nothing"
+    if launcher in ("horovodrun-gloo", "torchrun"):
+        assert "HVDQN_TEST_ID=" in training.seen, "variables travel on these launchers' command lines"
+    assert TYPED_SECRET not in training.seen
+    assert FILED_SECRET not in training.seen
+    # What is in the launching shell stays there; what is in the file reaches every rank.
+    assert {known for _, known, _ in training.told.values()} == {"SERVICE_TOKEN"}, training.result
+
+
+def test_three_hosts(cluster: Cluster, tmp_path: Path) -> None:
+    training = train(cluster, "horovodrun-gloo", "h1:1,h2:1,h3:1", tmp_path)
+    assert {host for host, _, _ in training.told.values()} == {"h1", "h2", "h3"}, training.result
+    assert len({digest for _, _, digest in training.told.values()}) == 1, training.result
+    assert training.summary["world_size"] == 3
+
+
+def test_the_slow_network_is_slow(slow_cluster: Cluster) -> None:
+    """The link itself, before what trains over it is judged."""
+    here = slow_cluster.hosts[0]
+    program = (
+        "import socket, time; t = time.time(); socket.create_connection(('h2', 22)); print(time.time() - t)"
+    )
+    assert float(here.run(sys.executable, "-c", program)) >= 2 * DELAY_MS / 1000
+    began = time.monotonic()
+    here.run("bash", "-c", "head -c 2500000 /dev/zero | ssh h2 'cat >/dev/null'")
+    assert time.monotonic() - began > 2_500_000 * 8 / (MBIT * 1e6)
+
+
+@pytest.mark.parametrize("launcher", SCRIPTS)
+def test_a_slow_network_costs_time_and_nothing_else(
+    launcher: str, slow_cluster: Cluster, trainings: Any, tmp_path: Path
+) -> None:
+    fast, slow = trainings(launcher), train(slow_cluster, launcher, "h1:1,h2:1", tmp_path)
+    assert slow.summary["param_sha256"] == fast.summary["param_sha256"]
+    assert {digest for _, _, digest in slow.told.values()} == {fast.summary["param_sha256"]}
+    # An average cannot be had before the other host's part has come.
+    seconds, updates = slow.summary["seconds"], slow.summary["updates"]
+    assert seconds["comm"] > updates * DELAY_MS / 1000
+    assert seconds["comm"] == max(seconds[phase] for phase in ("act", "env", "sample", "comm")), seconds
+
+
+@pytest.mark.parametrize("launcher", SCRIPTS)
+def test_a_host_that_is_down_is_named(launcher: str, cluster: Cluster, tmp_path: Path) -> None:
+    words = script(
+        launcher, "--hosts", "h1:1,h9:1", "--", "--preset", "smoke", "--run-dir", str(tmp_path / "run")
+    )
+    with cluster.start(words, environment(), 60, tmp_path) as job:
+        result = job.wait()
+    assert result.returncode == 1, result
+    assert re.fullmatch(
+        rf"{SCRIPTS[launcher][0]}: error: cannot reach host h9 by ssh: .+\n", result.stderr
+    ), result
+    assert not (tmp_path / "run").exists()
+    assert cluster.left_behind() == []
+
+
+@pytest.mark.parametrize("launcher", SCRIPTS)
+def test_a_host_without_hvdqn_is_named(launcher: str, cluster: Cluster, tmp_path: Path) -> None:
+    """The environment lies on a disk that h3 does not share."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "venv").symlink_to(sys.prefix)
+    cluster.hosts[2].run("mount", "-t", "tmpfs", "none", str(tmp_path / "disk"))
+    words = script(launcher, "--hosts", "h1:1,h3:1", "--", "--preset", "smoke")
+    env = environment() | {"HVDQN_VENV": str(tmp_path / "disk" / "venv")}
+    with cluster.start(words, env, 60, tmp_path) as job:
+        result = job.wait()
+    assert result.returncode == 2, result
+    assert "error: host h3 lacks some of what this host has" in result.stderr, result
+    assert str(tmp_path / "disk" / "venv" / "bin" / "python") in result.stderr, result
