@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -115,13 +115,41 @@ class Heartbeat:
     age_seconds: float  # since it said so
 
 
+def why_stalled(beats: Sequence[Heartbeat | None], patience_seconds: float) -> list[str]:
+    """Which ranks keep the job from moving: those that are silent, or else those that hang in their own work.
+
+    Args:
+        beats: every rank's; None where there is none.
+        patience_seconds: how long a rank may be without progress.
+
+    Returns:
+        One clause for each, or one if all wait for each other. Nothing while any rank makes progress and no rank
+        fails to answer, however long the others have waited for it.
+    """
+    silent = [
+        f"rank {rank} does not answer"
+        + (f" for {beat.age_seconds:.0f} s, last seen in phase '{beat.phase}'" if beat else "")
+        for rank, beat in enumerate(beats)
+        if beat is None or beat.age_seconds > patience_seconds / 2
+    ]
+    hanging = [
+        f"rank {rank} hangs in phase '{beat.phase}' for {beat.idle_seconds:.0f} s"
+        for rank, beat in enumerate(beats)
+        if beat and beat.phase != "comm" and beat.idle_seconds > patience_seconds
+    ]
+    if silent or hanging:
+        return silent or hanging
+    if all(beat and beat.idle_seconds > patience_seconds for beat in beats):
+        return ["every rank waits for the others"]
+    return []
+
+
 class Watchdog:
     """Ends a job in which some rank stopped moving, and names it.
 
     A thread on every rank writes a heartbeat file: its phase, for how long it has not changed, and, by the
-    file's time, that the process lives. A rank that made no progress for `timeout_seconds` reads all of them. It
-    waits on while others progress, however slowly, and ends the job where a rank does not answer, hangs in its own
-    work, or where all wait for each other. Times are those of the file system, so clocks of hosts may differ.
+    file's time, that the process lives. A rank that made no progress for `timeout_seconds` reads all of them
+    and judges by `why_stalled`. Times are those of the file system, so clocks of hosts may differ.
 
     Args:
         directory: where all ranks keep their heartbeats.
@@ -133,6 +161,8 @@ class Watchdog:
     def __init__(self, directory: Path, comm: Comm, timer: PhaseTimer, timeout_seconds: float) -> None:
         self.directory, self.comm, self.timer, self.timeout_seconds = directory, comm, timer, timeout_seconds
         self._interval = min(1.0, timeout_seconds / 8)
+        # A change is seen up to one interval late, and the next look comes one later.
+        self._patience_seconds = timeout_seconds - 2 * self._interval
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         if timeout_seconds > 0:
@@ -160,12 +190,8 @@ class Watchdog:
             if self.timer.changes != changes:
                 changes, idle = self.timer.changes, 0.0
             self._beat(idle)
-            if self._stalled(idle):
+            if idle > self._patience_seconds:
                 self._judge(idle)
-
-    def _stalled(self, idle_seconds: float) -> bool:
-        # A change is seen up to one interval late, and the next look comes one later.
-        return idle_seconds + 2 * self._interval > self.timeout_seconds
 
     def _beat(self, idle: float) -> None:
         beat = json.dumps({"phase": self.timer.phase, "idle_seconds": idle}).ljust(96)
@@ -180,11 +206,15 @@ class Watchdog:
 
     def _judge(self, idle: float) -> None:
         beats = self._heartbeats()
-        causes = self._causes(beats)
+        causes = why_stalled(beats, self._patience_seconds)
+        if beats[self.comm.rank] is None:
+            causes = [f"no heartbeat can be kept in {self.directory}, so who is missing is not known"]
         if not causes:
             return
-        answering = [rank for rank, beat in enumerate(beats) if beat and not self._is_silent(beat)]
-        if self.comm.rank == min(answering, default=self.comm.rank):
+        living = [
+            rank for rank, beat in enumerate(beats) if beat and beat.age_seconds <= self._patience_seconds / 2
+        ]
+        if self.comm.rank == min(living, default=self.comm.rank):
             print(
                 f"hvdqn: no progress for {idle:.0f} s (--stall-timeout {self.timeout_seconds:g}): "
                 f"{'; '.join(causes)}; rank {self.comm.rank} is in phase '{self.timer.phase}'. "
@@ -208,27 +238,3 @@ class Watchdog:
             except (OSError, ValueError):
                 beats.append(None)
         return beats
-
-    def _is_silent(self, beat: Heartbeat) -> bool:
-        return beat.age_seconds > self.timeout_seconds / 2
-
-    def _causes(self, beats: list[Heartbeat | None]) -> list[str]:
-        """Why the job has stalled; empty where some rank still makes progress."""
-        if beats[self.comm.rank] is None:
-            return [f"no heartbeat can be kept in {self.directory}, so who is missing is not known"]
-        silent = [
-            f"rank {rank} does not answer"
-            + (f" since {beat.age_seconds:.0f} s, last seen in phase '{beat.phase}'" if beat else "")
-            for rank, beat in enumerate(beats)
-            if beat is None or self._is_silent(beat)
-        ]
-        hanging = [
-            f"rank {rank} hangs in phase '{beat.phase}' since {beat.idle_seconds:.0f} s"
-            for rank, beat in enumerate(beats)
-            if beat and beat.phase != "comm" and self._stalled(beat.idle_seconds)
-        ]
-        if silent or hanging:
-            return silent or hanging
-        if all(beat and self._stalled(beat.idle_seconds) for beat in beats):
-            return ["every rank waits for the others"]
-        return []

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import pickle
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -52,6 +54,19 @@ def test_part_round_trip(tmp_path):
         assert got.shape == given.shape
 
 
+@pytest.mark.parametrize(
+    "array",
+    [np.arange(6).reshape(2, 3).astype(kind) for kind in "bBhHiIlLefd?"]
+    + [np.zeros((0, 4), np.float32), np.array(3.5), np.arange(10)[::3], np.arange(4, dtype=">i4")]
+    + [np.array([1 + 2j, 3]), np.array(["a", "bcd"]), np.array([b"x", b"yz"])],
+    ids=lambda array: f"{array.dtype.str}{list(array.shape)}",
+)
+def test_any_array_of_plain_data_round_trips(tmp_path, array):
+    write_part(tmp_path / "x.safetensors", {"a": array})
+    back = read_part(tmp_path / "x.safetensors")["a"]
+    assert (back.dtype, back.shape, back.tolist()) == (array.dtype, array.shape, array.tolist())
+
+
 def test_a_part_is_a_safetensors_file_that_the_library_reads(tmp_path):
     write_part(tmp_path / "x.safetensors", {"a": np.arange(5, dtype=np.int16)})
     (array,) = safetensors.numpy.load_file(tmp_path / "x.safetensors").values()
@@ -59,8 +74,9 @@ def test_a_part_is_a_safetensors_file_that_the_library_reads(tmp_path):
 
 
 def test_only_plain_data_is_written(tmp_path):
-    with pytest.raises(TypeError, match="not plain data"):
-        write_part(tmp_path / "x.safetensors", {"f": print})
+    for hidden in (print, np.array([print]), np.array(["2026-01-01"], "M8[s]")):
+        with pytest.raises(TypeError, match="not plain data"):
+            write_part(tmp_path / "x.safetensors", {"f": hidden})
 
 
 def test_newest_of_several_is_found_and_old_ones_go(tmp_path):
@@ -84,6 +100,91 @@ def test_a_half_written_one_is_not_seen(tmp_path):
     assert found is not None
     assert found.env_steps == 10
     assert len(wrong) == 1
+
+
+def test_broken_ones_are_set_aside_and_latest_points_at_a_whole_one(tmp_path):
+    store = checkpoints(tmp_path, keep=1)
+    save(store, 10)
+    whole = tmp_path / "000000000010"
+    (tmp_path / "000000000020").mkdir()
+    (tmp_path / "latest").unlink()
+    (tmp_path / "latest").symlink_to("000000000020")
+    found, broken = store.newest_whole()
+    store.fall_back(found, broken)
+    assert (tmp_path / "latest").resolve() == whole
+    assert (tmp_path / "000000000020.broken").is_dir()
+    assert save(store, 15) == ""  # and it is the one kept, not the broken one that was newer
+    assert store.newest_whole()[0].env_steps == 15
+
+
+def test_without_a_whole_one_there_is_no_latest(tmp_path):
+    store = checkpoints(tmp_path)
+    save(store, 10)
+    (tmp_path / "000000000010" / "manifest.json").unlink()
+    found, broken = store.newest_whole()
+    store.fall_back(found, broken)
+    assert found is None
+    assert not (tmp_path / "latest").is_symlink()
+
+
+def test_the_best_is_kept_beside_the_newest(tmp_path):
+    store = checkpoints(tmp_path, keep=1)
+    for env_steps in (10, 20, 30):
+        save(store, env_steps)
+        if env_steps < 30:
+            store.save(env_steps, {rank_part(0): {"from": env_steps}}, {}, best=True)
+    assert open_checkpoint(tmp_path / "best").read(rank_part(0)) == {"from": 20}
+    names = ["000000000030", "best", "best-000000000020", "latest"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
+    store.save(20, {rank_part(0): {"from": "a better one"}}, {}, best=True)
+    assert open_checkpoint(tmp_path / "best").read(rank_part(0)) == {"from": "a better one"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
+
+
+def test_what_a_killed_attempt_left_is_swept_away(tmp_path):
+    store = checkpoints(tmp_path)
+    left = tmp_path / ".000000000010.tmp"
+    left.mkdir(parents=True)
+    (left / "rank-00000.safetensors").write_bytes(b"half a shard")
+    save(store, 20)
+    assert not left.exists()
+
+
+MEMORY = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from hvdqn.checkpoint import read_part, write_part
+from hvdqn.replay import Ring
+
+def anonymous_megabytes():
+    return next(int(line.split()[1]) / 1e3 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+
+def ring():
+    return Ring(2, 20_000, (84, 84), np.uint8)
+
+full = ring()
+full.observation[:] = np.arange(84, dtype=np.uint8)
+full._serial[:] = full.rows_per_env
+path = Path(sys.argv[1])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+write_part(path, {"replay": full.state()})
+written = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3 - before
+shard, empty, before = read_part(path), ring(), anonymous_megabytes()
+empty.load_state(shard["replay"])
+read = anonymous_megabytes() - before - empty.nbytes / 1e6
+assert (empty.observation == full.observation).all()
+print(written, read)
+"""
+
+
+def test_neither_writing_nor_reading_a_shard_doubles_its_memory(tmp_path):
+    """141 MB of frames; both figures in MB beyond the ring itself, whose own pages are touched as it fills."""
+    command = [sys.executable, "-c", MEMORY, str(tmp_path / "x.safetensors")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    written, read = map(float, done.stdout.split())
+    assert written < 40
+    assert read < 40
 
 
 def test_two_hundred_random_corruptions_and_none_loads_silently(tmp_path):
@@ -136,6 +237,24 @@ def test_a_hostile_checkpoint_runs_nothing(tmp_path):
 def torch_pickle(tmp_path):
     torch.save(Bomb(), tmp_path / "bomb.pt")
     return (tmp_path / "bomb.pt").read_bytes()
+
+
+def test_a_hostile_header_runs_nothing(tmp_path):
+    """Names of types that hold Python objects, and nesting without end."""
+    path = tmp_path / "x.safetensors"
+    for text in (
+        '{"__array__": "0", "__dtype__": "O"}',
+        '{"__array__": "0", "__dtype__": "V8,O"}',
+        "[" * 100_000,
+    ):
+        safetensors.numpy.save_file({"0": np.zeros(8, np.uint8)}, path, metadata={"data": text})
+        with pytest.raises(BrokenCheckpointError):
+            read_part(path)
+    manifest = tmp_path / "000000000010" / "manifest.json"
+    manifest.parent.mkdir()
+    manifest.write_text('{"a":' * 100_000)
+    with pytest.raises(BrokenCheckpointError):
+        open_checkpoint(manifest.parent)
 
 
 def test_an_unknown_format_is_refused(tmp_path):

@@ -1,0 +1,149 @@
+"""Signals, stalls and drift, as far as one process can show them; tests/distributed/test_faults.py does it for real."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from hvdqn.comm import connect
+from hvdqn.config import UserError
+from hvdqn.faults import DriftError, Heartbeat, Watchdog, check_replicas, together, why_stalled
+from hvdqn.metrics import PhaseTimer
+
+PATIENCE_SECONDS = 8.0
+
+
+def beat(phase: str, idle: float, age: float = 0.5) -> Heartbeat:
+    return Heartbeat(phase, idle, age)
+
+
+@pytest.mark.parametrize(
+    ("beats", "causes"),
+    [
+        pytest.param(
+            [beat("comm", 9), beat("env", 9, age=9)], ["rank 1 does not answer for 9 s"], id="silent"
+        ),
+        pytest.param([beat("comm", 9), None], ["rank 1 does not answer"], id="never seen"),
+        pytest.param(
+            [beat("comm", 9), beat("env", 9)], ["rank 1 hangs in phase 'env' for 9 s"], id="hanging"
+        ),
+        pytest.param(
+            [beat("env", 9), beat("comm", 9), beat("env", 20)],
+            ["rank 0 hangs in phase 'env' for 9 s", "rank 2 hangs in phase 'env' for 20 s"],
+            id="two hang",
+        ),
+        pytest.param(
+            [beat("comm", 9), beat("env", 9), beat("env", 9, age=9)],
+            ["rank 2 does not answer"],
+            id="silence explains the rest",
+        ),
+        pytest.param([beat("comm", 9), beat("comm", 9)], ["every rank waits for the others"], id="deadlock"),
+        pytest.param([beat("comm", 900), beat("env", 3)], [], id="waiting for a slow rank"),
+        pytest.param([beat("comm", 900), beat("comm", 1)], [], id="a rank that came just now"),
+        pytest.param([beat("env", 9)], ["rank 0 hangs in phase 'env' for 9 s"], id="alone"),
+    ],
+)
+def test_who_is_blamed_for_a_stall(beats, causes):
+    said = why_stalled(beats, PATIENCE_SECONDS)
+    assert len(said) == len(causes)
+    for clause, expected in zip(said, causes, strict=True):
+        assert clause.startswith(expected)
+
+
+class Alone:
+    """A comm that only notes that it was told to abort."""
+
+    rank, size = 0, 1
+
+    def __init__(self):
+        self.aborted = threading.Event()
+
+    def abort(self, code):
+        self.aborted.set()
+
+
+def test_watchdog_ends_a_stall_and_says_why(tmp_path, capfd):
+    comm, timer = Alone(), PhaseTimer()
+    timer.start("env")
+    began = time.monotonic()
+    dog = Watchdog(tmp_path / "heartbeats", comm, timer, timeout_seconds=1.0)
+    assert comm.aborted.wait(30)
+    assert time.monotonic() - began > 0.7
+    assert "(--stall-timeout 1): rank 0 hangs in phase 'env'" in capfd.readouterr().err
+    dog.close()
+
+
+def test_watchdog_lets_be_what_moves_and_leaves_nothing(tmp_path):
+    comm, timer = Alone(), PhaseTimer()
+    dog = Watchdog(tmp_path / "heartbeats", comm, timer, timeout_seconds=1.0)
+    for _ in range(30):
+        time.sleep(0.05)
+        timer.alive()
+    assert (tmp_path / "heartbeats" / "rank-00000.json").exists()
+    dog.close()
+    assert not comm.aborted.is_set()
+    assert not (tmp_path / "heartbeats").exists()
+
+
+def test_a_job_suspended_as_a_whole_has_not_stalled(tmp_path, monkeypatch):
+    """After SIGSTOP and SIGCONT to all ranks, hours have passed on every clock."""
+    comm, timer = Alone(), PhaseTimer()
+    timer.start("env")
+    away, clock = 0.0, time.monotonic
+    monkeypatch.setattr("hvdqn.faults.time.monotonic", lambda: clock() + away)
+    dog = Watchdog(tmp_path / "heartbeats", comm, timer, timeout_seconds=8.0)
+    time.sleep(1.2)
+    away = 10_000.0
+    assert not comm.aborted.wait(1.5)
+    dog.close()
+
+
+def test_no_watchdog_where_none_is_wanted(tmp_path):
+    dog = Watchdog(tmp_path / "heartbeats", Alone(), PhaseTimer(), timeout_seconds=0.0)
+    dog.close()
+    assert not (tmp_path / "heartbeats").exists()
+
+
+BLOCKED = """
+import ctypes, os
+from hvdqn.faults import StopSignal
+stop = StopSignal()
+print("ready", flush=True)
+mutex = ctypes.create_string_buffer(64)
+library = ctypes.CDLL(None)
+library.pthread_mutex_lock(mutex)
+library.pthread_mutex_lock(mutex)  # as in a collective whose peer is gone: no Python code runs any more
+"""
+
+
+def test_a_second_interrupt_ends_a_rank_that_is_blocked_in_a_library():
+    with subprocess.Popen([sys.executable, "-c", BLOCKED], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
+            process.send_signal(number)
+            time.sleep(0.3)
+            assert process.poll() is None, "it has a checkpoint to write"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 128 + signal.SIGINT
+
+
+def test_drift_names_the_ranks():
+    check_replicas([], 100)
+    with pytest.raises(DriftError, match="at env step 100 the weights of rank 1, 3 differ"):
+        check_replicas([1, 3], 100)
+
+
+def test_wrong_input_of_one_rank_is_refused_on_all():
+    class Second(type(connect("local"))):
+        def all_gather_object(self, obj):
+            return [None, "rank 1 found no such environment"]
+
+    with pytest.raises(UserError, match="rank 1 found no such environment"):
+        together(Second(), lambda: 1)
+    assert together(connect("local"), lambda: 1) == 1
