@@ -62,20 +62,10 @@ def build_parts(config: Config, comm: Comm, timer: PhaseTimer, env_steps: int = 
     network = together(comm, lambda: network_for(config, envs))
     small = sum(p.numel() for p in network.parameters()) < PARAMETERS_WORTH_THREADS
     torch.set_num_threads(1 if small and not config.parallel.threads_per_rank else threads)
-    learner = Learner(
-        network,
-        config.learning,
-        comm,
-        make_sync(config.parallel.sync, comm),
-        config.replay.batch_per_rank,
-        timer,
-        device,
-        autocast=config.parallel.precision == "bf16",
-    )
     return Parts(
         envs=envs,
         clock=make_clock(config, comm.size),
-        learner=learner,
+        learner=make_learner(config, comm, network, timer, device),
         replay=make_replay(config, comm.size, envs, seeds.replay),
         actor=Actor(envs, network, environment.frame_stack, seeds.exploration, device),
         timer=timer,
@@ -97,6 +87,22 @@ def network_for(config: Config, envs: Environments) -> QNetwork:
         config.environment.frame_stack,
         envs.is_image,
         envs.actions,
+    )
+
+
+def make_learner(
+    config: Config, comm: Comm, network: QNetwork, timer: PhaseTimer, device: torch.device
+) -> Learner:
+    """The learner of this network, equal to rank 0's; a collective call."""
+    return Learner(
+        network,
+        config.learning,
+        comm,
+        make_sync(config.parallel.sync, comm),
+        config.replay.batch_per_rank,
+        timer,
+        device,
+        autocast=config.parallel.precision == "bf16",
     )
 
 

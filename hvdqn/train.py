@@ -21,7 +21,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hvdqn import __version__
 from hvdqn.acting import linear_epsilon
@@ -43,11 +43,14 @@ from hvdqn.faults import (
 from hvdqn.learner import NonFiniteError
 from hvdqn.metrics import Metrics, PhaseTimer, write_summary
 from hvdqn.parts import Parts, build_parts, device_kind
+from hvdqn.replay import Batch
 from hvdqn.resume import Progress, begin, best_evaluation, contents, find_checkpoint, restore
 from hvdqn.seeds import rank_seeds
 
 # Iterations between exchanges of votes and returns while no update carries them.
 POLL_ITERATIONS = 32
+
+T = TypeVar("T", bound="Training")
 
 
 class Training:
@@ -118,6 +121,15 @@ class Training:
             f"an update every {update_every:g} env steps"
         )
 
+    def complete(self) -> None:
+        """Train to the end; save, evaluate, record."""
+        self.run()
+        self.save()
+        self.evaluate()
+        self.close()
+        with self.timer.during("comm"):
+            self.comm.barrier()
+
     def run(self) -> None:
         """Step, remember, learn, until the env steps are spent or a rank was told to stop."""
         self.learner.exchange(self.report())  # a rank may have been told before the start
@@ -129,14 +141,18 @@ class Training:
             elif self.clock.due(POLL_ITERATIONS * self.clock.envs):
                 self.learner.exchange(self.report())
             self.timer.start("other")
-            if self.clock.due(self.config.learning.target_every):
-                check_replicas(self.learner.sync_target(), self.clock.env_steps)
-            if self.clock.due(self.config.run.log_every):
-                self.log()
-            if self.clock.due(self.config.run.eval_every):
-                self.evaluate()
-            if self.clock.due(self.config.run.checkpoint_every):
-                self.save()
+            self.attend()
+
+    def attend(self) -> None:
+        """Do what the last env step made due besides updates."""
+        if self.clock.due(self.config.learning.target_every):
+            check_replicas(self.learner.sync_target(), self.clock.env_steps)
+        if self.clock.due(self.config.run.log_every):
+            self.log()
+        if self.clock.due(self.config.run.eval_every):
+            self.evaluate()
+        if self.clock.due(self.config.run.checkpoint_every):
+            self.save()
 
     def begin_updates(self) -> bool:
         """Begin every update that is due; whether the last one's gradient is still travelling."""
@@ -145,7 +161,7 @@ class Training:
             if travelling:
                 self.learner.finish_update()
             self.timer.start("sample")
-            batch = self.replay.sample(self.config.replay.batch_per_rank)
+            batch = self.draw()
             self.timer.start("compute")
             done = self.clock.env_steps / self.config.run.total_env_steps
             self.learner.begin_update(batch, self.report(), done)
@@ -155,6 +171,10 @@ class Training:
                 self.learner.finish_update()
                 travelling = False
         return travelling
+
+    def draw(self) -> Batch | None:
+        """This rank's next minibatch."""
+        return self.replay.sample(self.config.replay.batch_per_rank)
 
     def act(self) -> None:
         """One env step in every environment, into replay."""
@@ -378,20 +398,25 @@ def train(config: Config, comm: Comm, stop: StopSignal, timer: PhaseTimer) -> in
     check_world(config, comm.size)
     run_dir = open_run_dir(config, comm)
     with closing(Watchdog(run_dir / "heartbeats", comm, timer, config.parallel.stall_timeout)):
-        checkpoints = Checkpoints(run_dir / "checkpoints", comm, config.run.checkpoint_keep, timer)
-        checkpoint, said = find_checkpoint(config, checkpoints, run_dir)
-        parts = build_parts(config, comm, timer, checkpoint.env_steps if checkpoint else 0)
-        if comm.rank == 0:
-            write_config(config, run_dir / "config.yaml")
-        training = Training(config, comm, run_dir, stop, parts, checkpoints)
-        training.begin(checkpoint, said)
-        training.run()
-        training.save()
-        training.evaluate()
-        training.close()
-        with timer.during("comm"):
-            comm.barrier()
+        training = start(Training, config, comm, run_dir, stop, timer)
+        training.complete()
     return EXIT_REQUEUE if training.learner.stop_voted else EXIT_FINISHED
+
+
+def start(kind: type[T], config: Config, comm: Comm, run_dir: Path, stop: StopSignal, timer: PhaseTimer) -> T:
+    """Build all parts, and begin the run or go on from its newest checkpoint.
+
+    Raises:
+        UserError: the input is wrong, the same on every rank.
+    """
+    checkpoints = Checkpoints(run_dir / "checkpoints", comm, config.run.checkpoint_keep, timer)
+    checkpoint, said = find_checkpoint(config, checkpoints, run_dir)
+    parts = build_parts(config, comm, timer, checkpoint.env_steps if checkpoint else 0)
+    if comm.rank == 0:
+        write_config(config, run_dir / "config.yaml")
+    training = kind(config, comm, run_dir, stop, parts, checkpoints)
+    training.begin(checkpoint, said)
+    return training
 
 
 def main(argv: Sequence[str] | None = None) -> int:
