@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import http.client
+import json
+import os
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, TypeVar
@@ -98,3 +103,162 @@ class HorovodComm(Comm):
         """See `Comm`."""
         self.barrier()  # the first rank to shut Horovod down fails whatever the others still have under way
         self._hvd.shutdown()
+
+
+class ElasticWorld:
+    """A job whose ranks come and go: Horovod's elastic mode, over Gloo.
+
+    The launcher (horovodrun with --min-np) plans who belongs to the job. After each change every process asks for its
+    place in the new plan, and those that are there connect anew. Horovod's own `init` would ask and connect at once;
+    but all would wait for processes that still start, and one that dies there ends all others with a C++ exception.
+    So the members of a plan first meet in the launcher's key-value store. Who comes late joins with the next plan.
+
+    Args:
+        patience_seconds: how long a job that has not begun waits for processes that start, and how long until it
+            asks for others in place of those that do not come.
+
+    Attributes:
+        peer_lost: what collectives raise when a rank is lost.
+
+    Raises:
+        LaunchError: this process was not started by horovodrun in elastic mode.
+    """
+
+    # Old hands arrive together: the launcher answers them at once.
+    _OLD_HANDS_WITHIN_SECONDS = 1.0
+
+    def __init__(self, patience_seconds: float) -> None:
+        if os.environ.get("HOROVOD_ELASTIC") != "1":
+            raise LaunchError("not started in Horovod's elastic mode; start with launch/elastic.sh")
+        os.environ["HOROVOD_ELASTIC"] = "0"  # `init` must not ask for a place: this class does
+        self._hvd = _import_horovod()
+        from horovod.common.exceptions import HorovodInternalError
+        from horovod.runner.elastic.worker import WorkerNotificationManager
+
+        self.peer_lost: type[Exception] = HorovodInternalError
+        self._patience_seconds = patience_seconds
+        self._host = os.environ["HOROVOD_HOSTNAME"]
+        self._slot = f"{self._host}:{os.environ['HOROVOD_LOCAL_RANK']}"
+        self._plan = (int(os.environ["HOROVOD_RANK"]), int(os.environ["HOROVOD_SIZE"]))
+        self._connected = False
+        self._missing: list[int] = []
+        self._planned_at = time.monotonic()
+        self._hosts_changed = False
+        notifications = WorkerNotificationManager()
+        notifications.init()
+        notifications.register_listener(self)
+
+    def on_hosts_updated(self, timestamp: int, update: int) -> None:
+        """Called by Horovod on rank 0, from a thread of its own."""
+        self._hosts_changed = True
+
+    def connect(self) -> HorovodComm | None:
+        """Leave the ranks of the plan before and connect to those of the newest; None: it has no place for us.
+
+        Raises:
+            LaunchError: the launcher does not answer.
+        """
+        if self._connected:
+            self._hvd.shutdown()
+        present = {} if self._connected else self._meet(self._patience_seconds)
+        while self._plan[0] not in present:
+            self._ask_for_plan()
+            if self._plan[0] < 0:
+                return None
+            present = self._meet(
+                self._OLD_HANDS_WITHIN_SECONDS if self._connected else self._patience_seconds
+            )
+        self._missing = [rank for rank in range(self._plan[1]) if rank not in present]
+        self._connected = True
+        os.environ.update(_place(self._plan[0], present))
+        comm = HorovodComm("cpu", over_mpi=False)
+        comm.why = "elastic, started by horovodrun"
+        if comm.size != len(present):
+            raise LaunchError(
+                f"{len(present)} ranks met, but Horovod connects {comm.size}; start the job again"
+            )
+        return comm
+
+    def changed(self) -> bool:
+        """Whether to `connect` anew: hosts came or went, or who was late is there. To be asked on rank 0."""
+        if not self._missing:
+            return self._hosts_changed
+        # A new plan waits for all members of the old one: not while some are still starting.
+        late = time.monotonic() - self._planned_at > self._patience_seconds
+        return late or all(map(self._is_here, self._missing))
+
+    def _ask_for_plan(self) -> None:
+        """Wait until all members of the last plan asked or died, and take the place in the next one."""
+        self._hosts_changed = False  # what changes from here on may not be in the plan
+        limit = float(os.environ.get("HOROVOD_ELASTIC_TIMEOUT", "600"))
+        rank, size, *_ = (
+            self._ask("GET", f"rank_and_size/{self._slot}", limit_seconds=limit).decode().split(",")
+        )
+        self._plan = (int(rank), int(size))
+        self._planned_at = time.monotonic()
+
+    def _meet(self, seconds: float) -> dict[int, str]:
+        """Who is there of the plan, by its ranks, each with its host. Rank 0 decides and tells the others.
+
+        A new plan empties the store.
+        """
+        rank, size = self._plan
+        self._ask("PUT", f"hvdqn/{rank}", self._host.encode())
+        deadline = time.monotonic() + seconds
+        if rank == 0:
+            while not all(here := list(map(self._is_here, range(size)))) and time.monotonic() < deadline:
+                time.sleep(0.1)
+            present = {r: host for r, host in enumerate(here) if host}
+            self._ask("PUT", "hvdqn/present", json.dumps(present).encode())
+            return present
+        while time.monotonic() < deadline + 10.0:  # rank 0 may have come a little later, and may have died
+            if answer := self._ask("GET", "hvdqn/present"):
+                return {int(r): host for r, host in json.loads(answer).items()}
+            time.sleep(0.1)
+        self._ask("DELETE", f"hvdqn/{rank}")
+        return {}
+
+    def _is_here(self, rank: int) -> str:
+        """The host of a member that is there; "" of one that is not."""
+        return self._ask("GET", f"hvdqn/{rank}").decode()
+
+    def _ask(self, method: str, path: str, body: bytes = b"", limit_seconds: float = 30.0) -> bytes:
+        """One request to the launcher; b"" where it knows no such key."""
+        address = os.environ["HOROVOD_GLOO_RENDEZVOUS_ADDR"], int(os.environ["HOROVOD_GLOO_RENDEZVOUS_PORT"])
+        failure = f"waited {limit_seconds:g} s"
+        for attempt in range(3):
+            time.sleep(attempt * 0.5)
+            connection = http.client.HTTPConnection(*address, timeout=limit_seconds)
+            try:
+                connection.request(method, "/" + path, body)
+                response = connection.getresponse()
+                content = response.read()
+                return content if response.status == http.client.OK else b""
+            except TimeoutError:
+                break
+            except OSError as error:
+                failure = str(error)
+            finally:
+                connection.close()
+        raise LaunchError(
+            f"horovodrun does not answer at {address[0]}:{address[1]} ({failure}); start the job again"
+        )
+
+
+def _place(rank: int, present: Mapping[int, str]) -> dict[str, str]:
+    """The variables that tell Horovod where `rank` of a plan stands among those present, each with its host."""
+    members = sorted(present)
+    hosts = [present[member] for member in members]
+    local_ranks = [hosts[:i].count(host) for i, host in enumerate(hosts)]
+    mine = members.index(rank)
+    # Across hosts, ranks of equal local rank form a group.
+    across = [i for i, local_rank in enumerate(local_ranks) if local_rank == local_ranks[mine]]
+    place = {
+        "RANK": mine,
+        "SIZE": len(members),
+        "LOCAL_RANK": local_ranks[mine],
+        "LOCAL_SIZE": hosts.count(hosts[mine]),
+        "CROSS_RANK": across.index(mine),
+        "CROSS_SIZE": len(across),
+    }
+    return {f"HOROVOD_{name}": str(value) for name, value in place.items()}
