@@ -28,11 +28,11 @@ ROWS = {
 
 
 @functools.cache
-def start_up_seconds() -> float:
-    """What python, torch and mpirun take on this machine as busy as it is now: no part of the limit."""
+def limit_seconds() -> float:
+    """The limit; more only where others keep this machine so busy that imports alone take most of it."""
     result = launch("mpirun", 2, ["-c", "import hvdqn.train"], timeout=120)
     assert result.returncode == 0, str(result)
-    return result.seconds
+    return max(LIMIT_SECONDS, 3 * result.seconds)
 
 
 def check_said_once(result: Result, words: tuple[str, ...]) -> None:
@@ -40,8 +40,8 @@ def check_said_once(result: Result, words: tuple[str, ...]) -> None:
     assert len(lines) == 1, str(result)
     for word in words:
         assert word in lines[0]
-    assert "Traceback" not in result.stdout + result.stderr, str(result)
-    assert result.seconds < start_up_seconds() + LIMIT_SECONDS, str(result)
+    assert "/hvdqn/" not in result.stdout + result.stderr, str(result)  # no traceback but torchrun's own
+    assert result.seconds < limit_seconds(), str(result)
 
 
 @pytest.mark.parametrize(("argv", "words"), ROWS.values(), ids=ROWS)
