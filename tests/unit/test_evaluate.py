@@ -110,6 +110,17 @@ def test_an_episode_without_an_end_counts_once(monkeypatch):
     assert evaluator("Lazy-v0", 3).run(network("Lazy-v0", best_action=1)).returns == (1.0, 1.0, 1.0)
 
 
+def test_it_leaves_off_when_a_rank_is_told_to_stop():
+    asked = []
+
+    def stop() -> bool:
+        asked.append(True)
+        return len(asked) == 3
+
+    assert evaluator("Lazy-v0", 3).run(network("Lazy-v0"), stop) is None  # 27,000 steps were left
+    assert len(asked) == 3
+
+
 def test_evaluations_of_one_run_play_the_same_episodes():
     plays = evaluator("CartPole-v1", 4, epsilon=0.3)
     made = network("CartPole-v1")
