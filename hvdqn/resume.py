@@ -39,6 +39,7 @@ class Progress:
     evaluated_at_env_steps: int = -1
     evaluation: dict[str, float] = field(default_factory=dict)
     keeps_replay: bool | None = None  # not decided yet
+    world_changes: int = 0  # of elastic runs
 
 
 def contents(parts: Parts, comm: Comm, progress: Progress) -> dict[str, Any]:

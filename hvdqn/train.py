@@ -18,7 +18,7 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeVar
@@ -403,8 +403,15 @@ def train(config: Config, comm: Comm, stop: StopSignal, timer: PhaseTimer) -> in
     return EXIT_REQUEUE if training.learner.stop_voted else EXIT_FINISHED
 
 
-def start(kind: type[T], config: Config, comm: Comm, run_dir: Path, stop: StopSignal, timer: PhaseTimer) -> T:
-    """Build all parts, and begin the run or go on from its newest checkpoint.
+def start(
+    kind: Callable[[Config, Comm, Path, StopSignal, Parts, Checkpoints], T],
+    config: Config,
+    comm: Comm,
+    run_dir: Path,
+    stop: StopSignal,
+    timer: PhaseTimer,
+) -> T:
+    """Build all parts into this kind of training, and begin the run or go on from its newest checkpoint.
 
     Raises:
         UserError: the input is wrong, the same on every rank.
