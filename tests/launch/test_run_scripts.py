@@ -1,0 +1,143 @@
+"""horovodrun.sh, mpirun.sh and torchrun.sh on this host: wrong input, exit codes that launchers lose, a stop."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.launchers import REPOSITORY, Job, Result, clean_environment
+
+pytestmark = pytest.mark.launch
+
+SCRIPTS = ("horovodrun.sh", "mpirun.sh", "torchrun.sh")
+RUNS = {
+    "horovodrun-gloo": ["horovodrun.sh", "--gloo"],
+    "horovodrun-mpi": ["horovodrun.sh", "--mpi"],
+    "mpirun": ["mpirun.sh"],
+    "torchrun": ["torchrun.sh"],
+}
+ENDLESS = ["--preset", "smoke", "--total-env-steps", "100000000"]
+
+
+def start(words: list[str], timeout: float = 120, cwd: Path | None = None, **environment: str) -> Job:
+    script, *flags = words
+    env = clean_environment() | {"HVDQN_VENV": sys.prefix} | environment
+    return Job([str(REPOSITORY / "launch" / script), *flags], 2, timeout, env, cwd)
+
+
+def run(*words: str, **environment: str) -> Result:
+    with start(list(words), **environment) as job:  # type: ignore[arg-type]
+        return job.wait()
+
+
+def refusal(result: Result) -> str:
+    """The one line of a launch that was refused."""
+    assert result.returncode == 2, result
+    assert result.stdout == "", result
+    assert result.stderr.count("\n") == 1, result
+    assert "error: " in result.stderr, result
+    return result.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_explains_every_flag(script: str) -> None:
+    result = run(script, "--help")
+    assert (result.returncode, result.stderr) == (0, ""), result
+    for word in (
+        "-np N",
+        "--hosts",
+        "--interfaces",
+        "-x NAME",
+        "--env-file",
+        "--launcher-args",
+        f"launch/{script}",
+    ):
+        assert word in result.stdout, result
+    assert "shellcheck" not in result.stdout
+    assert "readonly" not in result.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "how many ranks? Give -np N"),
+        (["-np"], "-np wants a value"),
+        (["-np", "many"], "-np 'many' is no number of ranks"),
+        (["-np", "0"], "-np '0' is no number of ranks"),
+        (["-np", "2", "--preset", "smoke"], "unknown argument '--preset'; flags of training go behind '--'"),
+        (["-np", "3", "--hosts", "localhost:2"], "-np 3 is more than the 2 slots of --hosts localhost:2"),
+        (["--hosts", "h1:4,h2:x"], "'h2:x' is no host; write them as h1:4,h2:4"),
+        (["-np", "2", "-x", "NO_SUCH_VARIABLE"], "there is no such variable"),
+        (["-np", "2", "-x", "WANDB_API_KEY"], "put it into a file and name that with --env-file"),
+        (["-np", "2", "--env-file", "/nowhere/env"], "--env-file /nowhere/env cannot be read"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_2(script: str, words: list[str], expected: str) -> None:
+    assert expected in refusal(run(script, *words, WANDB_API_KEY="x"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_an_environment_that_is_not_there(script: str) -> None:
+    assert "no Python at /nowhere/bin/python" in refusal(run(script, "-np", "2", HVDQN_VENV="/nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        ("horovodrun.sh", "horovod is not installed for .*; run launch/install_horovod.sh"),
+        ("torchrun.sh", "torch is not installed for .*; run launch/setup.sh"),
+        ("mpirun.sh", "no mpirun in PATH; run launch/setup.sh"),
+    ],
+)
+def test_the_launcher_is_missing(script: str, expected: str, tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True, timeout=60)
+    path = [place for place in os.environ["PATH"].split(os.pathsep) if not shutil.which("mpirun", path=place)]
+    result = run(script, "-np", "2", HVDQN_VENV=str(tmp_path / "venv"), PATH=os.pathsep.join(path))
+    assert re.search(expected, refusal(result)), result
+
+
+@pytest.mark.parametrize("words", RUNS.values(), ids=RUNS)
+def test_a_stop_reaches_all_ranks_and_is_told_by_the_exit_code(words: list[str], tmp_path: Path) -> None:
+    """Also: what follows `--` arrives whole, whatever shells and launchers stand in between."""
+    run_dir = tmp_path / """a run "of" 'mine' $HOME $$ ${local_rank}"""
+    with start([*words, "-np", "2", "--", *ENDLESS, "--run-dir", str(run_dir)], cwd=tmp_path) as job:
+        job.wait_for("env steps")
+        job.launcher.terminate()
+        result = job.wait()
+    assert result.returncode == 75, result
+    assert [path.name for path in tmp_path.iterdir()] == [run_dir.name]
+    assert (run_dir / "checkpoints" / "latest").exists(), result
+    assert (run_dir / "summary.json").read_text().count('"world_size": 2') == 1
+
+
+@pytest.mark.parametrize("words", RUNS.values(), ids=RUNS)
+def test_wrong_input_of_hvdqn_comes_through(words: list[str]) -> None:
+    result = run(*words, "-np", "2", "--", "--preset", "smoky")
+    assert result.returncode == 2, result
+    assert result.stderr.count("unknown preset 'smoky'") == 1, result
+    assert "Traceback" not in result.stderr + result.stdout, result
+
+
+@pytest.mark.parametrize("launcher", ["horovodrun-gloo", "torchrun"])  # mpirun knows by itself
+def test_a_killed_rank_comes_through(launcher: str, tmp_path: Path) -> None:
+    with start([*RUNS[launcher], "-np", "2", "--", *ENDLESS, "--run-dir", str(tmp_path)]) as job:
+        job.wait_for("env steps")
+        job.ranks()[1].kill()
+        result = job.wait()
+    assert result.returncode == 137, result
+    assert result.seconds < 120
+
+
+def test_a_whole_command_and_a_variable() -> None:
+    program = "import os, sys; print(sys.argv[1], os.environ['COLOUR'], 'EDITOR' in os.environ)"
+    words = ["mpirun.sh", "-np", "1", "-x", "COLOUR", "--", sys.executable, "-c", program, "a 'b' \"c\""]
+    result = run(*words, COLOUR="dark blue", EDITOR="ed")
+    assert result.returncode == 0, result
+    assert result.stdout == "a 'b' \"c\" dark blue False\n"
