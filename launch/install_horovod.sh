@@ -200,11 +200,11 @@ check_compiler() {
 logged() {
     "$@" >>"$log" 2>&1 && return
     {
-        grep -n -m 5 -E 'error:|CMake Error|ERROR' "$log" || true
+        grep -n -m 5 -A 2 -E 'error:|CMake Error|ERROR' "$log" || true
         printf -- '--- the last lines of %s\n' "$log"
         tail -n 20 "$log"
     } >&2
-    die 1 "'$1 ${*:2:3} ...' failed; the whole log: $log"
+    die 1 "Horovod could not be built and installed; the whole log: $log"
 }
 
 # On a terminal: how far the compiler is, on one line, every second. Stopped by `cleanup`.
