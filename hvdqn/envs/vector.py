@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import math
+import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, fields
@@ -310,21 +311,32 @@ def _constant(envs: int, value: bool) -> Bools:
 
 
 _REHEARSED_STEPS = 100
+# A rank that was told to stop has less than a minute for its checkpoint, and slow environments would take that long.
+_REHEARSAL_SECONDS = 5.0
 
 
 def _continues_exactly(twin: Callable[[int], Environments]) -> bool:
-    """Whether a state saved after some steps makes other environments go on with the very same steps."""
+    """Whether a state saved after some steps makes other environments go on with the very same steps.
+
+    Environments too slow to show it within `_REHEARSAL_SECONDS` count as not exact.
+    """
     with closing(twin(1)) as played, closing(twin(2)) as fresh:
+        deadline = time.monotonic() + _REHEARSAL_SECONDS
         rng = np.random.default_rng(0)
         actions = rng.integers(played.actions, size=(2 * _REHEARSED_STEPS, played.envs))
         played.reset()
         for action in actions[:_REHEARSED_STEPS]:
             played.step(action)
+            if time.monotonic() > deadline:
+                return False
         state = played._save()
         if state is None:
             return False
         fresh.load_state(state)
-        return all(_same(played.step(a), fresh.step(a)) for a in actions[_REHEARSED_STEPS:])
+        return all(
+            time.monotonic() <= deadline and _same(played.step(a), fresh.step(a))
+            for a in actions[_REHEARSED_STEPS:]
+        )
 
 
 def _same(one: Step, other: Step) -> bool:

@@ -445,6 +445,13 @@ def test_state_that_no_attribute_shows_is_found_out_by_the_rehearsal():
     assert environments.state() is None
 
 
+def test_environments_too_slow_for_a_rehearsal_are_not_exact(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("hvdqn.envs.vector._REHEARSAL_SECONDS", 0.0)
+    environments = make("CartPole-v1")
+    environments.reset()
+    assert environments.state() is None
+
+
 @pytest.mark.parametrize(
     "hidden", [iter([1]), object(), {"a": {1, 2}}, np.array([None]), lambda: [open], print]
 )
