@@ -212,7 +212,7 @@ compose_environment() {
 wrap_command() {
     # shellcheck disable=SC2016 # expanded by the rank
     local -r start='pids=$1 file=$2; shift 2
-[ ! -d "$pids" ] || : >"$pids/$$"
+[ ! -d "$pids" ] || : >"$pids/$(uname -n):$$"
 if [ -n "$file" ]; then
     [ -r "$file" ] || { echo "hvdqn: error: no file $file on host $(uname -n), which --env-file names" >&2; exit 2; }
     set -a; . "$file"; set +a
@@ -225,13 +225,13 @@ exec "$@"'
 pass_stop() {
     interrupted=1
     stops=$((stops + 1))
-    local ranks=("$scratch"/ranks/*)
+    local ranks=("$scratch/ranks/$(uname -n)":*) # TMPDIR may be shared by hosts
     if ((stops > 1)) || [[ ! -e ${ranks[0]} ]]; then
         ((stops > 1)) || printf '%s: no rank on this host to stop by a checkpoint: ending the job\n' "$me" >&2
         kill -TERM "${launched[@]}" 2>/dev/null || true
     else
         printf '%s: stopping: the ranks write a checkpoint\n' "$me" >&2
-        kill -USR2 "${ranks[@]##*/}" 2>/dev/null || true
+        kill -USR2 "${ranks[@]##*:}" 2>/dev/null || true
     fi
 }
 

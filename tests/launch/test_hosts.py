@@ -179,6 +179,21 @@ def test_a_slow_network_costs_time_and_nothing_else(
     assert seconds["comm"] == max(seconds[phase] for phase in ("act", "env", "sample", "comm")), seconds
 
 
+@pytest.mark.parametrize("launcher", ["horovodrun-gloo", "torchrun"])
+def test_a_stop_reaches_all_hosts(launcher: str, cluster: Cluster, tmp_path: Path) -> None:
+    words = script(launcher, "--hosts", "h1:1,h2:1", "--interfaces", "eth0", "--", "--preset", "smoke")
+    words += ["--total-env-steps", "100000000", "--run-dir", str(tmp_path / "run")]
+    with cluster.start(words, environment(), 120, tmp_path) as job:
+        job.wait_for("env steps")
+        for process in job.launcher.children():  # nsenter's only child is the script
+            process.terminate()
+        result = job.wait()
+    assert result.returncode == 75, result
+    assert (tmp_path / "run" / "checkpoints" / "latest").exists()
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["stopped_by"] == "signal"
+    assert cluster.left_behind() == []
+
+
 @pytest.mark.parametrize("launcher", SCRIPTS)
 def test_a_host_that_is_down_is_named(launcher: str, cluster: Cluster, tmp_path: Path) -> None:
     words = script(
