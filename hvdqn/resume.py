@@ -137,8 +137,9 @@ def restore(parts: Parts, checkpoint: Checkpoint, config: Config, comm: Comm) ->
         begin(parts)
     lines = [f"resumed from {checkpoint.path} at env step {parts.clock.env_steps:,}"]
     if checkpoint.world_size != comm.size:
+        ranks = "rank" + "s" * (checkpoint.world_size > 1)
         lines.append(
-            f"{checkpoint.world_size} ranks before, {comm.size} now: replay is dealt anew, the global batch was "
+            f"{checkpoint.world_size} {ranks} before, {comm.size} now: replay is dealt anew, the global batch was "
             f"{shared['clock']['global_batch']}, is {parts.clock.global_batch}; clock and schedules go on"
         )
     if not kept:

@@ -101,7 +101,7 @@ def ten_times_slower(env: Env) -> Env:
     _skew_clock()
 
     def dawdles(result: Result) -> Result:
-        time.sleep(0.001)  # a step of CartPole takes less than a tenth of it
+        time.sleep(0.01)  # a step of CartPole takes less than a hundredth of it
         return result
 
     return Sabotaged(env, dawdles, times=1_000_000)

@@ -220,8 +220,8 @@ def test_a_flipped_bit_is_found_at_the_next_target_sync_and_its_rank_named(tmp_p
     assert result.returncode == 1, result
     found = re.findall(r"at env step (\d+) the weights of rank 1 differ from the other ranks'", result.stderr)
     assert len(found) == 1, result
-    # 3 ranks take one update every 12 env steps from 200 on; the sync is due every 200.
-    assert int(found[0]) == 456, result
+    # 3 ranks take one update every 12 env steps from 200 on: the 20th at 440. Every 200 there is a sync.
+    assert int(found[0]) == 600, result
     assert saved(tmp_path) == []
 
 
@@ -229,7 +229,7 @@ def test_a_flipped_bit_is_found_at_the_next_target_sync_and_its_rank_named(tmp_p
 
 
 def test_a_slow_rank_with_a_skewed_clock_changes_nothing_but_the_speed(tmp_path):
-    flags = ("--total-env-steps", "1000", "--vectorization", "sync")
+    flags = ("--total-env-steps", "600", "--vectorization", "sync")
     even, uneven = tmp_path / "even", tmp_path / "uneven"
     result = train("torchrun", 2, even, *flags)
     assert result.returncode == 0, result
@@ -255,12 +255,9 @@ def test_ranks_with_different_settings_are_refused_once(tmp_path):
 def test_a_disk_that_one_rank_cannot_write_to_costs_a_checkpoint_and_not_the_run(tmp_path):
     result = train("mpirun", 2, tmp_path, "--total-env-steps", "3008", *sabotage("full_disk"))
     assert result.returncode == 0, result
-    assert result.stdout.count("the one before stands: rank 1: [Errno 27] File too large") == 3, result
-    assert summary(tmp_path)["failed_checkpoints"] == 3
+    assert result.stdout.count("the one before stands: rank 1: [Errno 27] File too large") == 2, result
+    assert summary(tmp_path)["failed_checkpoints"] == 2
     assert saved(tmp_path) == [1008]
-    result = train("mpirun", 2, tmp_path, "--total-env-steps", "3008", "--resume", "must")
-    assert result.returncode == 0, result
-    assert "at env step 1,008" in result.stdout
 
 
 def test_a_folder_removed_while_it_is_written_costs_a_checkpoint_and_not_the_run(tmp_path):
@@ -275,7 +272,7 @@ def test_a_folder_removed_while_it_is_written_costs_a_checkpoint_and_not_the_run
 def small_disk(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(disk)]
     made = subprocess.run(mount, capture_output=True, text=True, check=False)
     if made.returncode != 0:
         pytest.skip(f"no small disk can be mounted here, so a full one is NOT tested: {made.stderr.strip()}")
@@ -284,10 +281,12 @@ def small_disk(tmp_path):
 
 
 def test_a_full_disk_costs_checkpoints_and_not_the_run(small_disk):
-    result = train("mpirun", 2, small_disk)
+    flags = ("--checkpoint-replay", "yes")  # `auto` would leave it out here
+    result = train("mpirun", 2, small_disk, *flags)
     assert result.returncode == 0, result
     assert "No space left on device" in result.stdout, result
     assert saved(small_disk) == [1008]
-    result = train("mpirun", 2, small_disk, "--resume", "must")
+    assert summary(small_disk)["failed_checkpoints"] == 2
+    result = train("mpirun", 2, small_disk, *flags, "--resume", "must")
     assert result.returncode == 0, result
-    assert "resumed from" in result.stdout
+    assert "at env step 1,008" in result.stdout

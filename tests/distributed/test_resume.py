@@ -1,0 +1,192 @@
+"""Killed and started again: the same run, bit for bit where that can be, and never a step back where it cannot."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.runs import begin, saved, summary, train, wait_for_checkpoint
+from tests.launchers import Job
+
+pytestmark = pytest.mark.distributed
+
+LENGTH = 2_000
+EVERY = 500
+SETTINGS = (
+    "--checkpoint-every",
+    str(EVERY),
+    "--checkpoint-keep",
+    "10",
+    "--eval-every",
+    "1000",
+    "--eval-episodes",
+    "2",
+)
+REPLAYS: dict[str, tuple[str, ...]] = {"uniform": ()}
+ENVIRONMENTS = {
+    "native": ("--env", "CartPole-v1"),
+    "sync": ("--env", "Acrobot-v1"),
+    "minatar": ("--env", "MinAtar/Breakout-v1", "--hidden", "16", "--envs-per-rank", "4"),
+}
+
+
+def kill_ranks(job: Job) -> None:
+    for rank in job.ranks().values():
+        with contextlib.suppress(Exception):  # a launcher may be faster
+            rank.kill()
+    result = job.wait()
+    assert result.returncode != 0, result
+
+
+def train_killed(
+    launcher: str, np: int, run_dir: Path, flags: Sequence[str], kill_after: Sequence[int]
+) -> str:
+    """A run whose ranks are all killed soon after each of these checkpoints; what its last attempt said."""
+    for env_steps in kill_after:
+        with begin(launcher, np, run_dir, *flags) as job:
+            wait_for_checkpoint(job, run_dir, env_steps)
+            kill_ranks(job)
+        assert not (run_dir / "summary.json").exists(), "it was over before it was killed"
+    result = train(launcher, np, run_dir, *flags, "--resume", "must")
+    assert result.returncode == 0, result
+    return result.stdout
+
+
+def recorded(run_dir: Path) -> list[dict[str, Any]]:
+    """The metrics, without what the wall clock decides."""
+    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [
+        {name: value for name, value in json.loads(line).items() if "second" not in name} for line in lines
+    ]
+
+
+@pytest.mark.parametrize("replay", REPLAYS)
+@pytest.mark.parametrize(
+    ("launcher", "np", "environment", "n_step", "kill_after"),
+    [
+        ("python", 1, "native", 1, [500, 1000, 1500]),
+        ("python", 1, "native", 3, [1000]),
+        ("python", 1, "sync", 1, [500]),
+        ("python", 1, "minatar", 3, [1000]),
+        ("mpirun", 2, "native", 3, [1000]),
+        ("horovodrun-gloo", 2, "sync", 1, [500]),
+        ("torchrun", 2, "minatar", 1, [1500]),
+    ],
+)
+def test_a_killed_run_ends_as_if_it_had_not_been(
+    tmp_path, launcher, np, environment, n_step, kill_after, replay
+):
+    flags = (*SETTINGS, *ENVIRONMENTS[environment], *REPLAYS[replay], "--n-step", str(n_step))
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    with begin(launcher, np, whole, *flags) as job:
+        said = train_killed(launcher, np, killed, flags, kill_after)
+        result = job.wait()
+        assert result.returncode == 0, result
+    assert "not bit for bit" not in said
+    assert summary(killed)["param_sha256"] == summary(whole)["param_sha256"]
+    assert summary(killed)["updates"] == summary(whole)["updates"]
+    assert recorded(killed) == recorded(whole)
+    assert saved(killed) == saved(whole)
+
+
+def test_atari_goes_on_with_new_episodes_and_says_so_once(tmp_path):
+    pytest.importorskip("ale_py", reason="ale-py is not installed: resuming Atari is NOT tested")
+    flags = (
+        *(
+            "--env",
+            "ALE/Breakout-v5",
+            "--env-kwargs",
+            '{"max_num_frames_per_episode": 400}',
+            "--frame-stack",
+            "4",
+        ),
+        *("--hidden", "16", "--envs-per-rank", "2", "--replay-ratio", "1", "--eval-episodes", "2"),
+        *("--total-env-steps", "600", "--checkpoint-every", "300"),
+    )
+    said = train_killed("python", 1, tmp_path, flags, [300])
+    assert "resumed from" in said
+    assert said.count("environments begin new episodes: this resume is not bit for bit") == 1
+    assert "holds no replay" not in said
+    assert summary(tmp_path)["env_steps"] == 600
+    assert summary(tmp_path)["updates"] == (600 - 200) // 32
+
+
+@pytest.mark.parametrize(
+    ("launcher", "before", "now"), [("mpirun", 2, 1), ("torchrun", 1, 2), ("mpirun", 2, 3)]
+)
+def test_another_world_size_goes_on_without_a_step_back(tmp_path, launcher, before, now):
+    flags = ("--lr-scaling", "none", "--exploration-env-steps", str(LENGTH), "--checkpoint-every", str(EVERY))
+    with begin(launcher, before, tmp_path, *flags) as job:
+        wait_for_checkpoint(job, tmp_path, LENGTH // 2)
+        kill_ranks(job)
+    resumed_at = max(saved(tmp_path))
+    result = train(launcher, now, tmp_path, *flags, "--resume", "must")
+    assert result.returncode == 0, result
+    ranks = f"{before} rank{'s' * (before > 1)} before, {now} now: replay is dealt anew"
+    assert result.stdout.count(ranks) == 1, result
+    lines = recorded(tmp_path)
+    for name in ("env_steps", "updates", "skipped_updates", "lr"):
+        values = [line[name] for line in lines if name in line]
+        assert values == sorted(values), name
+    epsilons = [line["epsilon"] for line in lines if "epsilon" in line]
+    assert epsilons == sorted(epsilons, reverse=True)
+    checkpoint = json.loads((tmp_path / "checkpoints" / f"{resumed_at:012d}" / "manifest.json").read_text())
+    assert checkpoint["world_size"] == before
+    # As many updates as are owed at the old batch, then at the new one: none missed, none made up for.
+    per_update = {size: size * 32 // 8 for size in (before, now)}
+    owed = (resumed_at - 200) / per_update[before] + (LENGTH - resumed_at) / per_update[now]
+    assert abs(summary(tmp_path)["updates"] - owed) <= 3
+    logged = [line["updates"] for line in lines if "loss" in line]
+    assert max(b - a for a, b in pairwise(logged)) <= 200 / min(per_update.values()) + 7
+
+
+def test_without_replay_it_fills_before_the_next_update(tmp_path):
+    flags = ("--checkpoint-every", str(EVERY), "--checkpoint-replay", "no")
+    said = train_killed("python", 1, tmp_path, flags, [1000])
+    assert "the checkpoint holds no replay: it fills for 200 env steps before the next update" in said
+    assert summary(tmp_path)["updates"] < (LENGTH - 200) // 4
+    assert "rank-00000.safetensors" in [p.name for p in (tmp_path / "checkpoints" / "latest").iterdir()]
+
+
+def test_broken_checkpoints_are_passed_over_and_none_is_refused_under_must(tmp_path):
+    flags = (*SETTINGS, "--total-env-steps", "1000")
+    whole = tmp_path / "whole"
+    assert train("python", 1, whole, *flags).returncode == 0
+    ends = summary(whole)["param_sha256"]
+
+    torn = tmp_path / "torn"
+    shutil.copytree(whole, torn, symlinks=True)
+    flip_a_bit(torn / "checkpoints" / "000000001000" / "learner.safetensors")
+    result = train("python", 1, torn, *flags)
+    assert result.returncode == 0, result
+    assert "warning: checkpoint 000000001000 is set aside as 000000001000.broken" in result.stdout
+    assert "at env step 504" in result.stdout
+    assert summary(torn)["param_sha256"] == ends
+
+    for env_steps in saved(torn):
+        truncate(torn / "checkpoints" / f"{env_steps:012d}" / "rank-00000.safetensors")
+    result = train("python", 1, torn, *flags, "--resume", "must")
+    assert result.returncode == 2, result
+    assert result.stderr.count("\n") == 1, result
+    assert "--resume must" in result.stderr
+    result = train("python", 1, torn, *flags)
+    assert result.returncode == 0, result
+    assert "no checkpoint is whole: the run begins anew" in result.stdout
+    assert summary(torn)["param_sha256"] == ends
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
