@@ -28,7 +28,7 @@ from hvdqn.seeds import rank_seeds
 LONGEST_EPISODE_ENV_STEPS = 27_000
 MOST_ENVS_PER_RANK = 16
 # A rank that is told to stop must not wait for the end of an evaluation.
-STEPS_BETWEEN_VOTES = 32
+STEPS_BETWEEN_VOTES = 8
 
 
 @dataclass(frozen=True)

@@ -47,8 +47,9 @@ from hvdqn.replay import Batch
 from hvdqn.resume import Progress, begin, best_evaluation, contents, find_checkpoint, restore
 from hvdqn.seeds import rank_seeds
 
-# Iterations between exchanges of votes and returns while no update carries them.
-POLL_ITERATIONS = 32
+# Iterations between exchanges of votes and returns while no update carries them. Few, so that a signal is answered
+# within half a minute even where an iteration takes seconds.
+POLL_ITERATIONS = 8
 
 T = TypeVar("T", bound="Training")
 

@@ -104,7 +104,7 @@ def test_a_signal_while_a_checkpoint_is_written_waits_for_it(tmp_path):
     assert result.returncode == 75, result
     first, second = saved(tmp_path)
     assert first <= 1008
-    assert second - first < 32 * 16, "the vote took more than one poll"
+    assert second - first <= 3 * 16, "the vote travels with the next update"
 
 
 def test_control_c_in_a_terminal_stops_after_a_checkpoint(tmp_path):
