@@ -16,6 +16,7 @@ launcher ended before its ranks did, fails the test.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import shutil
 import signal
@@ -24,7 +25,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -61,6 +62,7 @@ class Result:
     stdout: str
     stderr: str
     seconds: float
+    ended: float  # as time.time() has it, to compare with what the ranks print
 
     def __str__(self) -> str:
         return (
@@ -154,6 +156,7 @@ class Job:
             env=dict(env) | {"HVDQN_TEST_ID": self._id},
             cwd=cwd,
             start_new_session=True,
+            preexec_fn=_end_with_parent,
         )
 
     @property
@@ -167,10 +170,14 @@ class Job:
 
     def wait_for(self, text: str) -> None:
         """Return once `text` stands in the output; fail if the job ends or times out first."""
-        while text not in self.output():
-            if self._process.poll() is not None and text not in self.output():
-                raise AssertionError(f"the job ended before it printed {text!r}\n{self._result()}")
-            self._check_time(f"it had not printed {text!r}")
+        self.wait_until(lambda: text in self.output(), f"it had printed {text!r}")
+
+    def wait_until(self, condition: Callable[[], bool], what: str) -> None:
+        """Return once `condition` holds; fail if the job ends or times out before `what`."""
+        while not condition():
+            if self._process.poll() is not None and not condition():
+                raise AssertionError(f"the job ended before {what}\n{self._result()}")
+            self._check_time(f"waiting until {what}")
             time.sleep(0.02)
 
     def ranks(self) -> dict[int, psutil.Process]:
@@ -234,6 +241,7 @@ class Job:
             stdout=_text(self._stdout),
             stderr=_text(self._stderr),
             seconds=time.monotonic() - self._started,
+            ended=time.time(),
         )
 
     def _check_time(self, state: str) -> None:
@@ -254,6 +262,15 @@ class Job:
             if name in environment:
                 return int(environment[name])
         return 0 if process.pid == self._process.pid else None
+
+
+_LIBC = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1
+
+
+def _end_with_parent() -> None:
+    # A pytest that is itself killed runs no clean-up: then the launcher is told, and ends its ranks.
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _text(file: IO[bytes]) -> str:

@@ -179,7 +179,7 @@ def abort_by_watchdog(comm: Comm) -> None:
 
 
 def give_up(comm: Comm) -> None:
-    say("giving up")
+    say(f"giving up at {time.time()}")
     comm.abort(7)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import psutil
 import pytest
 
 from tests.launchers import clean_environment, launch, start
@@ -39,10 +40,20 @@ def test_leaving_the_block_kills_all() -> None:
     assert job.alive() == []
 
 
+def test_a_job_does_not_outlive_a_test_run_that_is_killed() -> None:
+    inner = "from tests.launchers import start; job = start('python', 1, ['-c', 'import time; time.sleep(60)'], 90)"
+    outer = f"{inner}; print(job.launcher.pid, flush=True); job.wait()"
+    with start("python", 1, ["-c", outer], timeout=20) as job:
+        job.wait_for("\n")
+        child = psutil.Process(int(job.output()))
+        job.launcher.kill()
+        child.wait(timeout=5)
+
+
 def test_a_job_that_ends_early_is_not_waited_for() -> None:
     with (
         start("python", 1, ["-c", "print('something else')"], timeout=20) as job,
-        pytest.raises(AssertionError, match="ended before it printed 'started'"),
+        pytest.raises(AssertionError, match="ended before it had printed 'started'"),
     ):
         job.wait_for("started")
 
