@@ -8,6 +8,7 @@ readonly KILLED_BY_USR2=$((128 + 12)) # the signal came before Python could catc
 # both: `scontrol requeue 17` would start every task of array 17 again.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 readonly job=${job:-$SLURM_JOB_ID}
+readonly ranks=${SLURM_NTASKS:-1} cpus=${SLURM_CPUS_PER_TASK:-1} restarts=${SLURM_RESTART_COUNT:-0}
 
 say() { printf 'hvdqn job %s: %s\n' "$job" "$*"; }
 
@@ -16,7 +17,7 @@ die() { # die MESSAGE: the input is wrong
     exit 2
 }
 
-# Read site.env, and from Slurm what every script needs: run_dir, and cpus of a rank.
+# Read site.env, and set what follows from it and from Slurm.
 load_site() {
     local -r site=${HVDQN_SITE_ENV:-$HVDQN_HOME/slurm/site.env}
     if [[ -e $site ]]; then
@@ -29,19 +30,16 @@ load_site() {
     fi
     # One folder a job, so that a requeued job finds its checkpoints again.
     run_dir=${HVDQN_RUNS:-$PWD/runs}/$job
-    cpus=${SLURM_CPUS_PER_TASK:-1}
-    export OMP_NUM_THREADS=$cpus # ranks of one node share it: one thread for each core a rank was given
+    export OMP_NUM_THREADS=$cpus # ranks of one node share it: a rank has one thread for each core it was given
     export PYTHONUNBUFFERED=1    # output as it comes, into a file too
-    one_rank_a_gpu
+    count_gpus
 }
 
-# Two ranks on one GPU fail late, inside NCCL; a GPU without a rank is paid for and idle.
-one_rank_a_gpu() {
-    [[ -n ${SLURM_GPUS_ON_NODE:-} ]] || return 0
-    local -r tasks=${SLURM_TASKS_PER_NODE%%[(,]*} # "4(x2),1" begins with this node's
-    ((tasks == SLURM_GPUS_ON_NODE)) ||
-        die "$tasks tasks on a node where the job has $SLURM_GPUS_ON_NODE GPUs; ask for one task a GPU:" \
-            "--ntasks-per-node=$SLURM_GPUS_ON_NODE"
+# Two ranks on one GPU end inside NCCL, which says little; a GPU without a rank is paid for and idle.
+count_gpus() {
+    local -r gpus=$((${SLURM_GPUS_ON_NODE:-0} * SLURM_JOB_NUM_NODES))
+    ((gpus == 0 || gpus == ranks)) ||
+        say "warning: $ranks ranks and $gpus GPUs; one rank a GPU is --ntasks-per-node=$SLURM_GPUS_ON_NODE"
 }
 
 # The Python that has torch and Horovod; hvdqn itself as it stands in this repository.
@@ -79,7 +77,7 @@ run_ranks() { # run_ranks [SRUN_FLAG...] COMMAND [ARGUMENT...]
 
 # End the job with the ranks' exit code; where it says "stopped by a signal", have Slurm start the job again.
 finish() { # finish CODE
-    local -r code=$1 restarts=${SLURM_RESTART_COUNT:-0} most=${HVDQN_MAX_RESTARTS:-20}
+    local -r code=$1 most=${HVDQN_MAX_RESTARTS:-20}
     local state
     ((code == STOPPED || code == KILLED_BY_USR2)) || exit "$code"
 

@@ -1,0 +1,299 @@
+"""slurm/*.sbatch under a real Slurm: slurmctld, two slurmd with hosts of their own, srun over PMIx."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.launch.slurm_cluster import Cluster, Job, why_not
+
+pytestmark = pytest.mark.launch
+
+REPOSITORY = Path(__file__).parents[2]
+# Updates are rare: between two ranks they cost the most, and nothing is to be learned here.
+WORKLOAD = ["--preset", "smoke", "--replay-ratio", "1", "--log-every", "100"]
+TOTAL = 6_000
+ONE_NODE = ["--ntasks=2", "--cpus-per-task=1"]
+TWO_NODES = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1"]
+ENDLESS = ["--total-env-steps", "1000000000"]
+
+# Environments that make a first start last: its signal always comes in the middle.
+ENVIRONMENTS = """\
+import os
+import signal
+import time
+
+import gymnasium
+
+
+class SlowAtFirst(gymnasium.Wrapper):
+    def __init__(self, env):
+        super().__init__(env)
+        self.unsaved = open(os.devnull)  # so that no exact resume is rehearsed, which slow steps would draw out
+
+    def step(self, action):
+        if "SLURM_RESTART_COUNT" not in os.environ:
+            time.sleep(0.04)
+        return super().step(action)
+
+
+def always_stopped(env):
+    os.kill(os.getpid(), signal.SIGUSR2)
+    return env
+"""
+STOPPABLE = [*WORKLOAD, "--wrapper", "environments:SlowAtFirst", "--total-env-steps", str(TOTAL)]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    reason = why_not()
+    if reason:
+        pytest.skip(f"{reason}: the batch scripts in slurm/ are NOT tested")
+    with Cluster() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The repository as a user has it: in a folder whose name has a space, with a site.env."""
+    clone = tmp_path_factory.mktemp("slurm") / "my clones" / "hvdqn"
+    shutil.copytree(REPOSITORY / "slurm", clone / "slurm", ignore=shutil.ignore_patterns("site.env"))
+    (clone / "hvdqn").symlink_to(REPOSITORY / "hvdqn")
+    (clone / "slurm" / "site.env").write_text(
+        f"HVDQN_VENV={Path(sys.executable).parents[1]}\n"
+        f"HVDQN_RUNS={clone.parents[1]}/scratch\n"
+        f"HVDQN_MAX_RESTARTS=${{HVDQN_MAX_RESTARTS:-3}}\n"
+        "export OMPI_MCA_mpi_yield_when_idle=1 # there are fewer cores than ranks\n"
+        "false # a last line that fails, as `[[ ... ]] && ...` may, ends no job\n"
+    )
+    return clone
+
+
+@pytest.fixture(scope="module")
+def folder(clone: Path) -> Path:
+    """Where the user calls sbatch."""
+    folder = clone.parents[1] / "experiments"
+    folder.mkdir()
+    (folder / "environments.py").write_text(ENVIRONMENTS)
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def limited(cluster: Cluster, clone: Path, folder: Path) -> Job:
+    """A job that runs into its time limit. Submitted first: Slurm looks at limits twice a minute."""
+    limits = ["--time=2", "--signal=USR2@40"]
+    return cluster.sbatch(*TWO_NODES, *limits, f"{clone}/slurm/train.sbatch", *STOPPABLE, cwd=folder)
+
+
+def run_dir(clone: Path, job: Job) -> Path:
+    return clone.parents[1] / "scratch" / job.id
+
+
+def summary(path: Path) -> dict[str, object]:
+    loaded: dict[str, object] = json.loads((path / "summary.json").read_text())
+    return loaded
+
+
+def check_went_on(clone: Path, job: Job, info: dict[str, str]) -> None:
+    """Stopped once after a checkpoint, requeued, and finished from that checkpoint."""
+    output = job.output()
+    assert info["JobState"] == "COMPLETED", output
+    assert info["Restarts"] == "1", output
+    assert "stopped by a signal; requeued, restart 1 of at most 3" in output
+    resumed = re.search(r"resumed from (.*) at env step ([\d,]+)", output)
+    assert resumed is not None, output
+    checkpoint, env_steps = Path(resumed[1]), int(resumed[2].replace(",", ""))
+    assert checkpoint.parent == run_dir(clone, job) / "checkpoints"
+    assert 0 < env_steps == int(checkpoint.name) < TOTAL
+    recorded = [json.loads(line) for line in (run_dir(clone, job) / "metrics.jsonl").read_text().splitlines()]
+    steps = [record["env_steps"] for record in recorded if "epsilon" in record]
+    assert steps == sorted(set(steps))
+    assert steps[0] < env_steps < steps[-1]
+    assert summary(run_dir(clone, job)) | {
+        "env_steps": TOTAL,
+        "world_size": 2,
+        "stopped_by": "finished",
+    } == (summary(run_dir(clone, job)))
+
+
+def test_two_nodes_train_and_arguments_arrive_whole(cluster: Cluster, clone: Path, folder: Path) -> None:
+    named = f"""{clone.parents[1]}/runs of 'me' & "you"; $HOME *  \\"""
+    kwargs = '{"sutton_barto_reward": true}'
+    arguments = [*WORKLOAD, "--run-dir", named, "--env-kwargs", kwargs]
+    job = cluster.sbatch(*TWO_NODES, f"{clone}/slurm/train.sbatch", *arguments, cwd=folder)
+    info = job.wait(timeout=180)
+    assert info["JobState"] == "COMPLETED", job.output()
+    assert info["NodeList"] == "n[1-2]"
+    assert info["StdOut"] == f"{folder}/hvdqn-{job.id}.out"
+    done = summary(Path(named))
+    assert done["world_size"] == 2
+    assert done["comm"] == "horovod"
+    assert done["env_steps"] == 2000
+    config = yaml.safe_load((Path(named) / "config.yaml").read_text())
+    assert config["env_kwargs"] == kwargs
+    assert config["threads_per_rank"] == 1
+    assert not run_dir(clone, job).exists()
+
+
+@pytest.mark.parametrize("whom", [[], ["--batch"]], ids=["ranks", "script"])
+def test_usr2_checkpoints_requeues_and_resumes(
+    cluster: Cluster, clone: Path, folder: Path, whom: list[str]
+) -> None:
+    job = cluster.sbatch(*ONE_NODE, f"{clone}/slurm/train.sbatch", *STOPPABLE, cwd=folder)
+    job.wait_for("env steps ", timeout=120)
+    cluster.run("scancel", "--signal=USR2", *whom, job.id)
+    check_went_on(clone, job, job.wait(timeout=180))
+
+
+def test_preempted_job_goes_on_afterwards(cluster: Cluster, clone: Path, folder: Path) -> None:
+    exclusive = ["--nodelist=n2", "--exclusive"]  # Slurm preempts with SIGTERM, then waits for GraceTime
+    job = cluster.sbatch(*ONE_NODE, *exclusive, f"{clone}/slurm/train.sbatch", *STOPPABLE, cwd=folder)
+    job.wait_for("env steps ", timeout=180)
+    urgent = cluster.sbatch("--partition=urgent", *exclusive, "--wrap=sleep 1", cwd=folder)
+    check_went_on(clone, job, job.wait(timeout=180))
+    assert urgent.wait(timeout=1)["JobState"] == "COMPLETED"
+
+
+def test_cancelled_job_stays_cancelled(cluster: Cluster, clone: Path, folder: Path) -> None:
+    job = cluster.sbatch(*ONE_NODE, f"{clone}/slurm/train.sbatch", *WORKLOAD, *ENDLESS, cwd=folder)
+    job.wait_for("env steps ", timeout=120)
+    cluster.run("scancel", job.id)
+    info = job.wait(timeout=60)
+    assert info["JobState"] == "CANCELLED", job.output()
+    assert info["Restarts"] == "0"
+    assert "Slurm ends this job" in job.output()
+    assert summary(run_dir(clone, job))["stopped_by"] == "signal"
+
+
+def test_killed_rank_fails_the_job(cluster: Cluster, clone: Path, folder: Path) -> None:
+    job = cluster.sbatch(*TWO_NODES, f"{clone}/slurm/train.sbatch", *WORKLOAD, *ENDLESS, cwd=folder)
+    job.wait_for("env steps ", timeout=120)
+    ranks = job.ranks()
+    assert sorted(ranks) == [0, 1]
+    killed = time.monotonic()
+    ranks[1].send_signal(signal.SIGKILL)
+    info = job.wait(timeout=60)
+    assert time.monotonic() - killed < 60
+    assert info["JobState"] == "FAILED", job.output()
+    assert info["Restarts"] == "0"
+    assert not any(process.is_running() for process in ranks.values())
+
+
+def test_a_job_that_is_always_stopped_ends_at_the_bound(cluster: Cluster, clone: Path, folder: Path) -> None:
+    job = cluster.sbatch(
+        "--ntasks=1",
+        "--cpus-per-task=1",
+        f"{clone}/slurm/train.sbatch",
+        *WORKLOAD,
+        "--wrapper",
+        "environments:always_stopped",
+        cwd=folder,
+        env={"HVDQN_MAX_RESTARTS": "1"},
+    )
+    info = job.wait(timeout=180)
+    assert info["JobState"] == "FAILED", job.output()
+    assert info["Restarts"] == "1"
+    assert info["ExitCode"] == "75:0"
+    assert "not requeued after 1 restarts (HVDQN_MAX_RESTARTS=1)" in job.output()
+
+
+def test_wrong_input_ends_at_once_with_its_exit_code(cluster: Cluster, clone: Path, folder: Path) -> None:
+    gpus = "--gpus-per-node=1"  # counted before anything is started
+    job = cluster.sbatch(*ONE_NODE, gpus, f"{clone}/slurm/train.sbatch", "--preset", "smok", cwd=folder)
+    info = job.wait(timeout=120)
+    assert info["JobState"] == "FAILED"
+    assert info["Restarts"] == "0"
+    assert info["ExitCode"] == "2:0", job.output()
+    assert "warning: 2 ranks and 1 GPUs; one rank a GPU is --ntasks-per-node=1" in job.output()
+    assert job.output().count("unknown preset 'smok'; did you mean 'smoke'?") == 1
+
+
+def test_sweep_gives_each_line_a_run_directory(cluster: Cluster, clone: Path, folder: Path) -> None:
+    (folder / "seeds.txt").write_text(
+        "# Three seeds, two environments.\n"
+        "--env CartPole-v1 --seed 1\n"
+        """--env CartPole-v1 --seed 2 --env-kwargs '{"sutton_barto_reward": true}'\n"""
+        "\n"
+        "--env Acrobot-v1 --seed 3 --eval-episodes 1\n"
+    )
+    flags = ["--cpus-per-task=1", "--array=1-3", f"{clone}/slurm/sweep.sbatch", "seeds.txt", *WORKLOAD]
+    array = cluster.sbatch(*flags, cwd=folder)
+    runs = []
+    for task in (1, 2, 3):
+        job = Job(cluster, f"{array.id}_{task}")
+        assert job.wait(timeout=180)["JobState"] == "COMPLETED", job.output()
+        runs.append(summary(run_dir(clone, job)))
+    assert [run["seed"] for run in runs] == [1, 2, 3]
+    assert [run["env"] for run in runs] == ["CartPole-v1", "CartPole-v1", "Acrobot-v1"]
+    second = yaml.safe_load((run_dir(clone, Job(cluster, f"{array.id}_2")) / "config.yaml").read_text())
+    assert second["env_kwargs"] == '{"sutton_barto_reward": true}'
+
+
+def test_scaling_ends_in_a_table(cluster: Cluster, clone: Path, folder: Path) -> None:
+    job = cluster.sbatch(*TWO_NODES, f"{clone}/slurm/scaling.sbatch", *WORKLOAD, cwd=folder)
+    assert job.wait(timeout=240)["JobState"] == "COMPLETED", job.output()
+    for ranks in (1, 2):
+        assert summary(run_dir(clone, job) / f"{ranks}-ranks")["world_size"] == ranks
+    table = (run_dir(clone, job) / "scaling.txt").read_text()
+    assert job.output().endswith(table)
+    assert [line.split()[0] for line in table.splitlines()] == ["ranks", "1", "2"]
+    assert table.splitlines()[1].split()[3] == "100%"
+
+
+@pytest.mark.parametrize(
+    ("words", "env", "message"),
+    [
+        (["train.sbatch"], {"HVDQN_SITE_ENV": "/absent/site.env"}, "HVDQN_SITE_ENV names /absent/site.env"),
+        (["scaling.sbatch"], {}, "one task leaves nothing to compare"),
+        (["sweep.sbatch"], {}, "no list of runs"),
+        (["sweep.sbatch", "absent.txt"], {}, "cannot read the list 'absent.txt'"),
+        (["--array=2", "sweep.sbatch", "one.txt"], {}, "'one.txt' has 1 runs and this is task 2"),
+        (["--array=1", "sweep.sbatch", "quote.txt"], {}, "has an open quote"),
+        (["train_container.sbatch"], {}, "HVDQN_IMAGE is not set"),
+    ],
+)
+def test_what_is_wrong_is_said_with_its_remedy(
+    cluster: Cluster, clone: Path, folder: Path, words: list[str], env: dict[str, str], message: str
+) -> None:
+    (folder / "one.txt").write_text("--seed 1\n")
+    (folder / "quote.txt").write_text("--env-kwargs '{}\n")
+    words = [f"{clone}/slurm/{word}" if word.endswith(".sbatch") else word for word in words]
+    job = cluster.sbatch("--cpus-per-task=1", *words, cwd=folder, env=env)
+    info = job.wait(timeout=60)
+    assert info["ExitCode"] == "2:0", job.output()
+    assert message in job.output()
+
+
+def test_a_script_from_nowhere_asks_for_its_repository(cluster: Cluster, clone: Path, folder: Path) -> None:
+    script = f"sbatch --parsable --ntasks=1 --cpus-per-task=1 <'{clone}/slurm/train.sbatch'"
+    job = Job(cluster, cluster.run("bash", "-c", script, cwd=folder).strip())
+    assert job.wait(timeout=60)["ExitCode"] == "2:0"
+    assert "export HVDQN_HOME" in job.output()
+
+
+def test_time_limit_checkpoints_requeues_and_resumes(limited: Job, clone: Path) -> None:
+    check_went_on(clone, limited, limited.wait(timeout=180))
+
+
+def test_scaling_table_is_rate_over_ranks(tmp_path: Path) -> None:
+    for ranks, rate, comm in ((1, 1000.0, 0.0), (4, 3000.0, 25.0)):
+        (tmp_path / f"{ranks}-ranks").mkdir()
+        record = {"world_size": ranks, "env_steps_per_second": rate, "updates_per_second": rate / 8}
+        record["seconds"] = {"env": 75.0, "comm": comm}
+        (tmp_path / f"{ranks}-ranks" / "summary.json").write_text(json.dumps(record))
+    script = REPOSITORY / "slurm" / "scaling_table.py"
+    done = subprocess.run(
+        [sys.executable, script, tmp_path], capture_output=True, text=True, check=True, timeout=60
+    )
+    rows = [line.split() for line in done.stdout.splitlines()[1:]]
+    assert rows == [["1", "1,000", "125.0", "100%", "0%"], ["4", "3,000", "375.0", "75%", "25%"]]
