@@ -116,7 +116,10 @@ class Actor:
         self.rng.bit_generator.state = state["rng"]
         if state["environments"] is None:
             return False
-        self.envs.load_state(state["environments"])
+        try:
+            self.envs.load_state(state["environments"])
+        except ValueError:  # such as another version of the environment
+            return False
         self.frames = FrameStack(state["frames"][:, 0], self.frame_stack)
         self.frames.frames[:] = state["frames"]
         return True

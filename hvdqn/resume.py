@@ -135,6 +135,7 @@ def restore(parts: Parts, checkpoint: Checkpoint, config: Config, comm: Comm) ->
     kept, exact = _restore_shard(parts, checkpoint, shared["clock"], config, comm)
     if not exact:
         begin(parts)
+    exact = all(comm.all_gather_object(exact))
     lines = [f"resumed from {checkpoint.path} at env step {parts.clock.env_steps:,}"]
     if checkpoint.world_size != comm.size:
         ranks = "rank" + "s" * (checkpoint.world_size > 1)

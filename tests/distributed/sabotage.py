@@ -38,15 +38,18 @@ class Sabotaged(gym.Wrapper[Any, Any, Any, Any]):
 
     def __init__(self, env: Env, damage: Callable[[Result], Result], times: int) -> None:
         super().__init__(env)
-        self.damage, self.times = damage, times
+        # A function, and so no part of the state that a checkpoint keeps: the next attempt has its own.
+        self.damage = lambda result: damage(result) if self._is_its_turn(times) else result
 
     def step(self, action: Any) -> Result:
-        result = self.env.step(action)
         Sabotaged.taken += 1
-        if launcher_rank() != 1 or Sabotaged.taken < FIRST_STEP or Sabotaged.done >= self.times:
-            return result
+        return self.damage(self.env.step(action))
+
+    def _is_its_turn(self, times: int) -> bool:
+        if launcher_rank() != 1 or Sabotaged.taken < FIRST_STEP or Sabotaged.done >= times:
+            return False
         Sabotaged.done += 1
-        return self.damage(result)
+        return True
 
 
 def nan_reward(env: Env) -> Env:
@@ -198,3 +201,16 @@ def _wrap_write_part() -> list[Callable[[Path, int], None]]:
 
 def _before_shard(fault: Callable[[Path, int], None]) -> None:
     _wrap_write_part().append(fault)
+
+
+def another_build(env: Env) -> Env:
+    """An environment whose insides are others where HVDQN_TEST_FAULT is set, as after an upgrade."""
+    return gym.Wrapper(env) if os.environ.get("HVDQN_TEST_FAULT") else env
+
+
+def chosen(env: Env) -> Env:
+    """The fault that HVDQN_TEST_FAULT names, so that each attempt of one run can have another; none without."""
+    name = os.environ.get("HVDQN_TEST_FAULT", "")
+    wrapped: Env = globals()[name](env) if name else env
+    # Always wrapped, so that an attempt can take over the environments of the one before.
+    return wrapped if isinstance(wrapped, Sabotaged) else Sabotaged(wrapped, lambda result: result, times=0)

@@ -118,6 +118,16 @@ def test_atari_goes_on_with_new_episodes_and_says_so_once(tmp_path):
     assert summary(tmp_path)["updates"] == (600 - 200) // 32
 
 
+def test_environments_of_another_build_begin_new_episodes(tmp_path):
+    flags = ("--wrapper", "tests.distributed.sabotage:another_build")
+    assert train("python", 1, tmp_path, *flags, "--total-env-steps", "600").returncode == 0
+    result = train("python", 1, tmp_path, *flags, "--total-env-steps", "800", HVDQN_TEST_FAULT="newer")
+    assert result.returncode == 0, result
+    assert result.stdout.count("environments begin new episodes: this resume is not bit for bit") == 1
+    assert "--total-env-steps was 600, is 800" in result.stdout
+    assert summary(tmp_path)["updates"] == (800 - 8 - 200) // 4  # what the last step owes is not taken
+
+
 @pytest.mark.parametrize(
     ("launcher", "before", "now"), [("mpirun", 2, 1), ("torchrun", 1, 2), ("mpirun", 2, 3)]
 )
