@@ -21,6 +21,7 @@ LAYERS = (
     {"parts"},
     {"bench", "evaluate", "export", "resume"},
     {"train"},
+    {"elastic"},
     {"__main__"},
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
