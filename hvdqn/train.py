@@ -437,11 +437,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return refuse(str(error), launcher_rank())
     timer = PhaseTimer()
     try:
-        code = train(config, comm, stop, timer)
-    except UserError as error:
-        code = refuse(str(error), comm.rank)
-    except (DriftError, NonFiniteError) as error:  # on all ranks at once
-        code = refuse(str(error), comm.rank, EXIT_FAILED)
+        return train_and_leave(config, comm, stop, timer)
     except Exception as error:
         told = traceback.format_exc()
         if timer.phase == "comm":  # the rank that failed tells more
@@ -450,6 +446,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         print(f"hvdqn: rank {comm.rank} of {comm.size} failed: {told}", file=sys.stderr, flush=True)
         comm.abort(EXIT_FAILED)
+
+
+def train_and_leave(config: Config, comm: Comm, stop: StopSignal, timer: PhaseTimer) -> int:
+    """Train, or say what is wrong where all ranks found it; all leave the job together."""
+    try:
+        code = train(config, comm, stop, timer)
+    except UserError as error:
+        code = refuse(str(error), comm.rank)
+    except (DriftError, NonFiniteError) as error:
+        code = refuse(str(error), comm.rank, EXIT_FAILED)
+    timer.start("comm")
     comm.barrier()
     comm.close()
     return code

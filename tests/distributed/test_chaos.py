@@ -156,4 +156,4 @@ def test_a_run_under_random_faults_still_solves_cartpole(tmp_path):
             met[name] += not done
         assert summary(run.directory)["eval_return_mean"] >= SOLVED, met
     print(f"{runs} runs, {met.total()} faults in {MINUTES:g} minutes: {dict(met)}")
-    assert met.total() >= 2 * MINUTES
+    assert met.total() >= MINUTES
