@@ -184,7 +184,7 @@ def test_a_stop_reaches_all_hosts(launcher: str, cluster: Cluster, tmp_path: Pat
     words = script(launcher, "--hosts", "h1:1,h2:1", "--interfaces", "eth0", "--", "--preset", "smoke")
     words += ["--total-env-steps", "100000000", "--run-dir", str(tmp_path / "run")]
     with cluster.start(words, environment(), 120, tmp_path) as job:
-        job.wait_for("env steps")
+        job.wait_for("/s  updates")
         for process in job.launcher.children():  # nsenter's only child is the script
             process.terminate()
         result = job.wait()

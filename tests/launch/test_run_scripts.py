@@ -108,7 +108,7 @@ def test_a_stop_reaches_all_ranks_and_is_told_by_the_exit_code(words: list[str],
     """Also: what follows `--` arrives whole, whatever shells and launchers stand in between."""
     run_dir = tmp_path / """a run "of" 'mine' $HOME $$ ${local_rank}"""
     with start([*words, "-np", "2", "--", *ENDLESS, "--run-dir", str(run_dir)], cwd=tmp_path) as job:
-        job.wait_for("env steps")
+        job.wait_for("/s  updates")
         job.launcher.terminate()
         result = job.wait()
     assert result.returncode == 75, result
@@ -128,7 +128,7 @@ def test_wrong_input_of_hvdqn_comes_through(words: list[str]) -> None:
 @pytest.mark.parametrize("launcher", ["horovodrun-gloo", "torchrun"])  # mpirun knows by itself
 def test_a_killed_rank_comes_through(launcher: str, tmp_path: Path) -> None:
     with start([*RUNS[launcher], "-np", "2", "--", *ENDLESS, "--run-dir", str(tmp_path)]) as job:
-        job.wait_for("env steps")
+        job.wait_for("/s  updates")
         job.ranks()[1].kill()
         result = job.wait()
     assert result.returncode == 137, result

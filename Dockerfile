@@ -1,0 +1,94 @@
+# hvdqn with torch, Open MPI and a Horovod built against both: NCCL + MPI + Gloo on GPUs, MPI + Gloo on CPUs.
+#
+#   docker build -t hvdqn .                                                       GPU: CUDA 13, Ubuntu 24.04
+#   docker build -t hvdqn-cpu --build-arg BASE_IMAGE=debian:bookworm-slim \
+#       --build-arg RUNTIME_IMAGE=debian:bookworm-slim .                          CPU
+#
+#   docker run --rm hvdqn                                                         prints the help
+#   docker run --rm --gpus all --shm-size 1g -v "$PWD/runs:/workspace/runs" --user "$(id -u):$(id -g)" \
+#       hvdqn horovodrun -np 8 python -m hvdqn.train --preset atari --env ALE/Breakout-v5
+#
+# --shm-size   Ranks of one host talk through /dev/shm (Open MPI some 4 MB a rank, NCCL up to 30 MB). Docker gives 64 MB:
+#              with more than a few ranks they fail with a bus error. --ipc host does as well.
+# SYS_PTRACE   Open MPI copies large messages straight from one rank's memory into another's, which a container's
+#              default seccomp profile may forbid. It is therefore off, see OMPI_MCA_btl_vader_... below. With
+#              --cap-add SYS_PTRACE -e OMPI_MCA_btl_vader_single_copy_mechanism=cma it is on.
+# docker stop  sends SIGUSR2. mpirun, and horovodrun over MPI, hand it to every rank: they write a checkpoint and exit
+#              with 75. Give them time: docker stop -t 120.
+#
+# Build arguments. BASE_IMAGE builds, RUNTIME_IMAGE runs: two images of one release of Debian or Ubuntu, since the
+# environment that is built in one and copied to the other uses its Python. For a GPU image BASE_IMAGE has nvcc; its CUDA
+# must be of the same major version as torch's (torch 2.13: CUDA 13). torch brings its own CUDA libraries, so that
+# nvidia/cuda:13.0.2-base-ubuntu24.04 is enough to run, and saves 2 GB, if nothing else needs those of the system.
+ARG BASE_IMAGE=nvidia/cuda:13.0.2-devel-ubuntu24.04
+ARG RUNTIME_IMAGE=nvidia/cuda:13.0.2-runtime-ubuntu24.04
+
+FROM ${BASE_IMAGE} AS build
+RUN apt-get update \
+    && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends \
+        ca-certificates g++ python3-dev python3-venv \
+    && rm -rf /var/lib/apt/lists/*
+
+ARG TORCH_VERSION=2.13.0
+# What every CPU of the last ten years has. Horovod's own default is whatever the building machine has.
+ARG HOROVOD_BUILD_ARCH_FLAGS="-mavx -mf16c -mfma"
+# What CUDA 13 still knows and hvdqn may meet: 75 is Turing, 80 and 86 Ampere, 89 Ada, 90 Hopper, 100 and 120 Blackwell.
+ARG HOROVOD_BUILD_CUDA_CC_LIST=75,80,86,89,90,100,120
+ENV HVDQN_VENV=/opt/hvdqn
+
+# First what changes rarely, against an empty package: an edited source then leaves Horovod's layer as it is.
+WORKDIR /src
+COPY pyproject.toml ./
+COPY launch/setup.sh launch/install_horovod.sh launch/
+RUN --mount=type=cache,target=/root/.cache \
+    mkdir hvdqn && touch README.md LICENSE hvdqn/__init__.py \
+    && if command -v nvcc >/dev/null; then device=gpu; else device=cpu; unset HOROVOD_BUILD_CUDA_CC_LIST; fi \
+    && HVDQN_TORCH="${TORCH_VERSION}" HVDQN_HOROVOD="$device" launch/setup.sh \
+    && "$HVDQN_VENV/bin/python" -m pip uninstall --yes --quiet hvdqn cmake ninja
+
+COPY README.md LICENSE ./
+COPY hvdqn hvdqn
+RUN "$HVDQN_VENV/bin/python" -m pip install --no-cache-dir --no-deps --no-build-isolation --no-index . \
+    && find "$HVDQN_VENV" -name '*.a' -delete \
+    && find "$HVDQN_VENV" -path '*/horovod/*.so' -exec strip --strip-unneeded {} + \
+    && rm -rf "$HVDQN_VENV"/.hvdqn-* "$HVDQN_VENV"/*.log
+
+FROM ${RUNTIME_IMAGE}
+ARG RUNTIME_IMAGE
+ARG TORCH_VERSION=2.13.0
+ARG VERSION=0.1.0
+ARG REVISION=
+LABEL org.opencontainers.image.title="hvdqn" \
+    org.opencontainers.image.description="Data-parallel DQN on Horovod, MPI and torchrun" \
+    org.opencontainers.image.licenses="MIT" \
+    org.opencontainers.image.version="${VERSION}" \
+    org.opencontainers.image.revision="${REVISION}" \
+    org.opencontainers.image.base.name="${RUNTIME_IMAGE}" \
+    hvdqn.torch="${TORCH_VERSION}"
+
+# tini is process 1: it hands signals on and buries orphans. ssh (no sshd): mpirun looks for it even on a single host.
+# sh is bash: horovodrun becomes `sh -c "mpirun ..."`, which bash replaces by mpirun. dash would stay in between, and die
+# of the signal that was meant for the ranks.
+RUN apt-get update \
+    && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends \
+        libpython3-stdlib openssh-client python3 tini \
+    && rm -rf /var/lib/apt/lists/* /var/cache/apt /var/log/apt /var/log/dpkg.log \
+    && ln -sf bash /bin/sh \
+    && useradd --uid 10001 --create-home --shell /bin/bash hvdqn \
+    && install --directory --mode 1777 /workspace
+
+COPY --from=build /opt/hvdqn /opt/hvdqn
+ENV PATH=/opt/hvdqn/bin:$PATH \
+    OMPI_MCA_btl_vader_single_copy_mechanism=none
+
+# Said here rather than by a traceback later.
+RUN python -c "import torch" \
+    || { echo "RUNTIME_IMAGE=${RUNTIME_IMAGE} is not of the same release as BASE_IMAGE: Python differs" >&2; exit 1; }
+
+USER hvdqn
+# Any user id may write here (--user), and horovodrun finds a home to write to.
+WORKDIR /workspace
+ENV HOME=/workspace
+STOPSIGNAL SIGUSR2
+ENTRYPOINT ["tini", "--"]
+CMD ["hvdqn", "--help"]

@@ -1,0 +1,271 @@
+"""The image, built for real by buildah on a bare Debian made by debootstrap, and what runs in it.
+
+No container engine and no registry are needed. The first build takes some minutes, most of them for Horovod; what it
+fetched and compiled is kept in ~/.cache/hvdqn/test-image, as the cache mount of an engine would keep it.
+
+HVDQN_TEST_CUDA_BUILD=1 adds the GPU variant of Horovod: several GB of wheels, no GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.launchers import REPOSITORY
+
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(2400)]
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "hvdqn" / "test-image"
+IMAGE, BASE = "hvdqn-test", "hvdqn-test-base"
+DEBIAN = "bookworm"
+TRAIN = [
+    "python",
+    "-m",
+    "hvdqn.train",
+    "--preset",
+    "smoke",
+    "--total-env-steps",
+    "1000",
+    "--eval-episodes",
+    "2",
+]
+SIZE_LIMIT_GB = 2.0
+COMPILERS = [
+    "cc",
+    "c++",
+    "gcc",
+    "g++",
+    "clang",
+    "clang++",
+    "cpp",
+    "nvcc",
+    "ld",
+    "as",
+    "make",
+    "cmake",
+    "ninja",
+]
+
+
+def require_programs() -> None:
+    missing = [program for program in ("buildah", "debootstrap") if shutil.which(program) is None]
+    if missing:
+        pytest.skip(
+            f"{', '.join(missing)} not installed (apt install buildah debootstrap): image NOT BUILT, NOT TESTED"
+        )
+    if os.geteuid() != 0:
+        pytest.skip("not root, which debootstrap needs: image NOT BUILT, NOT TESTED")
+
+
+class Builder:
+    """buildah with a storage of its own."""
+
+    def __init__(self, storage: Path) -> None:
+        driver = "overlay" if "overlay" in Path("/proc/filesystems").read_text() else "vfs"
+        places = ["--root", str(storage / "root"), "--runroot", str(storage / "run")]
+        self.command = ["buildah", "--storage-driver", driver, *places]
+        self.env = dict(os.environ) | {"TMPDIR": str(CACHE)}  # where buildah keeps cache mounts
+
+    def run(
+        self, *words: str | Path, timeout: float = 300, check: bool = True
+    ) -> subprocess.CompletedProcess[str]:
+        result = subprocess.run(
+            [*self.command, *words],
+            env=self.env,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+        if check and result.returncode:
+            pytest.fail(
+                f"{' '.join(map(str, words[:4]))} ...: {result.returncode}\n{last(result.stdout + result.stderr)}"
+            )
+        return result
+
+
+def last(text: str) -> str:
+    return text[-6000:]
+
+
+def bare_debian() -> Path:
+    """A root file system, as an archive; made once."""
+    archive = CACHE / f"{DEBIAN}.tar"
+    if not archive.exists():
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+            for words in (
+                ["debootstrap", "--variant=minbase", DEBIAN, f"{folder}/base"],
+                ["tar", "-cf", f"{folder}/base.tar", "-C", f"{folder}/base", "."],
+            ):
+                result = subprocess.run(words, capture_output=True, text=True, timeout=900, check=False)
+                if result.returncode:
+                    pytest.skip(
+                        f"{words[0]} failed, image NOT BUILT, NOT TESTED:\n{last(result.stdout + result.stderr)}"
+                    )
+            Path(folder, "base.tar").rename(archive)
+    return archive
+
+
+def pip_settings(folder: Path) -> list[str]:
+    """This machine's way to packages, as volumes of a build: nothing of it belongs into the Dockerfile or the image."""
+    listed = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "list"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    ).stdout
+    settings = dict(re.findall(r"^(?:global|:env:)\.([\w-]+)='(.*)'$", listed, re.MULTILINE))
+    volumes = []
+    for path in re.findall(r"(?:file://|(?<![\w:/]))(/[\w./-]+)", " ".join(settings.values())):
+        # An index's links may lead out of its own folder, to the files beside it.
+        local = Path(path).parent if f"file://{path}" in settings.get("extra-index-url", "") else Path(path)
+        if local.exists():
+            volumes += ["--volume", f"{local}:/host{local}:ro"]
+    text = re.sub(
+        r"(file://|(?<![\w:/]))(/[\w./-]+)",
+        r"\1/host\2",
+        "\n".join(f"{k} = {v}" for k, v in settings.items()),
+    )
+    (folder / "pip.conf").write_text(f"[global]\n{text}\n")
+    return [*volumes, "--volume", f"{folder}/pip.conf:/etc/pip.conf:ro"]
+
+
+class Image:
+    """The finished image, with one container of it to run commands in."""
+
+    def __init__(self, builder: Builder) -> None:
+        self.builder = builder
+        inspected = json.loads(builder.run("inspect", "--type", "image", IMAGE).stdout)
+        self.config = inspected["OCIv1"]["config"]
+        self.container = builder.run("from", IMAGE).stdout.strip()
+
+    def command(self, words: Sequence[str], user: str = "") -> list[str]:
+        """What an engine would run: `docker run IMAGE WORDS...`."""
+        command = [*self.config["Entrypoint"], *(words or self.config["Cmd"])]
+        flags = ["--isolation", "chroot", "--env", "TINI_SUBREAPER=1", *(["--user", user] if user else [])]
+        return [*self.builder.command, "run", *flags, self.container, "--", *command]
+
+    def run(self, *words: str, user: str = "") -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            self.command(words, user),
+            env=self.builder.env,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+
+    def shell(self, script: str) -> str:
+        result = self.run("sh", "-c", script)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+
+@pytest.fixture(scope="module")
+def image() -> Iterator[Image]:
+    require_programs()
+    CACHE.mkdir(parents=True, exist_ok=True)
+    storage = Path(tempfile.mkdtemp(prefix="hvdqn-image-"))
+    builder = Builder(storage)
+    try:
+        scratch = builder.run("from", "scratch").stdout.strip()
+        builder.run("add", "--quiet", scratch, bare_debian(), "/")
+        builder.run("commit", "--quiet", "--rm", scratch, BASE)
+        began = time.monotonic()
+        build = ["build", "--isolation", "chroot", "--tag", IMAGE, "--build-arg", "REVISION=0123abc"]
+        bases = [f"--build-arg={name}=localhost/{BASE}" for name in ("BASE_IMAGE", "RUNTIME_IMAGE")]
+        builder.run(*build, *bases, *pip_settings(storage), REPOSITORY, timeout=2000)
+        print(f"built in {time.monotonic() - began:.0f} s")
+        yield Image(builder)
+    finally:
+        builder.run("rm", "--all", check=False)
+        builder.run("rmi", "--all", "--force", check=False)
+        shutil.rmtree(storage, ignore_errors=True)
+
+
+def test_a_bare_run_prints_the_help(image: Image) -> None:
+    result = image.run()
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("usage: hvdqn"), result.stdout
+
+
+def test_two_ranks_train(image: Image) -> None:
+    result = image.run("horovodrun", "-np", "2", *TRAIN, "--run-dir", "trained")
+    assert result.returncode == 0, last(result.stdout + result.stderr)
+    summary = json.loads(image.shell("cat trained/summary.json"))
+    assert (summary["world_size"], summary["comm"], summary["stopped_by"]) == (2, "horovod", "finished")
+    assert "CMA" not in result.stderr, "Open MPI tried to read another process's memory"
+
+
+def test_a_stop_of_the_container_is_a_checkpoint(image: Image) -> None:
+    """The signal that an engine sends to process 1 goes through tini, sh and mpirun to the ranks."""
+    words = ["horovodrun", "-np", "2", *TRAIN, "--total-env-steps", "100000000", "--run-dir", "stopped"]
+    with subprocess.Popen(
+        image.command(words),
+        env=image.builder.env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        seen = ""
+        for line in process.stdout:
+            seen += line
+            if "/s  updates" in line:
+                break
+        first = [
+            child for child in psutil.Process(process.pid).children(recursive=True) if child.name() == "tini"
+        ]
+        assert len(first) == 1, f"{first}\n{seen}"
+        first[0].send_signal(signal.Signals[image.config["StopSignal"]])
+        rest, _ = process.communicate(timeout=200)
+    assert process.returncode == 75, last(seen + rest)
+    assert json.loads(image.shell("cat stopped/summary.json"))["stopped_by"] == "signal"
+
+
+def test_no_user_is_root_and_any_user_can_train(image: Image) -> None:
+    assert image.shell("id -un; id -u").split() == ["hvdqn", "10001"]
+    assert image.run("sh", "-c", "touch /opt/hvdqn/file").returncode != 0
+    result = image.run("python", *TRAIN[1:], "--run-dir", "of-4321", user="4321:4321")
+    assert result.returncode == 0, last(result.stdout + result.stderr)
+
+
+def test_no_compiler_and_no_cache_is_left(image: Image) -> None:
+    assert image.shell(f"for p in {' '.join(COMPILERS)} sshd; do command -v $p; done; true") == ""
+    places = "/root /home /src /var/cache/apt /var/lib/apt/lists /tmp"
+    kept = image.shell(f"find {places} -type f ! -name '.bash*' ! -name .profile 2>/dev/null; true")
+    assert kept == ""
+    assert (
+        image.shell(
+            "find / -xdev '(' -name '*.deb' -o -name '*.whl' -o -name pip-cache ')' 2>/dev/null; true"
+        )
+        == ""
+    )
+
+
+def test_size_and_labels(image: Image) -> None:
+    kilobytes = sum(
+        int(line.split()[0])
+        for line in image.shell("du -sk /opt /usr /var /etc 2>/dev/null; true").splitlines()
+    )
+    assert kilobytes / 1e6 < SIZE_LIMIT_GB
+    labels = image.config["Labels"]
+    assert labels["org.opencontainers.image.title"] == "hvdqn"
+    assert labels["org.opencontainers.image.licenses"] == "MIT"
+    assert labels["org.opencontainers.image.revision"] == "0123abc"
+    version = re.search(r'^version = "(.*)"$', (REPOSITORY / "pyproject.toml").read_text(), re.MULTILINE)
+    assert version is not None
+    assert labels["org.opencontainers.image.version"] == version[1]
