@@ -25,13 +25,9 @@ from types import TracebackType
 
 import psutil
 
-PACKAGES = (
-    "slurm-wlm munge libpmix-dev"  # libpmix-dev: slurmd looks for libpmix.so, which only that package has
-)
-PROGRAMS = (
-    *["munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol"],
-    *["nsenter", "unshare", "setpriv", "ip"],
-)
+# slurmd looks for libpmix.so, which only libpmix-dev has.
+PACKAGES = "slurm-wlm munge libpmix-dev"
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "nsenter", "unshare", "setpriv", "ip")
 NODES = {"n1": "10.77.0.1", "n2": "10.77.0.2"}
 FINAL_STATES = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
 
@@ -194,7 +190,7 @@ class Cluster:
     def logs(self) -> str:
         """The last lines of every daemon."""
         return "\n".join(
-            f"{path.name}:\n" + "\n".join(path.read_text(errors="replace").splitlines()[-15:])
+            f"{path.name}:\n" + "\n".join(path.read_text(errors="replace").splitlines()[-20:])
             for path in sorted(self._folder.glob("*.log"))
         )
 
@@ -230,6 +226,7 @@ class Cluster:
         for name in NODES:
             self._spawn(f"slurmd-{name}", [*self._enter(name), "slurmd", "-D", "-N", name])
         self._until(lambda: set(self._try("sinfo", "-hNo", "%N %T").splitlines()) == idle, "idle nodes")
+        assert "can not load PMIx" not in self.logs(), f"slurmd finds no PMIx; apt-get install {PACKAGES}"
 
     def _add_host(self, name: str, isolate: list[str], prepare: str) -> None:
         """Start a process whose namespaces are one host."""
