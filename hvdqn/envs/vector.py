@@ -312,7 +312,7 @@ def _constant(envs: int, value: bool) -> Bools:
 
 _REHEARSED_STEPS = 100
 # A rank that was told to stop has less than a minute for its checkpoint, and slow environments would take that long.
-_REHEARSAL_SECONDS = 5.0
+_REHEARSAL_SECONDS = 15.0
 
 
 def _continues_exactly(twin: Callable[[int], Environments]) -> bool:
