@@ -137,7 +137,7 @@ class ParallelConfig:
     overlap: bool = True
     """Environments step while gradients travel. Off: wait first, then step."""
     threads_per_rank: int = 0
-    """Torch threads of a rank; 0: cores / ranks on this host."""
+    """Threads that a rank may use; 0: cores / ranks on this host. Small networks use one."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the networks live; `auto`: CUDA where there is one."""
     precision: Literal["fp32", "bf16"] = "fp32"

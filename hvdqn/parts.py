@@ -61,7 +61,7 @@ def build_parts(config: Config, comm: Comm, timer: PhaseTimer, env_steps: int = 
     torch.manual_seed(config.run.seed)
     network = together(comm, lambda: network_for(config, envs))
     small = sum(p.numel() for p in network.parameters()) < PARAMETERS_WORTH_THREADS
-    torch.set_num_threads(1 if small and not config.parallel.threads_per_rank else threads)
+    torch.set_num_threads(1 if small else threads)
     return Parts(
         envs=envs,
         clock=make_clock(config, comm.size),

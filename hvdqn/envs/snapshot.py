@@ -83,8 +83,9 @@ def _save_value(value: object) -> Any:
         return value
     if type(value) is np.ndarray and _is_storable(value.dtype):
         return value.copy()
-    if type(value) is np.ndarray and value.dtype.kind == "U":
-        return {"text": value.ravel().tolist(), "shape": list(value.shape), "dtype": value.dtype.str}
+    if type(value) is np.ndarray and value.dtype.kind in "SU":
+        text = np.char.decode(value, "latin-1") if value.dtype.kind == "S" else value
+        return {"text": text.ravel().tolist(), "shape": list(value.shape), "dtype": value.dtype.str}
     if isinstance(value, (np.bool_, np.number)) and _is_storable(value.dtype):
         return {"scalar": np.array(value)}
     if type(value) is list:
@@ -153,7 +154,9 @@ def _load_value(saved: Any) -> Any:
     if "scalar" in saved:
         return saved["scalar"][()]
     if "text" in saved:
-        return np.array(saved["text"], saved["dtype"]).reshape(saved["shape"])
+        text = np.array(saved["text"], str).reshape(saved["shape"])
+        is_bytes = np.dtype(saved["dtype"]).kind == "S"
+        return (np.char.encode(text, "latin-1") if is_bytes else text).astype(saved["dtype"])
     if "tuple" in saved:
         return tuple(_load_value(item) for item in saved["tuple"])
     if "deque" in saved:
