@@ -1,5 +1,5 @@
 # shellcheck shell=bash disable=SC2034
-# What horovodrun.sh, mpirun.sh and torchrun.sh share. They source it; the comment below ends their --help.
+# What horovodrun.sh, mpirun.sh, torchrun.sh and elastic.sh share. They source it; the comment below ends their --help.
 #
 # Flags:
 #   -np N                   ranks; default: all slots of --hosts
@@ -280,6 +280,10 @@ mpi_settings() {
 
 prepare() { # prepare FLAGS...
     parse_flags "$@"
+    set_up
+}
+
+set_up() {
     read_hosts
     find_python
     scratch=$(mktemp -d "${TMPDIR:-/tmp}/hvdqn-launch.XXXXXX")
