@@ -156,10 +156,19 @@ class Watchdog:
         comm: the ranks.
         timer: whose phases are watched.
         timeout_seconds: without progress; 0: no watchdog.
+        exit_code: of the job that it ends.
     """
 
-    def __init__(self, directory: Path, comm: Comm, timer: PhaseTimer, timeout_seconds: float) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        comm: Comm,
+        timer: PhaseTimer,
+        timeout_seconds: float,
+        exit_code: int = EXIT_FAILED,
+    ) -> None:
         self.directory, self.comm, self.timer, self.timeout_seconds = directory, comm, timer, timeout_seconds
+        self.exit_code = exit_code
         self._interval = min(1.0, timeout_seconds / 8)
         # A change is seen up to one interval late, and the next look comes one later.
         self._patience_seconds = timeout_seconds - 2 * self._interval
@@ -224,7 +233,7 @@ class Watchdog:
             )
         else:
             time.sleep(3.0)  # one rank speaks for all, and ends all
-        self.comm.abort(EXIT_FAILED)
+        self.comm.abort(self.exit_code)
 
     def _heartbeats(self) -> list[Heartbeat | None]:
         """Every rank's, None where there is none."""
