@@ -220,7 +220,8 @@ class Member:
             )
         run_dir = Path(memento["run_dir"]) if memento else self.open()
         stall_timeout = self.config.parallel.stall_timeout
-        with closing(Watchdog(run_dir / "heartbeats", comm, self.timer, stall_timeout)):
+        heartbeats = run_dir / "heartbeats"
+        with closing(Watchdog(heartbeats, comm, self.timer, stall_timeout, EXIT_JOB_FAILED)):
             training = self.join(run_dir, memento) if memento else self.begin(run_dir)
             self.training = training
             try:
@@ -292,11 +293,11 @@ def _change(positions: Sequence[tuple[int, ...] | None], training: ElasticTraini
     return line
 
 
-def give_up(message: str) -> NoReturn:
-    """End this worker, not the job: without the exit hooks, which wait for other ranks."""
+def give_up(message: str, code: int = EXIT_FAILED) -> NoReturn:
+    """End this worker, by default not the job: without the exit hooks, which wait for other ranks."""
     print(f"hvdqn: {message}", file=sys.stderr, flush=True)
     sys.stdout.flush()
-    os._exit(EXIT_FAILED)
+    os._exit(code)
 
 
 def elastic_options(argv: Sequence[str]) -> tuple[int, float, list[str]]:
@@ -353,7 +354,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (DriftError, NonFiniteError) as error:  # on all ranks at once
         return refuse(str(error), member.comm.rank, EXIT_JOB_FAILED)
     except LaunchError as error:
-        give_up(str(error))
+        # Who never belonged to a world may only have had to wait too long for one.
+        give_up(str(error), EXIT_JOB_FAILED if member.training else EXIT_FAILED)
     except Exception:
         give_up(f"rank {member.comm.rank} of {member.comm.size} failed: {traceback.format_exc()}")
 
