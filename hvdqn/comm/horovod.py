@@ -191,9 +191,13 @@ class ElasticWorld:
         """Wait until all members of the last plan asked or died, and take the place in the next one."""
         self._hosts_changed = False  # what changes from here on may not be in the plan
         limit = float(os.environ.get("HOROVOD_ELASTIC_TIMEOUT", "600"))
-        rank, size, *_ = (
-            self._ask("GET", f"rank_and_size/{self._slot}", limit_seconds=limit).decode().split(",")
-        )
+        try:
+            plan = self._ask("GET", f"rank_and_size/{self._slot}", limit_seconds=limit)
+        except LaunchError as error:
+            raise LaunchError(
+                f"no new plan of who belongs to the job: {error}. Workers that hang keep it back, and too few hosts"
+            ) from None
+        rank, size, *_ = plan.decode().split(",")
         self._plan = (int(rank), int(size))
         self._planned_at = time.monotonic()
 
@@ -240,9 +244,7 @@ class ElasticWorld:
                 failure = str(error)
             finally:
                 connection.close()
-        raise LaunchError(
-            f"horovodrun does not answer at {address[0]}:{address[1]} ({failure}); start the job again"
-        )
+        raise LaunchError(f"horovodrun does not answer at {address[0]}:{address[1]} ({failure})")
 
 
 def _place(rank: int, present: Mapping[int, str]) -> dict[str, str]:
