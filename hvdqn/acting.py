@@ -1,4 +1,4 @@
-"""How actions are chosen while training: epsilon-greedy, one coin per environment."""
+"""How actions are chosen while training: greedily but for an epsilon of each environment, or from a softmax."""
 
 from __future__ import annotations
 
@@ -20,6 +20,52 @@ def linear_epsilon(config: ExplorationConfig, env_steps: int) -> float:
         return config.epsilon_end
     done = env_steps / config.exploration_env_steps
     return config.epsilon_start + done * (config.epsilon_end - config.epsilon_start)
+
+
+def ladder(config: ExplorationConfig, envs: int) -> NDArray[np.float64]:
+    """Epsilon of every environment of the job, falling (Horgan et al. 2018, Ape-X, appendix D). [envs].
+
+    epsilon_i = epsilon ^ (1 + alpha i / (N - 1))
+    """
+    rungs: NDArray[np.float64] = config.ladder_epsilon ** (
+        1 + config.ladder_alpha * np.arange(envs) / max(envs - 1, 1)
+    )
+    return rungs
+
+
+class Epsilons:
+    """Share of random actions in each environment of this rank, and in the job.
+
+    Rungs of a ladder are dealt to the ranks in turn, environment i of the job to rank i mod size, so that every shard
+    of replay is filled by greedy and by exploring environments alike.
+
+    Args:
+        config: which schedule.
+        envs: environments of one rank.
+        rank: this rank.
+        size: ranks.
+    """
+
+    def __init__(self, config: ExplorationConfig, envs: int, rank: int, size: int) -> None:
+        self.config, self.envs = config, envs
+        self.greediest: NDArray[np.bool_] = np.zeros(envs, np.bool_)
+        """This rank's environments among the greediest quarter of a ladder; none where all explore alike. [envs]."""
+        self._rungs: NDArray[np.float64] | None = None
+        if config.exploration == "ladder":
+            total = size * envs
+            self._rungs = ladder(config, total)
+            self._mine = self._rungs[rank::size]
+            self.greediest = np.arange(total)[rank::size] >= total - max(total // 4, 1)
+
+    def at(self, env_steps: int) -> NDArray[np.float64]:
+        """Of each environment of this rank after this many global env steps. [envs]."""
+        return np.full(self.envs, self.mean(env_steps)) if self._rungs is None else self._mine
+
+    def mean(self, env_steps: int) -> float:
+        """Of all environments of the job."""
+        if self._rungs is not None:
+            return float(self._rungs.mean())
+        return 0.0 if self.config.exploration == "noisy" else linear_epsilon(self.config, env_steps)
 
 
 class FrameStack:
@@ -56,10 +102,35 @@ def greedy_actions(
     return actions
 
 
-def epsilon_greedy(
-    greedy: NDArray[np.int64], epsilon: float, actions: int, rng: np.random.Generator
+def softmax_actions(
+    network: QNetwork,
+    observation: NDArray[np.generic],
+    device: torch.device,
+    temperature: float,
+    rng: np.random.Generator,
 ) -> NDArray[np.int64]:
-    """Replace each environment's action by a random one with probability epsilon, each by a coin of its own."""
+    """An action for each environment, drawn from softmax(q / temperature), `[envs]`."""
+    with torch.inference_mode():
+        q = network.q_values(torch.from_numpy(observation).to(device)).double().cpu().numpy()
+    # The largest of q / temperature + Gumbel noise is such a draw, and needs no exponential of large numbers.
+    actions: NDArray[np.int64] = (q / temperature + rng.gumbel(size=q.shape)).argmax(axis=1)
+    return actions
+
+
+def epsilon_greedy(
+    greedy: NDArray[np.int64],
+    epsilon: float | NDArray[np.float64],
+    actions: int,
+    rng: np.random.Generator,
+) -> NDArray[np.int64]:
+    """Replace each environment's action by a random one with probability epsilon, each by a coin of its own.
+
+    Args:
+        greedy: actions to replace `[envs]`.
+        epsilon: of all environments, or of each `[envs]`.
+        actions: number of actions.
+        rng: of the coins.
+    """
     explore = rng.random(len(greedy)) < epsilon
     return np.where(explore, rng.integers(actions, size=len(greedy)), greedy)
 
@@ -73,6 +144,7 @@ class Actor:
         frame_stack: frames that make one observation.
         rng: of exploration.
         device: where the network lives.
+        temperature: of the softmax from which actions are drawn; 0: the greedy ones.
     """
 
     def __init__(
@@ -82,9 +154,10 @@ class Actor:
         frame_stack: int,
         rng: np.random.Generator,
         device: torch.device,
+        temperature: float = 0.0,
     ) -> None:
         self.envs, self.network, self.frame_stack = envs, network, frame_stack
-        self.rng, self.device = rng, device
+        self.rng, self.device, self.temperature = rng, device, temperature
 
     def start(self) -> NDArray[np.generic]:
         """Begin an episode in every environment; return the first observations."""
@@ -92,10 +165,14 @@ class Actor:
         self.frames = FrameStack(first, self.frame_stack)
         return first
 
-    def choose(self, epsilon: float) -> NDArray[np.int64]:
-        """Actions of all environments, `[envs]`."""
-        greedy = greedy_actions(self.network, self.frames.observation, self.device)
-        return epsilon_greedy(greedy, epsilon, self.envs.actions, self.rng)
+    def choose(self, epsilon: float | NDArray[np.float64]) -> NDArray[np.int64]:
+        """Actions of all environments, `[envs]`, random with probability epsilon: of all, or of each `[envs]`."""
+        observation = self.frames.observation
+        if self.temperature > 0:
+            chosen = softmax_actions(self.network, observation, self.device, self.temperature, self.rng)
+        else:
+            chosen = greedy_actions(self.network, observation, self.device)
+        return epsilon_greedy(chosen, epsilon, self.envs.actions, self.rng)
 
     def step(self, actions: NDArray[np.int64]) -> Step:
         """Take one env step in every environment."""

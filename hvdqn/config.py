@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import importlib
 import io
 import json
 import math
@@ -17,13 +18,14 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal, TypeVar
 
 import tyro
 import yaml
 from tyro import MISSING_NONPROP
 
-from hvdqn.presets import PRESETS
+from hvdqn.presets import JOINED, PRESETS
 
 T = TypeVar("T")
 
@@ -58,12 +60,22 @@ class EnvironmentConfig:
 class ExplorationConfig:
     """How actions are explored."""
 
+    exploration: Literal["linear", "ladder", "noisy", "softmax"] = "linear"
+    """`linear`: epsilon falls in a line. `ladder`: each environment of the job has an epsilon of its own, from
+    `ladder_epsilon` down. `noisy`: no random actions, the network's noise explores (with `noisy`). `softmax`: as
+    linear, but in place of the greedy action one is drawn from softmax(q / temperature)."""
     epsilon_start: float = 1.0
     """Share of random actions at the first env step."""
     epsilon_end: float = 0.05
     """Share of random actions once annealed."""
     exploration_env_steps: int = 10_000
     """Global env steps over which epsilon falls linearly."""
+    ladder_epsilon: float = 0.4
+    """Ladder: epsilon of environment i of N is this to the power 1 + ladder_alpha x i / (N - 1)."""
+    ladder_alpha: float = 7.0
+    """Ladder: how much greedier the last environment is than the first."""
+    temperature: float = 0.03
+    """Softmax: of the policy that acts, in units of return."""
 
 
 @dataclass(frozen=True)
@@ -80,16 +92,49 @@ class ReplayConfig:
     """Transitions in one rank's minibatch. Global batch = size x batch_per_rank."""
     n_step: int = 1
     """Rewards summed before bootstrapping."""
+    replay: Literal["uniform", "prioritized"] = "uniform"
+    """How a rank draws from its shard: all alike, or in proportion to how wrong they were."""
+    priority_alpha: float = 0.5
+    """Prioritized: the power of the TD error that is the priority; 0 is uniform."""
+    priority_beta: float = 0.4
+    """Prioritized: strength of the importance weights at the start; it rises to 1 over the run's env steps."""
 
 
 @dataclass(frozen=True)
 class NetworkConfig:
     """The Q-network."""
 
-    torso: Literal["auto", "mlp", "nature", "minatar"] = "auto"
-    """`auto` looks at the observation: vectors mlp, large images nature, small images minatar."""
+    torso: str = "auto"
+    """`mlp`, `nature`, `impala`, `minatar`, or `module:attribute`: a class of your own, called with the shape of one
+    observation. `auto` looks at the observation: vectors mlp, large images nature, small images minatar."""
     hidden: tuple[int, ...] = (120, 84)
     """Units of the fully connected layers (after the convolutions, if any)."""
+    head: Literal["scalar", "c51", "qr", "iqn"] = "scalar"
+    """What is learned of each action's return: its mean, probabilities of fixed returns, fixed or sampled quantiles."""
+    dueling: bool = False
+    """Value and advantages in streams of their own, which share all but the last hidden layer."""
+    noisy: bool = False
+    """Learned noise on the weights of the last hidden layer and the output, drawn anew at every pass."""
+    noisy_sigma: float = 0.5
+    """Noisy: how strong the noise begins."""
+    layer_norm: bool = False
+    """Normalise before every ReLU."""
+    atoms: int = 51
+    """c51: number of fixed returns."""
+    v_min: float = -10.0
+    """c51: the least return that can be told from others, discounted and as learned from (clipped rewards)."""
+    v_max: float = 10.0
+    """c51: the largest."""
+    quantiles: int = 200
+    """qr: number of quantiles."""
+    iqn_samples: int = 64
+    """iqn: quantiles drawn of each prediction (N)."""
+    iqn_target_samples: int = 64
+    """iqn: quantiles drawn of each backed-up return (N')."""
+    iqn_policy_samples: int = 32
+    """iqn: quantiles that actions are chosen by (K)."""
+    iqn_embedding: int = 64
+    """iqn: cosines that a fraction is told by."""
 
 
 @dataclass(frozen=True)
@@ -101,13 +146,23 @@ class LearningConfig:
     double: bool = True
     """Double DQN: the online network picks the action that the target network values."""
     loss: Literal["huber", "mse"] = "huber"
-    """Loss of the TD error."""
+    """Loss of the TD error. c51 has its own; quantiles take Huber's."""
+    munchausen: bool = False
+    """Add the scaled log-policy of the action taken to its reward, and bootstrap from the softmax policy."""
+    munchausen_alpha: float = 0.9
+    """Munchausen: share of the log-policy that is added."""
+    munchausen_temperature: float = 0.03
+    """Munchausen: of the softmax policy, in units of return."""
+    munchausen_clip: float = -1.0
+    """Munchausen: the least that the log-policy times its temperature counts."""
     optimizer: Literal["adam", "rmsprop"] = "adam"
     """Optimizer, over one flat tensor."""
     lr: float = 2.5e-4
     """Learning rate at the reference batch."""
     optimizer_eps: float = 1e-8
     """Epsilon of Adam or RMSProp."""
+    optimizer_eps_scaling: Literal["none", "inverse"] = "none"
+    """`inverse`: divide optimizer_eps by k = global batch / lr_reference_batch, for distributional heads."""
     lr_scaling: Literal["none", "sqrt", "linear"] = "sqrt"
     """How the learning rate grows with k = global batch / lr_reference_batch (sqrt is capped at 3)."""
     lr_reference_batch: int = 0
@@ -179,7 +234,7 @@ class Config:
     """Train one deep Q-network on all ranks of the job."""
 
     preset: str = ""
-    """Tuned settings by name, several joined by commas: later ones win."""
+    """Tuned settings by name, several joined by commas, as `atari,rainbow`: later ones win."""
     config: str = ""
     """YAML file with the same keys as the flags."""
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
@@ -240,6 +295,35 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
     """`; did you mean 'a' or 'b'?`, or nothing where nothing is near."""
     near = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(repr(name) for name in near)}?" if near else ""
+
+
+def import_module(module: str, flag: str) -> ModuleType:
+    """A module that the user named with a flag.
+
+    Raises:
+        UserError: it cannot be imported.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"{flag}: cannot import '{module}' ({' '.join(str(error).split())}); install it or put it on PYTHONPATH"
+        ) from error
+
+
+def import_attribute(path: str, flag: str) -> Any:
+    """What `module:attribute` names.
+
+    Raises:
+        UserError: it cannot be imported, or names nothing.
+    """
+    module, _, attribute = path.partition(":")
+    if not module or not attribute:
+        raise UserError(f"{flag} '{path}' is not of the form module:attribute")
+    found = getattr(import_module(module, f"{flag} '{path}'"), attribute, None)
+    if found is None:
+        raise UserError(f"{flag} '{path}': module '{module}' has no '{attribute}'")
+    return found
 
 
 def parse(argv: Sequence[str], prog: str = "python -m hvdqn.train") -> Config:
@@ -374,12 +458,16 @@ def preset_config(names: str) -> Config:
         UserError: no such preset.
     """
     settings: dict[str, Any] = {}
-    for name in filter(None, names.split(",")):
+    named = [name for name in names.split(",") if name]
+    for name in named:
         if name not in PRESETS:
             raise UserError(
                 f"unknown preset '{name}'{did_you_mean(name, list(PRESETS))}; there are {', '.join(PRESETS)}"
             )
         settings.update(PRESETS[name])
+    for pair, joined in JOINED.items():
+        if set(pair) <= set(named):
+            settings.update(joined)
     return Config(preset=names).replace(**settings)
 
 
@@ -390,14 +478,20 @@ def write_config(config: Config, path: Path) -> None:
 
 _AT_LEAST_ONE = (
     "envs_per_rank", "frame_stack", "replay_capacity", "batch_per_rank", "n_step", "total_env_steps",
-    "eval_episodes", "checkpoint_keep", "max_skipped_updates",
+    "eval_episodes", "checkpoint_keep", "max_skipped_updates", "quantiles", "iqn_samples", "iqn_target_samples",
+    "iqn_policy_samples", "iqn_embedding",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "exploration_env_steps", "learning_starts", "lr_reference_batch", "max_grad_norm", "target_every",
-    "threads_per_rank", "seed", "stall_timeout", "eval_every", "checkpoint_every", "log_every",
+    "threads_per_rank", "seed", "stall_timeout", "eval_every", "checkpoint_every", "log_every", "noisy_sigma",
+    "ladder_alpha",
 )  # fmt: skip
-_ABOVE_ZERO = ("replay_ratio", "lr", "optimizer_eps")
-_SHARES = ("epsilon_start", "epsilon_end", "eval_epsilon", "lr_warmup", "lr_final")
+_ABOVE_ZERO = ("replay_ratio", "lr", "optimizer_eps", "temperature", "munchausen_temperature")
+_SHARES = (
+    "epsilon_start", "epsilon_end", "eval_epsilon", "lr_warmup", "lr_final", "ladder_epsilon", "priority_alpha",
+    "priority_beta", "munchausen_alpha",
+)  # fmt: skip
+_TORSOS = ("auto", "mlp", "nature", "impala", "minatar")
 
 
 def check(config: Config) -> None:
@@ -426,6 +520,7 @@ def check(config: Config) -> None:
         raise UserError(
             f"--hidden is {' '.join(map(str, config.network.hidden))}; every layer needs at least 1 unit"
         )
+    _check_parts(config)
     if config.learning.target_every == 0 and config.learning.target_tau == 1.0:
         raise UserError(
             "--target-every 0 would leave the target network as it began; give env steps or a --target-tau below 1"
@@ -437,12 +532,48 @@ def check(config: Config) -> None:
         )
 
 
+def _check_parts(config: Config) -> None:
+    """Parts that do not go together, and settings of one part that cannot be right."""
+    network, learning = config.network, config.learning
+    torso = network.torso
+    if torso not in _TORSOS and ":" not in torso:
+        raise UserError(
+            f"unknown --torso '{torso}'{did_you_mean(torso, _TORSOS)}; there are {', '.join(_TORSOS)}, or give "
+            "module:attribute"
+        )
+    if network.head == "c51" and (network.atoms < 2 or network.v_min >= network.v_max):
+        raise UserError(
+            f"--head c51 with --atoms {network.atoms} from --v-min {network.v_min:g} to --v-max {network.v_max:g}; "
+            "give at least 2 atoms, and a least return below the largest"
+        )
+    if network.head != "scalar" and learning.loss == "mse":
+        raise UserError(
+            f"--loss mse has no meaning for --head {network.head}, whose loss is its own; use --loss huber"
+        )
+    if learning.munchausen and network.head == "c51":
+        raise UserError("--munchausen is not defined for --head c51; use --head scalar, qr or iqn")
+    if learning.munchausen and learning.double:
+        raise UserError(
+            "--munchausen bootstraps from a softmax policy, which leaves --double no action to choose; add --no-double"
+        )
+    if learning.munchausen_clip > 0:
+        raise UserError(f"--munchausen-clip is {learning.munchausen_clip:g}; it must be 0 or less")
+    if config.exploration.exploration == "noisy" and not network.noisy:
+        raise UserError(
+            "--exploration noisy needs the noise of --noisy; without it no action would be explored"
+        )
+
+
 def check_world(config: Config, size: int) -> None:
     """What depends on how many ranks there are.
 
     Raises:
-        UserError: the shards are too small for this many ranks.
+        UserError: the shards are too small for this many ranks, or a ladder has one rung.
     """
+    if config.exploration.exploration == "ladder" and size * config.environment.envs_per_rank < 2:
+        raise UserError(
+            "--exploration ladder spreads its epsilons over environments, and there is one; raise --envs-per-rank"
+        )
     shard = config.replay.replay_capacity // size
     rows = shard // config.environment.envs_per_rank
     if config.replay.batch_per_rank > shard:

@@ -43,7 +43,7 @@ from hvdqn.faults import (
 )
 from hvdqn.learner import NonFiniteError
 from hvdqn.metrics import PhaseTimer
-from hvdqn.parts import Parts, build_parts, make_clock, make_learner
+from hvdqn.parts import Parts, build_parts, make_clock, make_epsilons, make_learner
 from hvdqn.replay import Batch
 from hvdqn.resume import Progress, begin
 from hvdqn.sync.gradients import Gradients
@@ -256,7 +256,8 @@ class Member:
         comm, config, before = self.comm, self.sized(self.comm.size), self.training
         kept = before.parts if before else self.build_alone(memento["clock"]["env_steps"])
         learner = make_learner(config, comm, kept.learner.online, self.timer, kept.device)
-        parts = replace(kept, clock=make_clock(config, comm.size), learner=learner)
+        epsilons = make_epsilons(config, comm)
+        parts = replace(kept, clock=make_clock(config, comm.size), learner=learner, epsilons=epsilons)
         checkpoints = Checkpoints(run_dir / "checkpoints", comm, config.run.checkpoint_keep, self.timer)
         training = ElasticTraining(self.world, config, comm, run_dir, self.stop, parts, checkpoints)
         training.take_over(memento)

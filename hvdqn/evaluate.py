@@ -101,8 +101,12 @@ class Evaluator:
         """After each step, the returns so far."""
         if self.share:
             envs = make_environments(self.config, self.envs, self.seed, training=False, threads=self.threads)
-            with closing(envs):
-                yield from self._play_quota(network, envs)
+            network.eval()  # without the noise that a noisy network explores by
+            try:
+                with closing(envs):
+                    yield from self._play_quota(network, envs)
+            finally:
+                network.train()
 
     def _play_quota(self, network: QNetwork, envs: Environments) -> Generator[list[float], None, None]:
         """Each environment plays a fixed number of episodes, so that short episodes are not favoured."""

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hvdqn.comm import Comm
 from hvdqn.config import LearningConfig
+from hvdqn.losses import expect, munchausen_bonus, select, soft_policy
 from hvdqn.networks import QNetwork
 from hvdqn.replay import Batch
 from hvdqn.sync import Sync
@@ -23,8 +23,9 @@ from hvdqn.sync import Sync
 if TYPE_CHECKING:
     from hvdqn.metrics import PhaseTimer
 
-# What each rank adds to the trailer. Sums over ranks: votes and episodes since the last exchange...
-REPORTED = ("stop", "episodes", "return_sum", "length_sum")
+# What each rank adds to the trailer. Sums over ranks: votes and episodes since the last exchange, of all environments
+# and of the greediest of a ladder...
+REPORTED = ("stop", "episodes", "return_sum", "length_sum", "greediest_episodes", "greediest_return_sum")
 # ...and means over ranks: what the update saw.
 LEARNED = ("loss", "td_error", "q_mean")
 
@@ -48,6 +49,11 @@ def _views(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     ]
 
 
+def batch_factor(config: LearningConfig, global_batch: int, batch_per_rank: int) -> float:
+    """How much larger the global batch is than that which the numbers were tuned for: k."""
+    return global_batch / (config.lr_reference_batch or batch_per_rank)
+
+
 def learning_rate(config: LearningConfig, global_batch: int, batch_per_rank: int, done: float) -> float:
     """The learning rate after a share `done` of the run.
 
@@ -55,18 +61,23 @@ def learning_rate(config: LearningConfig, global_batch: int, batch_per_rank: int
     linearly from `lr` over the first `lr_warmup` of the run (Goyal et al. 2017, section 2.2). On top of that the
     rate falls linearly to its share `lr_final` at the end.
     """
-    k = global_batch / (config.lr_reference_batch or batch_per_rank)
+    k = batch_factor(config, global_batch, batch_per_rank)
     factor = {"none": 1.0, "sqrt": min(math.sqrt(k), 3.0), "linear": k}[config.lr_scaling]
     warm = min(done / config.lr_warmup, 1.0) if config.lr_warmup > 0 else 1.0
     decayed = 1.0 + (config.lr_final - 1.0) * done
     return config.lr * (1.0 + (factor - 1.0) * warm) * decayed
 
 
-def make_optimizer(config: LearningConfig, flat: nn.Parameter) -> torch.optim.Optimizer:
-    """Adam, or RMSProp centred as in Mnih et al. 2015, over the one flat tensor."""
+def make_optimizer(config: LearningConfig, flat: nn.Parameter, k: float) -> torch.optim.Optimizer:
+    """Adam, or RMSProp centred as in Mnih et al. 2015, over the one flat tensor.
+
+    Adam's epsilon of distributional losses is 0.01 / batch (Bellemare et al. 2017), also of a global batch (Stooke and
+    Abbeel 2018): hence its scaling by 1 / k, with k the `batch_factor`.
+    """
+    eps = config.optimizer_eps / k if config.optimizer_eps_scaling == "inverse" else config.optimizer_eps
     if config.optimizer == "adam":
-        return torch.optim.Adam([flat], lr=config.lr, eps=config.optimizer_eps, fused=True)
-    return torch.optim.RMSprop([flat], lr=config.lr, alpha=0.95, eps=config.optimizer_eps, centered=True)
+        return torch.optim.Adam([flat], lr=config.lr, eps=eps, fused=True)
+    return torch.optim.RMSprop([flat], lr=config.lr, alpha=0.95, eps=eps, centered=True)
 
 
 class NonFiniteError(RuntimeError):
@@ -101,19 +112,22 @@ class Learner:
         self.online, self.config, self.comm, self.sync = network, config, comm, sync
         self.batch_per_rank = batch_per_rank
         self.timer, self.device, self.autocast = timer, device, autocast
-        self.target = copy.deepcopy(network).requires_grad_(False)
+        network.to(device)
+        self.target = network.target_copy()
         self.parameters = nn.Parameter(flatten_parameters(network, device))
         self.target_parameters = flatten_parameters(self.target, device)
         # The gradient and its trailer are one tensor, so they travel as one message.
-        n, trailer = self.parameters.numel(), len(REPORTED) + len(LEARNED) + comm.size
-        self.message = torch.zeros(n + trailer, dtype=self.parameters.dtype, device=device)
+        n, slots = self.parameters.numel(), [len(REPORTED), len(LEARNED), comm.size, comm.size]
+        self.message = torch.zeros(n + sum(slots), dtype=self.parameters.dtype, device=device)
         self.gradient, self.trailer = self.message[:n], self.message[n:]
+        self.reported, self.learned, self.largest_weights, self.spoilt = torch.split(self.trailer, slots)
         self.parameters.grad = self.gradient
         for parameter, view in zip(
             network.parameters(), _views(self.message, list(network.parameters())), strict=True
         ):
             parameter.grad = view
-        self.optimizer = make_optimizer(config, self.parameters)
+        k = batch_factor(config, comm.size * batch_per_rank, batch_per_rank)
+        self.optimizer = make_optimizer(config, self.parameters, k)
         self.totals = torch.zeros(len(REPORTED) + len(LEARNED), dtype=torch.float64)
         self.done = 0.0
         self.updates_summed = 0
@@ -136,52 +150,76 @@ class Learner:
         if batch is None:
             self._abstain(report)
             return
+        self.rows = batch.rows
         loss, td_error, q_mean = self.backward(batch)
-        trailer = self.trailer
-        trailer.zero_()
-        trailer[: len(REPORTED)] = torch.as_tensor(report)
-        for slot, value in enumerate((loss, td_error, q_mean), start=len(REPORTED)):
-            trailer[slot] = value
-        # Each rank has a slot of its own to own up to a gradient that would spoil everyone's. An infinite reward
-        # shows in the loss alone: Huber's gradient is clipped.
-        finite = torch.isfinite(self.gradient.sum()) & torch.isfinite(loss)
-        trailer[len(REPORTED) + len(LEARNED) + self.comm.rank] = ~finite
+        self.trailer.zero_()
+        self.reported.copy_(torch.tensor(report))
+        self.learned.copy_(torch.stack((loss, td_error, q_mean)))
+        # Each rank has a slot of its own for the largest importance weight of its minibatch...
+        self.largest_weights[self.comm.rank] = float(batch.weight.max())
+        # ...and one to own up to what would spoil everyone's gradient. An infinite reward shows in the loss alone:
+        # Huber's gradient is clipped.
+        self.spoilt[self.comm.rank] = ~torch.isfinite(self.gradient.sum() + loss)
         self.sync.begin(self)
 
-    def finish_update(self) -> None:
+    def finish_update(self) -> tuple[NDArray[np.int64], NDArray[np.floating[Any]]]:
         """Wait for the exchange and take the step.
+
+        Returns:
+            What replay is told of this rank's minibatch: its rows, and how wrong each was. `[batch]`, `[batch]`.
 
         Raises:
             NonFiniteError: too many updates in a row had to be skipped.
         """
         self.sync.finish(self)
+        return self.rows, self.td_errors.cpu().numpy()
 
     def backward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Leave the gradient of the batch in `gradient`; return loss, mean absolute TD error and mean q."""
+        """Leave the gradient of the batch in `gradient`; return loss, mean absolute TD error and mean q.
+
+        Importance weights enter as they are; `step` divides by the largest of all ranks.
+        """
         observation, next_observation = self._tensor(batch.observation), self._tensor(batch.next_observation)
         action, reward = self._tensor(batch.action), self._tensor(batch.reward).to(self.gradient.dtype)
         discount, weight = (self._tensor(x).to(self.gradient.dtype) for x in (batch.discount, batch.weight))
-        head = self.online.head
-        with torch.no_grad(), self._cast():
-            next_output = self.target(next_observation)
-            chooser = self.online(next_observation) if self.config.double else next_output
-            next_action = head.q_values(chooser).argmax(dim=1)
-            goal = head.backup(next_output, next_action, reward, discount)
-        with self._cast():
-            output = self.online(observation)
-        losses, td_errors = head.loss(output, action, goal)
+        with torch.no_grad():
+            goal = self._goal(observation, action, reward, next_observation, discount)
+        output, head = self._cast(self.online, observation), self.online.head
+        losses, self.td_errors = head.loss(select(output, action), goal)
         loss = (weight * losses).mean()
         self.gradient.zero_()
         loss.backward()  # type: ignore[no-untyped-call]
-        return loss.detach(), td_errors.mean(), head.q_values(output.detach()).mean()
+        return loss.detach(), self.td_errors.mean(), head.q_values(output.detach()).mean()
+
+    def _goal(
+        self, observation: Tensor, action: Tensor, reward: Tensor, next_observation: Tensor, discount: Tensor
+    ) -> Tensor:
+        """What should have been predicted of the actions that were taken, as the head puts it."""
+        head, next_output = self.target.head, self._cast(self.target, next_observation)
+        if not self.config.munchausen:
+            double = self.config.double
+            q = self._cast(self.online.q_values, next_observation) if double else head.q_values(next_output)
+            return head.goal(select(next_output, q.argmax(dim=1)), reward, discount)
+        # Vieillard et al. 2020, eq. 1. Of n steps the first action's log-policy counts: the others' are not known.
+        alpha, temperature = self.config.munchausen_alpha, self.config.munchausen_temperature
+        q = self._cast(self.target.q_values, observation)
+        bonus = munchausen_bonus(q, action, alpha, temperature, self.config.munchausen_clip)
+        policy, entropy = soft_policy(head.q_values(next_output), temperature)
+        return head.goal(expect(next_output, policy), reward + bonus + discount * entropy, discount)
 
     def step(self) -> None:
-        """Clip the averaged gradient and step, or skip the update if it is not finite: the same on every rank."""
+        """Clip the averaged gradient and step, or skip the update if it is not finite: the same on every rank.
+
+        The gradient arrives as the mean of weight x gradient over the job, and is divided by the largest weight of
+        the job (Schaul et al. 2016, section 3.4): a rank that divided by its own would count its samples differently.
+        """
         spoilt = self.spoilt.cpu()  # on a GPU, the CPU waits here
         if bool((spoilt < 0).any()):
             self._leave_out(int((spoilt < 0).sum()))
-        norm = float(torch.linalg.vector_norm(self.gradient))
+        largest = float(self.largest_weights.max()) * self.comm.size  # the slots were averaged with zeros
+        norm = float(torch.linalg.vector_norm(self.gradient)) / largest
         finite = math.isfinite(norm) and not bool((spoilt > 0).any())
+        self.learned[0] /= largest  # the loss
         self._read_trailer(learned=finite)
         if not finite:
             self._skip()
@@ -189,8 +227,9 @@ class Learner:
         self.skipped_in_a_row = 0
         self.grad_norm = norm
         limit = self.config.max_grad_norm
-        if limit and norm > limit:
-            self.gradient.mul_(limit / norm)
+        factor = (limit / norm if limit and norm > limit else 1.0) / largest
+        if factor != 1.0:
+            self.gradient.mul_(factor)
         self.optimizer.param_groups[0]["lr"] = self.lr
         self.optimizer.step()
         if self.config.target_tau < 1.0:
@@ -198,11 +237,10 @@ class Learner:
 
     def exchange(self, report: Sequence[float]) -> None:
         """Send only the trailer: reports and votes must not wait for learning to start."""
-        trailer = self.trailer
-        trailer.zero_()
-        trailer[: len(REPORTED)] = torch.as_tensor(report)
+        self.trailer.zero_()
+        self.reported.copy_(torch.tensor(report))
         with self.timer.during("comm"):
-            self.comm.allreduce_mean_async(trailer, name="trailer").wait()
+            self.comm.allreduce_mean_async(self.trailer, name="trailer").wait()
         self._read_trailer(learned=False)
 
     def sync_target(self) -> list[int]:
@@ -245,11 +283,6 @@ class Learner:
         """Digest of the online parameters' bytes."""
         return hashlib.sha256(self.parameters.data.cpu().numpy().tobytes()).hexdigest()
 
-    @property
-    def spoilt(self) -> Tensor:
-        """Above 0 for each rank whose part of the last update was not finite, below 0 where it had none. [size]."""
-        return self.trailer[len(REPORTED) + len(LEARNED) :]
-
     def counters(self) -> dict[str, Any]:
         """What was counted: kept in a checkpoint, so that a resumed run goes on counting."""
         return {
@@ -287,8 +320,9 @@ class Learner:
     def _abstain(self, report: Sequence[float]) -> None:
         """Take part in the exchange without a gradient."""
         self.message.zero_()
-        self.trailer[: len(REPORTED)] = torch.as_tensor(report)
-        self.trailer[len(REPORTED) + len(LEARNED) + self.comm.rank] = -1.0
+        self.reported.copy_(torch.tensor(report))
+        self.spoilt[self.comm.rank] = -1.0
+        self.rows, self.td_errors = np.empty(0, np.int64), torch.empty(0)
         self.sync.begin(self)
 
     def _leave_out(self, absent: int) -> None:
@@ -296,15 +330,14 @@ class Learner:
         assert absent < self.comm.size, "an update is due, but no rank has anything to learn from"
         share = self.comm.size / (self.comm.size - absent)
         self.gradient.mul_(share)
-        self.trailer[len(REPORTED) :][: len(LEARNED)].mul_(share)
+        self.learned.mul_(share)
 
     def _read_trailer(self, learned: bool) -> None:
-        reported, seen = self.trailer[: len(REPORTED)], self.trailer[len(REPORTED) :][: len(LEARNED)]
-        self.totals[: len(REPORTED)] += reported.double().cpu() * self.comm.size
+        self.totals[: len(REPORTED)] += self.reported.double().cpu() * self.comm.size
         if learned:
-            self.totals[len(REPORTED) :] += seen.double().cpu()
+            self.totals[len(REPORTED) :] += self.learned.double().cpu()
             self.updates_summed += 1
-        self.stop_voted = self.stop_voted or bool(reported[0] > 0)
+        self.stop_voted = self.stop_voted or bool(self.reported[0] > 0)
 
     def _skip(self) -> None:
         self.skipped_updates += 1
@@ -322,5 +355,9 @@ class Learner:
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
 
-    def _cast(self) -> AbstractContextManager[object]:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast)
+    def _cast(self, network: Callable[[Tensor], Tensor], observation: Tensor) -> Tensor:
+        """A forward pass, in bf16 if asked. What is worked out from it is not: hence no autocast around the rest."""
+        if not self.autocast:
+            return network(observation)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16):
+            return network(observation)

@@ -1,4 +1,4 @@
-"""The equations of DQN as pure tensor functions, each with its paper.
+"""The equations of the DQN family as pure tensor functions, each with its paper.
 
 Shapes: `q: [batch, actions]`, `action: [batch]` int64, `reward, discount: [batch]`. `discount` is gamma^k times
 0 after a termination, 1 otherwise, where k is the number of rewards summed in `reward`.
@@ -17,16 +17,24 @@ def select(values: Tensor, action: Tensor) -> Tensor:
     return values[torch.arange(len(action), device=action.device), action]
 
 
-def q_learning_target(reward: Tensor, discount: Tensor, next_q: Tensor, next_action: Tensor) -> Tensor:
+def expect(values: Tensor, policy: Tensor) -> Tensor:
+    """The mean over actions under a policy: `[batch, actions, ...]` and `[batch, actions]` give `[batch, ...]`."""
+    assert values.shape[:2] == policy.shape
+    return torch.einsum("ba...,ba->b...", values, policy)
+
+
+def q_learning_target(reward: Tensor, discount: Tensor, next_value: Tensor) -> Tensor:
     """One-step or n-step backup, `[batch]`.
 
         y = r + discount * Q_target(s', a')
 
     With a' = argmax Q_target it is DQN (Mnih et al. 2015, eq. 2); with a' = argmax Q_online it is Double DQN
-    (van Hasselt et al. 2016, eq. 4). `discount` is 0 after a termination, never after a truncation.
+    (van Hasselt et al. 2016, eq. 4). `discount` is 0 after a termination, never after a truncation. Quantiles
+    `[batch, quantiles]` in place of Q_target(s', a') are backed up one by one, with `reward, discount: [batch, 1]`.
     """
-    assert reward.shape == discount.shape == next_action.shape
-    return reward + discount * select(next_q, next_action)
+    assert reward.shape == discount.shape
+    assert reward.ndim == next_value.ndim
+    return reward + discount * next_value
 
 
 def mse_loss(td_error: Tensor) -> Tensor:
@@ -35,7 +43,7 @@ def mse_loss(td_error: Tensor) -> Tensor:
 
 
 def huber_loss(td_error: Tensor, delta: float = 1.0) -> Tensor:
-    """Huber's loss per sample, `[batch]` (Huber 1964; the "clipped error" of Mnih et al. 2015, Methods).
+    """Huber's loss of each entry, `[...]` (Huber 1964; the "clipped error" of Mnih et al. 2015, Methods).
 
         1/2 d^2            for |d| <= delta
         delta (|d| - delta / 2)   beyond
@@ -43,3 +51,104 @@ def huber_loss(td_error: Tensor, delta: float = 1.0) -> Tensor:
     The loss is clipped in slope, not the error in value: a clipped error has no gradient outside the clip.
     """
     return functional.huber_loss(td_error, torch.zeros_like(td_error), reduction="none", delta=delta)
+
+
+def categorical_projection(
+    probabilities: Tensor, support: Tensor, reward: Tensor, discount: Tensor
+) -> Tensor:
+    """The backed-up distribution on the atoms it came from, `[batch, atoms]` (Bellemare et al. 2017, eq. 7).
+
+        (Phi T p)_i = sum_j [1 - |clip(r + discount z_j) - z_i| / dz]_0^1 p_j,   clipped to [v_min, v_max]
+
+    Args:
+        probabilities: p, of the next state's chosen action `[batch, atoms]`.
+        support: z, evenly spaced from v_min to v_max `[atoms]`; what is backed up beyond its ends lands on them.
+        reward: r `[batch]`.
+        discount: 0 after a termination `[batch]`.
+    """
+    assert probabilities.shape == (len(reward), len(support))
+    backed_up = q_learning_target(reward[:, None], discount[:, None], support[None, :])
+    spacing = (support[-1] - support[0]) / (len(support) - 1)
+    place = ((backed_up - support[0]) / spacing).clamp(0, len(support) - 1)
+    index = torch.arange(len(support), device=support.device, dtype=support.dtype)
+    # Dense, [batch, to, from]: a scatter would add in any order on a GPU, and two runs would differ.
+    share = (1 - (place[:, None, :] - index[:, None]).abs()).clamp(min=0)
+    return torch.einsum("bij,bj->bi", share, probabilities)
+
+
+def categorical_loss(logits: Tensor, goal: Tensor) -> Tensor:
+    """Divergence of the predicted distribution from the goal, `[batch]` (Bellemare et al. 2017, section 4).
+
+        D_KL(goal || softmax(logits)) = sum_i goal_i (log goal_i - log softmax(logits)_i)
+
+    Its gradient is the cross-entropy's; unlike that it is 0 where the two agree, which makes it the priority of
+    Hessel et al. 2018.
+
+    Args:
+        logits: `[batch, atoms]`.
+        goal: probabilities `[batch, atoms]`.
+    """
+    assert logits.shape == goal.shape
+    return functional.kl_div(functional.log_softmax(logits, dim=1), goal, reduction="none").sum(dim=1)
+
+
+def pairwise_td_error(prediction: Tensor, goal: Tensor) -> Tensor:
+    """Each predicted against each backed-up quantile, `[batch, predicted, goals]` (Dabney et al. 2018b, eq. 2).
+
+        d_ij = goal_j - prediction_i
+
+    Args:
+        prediction: `[batch, predicted]`.
+        goal: `[batch, goals]`.
+    """
+    assert len(prediction) == len(goal)
+    return goal[:, None, :] - prediction[:, :, None]
+
+
+def quantile_huber_loss(td_error: Tensor, fraction: Tensor, kappa: float = 1.0) -> Tensor:
+    """Quantile regression with Huber's loss in place of the absolute value, `[batch]`.
+
+        sum_i mean_j |fraction_i - 1{d_ij < 0}| Huber_kappa(d_ij) / kappa
+
+    For fixed quantiles Dabney et al. 2018a, eq. 10 (QR-DQN); for sampled ones Dabney et al. 2018b, eq. 3 (IQN).
+
+    Args:
+        td_error: d `[batch, predicted, goals]`, of `pairwise_td_error`.
+        fraction: the quantile that each prediction stands for, in (0, 1): `[batch, predicted]` or `[predicted]`.
+        kappa: where Huber's loss turns linear.
+    """
+    assert fraction.shape[-1] == td_error.shape[1]
+    below = (td_error.detach() < 0).to(td_error.dtype)
+    weight = (fraction[..., None] - below).abs()
+    return (weight * huber_loss(td_error, kappa) / kappa).mean(dim=2).sum(dim=1)
+
+
+def scaled_log_policy(q: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities of the softmax policy times its temperature, `[batch, actions]`, all <= 0.
+
+    tau log pi(a|s),   pi = softmax(q / tau)       (Vieillard et al. 2020, section 2)
+    """
+    return temperature * functional.log_softmax(q / temperature, dim=1)
+
+
+def munchausen_bonus(q: Tensor, action: Tensor, alpha: float, temperature: float, clip: float) -> Tensor:
+    """What Munchausen adds to the reward, `[batch]` (Vieillard et al. 2020, eq. 1 and "numerical considerations").
+
+        alpha [tau log pi(a|s)]_clip^0,   tau = temperature
+
+    `q` is the target network's for the state in which `action` was taken. `clip` <= 0 is the least that the scaled
+    log-policy counts: it has no bound of its own.
+    """
+    return alpha * select(scaled_log_policy(q, temperature), action).clamp(clip, 0.0)
+
+
+def soft_policy(q: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """The softmax policy `[batch, actions]` and its entropy times the temperature `[batch]`.
+
+        pi = softmax(q / tau),   -tau sum_a pi(a|s') log pi(a|s')
+
+    The second is what the next state is worth beyond its expected value (Vieillard et al. 2020, eq. 1).
+    """
+    log_policy = scaled_log_policy(q, temperature)
+    policy = functional.softmax(q / temperature, dim=1)
+    return policy, -(policy * log_policy).sum(dim=1)

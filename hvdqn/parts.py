@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from hvdqn.acting import Actor
+from hvdqn.acting import Actor, Epsilons
 from hvdqn.clock import Clock
 from hvdqn.comm import Comm
 from hvdqn.config import Config, UserError
@@ -17,7 +17,7 @@ from hvdqn.faults import together
 from hvdqn.learner import Learner
 from hvdqn.metrics import PhaseTimer
 from hvdqn.networks import QNetwork, make_network
-from hvdqn.replay import Replay, Ring, UniformSampler
+from hvdqn.replay import Importance, PrioritizedSampler, Replay, Ring, Sampler, UniformSampler
 from hvdqn.seeds import rank_seeds
 from hvdqn.sync import make_sync
 
@@ -34,6 +34,7 @@ class Parts:
     learner: Learner
     replay: Replay
     actor: Actor
+    epsilons: Epsilons
     timer: PhaseTimer
     device: torch.device
     threads: int
@@ -62,12 +63,14 @@ def build_parts(config: Config, comm: Comm, timer: PhaseTimer, env_steps: int = 
     network = together(comm, lambda: network_for(config, envs))
     small = sum(p.numel() for p in network.parameters()) < PARAMETERS_WORTH_THREADS
     torch.set_num_threads(1 if small else threads)
+    torch.manual_seed(seeds.noise)  # from here on ranks draw different numbers
     return Parts(
         envs=envs,
         clock=make_clock(config, comm.size),
         learner=make_learner(config, comm, network, timer, device),
         replay=make_replay(config, comm.size, envs, seeds.replay),
-        actor=Actor(envs, network, environment.frame_stack, seeds.exploration, device),
+        actor=make_actor(config, envs, network, seeds.exploration, device),
+        epsilons=make_epsilons(config, comm),
         timer=timer,
         device=device,
         threads=threads,
@@ -106,6 +109,20 @@ def make_learner(
     )
 
 
+def make_actor(
+    config: Config, envs: Environments, network: QNetwork, rng: np.random.Generator, device: torch.device
+) -> Actor:
+    """What steps this rank's environments."""
+    softmax = config.exploration.exploration == "softmax"
+    temperature = config.exploration.temperature if softmax else 0.0
+    return Actor(envs, network, config.environment.frame_stack, rng, device, temperature)
+
+
+def make_epsilons(config: Config, comm: Comm) -> Epsilons:
+    """Which share of this rank's actions is random."""
+    return Epsilons(config.exploration, config.environment.envs_per_rank, comm.rank, comm.size)
+
+
 def make_clock(config: Config, size: int) -> Clock:
     """The clock of a job of `size` ranks."""
     replay = config.replay
@@ -128,7 +145,20 @@ def make_replay(config: Config, size: int, envs: Environments, rng: np.random.Ge
         n_step=config.replay.n_step,
         gamma=config.learning.gamma,
     )
-    return Replay(ring, UniformSampler(ring, rng))
+    sampler: Sampler = UniformSampler(ring, rng)
+    if config.replay.replay == "prioritized":
+        sampler = PrioritizedSampler(ring, rng, config.replay.priority_alpha)
+    return Replay(ring, sampler)
+
+
+def importance_at(config: Config, size: int, env_steps: int) -> Importance:
+    """What corrects prioritized draws after this many global env steps: beta rises in a line to 1 (Schaul et al. 2016).
+
+    The number of transitions in the whole job follows from the clock, so that it is the same on every rank.
+    """
+    first = config.replay.priority_beta
+    beta = first + (1.0 - first) * min(env_steps / config.run.total_env_steps, 1.0)
+    return Importance(beta, n_global=max(min(env_steps, config.replay.replay_capacity), 1), size=size)
 
 
 def device_kind(config: Config) -> str:

@@ -2,12 +2,40 @@
 
 A preset is a mapping from flag names to values that replace defaults. They are written for one rank:
 with more ranks the global batch grows, the replay ratio stays, and `lr_scaling` adapts the learning rate.
+Those named for an environment say how it is played; those named for an algorithm which parts it has, and join
+the former: `--preset atari,rainbow`. `v_min` and `v_max` bound an environment's discounted returns, for c51.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+
+# Mnih et al. 2015: none of the later parts.
+PLAIN: Mapping[str, Any] = {
+    "double": False,
+    "dueling": False,
+    "n_step": 1,
+    "replay": "uniform",
+    "noisy": False,
+    "exploration": "linear",
+    "head": "scalar",
+    "munchausen": False,
+    "loss": "huber",
+}
+
+# Dabney et al. 2018b, section 4; N, N', K and the embedding as in Dopamine's iqn_icml. Gradients are sums over N, and
+# not clipped. Adam's epsilon follows the global batch, here and in rainbow, as in Stooke and Abbeel 2018.
+IQN: Mapping[str, Any] = {
+    **PLAIN,
+    "head": "iqn",
+    "iqn_samples": 64,
+    "iqn_target_samples": 64,
+    "iqn_policy_samples": 32,
+    "iqn_embedding": 64,
+    "max_grad_norm": 0.0,
+    "optimizer_eps_scaling": "inverse",
+}
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     # Seconds, to see that everything is in place. It is not meant to learn.
@@ -43,6 +71,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "eval_every": 10_000,
         "checkpoint_every": 10_000,
         "log_every": 1_000,
+        "v_min": 0.0,
+        "v_max": 100.0,
     },
     # rl-baselines3-zoo, hyperparams/dqn.yml, Acrobot-v1.
     "acrobot": {
@@ -59,6 +89,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "target_every": 1_000,
         "eval_every": 25_000,
         "checkpoint_every": 25_000,
+        "v_min": -100.0,
+        "v_max": 0.0,
     },
     # rl-baselines3-zoo, hyperparams/dqn.yml, MountainCar-v0: gamma 0.98, target every 600 steps.
     "mountaincar": {
@@ -76,6 +108,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "target_every": 600,
         "eval_every": 30_000,
         "checkpoint_every": 30_000,
+        "v_min": -50.0,
+        "v_max": 0.0,
     },
     # rl-baselines3-zoo, hyperparams/dqn.yml, LunarLander: lr 6.3e-4, batch 128, target every 250 steps.
     "lunarlander": {
@@ -92,6 +126,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "target_every": 500,
         "eval_every": 25_000,
         "checkpoint_every": 25_000,
+        "v_min": -300.0,
+        "v_max": 300.0,
     },
     # Young and Tian 2019 (MinAtar), DQN: batch 32, replay 100k, target every 1,000 frames, epsilon to 0.1 within
     # 100k frames; Adam as in Obando-Ceron and Castro 2021.
@@ -111,6 +147,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "eval_every": 200_000,
         "checkpoint_every": 200_000,
         "log_every": 10_000,
+        "v_min": 0.0,
+        "v_max": 100.0,
     },
     # Mnih et al. 2015 in CleanRL's dqn_atari setting (Adam, lr 1e-4): batch 32 every 4 steps, replay 1M,
     # epsilon to 0.01 within 1M steps, target every 1,000 updates.
@@ -133,5 +171,63 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "eval_episodes": 10,
         "checkpoint_every": 500_000,
         "log_every": 10_000,
+    },
+    "dqn": PLAIN,
+    # van Hasselt et al. 2016 and Wang et al. 2016: gradients clipped to norm 10.
+    "double-dueling": {**PLAIN, "double": True, "dueling": True, "max_grad_norm": 10.0},
+    # Hessel et al. 2018, table 1: 3-step returns, priority exponent 0.5, importance 0.4 to 1, sigma_0 0.5, 51 atoms.
+    "rainbow": {
+        **PLAIN,
+        "double": True,
+        "dueling": True,
+        "n_step": 3,
+        "replay": "prioritized",
+        "priority_alpha": 0.5,
+        "priority_beta": 0.4,
+        "noisy": True,
+        "noisy_sigma": 0.5,
+        "exploration": "noisy",
+        "head": "c51",
+        "atoms": 51,
+        "optimizer_eps_scaling": "inverse",
+    },
+    "iqn": IQN,
+    # Vieillard et al. 2020, table 1 and the authors' code: alpha 0.9, tau 0.03, clip -1, and it acts by the softmax.
+    "m-iqn": {
+        **IQN,
+        "munchausen": True,
+        "munchausen_alpha": 0.9,
+        "munchausen_temperature": 0.03,
+        "munchausen_clip": -1.0,
+        "exploration": "softmax",
+        "temperature": 0.03,
+    },
+}  # fmt: skip
+
+# What holds where both are named, in whichever order: an algorithm's learning rate is another on every family.
+JOINED: Mapping[tuple[str, str], Mapping[str, Any]] = {
+    # Wang et al. 2016, section 4.2.
+    ("atari", "double-dueling"): {"lr": 6.25e-5},
+    # Hessel et al. 2018, table 1: in frames, learning starts at 80k, target every 32k.
+    ("atari", "rainbow"): {
+        "lr": 6.25e-5,
+        "optimizer_eps": 1.5e-4,
+        "learning_starts": 20_000,
+        "target_every": 8_000,
+    },
+    # Dabney et al. 2018b, section 4: lr 5e-5, epsilon 0.01 / 32; learning start and target as in Dopamine's iqn_icml.
+    ("atari", "iqn"): {
+        "lr": 5e-5,
+        "optimizer_eps": 3.125e-4,
+        "learning_starts": 50_000,
+        "target_every": 10_000,
+    },
+    # Vieillard et al. 2020, table 1.
+    ("atari", "m-iqn"): {
+        "lr": 5e-5,
+        "optimizer_eps": 3.125e-4,
+        "learning_starts": 20_000,
+        "target_every": 8_000,
+        "exploration_env_steps": 250_000,
     },
 }  # fmt: skip

@@ -22,9 +22,13 @@ from hvdqn.comm import Comm
 from hvdqn.config import Config, UserError
 from hvdqn.parts import Parts
 from hvdqn.replay import deal
+from hvdqn.seeds import load_torch_state, torch_state
 
 # What a network and its optimizer are made of cannot change between the attempts of one run.
-FIXED = ("env", "env_kwargs", "wrapper", "frame_stack", "torso", "hidden", "optimizer")
+FIXED = (
+    "env", "env_kwargs", "wrapper", "frame_stack", "torso", "hidden", "head", "dueling", "noisy", "layer_norm", "atoms",
+    "v_min", "v_max", "quantiles", "iqn_embedding", "optimizer", "replay",
+)  # fmt: skip
 # Nor can these, if it is to go on bit for bit.
 SHAPES = ("envs_per_rank", "replay_capacity", "vectorization")
 # These say where and how a run is started, not what it is.
@@ -49,6 +53,7 @@ def contents(parts: Parts, comm: Comm, progress: Progress) -> dict[str, Any]:
             "actor": parts.actor.state(),
             "replay": parts.replay.state() if progress.keeps_replay else None,
             "seconds": parts.timer.seconds(),
+            "torch": torch_state(parts.device),
         }
     }
     if comm.rank == 0:
@@ -173,6 +178,8 @@ def _restore_shard(
         dealt = deal([shard["replay"] for shard in shards], parts.replay.ring, comm.rank, comm.size)
         parts.replay.load_state(dealt)
     exact = same_shapes and kept and parts.actor.load_state(shards[0]["actor"])
+    if exact:
+        load_torch_state(shards[0]["torch"], parts.device)
     return kept, exact
 
 

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hvdqn import __version__
-from hvdqn.acting import linear_epsilon
 from hvdqn.checkpoint import LEARNER, Checkpoint, Checkpoints
 from hvdqn.comm import Comm, LaunchError, connect, launcher_rank
 from hvdqn.config import Config, UserError, check_world, parse, write_config
@@ -42,7 +41,7 @@ from hvdqn.faults import (
 )
 from hvdqn.learner import NonFiniteError
 from hvdqn.metrics import Metrics, PhaseTimer, write_summary
-from hvdqn.parts import Parts, build_parts, device_kind
+from hvdqn.parts import Parts, build_parts, device_kind, importance_at
 from hvdqn.replay import Batch
 from hvdqn.resume import Progress, begin, best_evaluation, contents, find_checkpoint, restore
 from hvdqn.seeds import rank_seeds
@@ -138,7 +137,7 @@ class Training:
             travelling = self.begin_updates()
             self.act()  # while the gradients travel
             if travelling:
-                self.learner.finish_update()
+                self.finish_update()
             elif self.clock.due(POLL_ITERATIONS * self.clock.envs):
                 self.learner.exchange(self.report())
             self.timer.start("other")
@@ -160,7 +159,7 @@ class Training:
         travelling = False
         while self.clock.update_due():
             if travelling:
-                self.learner.finish_update()
+                self.finish_update()
             self.timer.start("sample")
             batch = self.draw()
             self.timer.start("compute")
@@ -169,34 +168,43 @@ class Training:
             self.clock.updates += 1
             travelling = True
             if not self.config.parallel.overlap:
-                self.learner.finish_update()
+                self.finish_update()
                 travelling = False
         return travelling
 
     def draw(self) -> Batch | None:
         """This rank's next minibatch."""
-        return self.replay.sample(self.config.replay.batch_per_rank)
+        importance = importance_at(self.config, self.comm.size, self.clock.env_steps)
+        return self.replay.sample(self.config.replay.batch_per_rank, importance)
+
+    def finish_update(self) -> None:
+        """Take the step that was begun, and tell replay how wrong the minibatch was."""
+        rows, td_errors = self.learner.finish_update()
+        self.timer.start("sample")
+        self.replay.update(rows, td_errors)
 
     def act(self) -> None:
         """One env step in every environment, into replay."""
         self.timer.start("act")
-        actions = self.actor.choose(self.epsilon)
+        actions = self.actor.choose(self.parts.epsilons.at(self.clock.env_steps))
         self.timer.start("env")
         step = self.actor.step(actions)
         self.timer.start("sample")
         self.replay.add(actions, step)
         self.clock.tick()
 
-    @property
-    def epsilon(self) -> float:
-        """Share of random actions now."""
-        return linear_epsilon(self.config.exploration, self.clock.env_steps)
-
     def report(self) -> Sequence[float]:
         """What this rank tells the others since it last did: `learner.REPORTED`."""
         episodes = self.parts.envs.finished()
-        returns, lengths = sum(e.episode_return for e in episodes), sum(e.length for e in episodes)
-        return (float(self.stop.received), float(len(episodes)), returns, float(lengths))
+        greediest = [e.episode_return for e in episodes if self.parts.epsilons.greediest[e.env]]
+        return (
+            float(self.stop.received),
+            float(len(episodes)),
+            sum(e.episode_return for e in episodes),
+            float(sum(e.length for e in episodes)),
+            float(len(greediest)),
+            sum(greediest),
+        )
 
     def log(self) -> None:
         """One line of metrics."""
@@ -206,7 +214,7 @@ class Training:
             "loss": totals["loss"],
             "td_error": totals["td_error"],
             "q_mean": totals["q_mean"],
-            "epsilon": self.epsilon,
+            "epsilon": self.parts.epsilons.mean(self.clock.env_steps),
             "lr": self.learner.lr,
             "grad_norm": self.learner.grad_norm,
             "episodes": episodes,
@@ -215,6 +223,8 @@ class Training:
         if episodes:
             values["episode_return_mean"] = totals["return_sum"] / episodes
             values["episode_length_mean"] = totals["length_sum"] / episodes
+        if totals["greediest_episodes"]:
+            values["greediest_return_mean"] = totals["greediest_return_sum"] / totals["greediest_episodes"]
         self.metrics.log(self.clock.env_steps, self.clock.updates, values)
 
     def evaluate(self) -> None:

@@ -19,7 +19,13 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.wrappers import FlattenObservation
 
-from hvdqn.config import EnvironmentConfig, UserError, did_you_mean
+from hvdqn.config import (
+    EnvironmentConfig,
+    UserError,
+    did_you_mean,
+    import_attribute,
+    import_module,
+)
 from hvdqn.envs import snapshot
 from hvdqn.envs.atari import AtariGame, AtariVector, game_settings, is_atari
 from hvdqn.envs.vector import Environments
@@ -75,7 +81,7 @@ def find_spec(env: str) -> EnvSpec:
     """
     module, _, env_id = env.rpartition(":")
     if module:
-        _import(module, f"--env '{env}'")
+        import_module(module, f"--env '{env}'")
     family = env_id.split("/")[0]
     if family in _FAMILIES and not _register(family):
         extra = _FAMILIES[family][1]
@@ -233,12 +239,7 @@ def _construction(config: EnvironmentConfig) -> Iterator[None]:
 
 
 def _wrap(env: gym.Env[Any, Any], path: str) -> gym.Env[Any, Any]:
-    module, _, attribute = path.partition(":")
-    if not module or not attribute:
-        raise UserError(f"--wrapper '{path}' is not of the form module:attribute")
-    wrapper = getattr(_import(module, f"--wrapper '{path}'"), attribute, None)
-    if wrapper is None:
-        raise UserError(f"--wrapper '{path}': module '{module}' has no '{attribute}'")
+    wrapper = import_attribute(path, "--wrapper")
     try:
         wrapped = wrapper(env)
     except TypeError as error:
@@ -251,15 +252,6 @@ def _wrap(env: gym.Env[Any, Any], path: str) -> gym.Env[Any, Any]:
             f"--wrapper '{path}' returned a {type(wrapped).__name__}; it must return a gymnasium.Env"
         )
     return wrapped
-
-
-def _import(module: str, where: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise UserError(
-            f"{where}: cannot import '{module}' ({_line(error)}); install it or put it on PYTHONPATH"
-        ) from error
 
 
 def _check_actions(space: gym.Space[Any], env: str) -> None:

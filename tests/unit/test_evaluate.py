@@ -72,9 +72,10 @@ def network(env: str, best_action: int = 0):
     made = network_for(config, envs)
     envs.close()
     with torch.no_grad():
-        made.head.values.weight.zero_()
-        made.head.values.bias.zero_()
-        made.head.values.bias[best_action] = 1.0
+        last = made.head.streams[-1]
+        last.weight.zero_()
+        last.bias.zero_()
+        last.bias[best_action] = 1.0
     return made
 
 

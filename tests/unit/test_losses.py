@@ -2,26 +2,57 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from hvdqn.losses import huber_loss, mse_loss, q_learning_target, select
+from hvdqn.losses import (
+    categorical_loss,
+    categorical_projection,
+    expect,
+    huber_loss,
+    mse_loss,
+    munchausen_bonus,
+    pairwise_td_error,
+    q_learning_target,
+    quantile_huber_loss,
+    scaled_log_policy,
+    select,
+    soft_policy,
+)
+
+DOUBLE = torch.float64
+
+
+def tensor(*values):
+    return torch.tensor(values, dtype=DOUBLE)
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, dtype=DOUBLE, generator=torch.Generator().manual_seed(seed))
 
 
 def test_select_takes_each_rows_action():
     values = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
     assert select(values, torch.tensor([1, 0, 1])).tolist() == [2.0, 3.0, 6.0]
+    assert select(values[..., None], torch.tensor([1, 0, 1])).tolist() == [[2.0], [3.0], [6.0]]
+
+
+def test_expect_averages_over_actions():
+    values = tensor([1.0, 2.0], [3.0, 5.0])
+    policy = tensor([0.25, 0.75], [1.0, 0.0])
+    assert expect(values, policy).tolist() == [1.75, 3.0]
+    quantiles = torch.stack([values, 10 * values], dim=2)
+    assert expect(quantiles, policy).tolist() == [[1.75, 17.5], [3.0, 30.0]]
 
 
 def test_target_by_hand():
-    """r + discount Q(s', a'): 1 + 0.9 x 3; a termination has discount 0 and keeps the reward alone."""
-    target = q_learning_target(
-        reward=torch.tensor([1.0, -2.0]),
-        discount=torch.tensor([0.9, 0.0]),
-        next_q=torch.tensor([[5.0, 3.0], [7.0, 8.0]]),
-        next_action=torch.tensor([1, 0]),
-    )
+    """r + discount V(s'): 1 + 0.9 x 3; a termination has discount 0 and keeps the reward alone."""
+    target = q_learning_target(tensor(1.0, -2.0), tensor(0.9, 0.0), next_value=tensor(3.0, 7.0))
     assert target.tolist() == pytest.approx([3.7, -2.0])
+    quantiles = q_learning_target(tensor([1.0], [-2.0]), tensor([0.9], [0.0]), tensor([3.0, 4.0], [7.0, 8.0]))
+    assert quantiles.flatten().tolist() == pytest.approx([3.7, 4.6, -2.0, -2.0])
 
 
 @pytest.mark.parametrize(
@@ -34,10 +65,13 @@ def test_mse_and_huber_by_hand(td_error, mse, huber):
     assert huber_loss(d).item() == pytest.approx(huber)
 
 
+def naive_huber(d, delta):
+    return 0.5 * d * d if abs(d) <= delta else delta * (abs(d) - delta / 2)
+
+
 def test_huber_agrees_with_a_loop():
-    d = torch.linspace(-5, 5, 101, dtype=torch.float64)
-    loop = [0.5 * x * x if abs(x) <= 2.0 else 2.0 * (abs(x) - 1.0) for x in d.tolist()]
-    torch.testing.assert_close(huber_loss(d, delta=2.0), torch.tensor(loop, dtype=torch.float64))
+    d = torch.linspace(-5, 5, 101, dtype=DOUBLE)
+    torch.testing.assert_close(huber_loss(d, delta=2.0), tensor(*(naive_huber(x, 2.0) for x in d.tolist())))
 
 
 def test_huber_clips_the_slope_and_never_kills_it():
@@ -48,8 +82,197 @@ def test_huber_clips_the_slope_and_never_kills_it():
     assert d.grad.tolist() == pytest.approx([0.3, 1.0, -1.0])
 
 
-def test_one_action():
-    target = q_learning_target(
-        torch.ones(2), torch.ones(2), torch.tensor([[2.0], [3.0]]), torch.zeros(2, dtype=torch.int64)
+# C51: atoms 0, 1, 2, 3.
+SUPPORT = tensor(0.0, 1.0, 2.0, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "reward", "discount", "expected"),
+    [
+        # 0.5 + 0.5 z: atoms land on 0.5, 1, 1.5, 2; the halves are shared by their neighbours.
+        ((0.1, 0.2, 0.3, 0.4), 0.5, 0.5, (0.05, 0.05 + 0.2 + 0.15, 0.15 + 0.4, 0.0)),
+        # Back on the atoms themselves, each probability is where it was.
+        ((0.1, 0.2, 0.3, 0.4), 0.0, 1.0, (0.1, 0.2, 0.3, 0.4)),
+        ((0.1, 0.2, 0.3, 0.4), 1.0, 1.0, (0.0, 0.1, 0.2, 0.7)),  # above the support: on its last atom
+        ((0.1, 0.2, 0.3, 0.4), -9.0, 1.0, (1.0, 0.0, 0.0, 0.0)),  # below: on its first
+        ((0.1, 0.2, 0.3, 0.4), 99.0, 1.0, (0.0, 0.0, 0.0, 1.0)),
+        ((0.1, 0.2, 0.3, 0.4), 1.75, 0.0, (0.0, 0.25, 0.75, 0.0)),  # terminated: the reward alone
+        ((0.1, 0.2, 0.3, 0.4), 3.0, 0.0, (0.0, 0.0, 0.0, 1.0)),  # exactly the last atom
+    ],
+)
+def test_categorical_projection_by_hand(probabilities, reward, discount, expected):
+    projected = categorical_projection(tensor(probabilities), SUPPORT, tensor(reward), tensor(discount))
+    assert projected[0].tolist() == pytest.approx(expected)
+
+
+def naive_projection(probabilities, support, reward, discount):
+    """Bellemare et al. 2017, algorithm 1, atom by atom."""
+    projected = [0.0] * len(support)
+    spacing = support[1] - support[0]
+    for p, z in zip(probabilities, support, strict=True):
+        backed_up = min(max(reward + discount * z, support[0]), support[-1])
+        place = (backed_up - support[0]) / spacing
+        lower, upper = math.floor(place + 1e-12), math.ceil(place - 1e-12)
+        if lower == upper:
+            projected[lower] += p
+        else:
+            projected[lower] += p * (upper - place)
+            projected[upper] += p * (place - lower)
+    return projected
+
+
+def test_categorical_projection_agrees_with_a_loop():
+    batch, support = 64, torch.linspace(-10, 10, 51, dtype=DOUBLE)
+    probabilities = torch.softmax(3 * randn(batch, 51), dim=1)
+    reward, discount = 8 * randn(batch, seed=1), torch.rand(batch, dtype=DOUBLE).round(decimals=1)
+    projected = categorical_projection(probabilities, support, reward, discount)
+    for row in range(batch):
+        args = probabilities[row].tolist(), support.tolist(), reward[row].item(), discount[row].item()
+        assert projected[row].tolist() == pytest.approx(naive_projection(*args), abs=1e-9)
+    torch.testing.assert_close(projected.sum(dim=1), torch.ones(batch, dtype=DOUBLE))
+
+
+def test_the_projection_keeps_the_mean_of_what_stays_inside_the_support():
+    support = torch.linspace(-10, 10, 21, dtype=DOUBLE)
+    probabilities = torch.softmax(randn(32, 21), dim=1)
+    reward, discount = torch.rand(32, dtype=DOUBLE), torch.full((32,), 0.9, dtype=DOUBLE)
+    mean = categorical_projection(probabilities, support, reward, discount) @ support
+    torch.testing.assert_close(mean, reward + discount * (probabilities @ support))
+
+
+def test_categorical_loss_by_hand():
+    """Logits 0 and log 3 are probabilities 1/4 and 3/4; the goal is a half each."""
+    logits, goal = tensor([0.0, math.log(3.0)]), tensor([0.5, 0.5])
+    expected = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
+    assert categorical_loss(logits, goal).item() == pytest.approx(expected)
+
+
+def test_categorical_loss_is_zero_at_the_goal_and_takes_certain_goals():
+    logits = 3 * randn(8, 51)
+    assert categorical_loss(logits, torch.softmax(logits, dim=1)).abs().max() < 1e-12
+    certain = torch.zeros(8, 51, dtype=DOUBLE)
+    certain[:, 7] = 1.0
+    logits.requires_grad_()
+    losses = categorical_loss(logits, certain)
+    torch.testing.assert_close(losses, -torch.log_softmax(logits, dim=1)[:, 7])
+    losses.sum().backward()
+    torch.testing.assert_close(logits.grad, torch.softmax(logits, dim=1) - certain)  # the cross-entropy's
+
+
+def test_pairwise_td_error_by_hand():
+    assert pairwise_td_error(tensor([1.0, 2.0]), tensor([5.0, 7.0, 9.0])).tolist() == [[[4, 6, 8], [3, 5, 7]]]
+
+
+def test_quantile_huber_by_hand():
+    """Fractions 1/4 and 3/4, predictions 0 and 2, goals 1 and 4.
+
+    d = goal - prediction: for prediction 0: 1, 4; for 2: -1, 2. Huber's: 0.5, 3.5; 0.5, 1.5.
+    Weights: 1/4, 1/4; |3/4 - 1|, 3/4. Means over goals: (0.125 + 0.875) / 2, (0.125 + 1.125) / 2.
+    """
+    d = pairwise_td_error(tensor([0.0, 2.0]), tensor([1.0, 4.0]))
+    loss = quantile_huber_loss(d, tensor(0.25, 0.75))
+    assert loss.tolist() == pytest.approx([0.5 + 0.625])
+
+
+@pytest.mark.parametrize("kappa", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("sampled", [False, True], ids=["qr", "iqn"])
+def test_quantile_huber_agrees_with_a_loop(kappa, sampled):
+    batch, predicted, goals = 6, 5, 7
+    prediction, goal = 2 * randn(batch, predicted), 2 * randn(batch, goals, seed=1)
+    fraction = torch.rand(batch, predicted, dtype=DOUBLE) if sampled else (torch.arange(5.0) + 0.5) / 5
+    losses = quantile_huber_loss(pairwise_td_error(prediction, goal), fraction, kappa)
+    for row in range(batch):
+        loop = 0.0
+        for i in range(predicted):
+            f = float(fraction[row, i] if sampled else fraction[i])
+            for j in range(goals):
+                d = float(goal[row, j] - prediction[row, i])
+                loop += abs(f - (1.0 if d < 0 else 0.0)) * naive_huber(d, kappa) / kappa / goals
+        assert losses[row].item() == pytest.approx(loop)
+
+
+def test_the_quantile_loss_is_least_at_the_quantiles():
+    """Over goals 0..99 its minimum for fraction 0.9 is at 90 (where Huber's corner is small)."""
+    goals = torch.arange(100, dtype=DOUBLE).expand(1, -1)
+
+    def loss(prediction):
+        return quantile_huber_loss(
+            pairwise_td_error(tensor([prediction]), goals), tensor(0.9), kappa=0.01
+        ).item()
+
+    assert min(range(100), key=loss) in (89, 90)
+
+
+def test_all_equal_quantiles_are_pushed_apart_by_their_fractions():
+    """Equal predictions in the middle of the goals: low fractions go down, high ones up, as far as they are off 1/2."""
+    prediction = torch.zeros(1, 4, dtype=DOUBLE, requires_grad=True)
+    goals = tensor([-10.0, 10.0])
+    quantile_huber_loss(
+        pairwise_td_error(prediction, goals), tensor(0.125, 0.375, 0.625, 0.875)
+    ).sum().backward()
+    assert prediction.grad[0].tolist() == pytest.approx([0.375, 0.125, -0.125, -0.375])
+
+
+def test_equal_quantiles_at_an_equal_goal_have_neither_loss_nor_gradient():
+    prediction = torch.full((1, 4), 2.0, dtype=DOUBLE, requires_grad=True)
+    loss = quantile_huber_loss(
+        pairwise_td_error(prediction, torch.full((1, 3), 2.0)), tensor(0.1, 0.4, 0.6, 0.9)
     )
-    assert target.tolist() == [3.0, 4.0]
+    loss.sum().backward()
+    assert loss.item() == 0.0
+    assert prediction.grad.abs().max() == 0.0
+
+
+def test_scaled_log_policy_by_hand():
+    """Temperature 2, q 0 and 2 log 3: probabilities 1/4 and 3/4."""
+    q = tensor([0.0, 2 * math.log(3.0)])
+    assert scaled_log_policy(q, 2.0)[0].tolist() == pytest.approx([2 * math.log(0.25), 2 * math.log(0.75)])
+    policy, entropy = soft_policy(q, 2.0)
+    assert policy[0].tolist() == pytest.approx([0.25, 0.75])
+    assert entropy.item() == pytest.approx(-2 * (0.25 * math.log(0.25) + 0.75 * math.log(0.75)))
+
+
+def test_log_policies_of_large_values_are_finite():
+    """q / temperature is 1e6 here: an exponential would overflow."""
+    q = torch.tensor([[3e4, 3e4 - 1.0, -3e4]])
+    assert scaled_log_policy(q, 0.03)[0].tolist() == pytest.approx([0.0, -1.0, -6e4], abs=0.01)
+    policy, entropy = soft_policy(q, 0.03)
+    assert policy[0].tolist() == pytest.approx([1.0, 0.0, 0.0], abs=1e-6)
+    assert entropy.item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_munchausen_bonus_by_hand():
+    """tau log pi is 0 for a sure action, -0.5 for one that is 0.5 worse, and never below the clip."""
+    q = tensor([0.0, 0.5, 9.0], [0.0, 0.5, 9.0], [0.0, 0.5, 0.0])
+    bonus = munchausen_bonus(q, torch.tensor([2, 0, 0]), alpha=0.9, temperature=0.01, clip=-1.0)
+    assert bonus.tolist() == pytest.approx([0.0, -0.9, -0.45])
+
+
+def test_munchausen_agrees_with_a_loop():
+    q, action = randn(16, 5), torch.arange(16) % 5
+    bonus = munchausen_bonus(q, action, alpha=0.7, temperature=0.3, clip=-0.8)
+    policy, entropy = soft_policy(q, 0.3)
+    for row in range(16):
+        exponentials = [math.exp(x / 0.3) for x in q[row].tolist()]
+        pi = [x / sum(exponentials) for x in exponentials]
+        log_pi = [0.3 * math.log(x) for x in pi]
+        assert bonus[row].item() == pytest.approx(0.7 * max(log_pi[action[row]], -0.8))
+        assert policy[row].tolist() == pytest.approx(pi)
+        assert entropy[row].item() == pytest.approx(-sum(p * x for p, x in zip(pi, log_pi, strict=True)))
+
+
+def test_a_soft_value_is_the_scaled_logsumexp():
+    """Sum of pi (q - tau log pi) = tau log sum exp(q / tau): what Munchausen bootstraps from (alpha 0: soft DQN)."""
+    q = randn(16, 5)
+    policy, entropy = soft_policy(q, 0.3)
+    torch.testing.assert_close(expect(q, policy) + entropy, 0.3 * torch.logsumexp(q / 0.3, dim=1))
+
+
+def test_one_action():
+    """Nothing to choose: the policy is sure, its log and its entropy are 0."""
+    q, action = tensor([2.0], [3.0]), torch.zeros(2, dtype=torch.int64)
+    assert q_learning_target(tensor(1.0, 1.0), tensor(1.0, 1.0), select(q, action)).tolist() == [3.0, 4.0]
+    policy, entropy = soft_policy(q, 0.03)
+    assert policy.tolist() == [[1.0], [1.0]]
+    assert entropy.tolist() == [0.0, 0.0]
+    assert munchausen_bonus(q, action, 0.9, 0.03, -1.0).tolist() == [0.0, 0.0]

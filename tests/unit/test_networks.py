@@ -56,6 +56,41 @@ def test_auto_torso(shape, stack, is_image, parameters):
     assert sum(p.numel() for p in made.parameters()) == parameters
 
 
+def conv(inputs, outputs, kernel=3):
+    return kernel * kernel * inputs * outputs + outputs
+
+
+@pytest.mark.parametrize(("frame", "stack", "left"), [((84, 84), 4, 11 * 11), ((10, 10, 4), 1, 2 * 2)])
+def test_impala_torso(frame, stack, left):
+    """Sections of 16, 32, 32 filters: one convolution, a pool that halves, two blocks of two convolutions."""
+    made = network(frame, stack, is_image=True, torso="impala", hidden=(256,))
+    sections = sum(conv(i, o) + 4 * conv(o, o) for i, o in ((4, 16), (16, 32), (32, 32)))
+    head = 32 * left * 256 + 256 + 256 * 4 + 4
+    assert sum(p.numel() for p in made.parameters()) == sections + head
+    assert made.q_values(torch.zeros(2, *((stack,) if stack > 1 else ()), *frame)).shape == (2, 4)
+
+
+@pytest.mark.parametrize("torso", ["minatar", "impala"])
+def test_layer_norm_of_convolutions(torso):
+    """Before every ReLU: however large what goes in, what comes out is not."""
+    made = network((10, 10, 4), is_image=True, torso=torso, hidden=(16,), layer_norm=True)
+    kinds = [type(module).__name__ for module in made.modules()]
+    assert kinds.count("GroupNorm") + kinds.count("LayerNorm") == kinds.count("ReLU")
+    assert made(1e4 * torch.randn(3, 10, 10, 4)).abs().max() < 100
+
+
+@pytest.mark.parametrize(
+    ("hidden", "shared"),
+    [((), 6), ((8,), 8), ((8, 5), 8), ((8, 5, 3), 5)],
+    ids=["none", "one", "two", "three"],
+)
+def test_the_last_hidden_layer_is_the_heads(hidden, shared):
+    """But for an MLP of one layer, which would have no torso left."""
+    made = network((6,), hidden=hidden)
+    assert made.torso.features == shared
+    assert made.torso(torch.zeros(2, 6)).shape == (2, shared)
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.float32])
 def test_q_values_of_any_dtype(dtype):
     made = network((84, 84), 4, True, hidden=(16,))

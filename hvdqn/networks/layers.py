@@ -1,0 +1,104 @@
+"""What torsos and heads are built of: fully connected layers, plain, normalised or noisy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hvdqn.config import NetworkConfig
+
+
+class NoisyLinear(nn.Module):
+    """A linear layer with learned, factorised Gaussian noise on its weights (Fortunato et al. 2018, eq. 9-11).
+
+        y = (mu_w + sigma_w * e_out e_in^T) x + mu_b + sigma_b * e_out,   e = sgn(n) sqrt|n|,  n ~ N(0, 1)
+
+    Each pass draws its noise anew from torch's generator, one draw for the whole batch; in evaluation there is none.
+
+    Args:
+        sigma: sigma_0 of the paper: the noise begins at sigma / sqrt(inputs).
+    """
+
+    def __init__(self, inputs: int, outputs: int, sigma: float) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(inputs)
+        self.weight = nn.Parameter(torch.empty(outputs, inputs).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(outputs).uniform_(-bound, bound))
+        self.weight_sigma = nn.Parameter(torch.full((outputs, inputs), sigma * bound))
+        self.bias_sigma = nn.Parameter(torch.full((outputs,), sigma * bound))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """`[rows, inputs]` to `[rows, outputs]`."""
+        mean = functional.linear(inputs, self.weight, self.bias)
+        if not self.training:
+            return mean
+        # Scaling what goes in and what comes out is the same as noise on each weight, without a matrix of it.
+        noise_out, noise_in = (self._noise(size) for size in self.weight.shape)
+        return mean + noise_out * functional.linear(inputs * noise_in, self.weight_sigma, self.bias_sigma)
+
+    def _noise(self, size: int) -> Tensor:
+        normal = torch.randn(size, dtype=self.weight.dtype, device=self.weight.device)
+        return normal.sign() * normal.abs().sqrt()
+
+
+def hidden_layers(inputs: int, hidden: Sequence[int], config: NetworkConfig, noisy: bool) -> list[nn.Module]:
+    """Fully connected layers with ReLU, normalised before it if asked (Ba et al. 2016)."""
+    layers: list[nn.Module] = []
+    for units in hidden:
+        layers.append(linear(inputs, units, config, noisy))
+        if config.layer_norm:
+            layers.append(nn.LayerNorm(units))
+        layers.append(nn.ReLU())
+        inputs = units
+    return layers
+
+
+def linear(inputs: int, outputs: int, config: NetworkConfig, noisy: bool) -> nn.Module:
+    """One fully connected layer."""
+    return NoisyLinear(inputs, outputs, config.noisy_sigma) if noisy else nn.Linear(inputs, outputs)
+
+
+def make_streams(
+    features: int, hidden: Sequence[int], actions: int, outputs: tuple[int, ...], config: NetworkConfig
+) -> nn.Module:
+    """From features `[rows, features]` to what a head says of each action, `[rows, actions, *outputs]`.
+
+    Args:
+        features: width of what comes in.
+        hidden: units of the hidden layers, of which each dueling stream has its own.
+        actions: number of actions.
+        outputs: shape of what is said of an action; (): one number.
+        config: whether streams duel, whether layers are noisy or normalised.
+    """
+
+    def stream(*shape: int) -> nn.Sequential:
+        layers = hidden_layers(features, hidden, config, config.noisy)
+        last = linear(hidden[-1] if hidden else features, math.prod(shape), config, config.noisy)
+        return nn.Sequential(*layers, last, *([nn.Unflatten(1, shape)] if len(shape) > 1 else []))
+
+    advantage = stream(actions, *outputs)
+    return Dueling(advantage, stream(1, *outputs)) if config.dueling else advantage
+
+
+class Dueling(nn.Module):
+    """A stream for the state's value and one for the actions' advantages (Wang et al. 2016, eq. 9).
+
+        q(s, a) = v(s) + adv(s, a) - mean_a' adv(s, a')
+
+    Where more than one number is said of an action, each of them duels alone (Hessel et al. 2018).
+    """
+
+    def __init__(self, advantage: nn.Module, value: nn.Module) -> None:
+        super().__init__()
+        self.advantage = advantage
+        self.value = value
+
+    def forward(self, features: Tensor) -> Tensor:
+        """`[rows, features]` to `[rows, actions, ...]`."""
+        advantage: Tensor = self.advantage(features)
+        value: Tensor = self.value(features)
+        return value + advantage - advantage.mean(dim=1, keepdim=True)

@@ -1,0 +1,198 @@
+"""Torsos: from an observation to features. `--torso module:attribute` names a class of your own.
+
+    # wide.py, on PYTHONPATH or where the job is started: --torso wide:Wide --hidden 256
+    from torch import nn
+
+    class Wide(nn.Sequential):
+        # Called with the shape of one observation: (planes of all stacked frames, H, W), or (numbers,) of a vector.
+        # It takes floats [batch, *shape], bytes scaled to [0, 1], and gives [batch, features].
+        def __init__(self, shape):
+            channels, height, width = shape
+            super().__init__(nn.Conv2d(channels, 64, 3), nn.ReLU(), nn.Flatten())
+
+The layers of `--hidden` follow it, then the head. Anything may be in it but batch norm, whose statistics would differ
+between ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hvdqn.config import NetworkConfig, UserError, import_attribute
+from hvdqn.networks.layers import hidden_layers
+
+
+class Images(nn.Module):
+    """Raw image observations as the float planes that convolutions take.
+
+    Frames `[batch, (stack,) H, W]`, `[batch, (stack,) H, W, C]` or `[batch, (stack,) C, H, W]`, the last two told
+    apart by which end is smaller, become `[batch, stack x C, H, W]`; uint8 is scaled to [0, 1].
+    """
+
+    def __init__(self, frame_shape: Sequence[int], frame_stack: int) -> None:
+        super().__init__()
+        shape = tuple(frame_shape)
+        self.channels_last = len(shape) == 3 and shape[2] < shape[0]
+        height_width = shape if len(shape) == 2 else shape[:2] if self.channels_last else shape[1:]
+        self.channels_per_frame = 1 if len(shape) == 2 else shape[2] if self.channels_last else shape[0]
+        self.planes = (frame_stack * self.channels_per_frame, *height_width)
+
+    def forward(self, observation: Tensor) -> Tensor:
+        """`[batch, (stack,) *frame]` raw to `[batch, planes, H, W]` float."""
+        if self.channels_last:
+            observation = observation.movedim(-1, -3)
+        return observation.reshape(-1, *self.planes)
+
+
+class Torso(nn.Sequential):
+    """From a float observation `[batch, ...]` to features `[batch, features]`."""
+
+    def __init__(self, features: int, *layers: nn.Module) -> None:
+        super().__init__(*layers)
+        self.features = features
+
+
+# (filters, kernel, stride) of each convolution: Mnih et al. 2015, Methods; Young and Tian 2019, section 4.
+CONVOLUTIONS = {"nature": ((32, 8, 4), (64, 4, 2), (64, 3, 1)), "minatar": ((16, 3, 1),)}
+# Filters of each section: Espeholt et al. 2018, figure 3, the large architecture.
+IMPALA = (16, 32, 32)
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def make_torso(
+    config: NetworkConfig, frame_shape: Sequence[int], frame_stack: int, is_image: bool
+) -> tuple[Torso, tuple[int, ...]]:
+    """The torso that the configuration names, or that the observation asks for, and the hidden layers left to the head.
+
+    The last hidden layer is the head's, so that dueling streams and noise have one of their own, and IQN joins its
+    fractions before it. Of an MLP with a single layer that would leave nothing, so there the torso keeps it.
+
+    Raises:
+        UserError: the torso does not take such observations.
+    """
+    name = config.torso if config.torso != "auto" else _fitting(frame_shape, is_image)
+    if name == "mlp":
+        body = Torso(frame_stack * math.prod(frame_shape), nn.Flatten())
+    elif ":" in name:
+        body = _users(name, frame_shape, frame_stack, is_image)
+    elif not is_image:
+        raise UserError(
+            f"--torso {name} needs images, observations are {tuple(frame_shape)}; use --torso mlp"
+        )
+    elif name == "impala":
+        body = _impala(Images(frame_shape, frame_stack), config.layer_norm)
+    else:
+        body = _convolutions(Images(frame_shape, frame_stack), name, config.layer_norm)
+    shared = max(len(config.hidden) - 1, 1 if name == "mlp" else 0)
+    mine, heads = config.hidden[:shared], config.hidden[shared:]
+    layers = hidden_layers(body.features, mine, config, noisy=False)
+    return Torso(mine[-1] if mine else body.features, *body, *layers), heads
+
+
+def _fitting(frame_shape: Sequence[int], is_image: bool) -> str:
+    if not is_image:
+        return "mlp"
+    return "nature" if min(Images(frame_shape, 1).planes[1:]) >= 36 else "minatar"
+
+
+def _norm(channels: int, layer_norm: bool) -> list[nn.Module]:
+    # Over all channels and places of an image at once, as LayerNorm does over units.
+    return [nn.GroupNorm(1, channels)] if layer_norm else []
+
+
+def _convolutions(images: Images, name: str, layer_norm: bool) -> Torso:
+    channels, height, width = images.planes
+    modules: list[nn.Module] = [images]
+    for filters, kernel, stride in CONVOLUTIONS[name]:
+        if min(height, width) < kernel:
+            raise UserError(
+                f"--torso {name} cannot take an image of {images.planes[1]} x {images.planes[2]}; "
+                f"use --torso minatar or mlp, or resize it with a --wrapper"
+            )
+        modules += [
+            nn.Conv2d(channels, filters, kernel, stride),
+            *_norm(filters, layer_norm),
+            nn.ReLU(),
+        ]
+        channels, height, width = filters, (height - kernel) // stride + 1, (width - kernel) // stride + 1
+    return Torso(channels * height * width, *modules, nn.Flatten())
+
+
+class Residual(nn.Module):
+    """x + conv(relu(conv(relu(x)))), 3 x 3: one block of IMPALA's network (Espeholt et al. 2018, figure 3)."""
+
+    def __init__(self, channels: int, layer_norm: bool) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for _ in range(2):
+            layers += [
+                *_norm(channels, layer_norm),
+                nn.ReLU(),
+                nn.Conv2d(channels, channels, 3, padding=1),
+            ]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, planes: Tensor) -> Tensor:
+        """`[batch, channels, H, W]` to the same shape."""
+        out: Tensor = planes + self.layers(planes)
+        return out
+
+
+def _impala(images: Images, layer_norm: bool) -> Torso:
+    channels, height, width = images.planes
+    modules: list[nn.Module] = [images]
+    for filters in IMPALA:
+        modules += [
+            nn.Conv2d(channels, filters, 3, padding=1),
+            nn.MaxPool2d(3, stride=2, padding=1),
+            Residual(filters, layer_norm),
+            Residual(filters, layer_norm),
+        ]
+        channels, height, width = filters, (height + 1) // 2, (width + 1) // 2
+    return Torso(channels * height * width, *modules, *_norm(channels, layer_norm), nn.ReLU(), nn.Flatten())
+
+
+def _users(path: str, frame_shape: Sequence[int], frame_stack: int, is_image: bool) -> Torso:
+    """A class of the user's own, called with the shape of one observation; `--hidden` layers follow it.
+
+    Raises:
+        UserError: it cannot be imported, is no module, or does not map such observations to features.
+    """
+    build: Callable[[tuple[int, ...]], nn.Module] = import_attribute(path, "--torso")
+    stack = (frame_stack,) if frame_stack > 1 else ()
+    images = [Images(frame_shape, frame_stack)] if is_image else []
+    shape = images[0].planes if images else (*stack, *frame_shape)
+    try:
+        module = build(shape)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"--torso '{path}' cannot be made for observations of shape {shape}: {' '.join(str(error).split())}"
+        ) from error
+    if not isinstance(module, nn.Module):
+        raise UserError(f"--torso '{path}' gave a {type(module).__name__}; it must be a torch.nn.Module")
+    if any(isinstance(part, BATCH_NORMS) for part in module.modules()):
+        raise UserError(
+            f"--torso '{path}' has batch norm, whose statistics would differ between ranks; use LayerNorm or GroupNorm"
+        )
+    return Torso(_width(module, shape, path), *images, module)
+
+
+def _width(module: nn.Module, shape: tuple[int, ...], path: str) -> int:
+    """How many features a user's module gives, by asking it."""
+    with torch.no_grad():
+        try:
+            features = module(torch.zeros(2, *shape))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"--torso '{path}' does not take floats of shape [batch, {', '.join(map(str, shape))}]: "
+                f"{' '.join(str(error).split())}"
+            ) from error
+    if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != 2:
+        said = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        raise UserError(f"--torso '{path}' gave {said} for a batch of 2; it must give [batch, features]")
+    return features.shape[1]

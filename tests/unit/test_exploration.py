@@ -1,0 +1,136 @@
+"""Exploration over ranks: the same schedule for all, a ladder over the environments of the job, softmax draws."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hvdqn import train
+from hvdqn.acting import Epsilons, epsilon_greedy, ladder, softmax_actions
+from hvdqn.comm.local import LocalComm
+from hvdqn.config import Config, ExplorationConfig, UserError, check_world, parse
+from hvdqn.metrics import PhaseTimer
+from hvdqn.parts import build_parts
+
+CPU = torch.device("cpu")
+
+
+def test_ladder_by_hand():
+    """0.4 ^ (1 + 7 i / (N - 1)) for N = 8: exponents 1 to 8 (Horgan et al. 2018)."""
+    expected = [0.4**exponent for exponent in range(1, 9)]
+    assert ladder(ExplorationConfig(), 8).tolist() == pytest.approx(expected)
+    assert ladder(ExplorationConfig(ladder_epsilon=0.5, ladder_alpha=2.0), 3).tolist() == [0.5, 0.25, 0.125]
+
+
+@pytest.mark.parametrize(("size", "envs"), [(1, 8), (2, 4), (4, 2), (8, 1), (3, 5)])
+def test_the_ranks_share_one_ladder(size, envs):
+    config = ExplorationConfig(exploration="ladder")
+    ranks = [Epsilons(config, envs, rank, size) for rank in range(size)]
+    everyone = np.concatenate([rank.at(123) for rank in ranks])
+    rungs = ladder(config, size * envs)
+    np.testing.assert_array_equal(np.sort(everyone)[::-1], rungs)
+    for rank in ranks:
+        assert len(rank.at(0)) == envs
+        assert rank.mean(0) == pytest.approx(rungs.mean())
+        if envs > 1:  # every shard of replay is filled by greedy and by exploring environments
+            assert rank.at(0).max() >= rungs[size - 1]
+            assert rank.at(0).min() <= rungs[-size]
+
+
+@pytest.mark.parametrize(
+    ("size", "envs", "greediest"), [(1, 8, 2), (2, 4, 2), (4, 16, 16), (1, 2, 1), (2, 1, 1)]
+)
+def test_the_greediest_quarter_of_a_ladder_is_told_apart(size, envs, greediest):
+    config = ExplorationConfig(exploration="ladder")
+    ranks = [Epsilons(config, envs, rank, size) for rank in range(size)]
+    epsilon = np.concatenate([rank.at(0) for rank in ranks])
+    picked = np.concatenate([rank.greediest for rank in ranks])
+    assert picked.sum() == greediest
+    assert epsilon[picked].max() < epsilon[~picked].min()
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("linear", 0.55), ("softmax", 0.55), ("noisy", 0.0)])
+def test_others_are_alike_in_all_environments(kind, expected):
+    config = ExplorationConfig(
+        exploration=kind, epsilon_start=1.0, epsilon_end=0.1, exploration_env_steps=1_000
+    )
+    for rank in range(2):
+        epsilons = Epsilons(config, 3, rank, 2)
+        assert epsilons.at(500).tolist() == pytest.approx([expected] * 3)
+        assert epsilons.mean(500) == pytest.approx(expected)
+        assert not epsilons.greediest.any()
+
+
+def test_a_ladder_needs_two_rungs():
+    config = Config().replace(exploration="ladder", envs_per_rank=1)
+    with pytest.raises(UserError, match=r"--exploration ladder .* raise --envs-per-rank"):
+        check_world(config, size=1)
+    check_world(config, size=2)
+
+
+def test_each_environment_explores_by_its_own_epsilon():
+    epsilon = np.array([0.0, 0.1, 0.5, 1.0])
+    rng, rounds = np.random.default_rng(0), 10_000
+    explored = np.array([epsilon_greedy(np.full(4, -1), epsilon, 10**6, rng) >= 0 for _ in range(rounds)])
+    deviation = np.sqrt(epsilon * (1 - epsilon) / rounds)
+    assert (np.abs(explored.mean(axis=0) - epsilon) <= 4 * deviation).all()
+
+
+class Fixed:
+    """A network of known q-values."""
+
+    def __init__(self, q):
+        self.q = torch.tensor(q)
+
+    def q_values(self, observation):
+        return self.q.expand(len(observation), -1)
+
+
+def test_softmax_draws_in_proportion():
+    """q / T = log 1, log 2, log 5: odds of 1 : 2 : 5."""
+    network, rng = Fixed([0.0, 0.5 * np.log(2.0), 0.5 * np.log(5.0)]), np.random.default_rng(0)
+    actions = softmax_actions(network, np.zeros((80_000, 1), np.float32), CPU, 0.5, rng)
+    assert np.abs(np.bincount(actions) - [10_000, 20_000, 50_000]).max() < 4 * np.sqrt(50_000 * 3 / 8)
+
+
+def test_a_cold_softmax_is_greedy_and_does_not_overflow():
+    actions = softmax_actions(
+        Fixed([1e4, -1e4, 9e3]), np.zeros((1_000, 1), np.float32), CPU, 1e-3, np.random.default_rng(0)
+    )
+    assert (actions == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["linear", "ladder", "noisy", "softmax"])
+def test_the_actor_explores_as_asked(kind):
+    flags = ["--exploration", kind, "--epsilon-start", "0", "--epsilon-end", "0", "--ladder-epsilon", "1"]
+    flags += ["--temperature", "1000", "--noisy" if kind == "noisy" else "--no-noisy", "--noisy-sigma", "5"]
+    parts = build_parts(parse([*flags, "--ladder-alpha", "0"]), LocalComm(), PhaseTimer())
+    parts.actor.start()
+    seen = np.array([parts.actor.choose(parts.epsilons.at(0)) for _ in range(40)])  # of one observation
+    parts.envs.close()
+    varied = (seen != seen[0]).any()
+    assert varied == (kind != "linear")
+
+
+@pytest.mark.parametrize("kind", ["linear", "ladder"])
+def test_returns_of_the_greediest_are_logged_apart(kind, tmp_path: Path):
+    argv = [
+        "--preset",
+        "smoke",
+        "--total-env-steps",
+        "600",
+        "--eval-episodes",
+        "1",
+        "--run-dir",
+        str(tmp_path),
+    ]
+    assert train.main([*argv, "--exploration", kind]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert any("episode_return_mean" in row for row in rows)
+    assert any("greediest_return_mean" in row for row in rows) == (kind == "ladder")
+    mean = ladder(ExplorationConfig(), 8).mean() if kind == "ladder" else 1 - 0.95 * 0.6
+    assert next(row["epsilon"] for row in rows if row["env_steps"] == 600) == pytest.approx(mean)

@@ -1,0 +1,330 @@
+"""Any two switches together make parts that act and learn, or are refused with a reason."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import textwrap
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+import hvdqn.networks.torsos
+from hvdqn.comm.local import LocalComm
+from hvdqn.config import UserError, parse, preset_config
+from hvdqn.learner import REPORTED
+from hvdqn.metrics import PhaseTimer
+from hvdqn.parts import build_parts, importance_at
+from hvdqn.presets import JOINED, PRESETS
+from hvdqn.replay import PrioritizedSampler
+from tests.unit.test_train import run
+
+VECTOR = ["--env", "CartPole-v1"]
+IMAGE = ["--env", "tests.unit.scripted_envs:ObservesImage-v0"]
+TINY = [
+    *("--envs-per-rank", "2", "--batch-per-rank", "8", "--replay-capacity", "400", "--learning-starts", "20"),
+    *("--hidden", "16", "8", "--quantiles", "8", "--iqn-samples", "8", "--iqn-target-samples", "8"),
+    *("--iqn-policy-samples", "4", "--atoms", "11"),
+]
+
+SWITCHES = {
+    "double": "--double",
+    "no double": "--no-double",
+    "dueling": "--dueling",
+    "n-step": "--n-step 3",
+    "prioritized": "--replay prioritized",
+    "noisy": "--noisy",
+    "noise explores": "--noisy --exploration noisy",
+    "ladder": "--exploration ladder",
+    "softmax": "--exploration softmax",
+    "c51": "--head c51",
+    "qr": "--head qr",
+    "iqn": "--head iqn",
+    "munchausen": "--munchausen --no-double",
+    "mse": "--loss mse",
+    "layer norm": "--layer-norm",
+    "rmsprop": "--optimizer rmsprop",
+    "tau": "--target-tau 0.1",
+    "bf16": "--precision bf16",
+    "mlp": "--torso mlp",
+    "minatar": "--torso minatar",
+    "impala": "--torso impala",
+    "own torso": "--torso tests.unit.test_parts:Own",
+}
+# Two that choose the same thing: the later flag would win.
+ALTERNATIVES = (
+    ("double", "no double", "munchausen"),
+    ("noise explores", "ladder", "softmax", "noisy"),
+    ("c51", "qr", "iqn"),
+    ("mlp", "minatar", "impala", "own torso"),
+)
+REFUSED = {
+    ("c51", "munchausen"): "--munchausen is not defined for --head c51",
+    ("c51", "mse"): "--loss mse has no meaning for --head c51",
+    ("qr", "mse"): "--loss mse has no meaning for --head qr",
+    ("iqn", "mse"): "--loss mse has no meaning for --head iqn",
+}
+
+
+class Idle(gym.Env):
+    """There is one thing to do."""
+
+    observation_space = gym.spaces.Box(-1, 1, (3,), np.float32)
+    action_space = gym.spaces.Discrete(1)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        return self.observation_space.sample(), 0.5, bool(self.np_random.random() < 0.3), False, {}
+
+
+gym.register("Idle-v0", Idle)
+
+
+class Own(torch.nn.Module):
+    """A user's torso, which says nothing of its width."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.linear = torch.nn.Linear(torch.Size(shape).numel(), 12)
+
+    def forward(self, observation):
+        return torch.tanh(self.linear(observation.flatten(1)))
+
+
+def learn(argv: list[str], updates: int = 3) -> None:
+    """Act until replay can be drawn from, and take some updates; all of it must stay finite."""
+    config = parse([*TINY, *argv])
+    parts = build_parts(config, LocalComm(), PhaseTimer())
+    began = parts.learner.parameters.detach().clone()
+    try:
+        parts.replay.start(parts.actor.start())
+        for _ in range(8):
+            actions = parts.actor.choose(parts.epsilons.at(parts.clock.env_steps))
+            parts.replay.add(actions, parts.actor.step(actions))
+            parts.clock.tick()
+        for _ in range(updates):
+            batch = parts.replay.sample(
+                config.replay.batch_per_rank, importance_at(config, 1, parts.clock.env_steps)
+            )
+            parts.learner.begin_update(batch, (0.0,) * len(REPORTED))
+            parts.replay.update(*parts.learner.finish_update())
+    finally:
+        parts.envs.close()
+    assert parts.learner.skipped_updates == 0
+    assert parts.learner.parameters.isfinite().all()
+    assert not torch.equal(parts.learner.parameters, began)
+    assert parts.learner.drain()["loss"] >= 0
+
+
+PAIRS = [
+    pair
+    for pair in itertools.combinations(SWITCHES, 2)
+    if not any(set(pair) <= set(group) for group in ALTERNATIVES)
+]
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=" + ".join)
+def test_any_two_switches(pair):
+    argv = [word for name in pair for word in SWITCHES[name].split()]
+    reason = REFUSED.get(pair)
+    if reason:
+        with pytest.raises(UserError, match=reason):
+            parse([*TINY, *argv])
+        return
+    images = {"minatar", "impala"} & set(pair)
+    learn([*(IMAGE if images else VECTOR), *argv])
+
+
+@pytest.mark.parametrize("head", ["scalar", "c51", "qr", "iqn"])
+def test_all_switches_at_once(head):
+    learn([*VECTOR, *f"--head {head} --double --dueling --n-step 3 --replay prioritized --noisy".split()])
+    if head != "c51":
+        images = "--torso impala --frame-stack 2 --exploration softmax --layer-norm --munchausen --no-double"
+        learn([*IMAGE, *f"--head {head} --dueling --n-step 3 --replay prioritized --noisy {images}".split()])
+
+
+@pytest.mark.parametrize("head", ["scalar", "c51", "qr", "iqn"])
+def test_one_action(head):
+    flags = f"--env tests.unit.test_parts:Idle-v0 --head {head} --dueling --exploration softmax"
+    learn(flags.split())
+    if head != "c51":
+        learn([*flags.split(), "--munchausen", "--no-double"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--munchausen", "--no-double"),
+        ("--munchausen --no-double --munchausen-clip 0.5", "--munchausen-clip is 0.5; it must be 0 or less"),
+        ("--exploration noisy", "needs the noise of --noisy"),
+        ("--head c51 --v-min 3 --v-max 3", "--v-min 3 to --v-max 3"),
+        ("--head c51 --atoms 1", "at least 2 atoms"),
+        ("--head qr --quantiles 0", "--quantiles is 0; it must be at least 1"),
+        ("--torso natur", "unknown --torso 'natur'; did you mean 'nature'"),
+        ("--priority-alpha 1.5", "--priority-alpha is 1.5; it must be within [0, 1]"),
+        ("--temperature 0", "--temperature is 0.0; it must be above 0"),
+    ],
+)
+def test_what_cannot_be_right_is_refused(flags, words):
+    with pytest.raises(UserError) as refused:
+        parse(flags.split())
+    assert words in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+# A user's own torso
+
+
+class Normalised(torch.nn.Sequential):
+    def __init__(self, shape):
+        super().__init__(torch.nn.Linear(shape[0], 8), torch.nn.BatchNorm1d(8))
+
+
+class Narrow(torch.nn.Linear):
+    def __init__(self, shape):
+        super().__init__(3, 8)
+
+
+class Unflat(torch.nn.Identity):
+    def __init__(self, shape):
+        super().__init__()
+
+    def forward(self, observation):
+        return observation[0]
+
+
+class Pixels(torch.nn.Conv2d):
+    def __init__(self, shape):
+        channels, _, _ = shape
+        super().__init__(channels, 4, 3)
+
+
+def not_a_module(shape):
+    return shape
+
+
+@pytest.mark.parametrize(
+    ("torso", "words"),
+    [
+        ("no_such_module:Torso", "cannot import 'no_such_module'"),
+        ("tests.unit.test_parts:Absent", "has no 'Absent'"),
+        ("tests.unit.test_parts:", "not of the form module:attribute"),
+        ("tests.unit.test_parts:not_a_module", "gave a tuple; it must be a torch.nn.Module"),
+        ("tests.unit.test_parts:Normalised", "batch norm, whose statistics would differ between ranks"),
+        ("tests.unit.test_parts:Narrow", "does not take floats of shape [batch, 4]"),
+        ("tests.unit.test_parts:Unflat", "gave (4,) for a batch of 2; it must give [batch, features]"),
+        ("tests.unit.test_parts:Pixels", "cannot be made for observations of shape (4,)"),
+    ],
+)
+def test_a_torso_that_does_not_fit_is_refused(torso, words):
+    with pytest.raises(UserError) as refused:
+        build_parts(parse([*TINY, *VECTOR, "--torso", torso]), LocalComm(), PhaseTimer())
+    assert words in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_the_documented_torso_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The example of `hvdqn.networks.torsos`, word for word, in a file of its own."""
+    text = hvdqn.networks.torsos.__doc__
+    assert text is not None
+    example = textwrap.dedent(text[text.index("    # wide.py") : text.index("The layers of")])
+    assert len(example.strip().splitlines()) <= 10
+    (tmp_path / "wide.py").write_text(example)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "wide", None)
+    monkeypatch.delitem(sys.modules, "wide")
+    learn([*IMAGE, "--torso", "wide:Wide", "--hidden", "256"])
+    learn([*IMAGE, "--torso", "wide:Wide", "--frame-stack", "2", "--head", "iqn"])
+
+
+# Presets
+
+
+def test_joined_presets_take_what_is_tuned_for_the_two():
+    for first, second in JOINED:
+        for names in (f"{first},{second}", f"{second},{first}"):
+            flat = preset_config(names).flat()
+            for name, value in JOINED[first, second].items():
+                assert flat[name] == value
+    both = preset_config("atari,rainbow")
+    assert both.environment.env == PRESETS["atari"]["env"]
+    assert both.network.head == "c51"
+
+
+@pytest.mark.parametrize("algorithm", ["dqn", "double-dueling", "rainbow", "iqn", "m-iqn"])
+@pytest.mark.parametrize("first", [True, False])
+def test_algorithms_join_environments_in_any_order(algorithm, first):
+    """Neither touches what the other is about: the parts are the algorithm's, the rest the environment's."""
+    for environment in ("cartpole", "acrobot", "mountaincar", "lunarlander", "minatar", "atari"):
+        names = [algorithm, environment] if first else [environment, algorithm]
+        config = parse(["--preset", ",".join(names)])
+        for part in ("head", "replay", "dueling", "noisy", "munchausen", "exploration"):
+            assert config.flat()[part] == PRESETS[algorithm][part], part
+        assert config.environment.env == PRESETS[environment]["env"]
+
+
+# Prioritized replay
+
+
+def test_beta_rises_to_one_over_global_env_steps():
+    flags = "--replay prioritized --priority-beta 0.4 --total-env-steps 1000 --replay-capacity 600"
+    config = parse([*flags.split(), "--learning-starts", "100"])
+    for env_steps, beta, n in ((0, 0.4, 1), (500, 0.7, 500), (1_000, 1.0, 600), (1_008, 1.0, 600)):
+        importance = importance_at(config, 4, env_steps)
+        assert (importance.beta, importance.n_global, importance.size) == (pytest.approx(beta), n, 4)
+
+
+def test_td_errors_of_an_update_become_priorities():
+    config = parse([*TINY, *VECTOR, "--replay", "prioritized", "--priority-alpha", "1"])
+    parts = build_parts(config, LocalComm(), PhaseTimer())
+    parts.replay.start(parts.actor.start())
+    for _ in range(20):
+        actions = parts.actor.choose(1.0)
+        parts.replay.add(actions, parts.actor.step(actions))
+    batch = parts.replay.sample(8)
+    parts.learner.begin_update(batch, (0.0,) * len(REPORTED))
+    rows, td_errors = parts.learner.finish_update()
+    parts.replay.update(rows, td_errors)
+    at, held = parts.replay.ring.redeem(rows)
+    assert held.all()
+    assert isinstance(parts.replay.sampler, PrioritizedSampler)
+    mass = parts.replay.sampler._tree.mass[at]
+    assert mass == pytest.approx(td_errors + 1e-6, rel=1e-4)
+    parts.envs.close()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (
+            "--head",
+            "iqn",
+            "--noisy",
+            "--replay",
+            "prioritized",
+            "--iqn-samples",
+            "8",
+            "--iqn-target-samples",
+            "8",
+        ),
+        ("--exploration", "softmax", "--replay", "prioritized", "--n-step", "3"),
+    ],
+    ids=["iqn noisy", "softmax"],
+)
+def test_a_resumed_run_ends_with_the_same_bits(flags, tmp_path: Path):
+    """Noise, fractions, priorities and the draws from all of them go on where the checkpoint was."""
+    flags = (*flags, "--checkpoint-every", "320", "--total-env-steps", "640")
+    whole = run(tmp_path, *flags)
+    (tmp_path / "checkpoints" / "latest").unlink()
+    newest = sorted(entry for entry in (tmp_path / "checkpoints").iterdir() if entry.name.isdigit())
+    assert [int(entry.name) for entry in newest] == [320, 640]
+    for path in newest[-1].iterdir():
+        path.unlink()
+    newest[-1].rmdir()
+    assert run(tmp_path, *flags)["param_sha256"] == whole["param_sha256"]
