@@ -127,6 +127,8 @@ find_python() {
     if [[ -n ${HVDQN_VENV:-} || -x $venv/bin/python ]]; then
         python=$venv/bin/python
         [[ -x $python ]] || die 2 "no Python at $python; run launch/setup.sh, or set HVDQN_VENV to another environment"
+        venv=$(cd -- "$venv" && pwd) # absolute: it is named on other hosts
+        python=$venv/bin/python
         export PATH=$venv/bin:$PATH
     else
         python=$(command -v python3) || die 2 "no .venv in $repo and no python3 in PATH; run launch/setup.sh"
