@@ -142,6 +142,7 @@ class Job:
         cwd: str | Path | None,
     ) -> None:
         self.np = np
+        self._without_launcher = command[0] == sys.executable
         self._id = uuid.uuid4().hex
         self._timeout = timeout
         # Files, not pipes: nothing blocks when nobody reads, and a test can look while the job runs.
@@ -261,7 +262,8 @@ class Job:
         for name in _RANK_VARIABLES:
             if name in environment:
                 return int(environment[name])
-        return 0 if process.pid == self._process.pid else None
+        # Not the process of torchrun or horovodrun: these are scripts of the same Python.
+        return 0 if self._without_launcher and process.pid == self._process.pid else None
 
 
 _LIBC = ctypes.CDLL(None)
