@@ -29,7 +29,6 @@ SETTINGS = (
     "--eval-episodes",
     "2",
 )
-REPLAYS: dict[str, tuple[str, ...]] = {"uniform": ()}
 ENVIRONMENTS = {
     "native": ("--env", "CartPole-v1"),
     "sync": ("--env", "Acrobot-v1"),
@@ -67,23 +66,22 @@ def recorded(run_dir: Path) -> list[dict[str, Any]]:
     ]
 
 
-@pytest.mark.parametrize("replay", REPLAYS)
 @pytest.mark.parametrize(
-    ("launcher", "np", "environment", "n_step", "kill_after"),
+    ("launcher", "np", "environment", "replay", "n_step", "kill_after"),
     [
-        ("python", 1, "native", 1, [500, 1000, 1500]),
-        ("python", 1, "native", 3, [1000]),
-        ("python", 1, "sync", 1, [500]),
-        ("python", 1, "minatar", 3, [1000]),
-        ("mpirun", 2, "native", 3, [1000]),
-        ("horovodrun-gloo", 2, "sync", 1, [500]),
-        ("torchrun", 2, "minatar", 1, [1500]),
+        ("python", 1, "native", "uniform", 1, [500, 1000, 1500]),
+        ("python", 1, "native", "prioritized", 3, [1000]),
+        ("python", 1, "sync", "prioritized", 1, [500]),
+        ("python", 1, "minatar", "uniform", 3, [1000]),
+        ("mpirun", 2, "native", "prioritized", 3, [1000]),
+        ("horovodrun-gloo", 2, "sync", "uniform", 3, [500]),
+        ("torchrun", 2, "minatar", "prioritized", 1, [1500]),
     ],
 )
 def test_a_killed_run_ends_as_if_it_had_not_been(
-    tmp_path, launcher, np, environment, n_step, kill_after, replay
+    tmp_path, launcher, np, environment, replay, n_step, kill_after
 ):
-    flags = (*SETTINGS, *ENVIRONMENTS[environment], *REPLAYS[replay], "--n-step", str(n_step))
+    flags = (*SETTINGS, *ENVIRONMENTS[environment], "--replay", replay, "--n-step", str(n_step))
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     with begin(launcher, np, whole, *flags) as job:
         said = train_killed(launcher, np, killed, flags, kill_after)
@@ -129,10 +127,20 @@ def test_environments_of_another_build_begin_new_episodes(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("launcher", "before", "now"), [("mpirun", 2, 1), ("torchrun", 1, 2), ("mpirun", 2, 3)]
+    ("launcher", "before", "now", "replay"),
+    [("mpirun", 2, 1, "uniform"), ("torchrun", 1, 2, "uniform"), ("mpirun", 2, 3, "prioritized")],
 )
-def test_another_world_size_goes_on_without_a_step_back(tmp_path, launcher, before, now):
-    flags = ("--lr-scaling", "none", "--exploration-env-steps", str(LENGTH), "--checkpoint-every", str(EVERY))
+def test_another_world_size_goes_on_without_a_step_back(tmp_path, launcher, before, now, replay):
+    flags = (
+        "--replay",
+        replay,
+        "--lr-scaling",
+        "none",
+        "--exploration-env-steps",
+        str(LENGTH),
+        "--checkpoint-every",
+        str(EVERY),
+    )
     with begin(launcher, before, tmp_path, *flags) as job:
         wait_for_checkpoint(job, tmp_path, LENGTH // 2)
         kill_ranks(job)
