@@ -76,18 +76,25 @@ start_on_hosts() {
 
 # The code of the first torchrun to fail; the others then have a while to end.
 await_hosts() {
-    local running=("${launched[@]}") failed=0 deadline=0 i
+    local running=("${launched[@]}") failed=0 deadline=0 ended=0 i
     while ((${#running[@]})); do
         sleep 0.2
         for i in "${!running[@]}"; do
             ! kill -0 "${running[i]}" 2>/dev/null || continue
             await "${running[i]}"
             unset "running[i]"
-            if ((code && !failed)); then
-                failed=$code deadline=$((SECONDS + grace_seconds))
+            if ((code == 255)); then
+                printf '%s: error: lost the connection to host %s\n' "$me" "${names[i]}" >&2
+                code=1
             fi
+            # A killed rank (> 128) tells more than those that miss it (1).
+            if ((code && !failed)) || ((code > 128 && failed == 1 && !ended)); then
+                failed=$code
+            fi
+            ((!failed || deadline)) || deadline=$((SECONDS + grace_seconds))
         done
-        if ((failed && SECONDS > deadline && ${#running[@]})); then
+        if ((failed && SECONDS > deadline && !ended && ${#running[@]})); then
+            ended=1 # once: at a second one torchrun would leave its ranks behind
             kill -TERM "${running[@]}" 2>/dev/null || true
         fi
     done
