@@ -66,7 +66,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "lr_final": 0.05,
         "exploration_env_steps": 8_000,
         "epsilon_end": 0.04,
-        "target_tau": 0.01,
+        "target_tau": 0.005,
         "target_every": 1_000,
         "eval_every": 10_000,
         "checkpoint_every": 10_000,
