@@ -30,7 +30,8 @@ logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
 try:
     main(sys.argv[1:])
 except ChildFailedError as error:
-    rank, failure = error.get_first_failure()
+    # Ranks that miss a killed one fail in the same moment: what was killed (a code below 0) tells more.
+    rank, failure = min(error.failures.items(), key=lambda item: (item[1].exitcode >= 0, item[1].timestamp))
     code = failure.exitcode
     code = code if code >= 0 else 128 - code
     if code not in (2, 75):  # of those hvdqn has said all
