@@ -170,7 +170,7 @@ class ElasticWorld:
             )
         self._missing = [rank for rank in range(self._plan[1]) if rank not in present]
         self._connected = True
-        os.environ.update(_place(self._plan[0], present))
+        os.environ.update(place_among(self._plan[0], present))
         comm = HorovodComm("cpu", over_mpi=False)
         comm.why = "elastic, started by horovodrun"
         if comm.size != len(present):
@@ -247,7 +247,7 @@ class ElasticWorld:
         raise LaunchError(f"horovodrun does not answer at {address[0]}:{address[1]} ({failure})")
 
 
-def _place(rank: int, present: Mapping[int, str]) -> dict[str, str]:
+def place_among(rank: int, present: Mapping[int, str]) -> dict[str, str]:
     """The variables that tell Horovod where `rank` of a plan stands among those present, each with its host."""
     members = sorted(present)
     hosts = [present[member] for member in members]

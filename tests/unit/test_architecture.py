@@ -22,6 +22,7 @@ LAYERS = (
     {"bench", "evaluate", "export", "resume"},
     {"train"},
     {"elastic"},
+    {"elastic"},
     {"__main__"},
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
