@@ -176,7 +176,7 @@ class LearningConfig:
     target_every: int = 1_000
     """Global env steps between hard target syncs, each of which also checks the ranks for drift."""
     target_tau: float = 1.0
-    """Below 1: the target follows by this share at every update, in place of hard copies."""
+    """Below 1: in place of hard copies the target follows, by this share at every update of the reference batch."""
     max_skipped_updates: int = 10
     """Updates skipped in a row for a non-finite gradient before the run gives up."""
 

@@ -128,6 +128,8 @@ class Learner:
             parameter.grad = view
         k = batch_factor(config, comm.size * batch_per_rank, batch_per_rank)
         self.optimizer = make_optimizer(config, self.parameters, k)
+        # k times fewer updates must not make the target k times slower in env steps.
+        self.target_tau = 1.0 - (1.0 - config.target_tau) ** k
         self.totals = torch.zeros(len(REPORTED) + len(LEARNED), dtype=torch.float64)
         self.done = 0.0
         self.updates_summed = 0
@@ -232,8 +234,8 @@ class Learner:
             self.gradient.mul_(factor)
         self.optimizer.param_groups[0]["lr"] = self.lr
         self.optimizer.step()
-        if self.config.target_tau < 1.0:
-            self.target_parameters.lerp_(self.parameters.data, self.config.target_tau)
+        if self.target_tau < 1.0:
+            self.target_parameters.lerp_(self.parameters.data, self.target_tau)
 
     def exchange(self, report: Sequence[float]) -> None:
         """Send only the trailer: reports and votes must not wait for learning to start."""

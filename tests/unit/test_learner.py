@@ -179,6 +179,9 @@ def test_hard_sync_copies_and_tau_follows():
     update(soft, make_batch())
     torch.testing.assert_close(soft.target_parameters, 0.75 * began + 0.25 * soft.parameters.data)
 
+    # Twice the batch, half the updates: one of them does what two would have done, 1 - 0.75^2.
+    assert make_learner(target_tau=0.25, lr_reference_batch=8).target_tau == pytest.approx(0.4375)
+
 
 def test_state_round_trip_continues_bit_for_bit():
     first, second = make_learner(), make_learner()
