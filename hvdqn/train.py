@@ -27,6 +27,7 @@ from hvdqn import __version__
 from hvdqn.checkpoint import LEARNER, Checkpoint, Checkpoints
 from hvdqn.comm import Comm, LaunchError, connect, launcher_rank
 from hvdqn.config import Config, UserError, check_world, parse, write_config
+from hvdqn.envs import find_spec
 from hvdqn.evaluate import Evaluator
 from hvdqn.faults import (
     EXIT_FAILED,
@@ -442,6 +443,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     stop = StopSignal()
     try:
         config = parse(sys.argv[1:] if argv is None else argv)
+        find_spec(config.environment.env)  # before connecting, which takes seconds
         comm = connect(config.parallel.comm, device_kind(config))
     except (UserError, LaunchError) as error:
         return refuse(str(error), launcher_rank())
