@@ -3,7 +3,8 @@
 No container engine and no registry are needed. The first build takes some minutes, most of them for Horovod; what it
 fetched and compiled is kept in ~/.cache/hvdqn/test-image, as the cache mount of an engine would keep it.
 
-It takes some ten minutes, so it is asked for by HVDQN_TEST_IMAGE=1. HVDQN_TEST_CUDA_BUILD=1 adds the GPU variant of Horovod: several GB of wheels, no GPU.
+It takes some ten minutes, so it is asked for by HVDQN_TEST_IMAGE=1. HVDQN_TEST_CUDA_BUILD=1 adds the GPU variant of
+Horovod: several GB of wheels, no GPU.
 """
 
 from __future__ import annotations
