@@ -126,43 +126,43 @@ def test_environments_of_another_build_begin_new_episodes(tmp_path):
     assert summary(tmp_path)["updates"] == (800 - 8 - 200) // 4  # what the last step owes is not taken
 
 
-@pytest.mark.parametrize(
-    ("launcher", "before", "now", "replay"),
-    [("mpirun", 2, 1, "uniform"), ("torchrun", 1, 2, "uniform"), ("mpirun", 2, 3, "prioritized")],
-)
-def test_another_world_size_goes_on_without_a_step_back(tmp_path, launcher, before, now, replay):
-    flags = (
-        "--replay",
-        replay,
-        "--lr-scaling",
-        "none",
-        "--exploration-env-steps",
-        str(LENGTH),
-        "--checkpoint-every",
-        str(EVERY),
-    )
-    with begin(launcher, before, tmp_path, *flags) as job:
-        wait_for_checkpoint(job, tmp_path, LENGTH // 2)
-        kill_ranks(job)
-    resumed_at = max(saved(tmp_path))
-    result = train(launcher, now, tmp_path, *flags, "--resume", "must")
+def test_other_world_sizes_go_on_without_a_step_back(tmp_path):
+    flags = ("--lr-scaling", "none", "--exploration-env-steps", str(LENGTH), "--checkpoint-every", str(EVERY))
+    flags += ("--checkpoint-keep", "10", "--replay", "prioritized")
+    worlds = [("mpirun", 2), ("python", 1), ("mpirun", 3)]
+    stops = [0]
+    for launcher, np in worlds[:-1]:
+        with begin(launcher, np, tmp_path, *flags) as job:
+            wait_for_checkpoint(job, tmp_path, stops[-1] + EVERY)
+            kill_ranks(job)
+            assert job.output().count("2 ranks before, 1 now: replay is dealt anew") == (np == 1)
+        stops.append(max(saved(tmp_path)))
+    result = train(*worlds[-1], tmp_path, *flags, "--resume", "must")
     assert result.returncode == 0, result
-    ranks = f"{before} rank{'s' * (before > 1)} before, {now} now: replay is dealt anew"
-    assert result.stdout.count(ranks) == 1, result
+    assert result.stdout.count("1 rank before, 3 now: replay is dealt anew") == 1, result
+    assert [world_of(tmp_path, env_steps) for env_steps in stops[1:]] == [2, 1]
+
     lines = recorded(tmp_path)
     for name in ("env_steps", "updates", "skipped_updates", "lr"):
         values = [line[name] for line in lines if name in line]
         assert values == sorted(values), name
     epsilons = [line["epsilon"] for line in lines if "epsilon" in line]
     assert epsilons == sorted(epsilons, reverse=True)
-    checkpoint = json.loads((tmp_path / "checkpoints" / f"{resumed_at:012d}" / "manifest.json").read_text())
-    assert checkpoint["world_size"] == before
-    # As many updates as are owed at the old batch, then at the new one: none missed, none made up for.
-    per_update = {size: size * 32 // 8 for size in (before, now)}
-    owed = (resumed_at - 200) / per_update[before] + (LENGTH - resumed_at) / per_update[now]
-    assert abs(summary(tmp_path)["updates"] - owed) <= 3
+    # As many updates as are owed at each batch: none missed, none made up for.
+    per_update = [np * 32 // 8 for _, np in worlds]
+    owed = sum(
+        (end - begun) / n
+        for begun, end, n in zip([200, *stops[1:]], [*stops[1:], LENGTH], per_update, strict=True)
+    )
+    assert abs(summary(tmp_path)["updates"] - owed) <= 6
     logged = [line["updates"] for line in lines if "loss" in line]
-    assert max(b - a for a, b in pairwise(logged)) <= 200 / min(per_update.values()) + 7
+    assert max(b - a for a, b in pairwise(logged)) <= (200 + 24) / min(per_update) + 2
+
+
+def world_of(run_dir: Path, env_steps: int) -> int:
+    manifest = run_dir / "checkpoints" / f"{env_steps:012d}" / "manifest.json"
+    size: int = json.loads(manifest.read_text(encoding="utf-8"))["world_size"]
+    return size
 
 
 def test_without_replay_it_fills_before_the_next_update(tmp_path):
