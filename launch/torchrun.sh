@@ -23,12 +23,15 @@ own_flag() {
 # torchrun ends every failed job with a long report and 1. This says in one line what happened, with the rank's own code.
 readonly torchrun='
 import logging, socket, sys
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 
 logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
 try:
     main(sys.argv[1:])
+except SignalException as error:
+    sys.exit(128 + error.sigval)
 except ChildFailedError as error:
     # Ranks that miss a killed one fail in the same moment: what was killed (a code below 0) tells more.
     rank, failure = min(error.failures.items(), key=lambda item: (item[1].exitcode >= 0, item[1].timestamp))
