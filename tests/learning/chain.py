@@ -41,5 +41,20 @@ def optimal_q() -> np.ndarray:
     return q[:-1]
 
 
+def munchausen_q(alpha: float, temperature: float, clip: float) -> np.ndarray:
+    """`[states - 1, 2]`: where Munchausen's backup (Vieillard et al. 2020, eq. 1) no longer changes anything."""
+    q = np.zeros((STATES, 2))
+    for _ in range(2000):
+        log_policy = (q - q.max(axis=1, keepdims=True)) / temperature
+        log_policy -= np.log(np.exp(log_policy).sum(axis=1, keepdims=True))
+        v = (np.exp(log_policy) * (q - temperature * log_policy)).sum(axis=1)
+        v[-1] = 0.0
+        bonus = alpha * np.clip(temperature * log_policy, clip, 0.0)
+        for s in range(STATES - 1):
+            q[s, 0] = (LURE if s == 0 else 0.0) + GAMMA * v[max(s - 1, 0)] + bonus[s, 0]
+            q[s, 1] = (PRIZE if s + 1 == STATES - 1 else 0.0) + GAMMA * v[s + 1] + bonus[s, 1]
+    return q[:-1]
+
+
 # 12 steps: most random walks are truncated. Treating that as an end would spoil every value.
 gym.register("Chain-v0", Chain, max_episode_steps=12)

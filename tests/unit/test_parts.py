@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import hvdqn.networks.torsos
+from hvdqn import train
 from hvdqn.comm.local import LocalComm
 from hvdqn.config import UserError, parse, preset_config
 from hvdqn.learner import REPORTED
@@ -328,3 +329,5 @@ def test_a_resumed_run_ends_with_the_same_bits(flags, tmp_path: Path):
         path.unlink()
     newest[-1].rmdir()
     assert run(tmp_path, *flags)["param_sha256"] == whole["param_sha256"]
+    other_network = ("--dueling", "--preset", "smoke", "--run-dir", str(tmp_path))
+    assert train.main([*flags, *other_network]) == 2
