@@ -155,7 +155,7 @@ class LearningConfig:
     """Munchausen: of the softmax policy, in units of return."""
     munchausen_clip: float = -1.0
     """Munchausen: the least that the log-policy times its temperature counts."""
-    optimizer: Literal["adam", "rmsprop"] = "adam"
+    optimizer: Literal["adam", "rmsprop", "sgd"] = "adam"
     """Optimizer, over one flat tensor."""
     lr: float = 2.5e-4
     """Learning rate at the reference batch."""

@@ -17,6 +17,7 @@ from hvdqn.comm import Comm
 from hvdqn.config import LearningConfig
 from hvdqn.losses import expect, munchausen_bonus, select, soft_policy
 from hvdqn.networks import QNetwork
+from hvdqn.optimizers import SGD, Adam, Optimizer, RMSProp
 from hvdqn.replay import Batch
 from hvdqn.sync import Sync
 
@@ -68,16 +69,18 @@ def learning_rate(config: LearningConfig, global_batch: int, batch_per_rank: int
     return config.lr * (1.0 + (factor - 1.0) * warm) * decayed
 
 
-def make_optimizer(config: LearningConfig, flat: nn.Parameter, k: float) -> torch.optim.Optimizer:
-    """Adam, or RMSProp centred as in Mnih et al. 2015, over the one flat tensor.
+def make_optimizer(config: LearningConfig, parameters: Tensor, gradient: Tensor, k: float) -> Optimizer:
+    """The optimizer of the configuration.
 
     Adam's epsilon of distributional losses is 0.01 / batch (Bellemare et al. 2017), also of a global batch (Stooke and
     Abbeel 2018): hence its scaling by 1 / k, with k the `batch_factor`.
     """
     eps = config.optimizer_eps / k if config.optimizer_eps_scaling == "inverse" else config.optimizer_eps
     if config.optimizer == "adam":
-        return torch.optim.Adam([flat], lr=config.lr, eps=eps, fused=True)
-    return torch.optim.RMSprop([flat], lr=config.lr, alpha=0.95, eps=eps, centered=True)
+        return Adam(parameters, gradient, eps)
+    if config.optimizer == "rmsprop":
+        return RMSProp(parameters, gradient, eps)
+    return SGD(parameters, gradient)
 
 
 class NonFiniteError(RuntimeError):
@@ -114,20 +117,19 @@ class Learner:
         self.timer, self.device, self.autocast = timer, device, autocast
         network.to(device)
         self.target = network.target_copy()
-        self.parameters = nn.Parameter(flatten_parameters(network, device))
+        self.parameters = flatten_parameters(network, device)
         self.target_parameters = flatten_parameters(self.target, device)
         # The gradient and its trailer are one tensor, so they travel as one message.
         n, slots = self.parameters.numel(), [len(REPORTED), len(LEARNED), comm.size, comm.size]
         self.message = torch.zeros(n + sum(slots), dtype=self.parameters.dtype, device=device)
         self.gradient, self.trailer = self.message[:n], self.message[n:]
         self.reported, self.learned, self.largest_weights, self.spoilt = torch.split(self.trailer, slots)
-        self.parameters.grad = self.gradient
         for parameter, view in zip(
             network.parameters(), _views(self.message, list(network.parameters())), strict=True
         ):
             parameter.grad = view
         k = batch_factor(config, comm.size * batch_per_rank, batch_per_rank)
-        self.optimizer = make_optimizer(config, self.parameters, k)
+        self.optimizer = make_optimizer(config, self.parameters, self.gradient, k)
         # k times fewer updates must not make the target k times slower in env steps.
         self.target_tau = 1.0 - (1.0 - config.target_tau) ** k
         self.totals = torch.zeros(len(REPORTED) + len(LEARNED), dtype=torch.float64)
@@ -137,8 +139,8 @@ class Learner:
         self.skipped_in_a_row = 0
         self.grad_norm = 0.0
         self.stop_voted = False
-        comm.broadcast_(self.parameters.data)
-        self.target_parameters.copy_(self.parameters.data)
+        comm.broadcast_(self.parameters)
+        self.target_parameters.copy_(self.parameters)
 
     def begin_update(self, batch: Batch | None, report: Sequence[float], done: float = 1.0) -> None:
         """Compute this rank's gradient and launch the exchange.
@@ -232,10 +234,9 @@ class Learner:
         factor = (limit / norm if limit and norm > limit else 1.0) / largest
         if factor != 1.0:
             self.gradient.mul_(factor)
-        self.optimizer.param_groups[0]["lr"] = self.lr
-        self.optimizer.step()
+        self.optimizer.step(self.lr)
         if self.target_tau < 1.0:
-            self.target_parameters.lerp_(self.parameters.data, self.target_tau)
+            self.target_parameters.lerp_(self.parameters, self.target_tau)
 
     def exchange(self, report: Sequence[float]) -> None:
         """Send only the trailer: reports and votes must not wait for learning to start."""
@@ -251,7 +252,7 @@ class Learner:
         The comparison is bit for bit, NaNs included, and comes at no cost but the broadcast's. Where most ranks
         agree, those that differ from them are returned, rank 0 or not.
         """
-        mine = self.parameters.data
+        mine = self.parameters
         incoming = mine.clone()
         with self.timer.during("comm"):
             self.comm.broadcast_(incoming)
@@ -283,7 +284,7 @@ class Learner:
 
     def sha256(self) -> str:
         """Digest of the online parameters' bytes."""
-        return hashlib.sha256(self.parameters.data.cpu().numpy().tobytes()).hexdigest()
+        return hashlib.sha256(self.parameters.cpu().numpy().tobytes()).hexdigest()
 
     def counters(self) -> dict[str, Any]:
         """What was counted: kept in a checkpoint, so that a resumed run goes on counting."""
@@ -303,21 +304,16 @@ class Learner:
 
     def state(self) -> dict[str, Tensor]:
         """Tensors that a checkpoint keeps: both networks and the optimizer's moments."""
-        moments = self.optimizer.state.get(self.parameters, {})
         return {
-            "online": self.parameters.data,
+            "online": self.parameters,
             "target": self.target_parameters,
-            **{f"optimizer.{name}": value for name, value in moments.items()},
+            **{f"optimizer.{name}": value for name, value in self.optimizer.moments().items()},
         }
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Put back what `state` gave."""
-        self.parameters.data.copy_(state["online"])
-        self.target_parameters.copy_(state["target"])
-        moments = {name[10:]: value for name, value in state.items() if name.startswith("optimizer.")}
-        if moments:
-            # `step` of Adam lives where its moments live when fused.
-            self.optimizer.state[self.parameters] = {k: v.to(self.device) for k, v in moments.items()}
+        for name, tensor in self.state().items():
+            tensor.copy_(state[name])
 
     def _abstain(self, report: Sequence[float]) -> None:
         """Take part in the exchange without a gradient."""

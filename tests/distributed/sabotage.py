@@ -155,7 +155,7 @@ def _wrap_finish() -> None:
         told = finish(self)
         calls += 1
         if self.comm.rank == 1 and calls == 20:
-            self.parameters.data.numpy().view(np.uint8)[4 * 123] ^= 1
+            self.parameters.numpy().view(np.uint8)[4 * 123] ^= 1
         return told
 
     Learner.finish_update = flips  # type: ignore[method-assign]

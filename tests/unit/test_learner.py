@@ -79,7 +79,7 @@ def update(learner, batch):
 
 def test_parameters_and_gradients_are_views_of_flat_tensors():
     learner = make_learner()
-    learner.parameters.data.fill_(0.5)
+    learner.parameters.fill_(0.5)
     assert all((p == 0.5).all() for p in learner.online.parameters())
     learner.backward(make_batch())
     flat = torch.cat([p.grad.reshape(-1) for p in learner.online.parameters()])
@@ -88,7 +88,7 @@ def test_parameters_and_gradients_are_views_of_flat_tensors():
 
 
 @pytest.mark.parametrize("double", [False, True])
-@pytest.mark.parametrize("optimizer", ["adam", "rmsprop"])
+@pytest.mark.parametrize("optimizer", ["adam", "rmsprop", "sgd"])
 def test_updates_equal_plain_pytorch(double, optimizer):
     """The flat, in-place learner against textbook code on an ordinary network."""
     learner = make_learner(double=double, optimizer=optimizer, max_grad_norm=0.5, loss="mse")
@@ -97,6 +97,7 @@ def test_updates_equal_plain_pytorch(double, optimizer):
     kinds = {
         "adam": lambda p: torch.optim.Adam(p, lr=1e-3, eps=1e-8),
         "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-3, alpha=0.95, eps=1e-8, centered=True),
+        "sgd": lambda p: torch.optim.SGD(p, lr=1e-3),
     }
     reference = kinds[optimizer](plain.parameters())
     for seed in range(20):
@@ -114,7 +115,7 @@ def test_updates_equal_plain_pytorch(double, optimizer):
         torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
         reference.step()
     expected = torch.nn.utils.parameters_to_vector(plain.parameters())
-    torch.testing.assert_close(learner.parameters.data, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(learner.parameters, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_learning_lowers_the_loss_on_one_batch():
@@ -172,12 +173,12 @@ def test_hard_sync_copies_and_tau_follows():
     update(hard, make_batch())
     assert torch.equal(hard.target_parameters, began)
     assert hard.sync_target() == []
-    assert torch.equal(hard.target_parameters, hard.parameters.data)
+    assert torch.equal(hard.target_parameters, hard.parameters)
 
     soft = make_learner(target_tau=0.25)
     began = soft.target_parameters.clone()
     update(soft, make_batch())
-    torch.testing.assert_close(soft.target_parameters, 0.75 * began + 0.25 * soft.parameters.data)
+    torch.testing.assert_close(soft.target_parameters, 0.75 * began + 0.25 * soft.parameters)
 
     # Twice the batch, half the updates: one of them does what two would have done, 1 - 0.75^2.
     assert make_learner(target_tau=0.25, lr_reference_batch=8).target_tau == pytest.approx(0.4375)
@@ -284,7 +285,7 @@ def test_double_lets_the_online_network_choose_and_the_target_value(head):
     learner = make_learner(network=NetworkConfig(hidden=(32,), head=head, **SMALL_HEADS), double=True)
     plain = make_learner(network=NetworkConfig(hidden=(32,), head=head, **SMALL_HEADS), double=False)
     assert torch.equal(plain.target_parameters, learner.target_parameters)
-    learner.parameters.data.add_(0.3 * torch.randn(learner.parameters.shape))
+    learner.parameters.add_(0.3 * torch.randn(learner.parameters.shape))
     batch = make_batch(64)
     tensors = [
         torch.from_numpy(getattr(batch, name))
@@ -332,8 +333,8 @@ def test_epsilon_of_the_optimizer_follows_the_global_batch():
     fixed, follows = (
         make_ranks(4, **settings, optimizer_eps_scaling=scaling)[0] for scaling in ("none", "inverse")
     )
-    assert fixed.optimizer.param_groups[0]["eps"] == pytest.approx(0.01 / 16)
-    assert follows.optimizer.param_groups[0]["eps"] == pytest.approx(0.01 / 64)
+    assert fixed.optimizer.eps == pytest.approx(0.01 / 16)
+    assert follows.optimizer.eps == pytest.approx(0.01 / 64)
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ HERE = {
     "unknown flag": wrong("--learnin-starts 3", "'--learnin-starts'", "did you mean", "--learning-starts"),
     "flag without value": wrong("--lr", "--lr"),
     "value of another type": wrong("--lr fast", "--lr", "fast"),
-    "none of the choices": wrong("--optimizer sgd", "sgd", "adam", "rmsprop"),
+    "none of the choices": wrong("--optimizer lion", "lion", "adam", "rmsprop", "sgd"),
     "stray word": wrong("cartpole", "cartpole"),
     "unknown preset": wrong("--preset cartpol", "unknown preset 'cartpol'", "did you mean 'cartpole'", "atari"),
     "continuous actions": wrong(
