@@ -1,4 +1,4 @@
-"""The `hvdqn` command: train, eval and plot. Each is imported only when it is called."""
+"""The `hvdqn` command: train, eval, bench and plot. Each is imported only when it is called."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "train": ("hvdqn.train", "train a network; under a launcher, on all its ranks"),
     "eval": ("hvdqn.evaluate", "play a trained network greedily"),
+    "bench": ("hvdqn.bench", "what training costs on this machine, and where the time goes"),
     "plot": ("hvdqn.plot", "draw learning curves of one or many runs"),
 }
 

@@ -52,6 +52,7 @@ from hvdqn.seeds import rank_seeds
 POLL_ITERATIONS = 8
 
 T = TypeVar("T", bound="Training")
+Work = Callable[[Config, Comm, StopSignal, PhaseTimer], int]
 
 
 class Training:
@@ -131,10 +132,11 @@ class Training:
         with self.timer.during("comm"):
             self.comm.barrier()
 
-    def run(self) -> None:
-        """Step, remember, learn, until the env steps are spent or a rank was told to stop."""
+    def run(self, until_env_steps: int | None = None) -> None:
+        """Step, remember, learn, until there were this many env steps (the run's) or a rank was told to stop."""
+        total = self.config.run.total_env_steps if until_env_steps is None else until_env_steps
         self.learner.exchange(self.report())  # a rank may have been told before the start
-        while self.clock.env_steps < self.config.run.total_env_steps and not self.learner.stop_voted:
+        while self.clock.env_steps < total and not self.learner.stop_voted:
             travelling = self.begin_updates()
             self.act()  # while the gradients travel
             if travelling:
@@ -190,7 +192,7 @@ class Training:
         actions = self.actor.choose(self.parts.epsilons.at(self.clock.env_steps))
         self.timer.start("env")
         step = self.actor.step(actions)
-        self.timer.start("sample")
+        self.timer.start("add")
         self.replay.add(actions, step)
         self.clock.tick()
 
@@ -438,8 +440,13 @@ def start(
     return training
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of every rank; returns the exit code."""
+def main(argv: Sequence[str] | None = None, work: Work = train) -> int:
+    """Entry point of every rank; returns the exit code.
+
+    Args:
+        argv: the flags; those of this process if None.
+        work: what the ranks do together.
+    """
     stop = StopSignal()
     try:
         config = parse(sys.argv[1:] if argv is None else argv)
@@ -449,7 +456,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return refuse(str(error), launcher_rank())
     timer = PhaseTimer()
     try:
-        return train_and_leave(config, comm, stop, timer)
+        return work_and_leave(work, config, comm, stop, timer)
     except Exception as error:
         told = traceback.format_exc()
         if timer.phase == "comm":  # the rank that failed tells more
@@ -460,10 +467,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         comm.abort(EXIT_FAILED)
 
 
-def train_and_leave(config: Config, comm: Comm, stop: StopSignal, timer: PhaseTimer) -> int:
+def work_and_leave(work: Work, config: Config, comm: Comm, stop: StopSignal, timer: PhaseTimer) -> int:
     """Train, or say what is wrong where all ranks found it; all leave the job together."""
     try:
-        code = train(config, comm, stop, timer)
+        code = work(config, comm, stop, timer)
     except UserError as error:
         code = refuse(str(error), comm.rank)
     except (DriftError, NonFiniteError) as error:

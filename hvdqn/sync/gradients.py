@@ -31,5 +31,5 @@ class Gradients:
         learner.timer.start("comm")
         self.handle.wait()
         self.handle = None
-        learner.timer.start("compute")
+        learner.timer.start("optimizer")
         learner.step()

@@ -19,10 +19,9 @@ LAYERS = (
     {"checkpoint", "faults", "sync"},
     {"acting", "learner"},
     {"parts"},
-    {"bench", "evaluate", "export", "resume"},
+    {"evaluate", "export", "resume"},
     {"train"},
-    {"elastic"},
-    {"elastic"},
+    {"bench", "elastic"},
     {"__main__"},
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}

@@ -1,0 +1,234 @@
+"""`hvdqn bench loop`: time the training loop itself, on all ranks of a job. The other benchmarks start it.
+
+Evaluations, checkpoints and records are left out, and so is what comes before the loop: imports, building the parts.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+from hvdqn import train
+from hvdqn.bench.report import Parser, print_table, write_json
+from hvdqn.comm import Comm, launcher_rank
+from hvdqn.config import Config, UserError, check_world
+from hvdqn.faults import EXIT_FINISHED, StopSignal
+from hvdqn.metrics import PHASES, PhaseTimer
+from hvdqn.train import Training, check_same_config, start
+
+PROG = "hvdqn bench loop"
+WARM_UP_ITERATIONS = 100
+ROUNDS = 4
+
+
+@dataclass(frozen=True)
+class Span:
+    """What a stretch of the loop took on this rank."""
+
+    iterations: int
+    updates: int
+    wall_seconds: float
+    seconds: dict[str, float]
+    """By phase."""
+
+    def __add__(self, other: Span) -> Span:
+        return Span(
+            self.iterations + other.iterations,
+            self.updates + other.updates,
+            self.wall_seconds + other.wall_seconds,
+            {phase: self.seconds[phase] + other.seconds[phase] for phase in self.seconds},
+        )
+
+
+@dataclass(frozen=True)
+class Loop:
+    """How fast the loop ran. Rates are global; seconds are means over ranks."""
+
+    env: str
+    preset: str
+    comm: str
+    world_size: int
+    envs_per_rank: int
+    batch_per_rank: int
+    parameters: int
+    replay_bytes_per_transition: float
+    env_steps: int
+    updates: int
+    wall_seconds: float
+    env_steps_per_second: float
+    updates_per_second: float
+    seconds_per_iteration: dict[str, float]
+    """By phase. One iteration is one step of every environment and the updates that it made due. `comm_exposed` is what
+    a rank waits for others; `comm_hidden` travels behind other work, and all but it sum to the iteration."""
+
+
+def run_span(training: Training, iterations: int, overlap: bool) -> Span:
+    """Run the loop for so many iterations; a collective call."""
+    training.config = training.config.replace(overlap=overlap)
+    clock, timer = training.clock, training.timer
+    training.comm.barrier()  # nobody's time holds another's lateness from before
+    updates, before, began = clock.updates, timer.seconds(), time.perf_counter()
+    training.run(clock.env_steps + iterations * clock.envs)
+    wall_seconds, after = time.perf_counter() - began, timer.seconds()
+    seconds: dict[str, float] = {phase: after[phase] - before[phase] for phase in PHASES}
+    return Span(iterations, clock.updates - updates, wall_seconds, seconds)
+
+
+def measure(training: Training, seconds: float) -> Loop:
+    """Time the loop after learning has started; a collective call.
+
+    Hidden communication is the time from an allreduce's launch to its arrival, less what a rank waited for it. No
+    engine says when a message arrived. Without overlap a rank launches and waits at once, so that what it waits then
+    is the time from launch to arrival. Stretches with and without overlap take turns: both see the same machine.
+
+    Args:
+        training: begun.
+        seconds: of wall time, about.
+    """
+    clock, overlap = training.clock, training.config.parallel.overlap
+    run_span(training, clock.learning_starts // clock.envs + 1, overlap)
+    warm = run_span(training, WARM_UP_ITERATIONS, overlap)
+    paired = overlap and training.comm.size > 1
+    pace = warm.wall_seconds / warm.iterations
+    # Rank 0's choice, for the ranks' watches differ.
+    iterations = training.comm.broadcast_object(max(int(seconds / ROUNDS / (1 + paired) / pace), 1))
+    timed, waiting = [], []
+    for _ in range(ROUNDS):
+        timed.append(run_span(training, iterations, overlap))
+        if paired:
+            waiting.append(run_span(training, iterations, overlap=False))
+    return summarise(training, timed, waiting)
+
+
+def whole_run(training: Training) -> Loop:
+    """Time all env steps of the run, those before learning starts too; a collective call."""
+    iterations = -(-training.config.run.total_env_steps // training.clock.envs)
+    return summarise(training, [run_span(training, iterations, training.config.parallel.overlap)], [])
+
+
+def summarise(training: Training, timed: Sequence[Span], waiting: Sequence[Span]) -> Loop:
+    """The mean over ranks of what they timed; a collective call.
+
+    Args:
+        training: what ran.
+        timed: as it is meant to run.
+        waiting: the same without overlap; none where nothing overlaps.
+    """
+    comm, config, learner = training.comm, training.config, training.learner
+    total = sum(timed[1:], timed[0])
+    mine = {phase: total.seconds[phase] / total.iterations for phase in total.seconds}
+    mine["comm_exposed"], mine["comm_hidden"] = mine.pop("comm"), 0.0
+    if waiting:
+        waited = sum(waiting[1:], waiting[0])
+        mine["comm_hidden"] = max(waited.seconds["comm"] / waited.iterations - mine["comm_exposed"], 0.0)
+    ranks = comm.all_gather_object((total.wall_seconds, mine))
+    wall_seconds = sum(seconds for seconds, _ in ranks) / comm.size
+    env_steps = total.iterations * training.clock.envs
+    ring = training.replay.ring
+    return Loop(
+        env=config.environment.env,
+        preset=config.preset,
+        comm=comm.name,
+        world_size=comm.size,
+        envs_per_rank=config.environment.envs_per_rank,
+        batch_per_rank=config.replay.batch_per_rank,
+        parameters=learner.parameters.numel(),
+        replay_bytes_per_transition=ring.nbytes / (config.replay.replay_capacity // comm.size),
+        env_steps=env_steps,
+        updates=total.updates,
+        wall_seconds=wall_seconds,
+        env_steps_per_second=env_steps / wall_seconds,
+        updates_per_second=total.updates / wall_seconds,
+        seconds_per_iteration={p: sum(seconds[p] for _, seconds in ranks) / comm.size for p in mine},
+    )
+
+
+def prepared(config: Config, comm: Comm, whole: bool) -> Config:
+    """The run without what is not timed; but for whole runs learning starts as soon as a few minibatches are there.
+
+    Raises:
+        UserError: not enough replay for this many ranks.
+    """
+    config = config.replace(
+        eval_every=0, checkpoint_every=0, checkpoint_replay="no", log_every=0, resume="never"
+    )
+    if not whole:
+        filled = 10 * comm.size * config.replay.batch_per_rank
+        config = config.replace(learning_starts=min(config.replay.learning_starts, filled))
+    check_same_config(config, comm)
+    check_world(config, comm.size)
+    return config
+
+
+def time_loop(
+    seconds: float, whole: bool, json: Path, config: Config, comm: Comm, stop: StopSignal, timer: PhaseTimer
+) -> int:
+    """Build the parts, time the loop, print and write what was found; returns the exit code."""
+    config = prepared(config, comm, whole)
+    with tempfile.TemporaryDirectory(prefix="hvdqn-bench-") as folder:
+        run_dir = Path(comm.broadcast_object(folder))
+        training = start(Training, config, comm, run_dir, stop, timer)
+        loop = whole_run(training) if whole else measure(training, seconds)
+        training.metrics.close()
+        training.parts.envs.close()
+    if comm.rank == 0:
+        show(loop)
+        write_json(json, asdict(loop))
+    return EXIT_FINISHED
+
+
+def show(loop: Loop) -> None:
+    """Print the table."""
+    phases = loop.seconds_per_iteration
+    iteration = sum(phases.values()) - phases["comm_hidden"]
+    rows = [
+        (name.replace("_", " "), f"{1e6 * seconds:,.1f}", f"{seconds / iteration:.1%}")
+        for name, seconds in phases.items()
+    ]
+    print_table(
+        f"{loop.env}, {loop.world_size} x {loop.comm}: {loop.env_steps_per_second:,.0f} env steps/s, "
+        f"{loop.updates_per_second:,.1f} updates/s; {loop.replay_bytes_per_transition:,.0f} bytes per transition",
+        ("phase", "us per iteration", "share"),
+        [*rows, ("iteration", f"{1e6 * iteration:,.1f}", "")],
+    )
+
+
+def pin_to_core() -> None:
+    """Keep this rank, and the threads that its engine will start, on one core of its own.
+
+    Raises:
+        UserError: there are more ranks on this host than cores.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    local_rank = next((int(os.environ[name]) for name in _LOCAL_RANK if name in os.environ), 0)
+    if local_rank >= len(cores):
+        raise UserError(f"--pin gives each rank a core, and this host has {len(cores)}; start fewer ranks")
+    os.sched_setaffinity(0, {cores[local_rank]})
+
+
+_LOCAL_RANK = ("HOROVOD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "LOCAL_RANK", "SLURM_LOCALID")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of every rank; returns the exit code."""
+    parser = Parser(PROG, __doc__.partition("\n")[0], "bench-loop.json")
+    parser.add_argument("--seconds", type=float, default=8.0, help="how long to measure")
+    parser.add_argument(
+        "--whole-run", action="store_true", help="time all env steps of the run, filling replay too"
+    )
+    parser.add_argument("--pin", action="store_true", help="one core for each rank and all of its threads")
+    words = sys.argv[1:] if argv is None else argv
+
+    try:
+        options, flags = parser.parse_known_args(words)
+        if options.pin:
+            pin_to_core()
+    except UserError as error:
+        return train.refuse(str(error), launcher_rank())
+    return train.main(flags, partial(time_loop, options.seconds, options.whole_run, options.json))
