@@ -20,15 +20,10 @@ from hvdqn.networks import QNetwork
 from hvdqn.optimizers import SGD, Adam, Optimizer, RMSProp
 from hvdqn.replay import Batch
 from hvdqn.sync import Sync
+from hvdqn.trailer import LEARNED, REPORTED, Trailer
 
 if TYPE_CHECKING:
     from hvdqn.metrics import PhaseTimer
-
-# What each rank adds to the trailer. Sums over ranks: votes and episodes since the last exchange, of all environments
-# and of the greediest of a ladder...
-REPORTED = ("stop", "episodes", "return_sum", "length_sum", "greediest_episodes", "greediest_return_sum")
-# ...and means over ranks: what the update saw.
-LEARNED = ("loss", "td_error", "q_mean")
 
 
 def flatten_parameters(network: nn.Module, device: torch.device) -> Tensor:
@@ -120,10 +115,9 @@ class Learner:
         self.parameters = flatten_parameters(network, device)
         self.target_parameters = flatten_parameters(self.target, device)
         # The gradient and its trailer are one tensor, so they travel as one message.
-        n, slots = self.parameters.numel(), [len(REPORTED), len(LEARNED), comm.size, comm.size]
-        self.message = torch.zeros(n + sum(slots), dtype=self.parameters.dtype, device=device)
-        self.gradient, self.trailer = self.message[:n], self.message[n:]
-        self.reported, self.learned, self.largest_weights, self.spoilt = torch.split(self.trailer, slots)
+        n = self.parameters.numel()
+        self.message = torch.zeros(n + Trailer.length(comm.size), dtype=self.parameters.dtype, device=device)
+        self.gradient, self.trailer = self.message[:n], Trailer(self.message[n:], comm.rank, comm.size)
         for parameter, view in zip(
             network.parameters(), _views(self.message, list(network.parameters())), strict=True
         ):
@@ -132,7 +126,7 @@ class Learner:
         self.optimizer = make_optimizer(config, self.parameters, self.gradient, k)
         # k times fewer updates must not make the target k times slower in env steps.
         self.target_tau = 1.0 - (1.0 - config.target_tau) ** k
-        self.totals = torch.zeros(len(REPORTED) + len(LEARNED), dtype=torch.float64)
+        self.totals = np.zeros(len(REPORTED) + len(LEARNED))
         self.done = 0.0
         self.updates_summed = 0
         self.skipped_updates = 0
@@ -156,14 +150,9 @@ class Learner:
             return
         self.rows = batch.rows
         loss, td_error, q_mean = self.backward(batch)
-        self.trailer.zero_()
-        self.reported.copy_(torch.tensor(report))
-        self.learned.copy_(torch.stack((loss, td_error, q_mean)))
-        # Each rank has a slot of its own for the largest importance weight of its minibatch...
-        self.largest_weights[self.comm.rank] = float(batch.weight.max())
-        # ...and one to own up to what would spoil everyone's gradient. An infinite reward shows in the loss alone:
-        # Huber's gradient is clipped.
-        self.spoilt[self.comm.rank] = ~torch.isfinite(self.gradient.sum() + loss)
+        self.trailer.write(report, float(batch.weight.max()))
+        # An infinite reward shows in the loss alone: Huber's gradient is clipped.
+        self.trailer.write_learned(torch.stack((loss, td_error, q_mean)), self.gradient.sum() + loss)
         self.sync.begin(self)
 
     def finish_update(self) -> tuple[NDArray[np.int64], NDArray[np.floating[Any]]]:
@@ -190,7 +179,7 @@ class Learner:
             goal = self._goal(observation, action, reward, next_observation, discount)
         output, head = self._cast(self.online, observation), self.online.head
         losses, self.td_errors = head.loss(select(output, action), goal)
-        loss = (weight * losses).mean()
+        loss = torch.dot(weight, losses) / len(losses)
         self.gradient.zero_()
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach(), self.td_errors.mean(), head.q_values(output.detach()).mean()
@@ -217,14 +206,14 @@ class Learner:
         The gradient arrives as the mean of weight x gradient over the job, and is divided by the largest weight of
         the job (Schaul et al. 2016, section 3.4): a rank that divided by its own would count its samples differently.
         """
-        spoilt = self.spoilt.cpu()  # on a GPU, the CPU waits here
-        if bool((spoilt < 0).any()):
-            self._leave_out(int((spoilt < 0).sum()))
-        largest = float(self.largest_weights.max()) * self.comm.size  # the slots were averaged with zeros
+        self.trailer.read()  # on a GPU, the CPU waits here
+        if self.trailer.absent:
+            self._leave_out(self.trailer.absent)
+        largest = self.trailer.largest_weight
         norm = float(torch.linalg.vector_norm(self.gradient)) / largest
-        finite = math.isfinite(norm) and not bool((spoilt > 0).any())
-        self.learned[0] /= largest  # the loss
-        self._read_trailer(learned=finite)
+        finite = math.isfinite(norm) and not self.trailer.spoilt
+        self.trailer.learned[0] /= largest  # the loss
+        self._count(learned=finite)
         if not finite:
             self._skip()
             return
@@ -240,11 +229,11 @@ class Learner:
 
     def exchange(self, report: Sequence[float]) -> None:
         """Send only the trailer: reports and votes must not wait for learning to start."""
-        self.trailer.zero_()
-        self.reported.copy_(torch.tensor(report))
+        self.trailer.write(report)
         with self.timer.during("comm"):
-            self.comm.allreduce_mean_async(self.trailer, name="trailer").wait()
-        self._read_trailer(learned=False)
+            self.comm.allreduce_mean_async(self.trailer.tensor, name="trailer").wait()
+        self.trailer.read()
+        self._count(learned=False)
 
     def sync_target(self) -> list[int]:
         """Make rank 0's weights everyone's target network; return the ranks whose own weights differ.
@@ -278,7 +267,7 @@ class Learner:
         values = dict(zip(REPORTED + LEARNED, self.totals.tolist(), strict=True))
         for name in LEARNED:
             values[name] = values[name] / self.updates_summed if self.updates_summed else math.nan
-        self.totals.zero_()
+        self.totals[:] = 0.0
         self.updates_summed = 0
         return values
 
@@ -297,7 +286,7 @@ class Learner:
 
     def load_counters(self, counters: Mapping[str, Any]) -> None:
         """Put back what `counters` gave."""
-        self.totals.copy_(torch.tensor(counters["totals"]))
+        self.totals[:] = counters["totals"]
         self.updates_summed = counters["updates_summed"]
         self.skipped_updates = counters["skipped_updates"]
         self.skipped_in_a_row = counters["skipped_in_a_row"]
@@ -318,8 +307,7 @@ class Learner:
     def _abstain(self, report: Sequence[float]) -> None:
         """Take part in the exchange without a gradient."""
         self.message.zero_()
-        self.reported.copy_(torch.tensor(report))
-        self.spoilt[self.comm.rank] = -1.0
+        self.trailer.write(report, absent=True)
         self.rows, self.td_errors = np.empty(0, np.int64), torch.empty(0)
         self.sync.begin(self)
 
@@ -328,23 +316,22 @@ class Learner:
         assert absent < self.comm.size, "an update is due, but no rank has anything to learn from"
         share = self.comm.size / (self.comm.size - absent)
         self.gradient.mul_(share)
-        self.learned.mul_(share)
+        self.trailer.learned *= share
 
-    def _read_trailer(self, learned: bool) -> None:
-        self.totals[: len(REPORTED)] += self.reported.double().cpu() * self.comm.size
+    def _count(self, learned: bool) -> None:
+        """Add what the trailer tells of all ranks."""
+        reported = self.trailer.reported()
+        self.totals[: len(REPORTED)] += reported
         if learned:
-            self.totals[len(REPORTED) :] += self.learned.double().cpu()
+            self.totals[len(REPORTED) :] += self.trailer.learned
             self.updates_summed += 1
-        self.stop_voted = self.stop_voted or bool(self.reported[0] > 0)
+        self.stop_voted = self.stop_voted or bool(reported[0] > 0)
 
     def _skip(self) -> None:
         self.skipped_updates += 1
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row >= self.config.max_skipped_updates:
-            ranks = (
-                ", ".join(map(str, np.flatnonzero(self.spoilt.cpu().numpy() > 0)))
-                or "none alone: only the average is not finite"
-            )
+            ranks = ", ".join(map(str, self.trailer.spoilt)) or "none alone: only the average is not finite"
             raise NonFiniteError(
                 f"{self.skipped_in_a_row} updates in a row had a gradient that is not finite; it began on rank "
                 f"{ranks}. Look for NaN or Inf in that rank's rewards and observations, or lower --lr"

@@ -22,6 +22,9 @@ class QNetwork(nn.Module):
         super().__init__()
         self.torso = torso
         self.head = head
+        self._like = [
+            next(self.parameters())
+        ]  # of the network's dtype; in a list, or it would be registered twice
 
     def forward(self, observation: Tensor) -> Tensor:
         """Raw observation `[batch, ...]` to the head's output `[batch, actions, ...]`, which losses are about."""
@@ -41,7 +44,7 @@ class QNetwork(nn.Module):
         return target
 
     def _scaled(self, observation: Tensor) -> Tensor:
-        scaled = observation.to(next(self.parameters()).dtype)
+        scaled = observation.to(self._like[0].dtype)
         return scaled / 255 if observation.dtype == torch.uint8 else scaled
 
 

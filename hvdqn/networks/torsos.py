@@ -77,7 +77,8 @@ def make_torso(
     """
     name = config.torso if config.torso != "auto" else _fitting(frame_shape, is_image)
     if name == "mlp":
-        body = Torso(frame_stack * math.prod(frame_shape), nn.Flatten())
+        flat = frame_stack == len(frame_shape) == 1
+        body = Torso(frame_stack * math.prod(frame_shape), *([] if flat else [nn.Flatten()]))
     elif ":" in name:
         body = _users(name, frame_shape, frame_stack, is_image)
     elif not is_image:
