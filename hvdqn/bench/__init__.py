@@ -12,7 +12,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-COMMANDS = ("loop",)
+COMMANDS = ("loop", "peers", "solve")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -30,7 +30,8 @@ LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 ONLY = {
     "horovod": {"comm/horovod.py"},
     "mpi4py": {"comm/mpi.py", "sync/server.py"},
-    "ale_py": {"envs/atari.py", "envs/make.py"},
+    "ale_py": {"envs/atari.py", "envs/make.py", "bench/peer_sb3.py"},
+    "stable_baselines3": {"bench/peer_sb3.py"},
     "minatar": {"envs/make.py"},
     "matplotlib": {"plot.py"},
     "scipy": {"plot.py"},

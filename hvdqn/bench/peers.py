@@ -1,0 +1,211 @@
+"""`hvdqn bench peers`: the same work on Stable-Baselines3, in turn on the same cores, and on more ranks of hvdqn.
+
+    hvdqn bench peers --peer-python /path/to/venv/bin/python      where Stable-Baselines3 lives in another environment
+
+Every row is a ratio of rates taken in turn, round by round: numbers of a machine that others share are worth only that.
+Printed is the median over rounds, its spread, and the goal.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hvdqn.bench.jobs import available, bench, run
+from hvdqn.bench.report import Parser, print_table, write_json
+from hvdqn.config import UserError
+
+PROG = "hvdqn bench peers"
+PEER_SCRIPT = Path(__file__).with_name("peer_sb3.py")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison."""
+
+    what: str
+    unit: str
+    values: tuple[float, ...]
+    """One a round."""
+    goal: float
+    at_most: bool = False
+    """Whether less is better."""
+
+    @property
+    def median(self) -> float:
+        """Over the rounds."""
+        return statistics.median(self.values)
+
+    @property
+    def met(self) -> bool:
+        """Whether the median reaches the goal."""
+        return self.median <= self.goal if self.at_most else self.median >= self.goal
+
+    def cells(self) -> tuple[str, ...]:
+        """As it is printed."""
+        spread = f"{min(self.values):.3g} to {max(self.values):.3g}"
+        goal = f"{'<=' if self.at_most else '>='} {self.goal:.3g}"
+        return (self.what, f"{self.median:.3g}{self.unit}", spread, goal, "yes" if self.met else "no")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all comparisons are made with."""
+
+    peer_python: str
+    rounds: int
+    seconds: float
+    """Of one measurement of a steady loop."""
+    cores: tuple[int, ...]
+
+    def peer(self, workload: str, seed: int, cores: Sequence[int]) -> dict[str, Any]:
+        """One run of the peer, on as many threads as cores."""
+        words = [workload, "--seed", str(seed), "--threads", str(len(cores))]
+        printed = run([self.peer_python, str(PEER_SCRIPT), *words], cores)
+        found: dict[str, Any] = json.loads(printed.splitlines()[-1])
+        return found
+
+    def whole(self, *flags: str) -> float:
+        """Env steps per second of one whole run of hvdqn on one core."""
+        loop = bench(["loop", "--whole-run", *flags], cores=self.cores[:1])
+        return float(loop["env_steps_per_second"])
+
+
+def against_peer(setting: Setting) -> Iterator[Row]:
+    """W1: CartPole with a small MLP, one core, float32."""
+    ratios = []
+    for seed in range(setting.rounds):
+        theirs = setting.peer("cartpole", seed, setting.cores[:1])["env_steps_per_second"]
+        ratios.append(setting.whole("--preset", "bench-cartpole", "--seed", str(seed)) / theirs)
+    yield Row("W1, one core, fp32, over Stable-Baselines3", "x", tuple(ratios), 2.5)
+
+
+def images_against_peer(setting: Setting) -> Iterator[Row]:
+    """W2: Pong with the Nature CNN, one core, float32 and bfloat16."""
+    fp32, bf16 = [], []
+    for seed in range(setting.rounds):
+        theirs = setting.peer("pong", seed, setting.cores[:1])["env_steps_per_second"]
+        flags = ("--preset", "bench-pong", "--seed", str(seed))
+        fp32.append(setting.whole(*flags) / theirs)
+        bf16.append(setting.whole(*flags, "--precision", "bf16") / theirs)
+    yield Row("W2, one core, fp32, over Stable-Baselines3", "x", tuple(fp32), 1.15)
+    yield Row("W2, one core, bf16, over Stable-Baselines3 fp32", "x", tuple(bf16), 2.0)
+
+
+def ranks(setting: Setting, preset: str, goals: Mapping[str, float]) -> Iterator[tuple[str, Row, Row]]:
+    """Weak scaling of a preset at 2 ranks over 1, each rank on a core of its own.
+
+    Yields:
+        For every engine there is: its name, the ratio of global rates, and the share of exposed communication.
+    """
+    words = ["loop", "--pin", "--seconds", str(setting.seconds), "--preset", preset]
+    engines = [name for name in available() if name in goals]
+    ratios: dict[str, list[float]] = {name: [] for name in engines}
+    exposed: dict[str, list[float]] = {name: [] for name in engines}
+    for _ in range(setting.rounds):
+        alone = bench(words, cores=setting.cores)["env_steps_per_second"]
+        for name in engines:
+            loop = bench(words, name, 2, setting.cores)
+            ratios[name].append(loop["env_steps_per_second"] / alone)
+            exposed[name].append(100 * exposed_share(loop["seconds_per_iteration"]))
+    for name in engines:
+        ratio = Row(f"{preset}, 2 ranks over 1, {name}", "x", tuple(ratios[name]), goals[name])
+        share = Row(f"{preset}, 2 ranks, {name}: exposed comm", "%", tuple(exposed[name]), 3.0, at_most=True)
+        yield name, ratio, share
+
+
+def exposed_share(seconds_per_iteration: Mapping[str, float]) -> float:
+    """Share of an iteration that ranks wait for each other."""
+    iteration = sum(s for phase, s in seconds_per_iteration.items() if phase != "comm_hidden")
+    return seconds_per_iteration["comm_exposed"] / iteration
+
+
+def small_ranks(setting: Setting) -> Iterator[Row]:
+    """W1 on 2 ranks."""
+    goals = {"mpi": 1.9, "horovod-mpi": 1.3, "horovod-gloo": 1.3, "torch": 1.3}
+    for _, ratio, _ in ranks(setting, "bench-cartpole", goals):
+        yield ratio
+
+
+def image_ranks(setting: Setting) -> Iterator[Row]:
+    """W2 on 2 ranks."""
+    for _, ratio, share in ranks(setting, "bench-pong", {"horovod-mpi": 1.9, "horovod-gloo": 1.9}):
+        yield from (ratio, share)
+
+
+def solved(setting: Setting) -> Iterator[Row]:
+    """Seconds of training until CartPole is solved, 2 ranks against the peer's tuned settings on 2 threads."""
+    engine = next(iter(available()), None)
+    if engine is None:
+        raise UserError("no launcher is installed here; run launch/setup.sh")
+    ratios = []
+    for seed in range(1, setting.rounds + 1):
+        theirs = setting.peer("solve", seed, setting.cores[:2])
+        ours = bench(["solve", "--preset", "cartpole", "--seed", str(seed)], engine, 2, setting.cores)
+        for name, found in (("Stable-Baselines3", theirs), ("hvdqn", ours)):
+            if not found["solved"]:
+                print(f"seed {seed}: {name} did not solve CartPole; its time is that of its whole run")
+        ratios.append(ours["training_seconds"] / theirs["training_seconds"])
+    what = f"CartPole solved, 2 ranks, {engine}: seconds over Stable-Baselines3's"
+    yield Row(what, "x", tuple(ratios), 1 / 3, at_most=True)
+
+
+COMPARISONS: Mapping[str, Callable[[Setting], Iterator[Row]]] = {
+    "w1": against_peer,
+    "w2": images_against_peer,
+    "w1-ranks": small_ranks,
+    "w2-ranks": image_ranks,
+    "solve": solved,
+}
+NEED_PEER = {"w1", "w2", "solve"}
+
+
+def compare(names: Sequence[str], setting: Setting, file: Path) -> None:
+    """Make the comparisons one after the other; print and write what there is after each.
+
+    Raises:
+        UserError: a run failed, the peer is missing, or the file cannot be written.
+    """
+    if NEED_PEER & set(names):
+        try:
+            run([setting.peer_python, "-c", "import stable_baselines3"])
+        except UserError:
+            raise UserError(
+                f"{setting.peer_python} has no stable_baselines3; give one that does with --peer-python"
+            ) from None
+    rows: list[Row] = []
+    for name in names:
+        new = list(COMPARISONS[name](setting))
+        rows += new
+        header = ("what", "median", "spread", "goal", "reached")
+        print_table(f"{name}, {setting.rounds} rounds", header, [row.cells() for row in new])
+        write_json(
+            file, {"rows": [{**asdict(row), "median": row.median, "reached": row.met} for row in rows]}
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The `hvdqn bench peers` command; returns the exit code."""
+    parser = Parser(PROG, __doc__.partition("\n")[0], "bench-peers.json")
+    parser.add_argument("comparisons", nargs="*", metavar="|".join(COMPARISONS), help="default: all")
+    parser.add_argument("--peer-python", default=sys.executable, metavar="PATH")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=8.0, help="of one measurement of a loop")
+    try:
+        options = parser.parse_args(argv)
+        unknown = set(options.comparisons) - set(COMPARISONS)
+        if unknown or options.rounds < 1:
+            raise UserError(f"give comparisons of {', '.join(COMPARISONS)}, and at least 1 round")
+        cores = tuple(sorted(os.sched_getaffinity(0)))
+        setting = Setting(options.peer_python, options.rounds, options.seconds, cores)
+        compare(options.comparisons or list(COMPARISONS), setting, options.json)
+    except UserError as error:
+        print(f"{PROG}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
