@@ -23,6 +23,7 @@ from hvdqn.metrics import PhaseTimer
 from hvdqn.networks import QNetwork
 from hvdqn.parts import network_for
 from hvdqn.seeds import rank_seeds
+from hvdqn.video import check_video, record
 
 # Environments without a time limit must not hold an evaluation for ever: Atari's 108,000 frames.
 LONGEST_EPISODE_ENV_STEPS = 27_000
@@ -145,6 +146,8 @@ class EvalOptions:
     """Share of random actions."""
     seed: int = 1
     """Seed of environments and random actions."""
+    video: Path | None = None
+    """Also record one episode to this .mp4 or .gif."""
 
 
 def find_checkpoint(path: Path) -> Checkpoint:
@@ -185,6 +188,8 @@ def evaluate(options: EvalOptions) -> Evaluation:
     """
     if options.episodes < 1:
         raise UserError(f"--episodes is {options.episodes}; it must be at least 1")
+    if options.video is not None:
+        check_video(options.video)
     checkpoint = find_checkpoint(options.path)
     config = Config().replace(**checkpoint.manifest["config"])
     probe = make_environments(config.environment, 1, options.seed, training=False)
@@ -201,6 +206,8 @@ def evaluate(options: EvalOptions) -> Evaluation:
     )
     evaluation = evaluator.run(network)
     assert evaluation is not None  # nobody asked to leave off
+    if options.video is not None:
+        record(network, config.environment, options.video, options.seed, options.epsilon)
     return evaluation
 
 
@@ -209,6 +216,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = parse_flags(EvalOptions, sys.argv[1:] if argv is None else argv, prog="hvdqn eval")
         print(f"{options.path}: {evaluate(options)}")
+        if options.video is not None:
+            print(f"one episode: {options.video}")
     except UserError as error:
         print(f"hvdqn eval: error: {error}", file=sys.stderr)
         return 2

@@ -133,8 +133,11 @@ class AtariVector(VectorEnv[NDArray[np.uint8], NDArray[np.int64], NDArray[Any]])
 class AtariGame(gym.Env[NDArray[np.uint8], int]):
     """One such game as a single environment, for `--wrapper` and for sync and async vectors: the same pixels.
 
-    `reset` after a lost life goes on with the same game.
+    `reset` after a lost life goes on with the same game. It is rendered as the network sees it.
     """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 15}  # noqa: RUF012 - as Gymnasium has it
+    render_mode = "rgb_array"
 
     def __init__(self, episodic_life: bool, settings: dict[str, Any]):
         self._vector = AtariVector(1, 1, episodic_life, settings)
@@ -149,12 +152,17 @@ class AtariGame(gym.Env[NDArray[np.uint8], int]):
         super().reset(seed=seed)
         if seed is not None or self._begun is None:
             self._begun = self._vector.reset(seed=seed)[0][0]
-        observation, self._begun = self._begun, None
-        return observation, {}
+        self._shown, self._begun = self._begun, None
+        return self._shown, {}
+
+    def render(self) -> NDArray[np.uint8]:
+        """The newest frame, grey in all three colours."""
+        return self._shown[:, :, None].repeat(3, axis=2)
 
     def step(self, action: int) -> tuple[NDArray[np.uint8], float, bool, bool, dict[str, Any]]:
         """Take one action."""
         observation, reward, terminated, truncated, infos = self._vector.step(np.array([action]))
+        self._shown = observation[0]
         if not infos:
             return observation[0], float(reward[0]), False, False, {}
         self._begun = observation[0]

@@ -155,6 +155,18 @@ class Environments:
         """What to act on next: [envs, *observation_shape]."""
         return self._observation
 
+    def picture(self) -> NDArray[np.uint8]:
+        """What the first env looks like, `[H, W, 3]`. For sync vectors made with `render_mode` "rgb_array"."""
+        rendered = self._vector.render()
+        assert rendered is not None
+        picture = np.asarray(rendered[0])
+        return picture if picture.dtype == np.uint8 else (255 * picture).astype(np.uint8)
+
+    @property
+    def frames_per_second(self) -> float:
+        """At which the environment wants to be seen."""
+        return float(self._vector.metadata.get("render_fps", 15))
+
     def close(self) -> None:
         """End the envs, and their processes and threads."""
         if isinstance(self._vector, AsyncVectorEnv):

@@ -18,7 +18,7 @@ LAYERS = (
     {"envs", "networks", "plot"},
     {"checkpoint", "faults", "sync"},
     {"acting", "learner"},
-    {"parts"},
+    {"parts", "video"},
     {"evaluate", "export", "resume"},
     {"train"},
     {"bench", "elastic"},

@@ -1,0 +1,96 @@
+"""One greedy episode as an .mp4 or .gif."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hvdqn.acting import FrameStack, epsilon_greedy, greedy_actions
+from hvdqn.config import EnvironmentConfig, UserError
+from hvdqn.envs import Environments, find_spec, make_environments
+from hvdqn.envs.atari import is_atari
+from hvdqn.networks import QNetwork
+
+FORMATS = (".mp4", ".gif")
+# A small picture, such as MinAtar's 10 x 10, is enlarged until its height has this many pixels.
+LEAST_HEIGHT = 240
+LONGEST_FRAMES = 10_000
+
+
+def check_video(path: Path) -> None:
+    """Whether a video can be written there.
+
+    Raises:
+        UserError: it cannot; its line names the remedy.
+    """
+    if path.suffix not in FORMATS:
+        raise UserError(f"--video '{path}' must end in {' or '.join(FORMATS)}")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"--video '{path}': there is no folder '{path.parent}'; make it first")
+    try:
+        import imageio_ffmpeg  # noqa: F401
+    except ImportError:
+        raise UserError("--video needs the video extra; pip install 'hvdqn[video]'") from None
+
+
+def record(network: QNetwork, config: EnvironmentConfig, path: Path, seed: int, epsilon: float) -> int:
+    """Play one episode in this process and write it; return its frames.
+
+    Atari is shown as the network sees it, one frame an env step; other environments draw themselves.
+
+    Raises:
+        UserError: the environment cannot be drawn.
+    """
+    import imageio.v3 as imageio
+
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws without a display
+    with closing(make_environments(drawn(config), 1, seed, training=False)) as envs:
+        frames = [_enlarged(frame) for frame in play(network, envs, config, seed, epsilon)]
+        if path.suffix == ".gif":
+            imageio.imwrite(path, frames, duration=1000 / envs.frames_per_second, loop=0)
+        else:
+            imageio.imwrite(path, frames, fps=envs.frames_per_second)
+    return len(frames)
+
+
+def drawn(config: EnvironmentConfig) -> EnvironmentConfig:
+    """The same environment in a vector that can draw it."""
+    kwargs = json.loads(config.env_kwargs or "{}")
+    if not is_atari(find_spec(config.env)):
+        kwargs["render_mode"] = "rgb_array"
+    return dataclasses.replace(config, vectorization="sync", env_kwargs=json.dumps(kwargs))
+
+
+def play(
+    network: QNetwork, envs: Environments, config: EnvironmentConfig, seed: int, epsilon: float
+) -> Iterator[NDArray[np.uint8]]:
+    """Pictures of one episode, `[H, W, 3]` each."""
+    rng = np.random.default_rng(seed)
+    network.eval()
+    stack = FrameStack(envs.reset(), config.frame_stack)
+    for _ in range(LONGEST_FRAMES):
+        try:
+            yield envs.picture()
+        except gym.error.DependencyNotInstalled as error:
+            raise UserError(f"'{config.env}' cannot be drawn: {error}") from None
+        greedy = greedy_actions(network, stack.observation, torch.device("cpu"))
+        step = envs.step(epsilon_greedy(greedy, epsilon, envs.actions, rng))
+        stack.push(step.observation, step.fresh)
+        if step.terminated[0] or step.truncated[0]:
+            break
+
+
+def _enlarged(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    times = max(1, -(-LEAST_HEIGHT // frame.shape[0]))
+    large = frame.repeat(times, axis=0).repeat(times, axis=1)
+    # Video codecs want even sides.
+    return large[: large.shape[0] // 2 * 2, : large.shape[1] // 2 * 2]

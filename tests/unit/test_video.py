@@ -1,0 +1,68 @@
+"""`hvdqn eval --video`: what is written is what was played."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+
+import imageio.v3 as imageio
+import numpy as np
+import pytest
+import torch
+
+from hvdqn import __main__, train, video
+from hvdqn.config import Config, UserError
+from hvdqn.envs import make_environments
+from hvdqn.parts import network_for
+
+GAMES = [("CartPole-v1", 4, ".gif"), ("MinAtar/Breakout-v1", 6, ".gif"), ("ALE/Pong-v5", 6, ".mp4")]
+
+
+def untrained(env: str):
+    config = Config().replace(env=env, hidden=(4,), frame_stack=4 if env.startswith("ALE") else 1)
+    envs = make_environments(config.environment, 1, 0, training=False)
+    torch.manual_seed(0)
+    network = network_for(config, envs)
+    envs.close()
+    return network, config.environment
+
+
+@pytest.mark.parametrize(("env", "moving", "suffix"), GAMES)
+def test_an_episode_becomes_a_film(env, moving, suffix, tmp_path, monkeypatch):
+    monkeypatch.setattr(video, "LONGEST_FRAMES", 40)
+    network, config = untrained(env)
+    path = tmp_path / f"film{suffix}"
+    frames = video.record(network, config, path, seed=1, epsilon=0.3)
+    film = imageio.imread(path)
+    assert frames >= moving
+    assert moving <= film.shape[0] <= frames  # a GIF shows equal pictures once, for longer
+    assert film.shape[1] >= video.LEAST_HEIGHT
+    assert film.shape[3] == 3
+    different = [not np.array_equal(one, other) for one, other in itertools.pairwise(film)]
+    assert sum(different) >= moving - 1
+
+
+def test_eval_records_the_episode_that_it_was_asked_for(tmp_path, capsys):
+    smoke = ["--preset", "smoke", "--total-env-steps", "64", "--eval-episodes", "1"]
+    assert train.main([*smoke, "--run-dir", str(tmp_path / "run")]) == 0
+    path = tmp_path / "film.gif"
+    assert __main__.main(["eval", str(tmp_path / "run"), "--episodes", "1", "--video", str(path)]) == 0
+    assert f"one episode: {path}" in capsys.readouterr().out
+    assert len(imageio.imread(path)) >= 8  # no pole falls sooner
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [("film.avi", [".mp4", ".gif"]), ("nowhere/film.gif", ["no folder", "nowhere"])],
+)
+def test_a_video_that_cannot_be_written_is_refused(path, words, tmp_path):
+    with pytest.raises(UserError) as raised:
+        video.check_video(tmp_path / path)
+    for word in words:
+        assert word in str(raised.value)
+
+
+def test_the_missing_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
+    with pytest.raises(UserError, match=r"pip install 'hvdqn\[video\]'"):
+        video.check_video(tmp_path / "film.gif")
