@@ -187,8 +187,16 @@ class ParallelConfig:
 
     comm: Literal["auto", "local", "horovod", "torch", "mpi"] = "auto"
     """Engine; `auto` reads the launcher's environment."""
-    sync: Literal["gradients"] = "gradients"
-    """What the ranks agree on: gradients averaged at every update."""
+    sync: Literal["gradients", "parameters"] = "gradients"
+    """What the ranks agree on. `gradients`: averaged at every update. `parameters`: each rank takes its own steps, and
+    weights and moments are averaged every `sync_every` updates."""
+    sync_every: int = 50
+    """Parameters: updates (not env steps) between averages. Checkpoints and evaluations average first."""
+    outer_lr: float = 1.0
+    """Parameters: learning rate of an outer optimizer that takes the averaged change for its gradient; 1 without
+    momentum is the plain average."""
+    outer_momentum: float = 0.0
+    """Parameters: Nesterov momentum of the outer optimizer."""
     overlap: bool = True
     """Environments step while gradients travel. Off: wait first, then step."""
     threads_per_rank: int = 0
@@ -479,14 +487,14 @@ def write_config(config: Config, path: Path) -> None:
 _AT_LEAST_ONE = (
     "envs_per_rank", "frame_stack", "replay_capacity", "batch_per_rank", "n_step", "total_env_steps",
     "eval_episodes", "checkpoint_keep", "max_skipped_updates", "quantiles", "iqn_samples", "iqn_target_samples",
-    "iqn_policy_samples", "iqn_embedding",
+    "iqn_policy_samples", "iqn_embedding", "sync_every",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "exploration_env_steps", "learning_starts", "lr_reference_batch", "max_grad_norm", "target_every",
     "threads_per_rank", "seed", "stall_timeout", "eval_every", "checkpoint_every", "log_every", "noisy_sigma",
     "ladder_alpha",
 )  # fmt: skip
-_ABOVE_ZERO = ("replay_ratio", "lr", "optimizer_eps", "temperature", "munchausen_temperature")
+_ABOVE_ZERO = ("replay_ratio", "lr", "optimizer_eps", "temperature", "munchausen_temperature", "outer_lr")
 _SHARES = (
     "epsilon_start", "epsilon_end", "eval_epsilon", "lr_warmup", "lr_final", "ladder_epsilon", "priority_alpha",
     "priority_beta", "munchausen_alpha",
@@ -511,6 +519,7 @@ def check(config: Config) -> None:
         (_ABOVE_ZERO, lambda v: v > 0, "above 0"),
         (_SHARES, lambda v: 0 <= v <= 1, "within [0, 1]"),
         (("gamma", "target_tau"), lambda v: 0 < v <= 1, "within (0, 1]"),
+        (("outer_momentum",), lambda v: 0 <= v < 1, "within [0, 1)"),
     )
     for names, holds, rule in rules:
         for name in names:

@@ -135,6 +135,7 @@ class Learner:
         self.stop_voted = False
         comm.broadcast_(self.parameters)
         self.target_parameters.copy_(self.parameters)
+        sync.attach(self)
 
     def begin_update(self, batch: Batch | None, report: Sequence[float], done: float = 1.0) -> None:
         """Compute this rank's gradient and launch the exchange.
@@ -213,11 +214,15 @@ class Learner:
         norm = float(torch.linalg.vector_norm(self.gradient)) / largest
         finite = math.isfinite(norm) and not self.trailer.spoilt
         self.trailer.learned[0] /= largest  # the loss
-        self._count(learned=finite)
+        self.hear(self.trailer.reported(), self.trailer.learned, int(finite))
         if not finite:
             self._skip()
             return
         self.skipped_in_a_row = 0
+        self.descend(norm, largest)
+
+    def descend(self, norm: float, largest: float) -> None:
+        """Clip `gradient`, of this norm once divided by `largest`, and step; a target that follows does so."""
         self.grad_norm = norm
         limit = self.config.max_grad_norm
         factor = (limit / norm if limit and norm > limit else 1.0) / largest
@@ -230,10 +235,16 @@ class Learner:
     def exchange(self, report: Sequence[float]) -> None:
         """Send only the trailer: reports and votes must not wait for learning to start."""
         self.trailer.write(report)
-        with self.timer.during("comm"):
-            self.comm.allreduce_mean_async(self.trailer.tensor, name="trailer").wait()
-        self.trailer.read()
-        self._count(learned=False)
+        self.sync.exchange(self)
+
+    def agree(self) -> None:
+        """Make all replicas the same now, where the strategy lets them differ for a while."""
+        self.sync.agree(self)
+
+    @property
+    def agreed(self) -> bool:
+        """Whether all replicas are the same now."""
+        return self.sync.agreed
 
     def sync_target(self) -> list[int]:
         """Make rank 0's weights everyone's target network; return the ranks whose own weights differ.
@@ -292,11 +303,12 @@ class Learner:
         self.skipped_in_a_row = counters["skipped_in_a_row"]
 
     def state(self) -> dict[str, Tensor]:
-        """Tensors that a checkpoint keeps: both networks and the optimizer's moments."""
+        """Tensors that a checkpoint keeps: both networks, the optimizer's moments, what the strategy carries."""
         return {
             "online": self.parameters,
             "target": self.target_parameters,
             **{f"optimizer.{name}": value for name, value in self.optimizer.moments().items()},
+            **{f"sync.{name}": value for name, value in self.sync.state().items()},
         }
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
@@ -318,24 +330,37 @@ class Learner:
         self.gradient.mul_(share)
         self.trailer.learned *= share
 
-    def _count(self, learned: bool) -> None:
-        """Add what the trailer tells of all ranks."""
-        reported = self.trailer.reported()
+    def hear(self, reported: np.ndarray, learned: np.ndarray, updates: int) -> None:
+        """Add up what the ranks told each other.
+
+        Args:
+            reported: `REPORTED`, summed over all ranks.
+            learned: `LEARNED`, summed over updates.
+            updates: how many; none, and `learned` says nothing.
+        """
         self.totals[: len(REPORTED)] += reported
-        if learned:
-            self.totals[len(REPORTED) :] += self.trailer.learned
-            self.updates_summed += 1
+        if updates:
+            self.totals[len(REPORTED) :] += learned
+            self.updates_summed += updates
         self.stop_voted = self.stop_voted or bool(reported[0] > 0)
+
+    def give_up_after(self, skipped_in_a_row: int, ranks: Sequence[int]) -> None:
+        """End the run if these ranks had so many updates without a finite gradient that it is no accident.
+
+        Raises:
+            NonFiniteError: `max_skipped_updates` or more.
+        """
+        if skipped_in_a_row >= self.config.max_skipped_updates:
+            began = ", ".join(map(str, ranks)) or "none alone: only the average is not finite"
+            raise NonFiniteError(
+                f"{skipped_in_a_row} updates in a row had a gradient that is not finite; it began on rank "
+                f"{began}. Look for NaN or Inf in that rank's rewards and observations, or lower --lr"
+            )
 
     def _skip(self) -> None:
         self.skipped_updates += 1
         self.skipped_in_a_row += 1
-        if self.skipped_in_a_row >= self.config.max_skipped_updates:
-            ranks = ", ".join(map(str, self.trailer.spoilt)) or "none alone: only the average is not finite"
-            raise NonFiniteError(
-                f"{self.skipped_in_a_row} updates in a row had a gradient that is not finite; it began on rank "
-                f"{ranks}. Look for NaN or Inf in that rank's rewards and observations, or lower --lr"
-            )
+        self.give_up_after(self.skipped_in_a_row, self.trailer.spoilt)
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)

@@ -101,7 +101,7 @@ def make_learner(
         network,
         config.learning,
         comm,
-        make_sync(config.parallel.sync, comm),
+        make_sync(config.parallel, comm),
         config.replay.batch_per_rank,
         timer,
         device,

@@ -27,7 +27,7 @@ from hvdqn.seeds import load_torch_state, torch_state
 # What a network and its optimizer are made of cannot change between the attempts of one run.
 FIXED = (
     "env", "env_kwargs", "wrapper", "frame_stack", "torso", "hidden", "head", "dueling", "noisy", "layer_norm", "atoms",
-    "v_min", "v_max", "quantiles", "iqn_embedding", "optimizer", "replay",
+    "v_min", "v_max", "quantiles", "iqn_embedding", "optimizer", "replay", "sync", "outer_lr", "outer_momentum",
 )  # fmt: skip
 # Nor can these, if it is to go on bit for bit.
 SHAPES = ("envs_per_rank", "replay_capacity", "vectorization")
@@ -98,7 +98,7 @@ def find_checkpoint(
 
 def _check_fixed(before: Mapping[str, Any], now: Mapping[str, Any], run_dir: Path) -> None:
     for name in FIXED:
-        if before[name] != now[name]:
+        if before.get(name, now[name]) != now[name]:
             raise UserError(
                 f"'{run_dir}' was begun with --{name.replace('_', '-')} {before[name]}, not {now[name]}; "
                 f"keep it, or choose another --run-dir"

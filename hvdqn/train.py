@@ -94,6 +94,7 @@ class Training:
         self.best_eval_return = self.comm.broadcast_object(best_evaluation(run_dir))
         self.progress = Progress()
         self.saved_at_env_steps = -1
+        self.target_due = False
 
     def begin(self, checkpoint: Checkpoint | None, said: Sequence[str]) -> None:
         """Begin the run, or go on from a checkpoint; say so, after what was said while looking for one."""
@@ -120,12 +121,13 @@ class Training:
         self.metrics.say(f"each rank: {self.parts.envs.description}; replay {megabytes:,.3g} MB when full")
         self.metrics.say(
             f"network: {self.learner.parameters.numel():,} parameters; global batch {self.clock.global_batch}, "
-            f"an update every {update_every:g} env steps"
+            f"an update every {update_every:g} env steps; {self.learner.sync.description}"
         )
 
     def complete(self) -> None:
         """Train to the end; save, evaluate, record."""
         self.run()
+        self.agree()
         self.save()
         self.evaluate()
         self.close()
@@ -148,14 +150,28 @@ class Training:
 
     def attend(self) -> None:
         """Do what the last env step made due besides updates."""
-        if self.clock.due(self.config.learning.target_every):
-            check_replicas(self.learner.sync_target(), self.clock.env_steps)
-        if self.clock.due(self.config.run.log_every):
+        run, due = self.config.run, self.clock.due
+        self.target_due |= due(self.config.learning.target_every)
+        if due(run.eval_every) or due(run.checkpoint_every):
+            self.learner.agree()
+        self.sync_target()
+        if due(run.log_every):
             self.log()
-        if self.clock.due(self.config.run.eval_every):
+        if due(run.eval_every):
             self.evaluate()
-        if self.clock.due(self.config.run.checkpoint_every):
+        if due(run.checkpoint_every):
             self.save()
+
+    def sync_target(self) -> None:
+        """Renew the target network if that is due, as soon as all ranks hold the same weights."""
+        if self.target_due and self.learner.agreed:
+            check_replicas(self.learner.sync_target(), self.clock.env_steps)
+            self.target_due = False
+
+    def agree(self) -> None:
+        """Make all replicas the same, the target network too."""
+        self.learner.agree()
+        self.sync_target()
 
     def begin_updates(self) -> bool:
         """Begin every update that is due; whether the last one's gradient is still travelling."""
@@ -304,6 +320,7 @@ class Training:
             "updates": self.clock.updates,
             "skipped_updates": self.learner.skipped_updates,
             "failed_checkpoints": self.progress.failed_checkpoints,
+            "traffic": self.traffic(),
             "wall_seconds": wall_seconds,
             "env_steps_per_second": self.clock.env_steps / wall_seconds,
             "updates_per_second": self.clock.updates / wall_seconds,
@@ -315,6 +332,17 @@ class Training:
             "stopped_by": "signal" if self.learner.stop_voted else "finished",
             "seconds": seconds,
             "rank_env_steps_per_second": self.rank_speeds(),
+        }
+
+    def traffic(self) -> dict[str, float]:
+        """What one rank gave to the network to agree in an update of this attempt, and what it should have been."""
+        sent = self.learner.sync.traffic
+        messages, sent_bytes = self.learner.sync.expected_traffic(self.learner)
+        return {
+            "messages_per_update": sent.messages / max(sent.updates, 1),
+            "bytes_per_update": sent.bytes / max(sent.updates, 1),
+            "expected_messages_per_update": messages,
+            "expected_bytes_per_update": sent_bytes,
         }
 
     def rank_speeds(self) -> list[float]:

@@ -9,21 +9,33 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hvdqn.comm import Comm, Handle
+from hvdqn.sync.traffic import Traffic
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from hvdqn.learner import Learner
 
 
 class Gradients:
     """One named allreduce per update carries the flat gradient and its trailer."""
 
+    description = "gradients averaged at every update"
+    agreed = True  # always: all take the same steps
+
     def __init__(self, comm: Comm) -> None:
         self.comm = comm
         self.handle: Handle | None = None
+        self.traffic = Traffic()
+
+    def attach(self, learner: Learner) -> None:
+        """Nothing is needed of it beforehand."""
 
     def begin(self, learner: Learner) -> None:
         """Send this rank's gradient on its way."""
         self.handle = self.comm.allreduce_mean_async(learner.message, name="gradient")
+        self.traffic.updates += 1
+        self.traffic.count(learner.message)
 
     def finish(self, learner: Learner) -> None:
         """Wait for the average, clip it, step."""
@@ -33,3 +45,22 @@ class Gradients:
         self.handle = None
         learner.timer.start("optimizer")
         learner.step()
+
+    def agree(self, learner: Learner) -> None:
+        """Ranks never differ."""
+
+    def exchange(self, learner: Learner) -> None:
+        """Send the trailer alone."""
+        self.traffic.count(learner.trailer.tensor)
+        with learner.timer.during("comm"):
+            self.comm.allreduce_mean_async(learner.trailer.tensor, name="trailer").wait()
+        learner.trailer.read()
+        learner.hear(learner.trailer.reported(), learner.trailer.learned, 0)
+
+    def state(self) -> dict[str, Tensor]:
+        """It carries nothing from update to update."""
+        return {}
+
+    def expected_traffic(self, learner: Learner) -> tuple[float, float]:
+        """Messages and bytes that one rank gives to the network in an update."""
+        return 1.0, float(learner.message.numel() * learner.message.element_size())

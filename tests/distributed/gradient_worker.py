@@ -15,7 +15,7 @@ import torch
 import hvdqn.train
 from hvdqn.comm import Comm
 from hvdqn.comm.local import LocalComm
-from hvdqn.config import LearningConfig, NetworkConfig
+from hvdqn.config import LearningConfig, NetworkConfig, ParallelConfig
 from hvdqn.learner import LEARNED, REPORTED, Learner
 from hvdqn.metrics import PhaseTimer
 from hvdqn.networks import make_network
@@ -54,21 +54,23 @@ def shard(batch: Batch, rank: int, size: int) -> Batch:
     return Batch(*(getattr(batch, name)[share] for name in Batch.__slots__))
 
 
-def make_learner(comm: Comm, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Learner:
+def make_learner(
+    comm: Comm, shape: tuple[int, ...], dtype: torch.dtype, seed: int, parallel: ParallelConfig
+) -> Learner:
     torch.manual_seed(seed)
     network = make_network(NetworkConfig(), "huber", shape, 1, is_image=shape == FRAMES, actions=ACTIONS).to(
         dtype
     )
-    config = LearningConfig(max_grad_norm=0.0)
-    sync = make_sync("gradients", comm)
+    config = LearningConfig(max_grad_norm=0.0, optimizer="sgd", lr=0.01)
+    sync = make_sync(parallel, comm)
     return Learner(network, config, comm, sync, GLOBAL_BATCH // comm.size, PhaseTimer(), torch.device("cpu"))
 
 
 def check_gradient(comm: Comm, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     batch = make_batch(shape)
-    alone = make_learner(LocalComm(), shape, dtype, seed=0)
+    alone = make_learner(LocalComm(), shape, dtype, 0, ParallelConfig())
     # The others begin with other weights; the learner must bring them rank 0's.
-    shared = make_learner(comm, shape, dtype, seed=comm.rank)
+    shared = make_learner(comm, shape, dtype, comm.rank, ParallelConfig())
     assert torch.equal(shared.parameters, alone.parameters)
     for learner, part in ((alone, batch), (shared, shard(batch, comm.rank, comm.size))):
         learner.begin_update(part, REPORT)
@@ -83,6 +85,33 @@ def check_gradient(comm: Comm, shape: tuple[int, ...], dtype: torch.dtype) -> No
         assert math.isclose(learned[name], learned_alone[name], rel_tol=10 * RTOL[dtype]), name
 
 
+def check_parameters(comm: Comm, dtype: torch.dtype) -> None:
+    """Weights averaged at every update are those of the averaged gradient; averaged less often, ranks agree then."""
+    batch = shard(make_batch(VECTOR), comm.rank, comm.size)
+    learners = [
+        make_learner(
+            comm, VECTOR, dtype, seed=comm.rank, parallel=ParallelConfig(sync=sync, sync_every=every)
+        )
+        for sync, every in (("gradients", 1), ("parameters", 1), ("parameters", 3))
+    ]
+    began = learners[0].parameters.clone()
+    agreed = []
+    for _ in range(6):
+        for learner in learners:
+            learner.begin_update(batch, REPORT)
+            learner.finish_update()
+        agreed.append(len(set(comm.all_gather_object(learners[2].sha256()))) == 1)
+    moved = learners[0].parameters - began
+    assert moved.abs().max() > 0
+    scale = moved.abs().max().item()
+    for name, learner in (("every update", learners[1]), ("every third", learners[2])):
+        assert len(set(comm.all_gather_object(learner.sha256()))) == 1, name
+    torch.testing.assert_close(
+        learners[1].parameters - began, moved, rtol=100 * RTOL[dtype], atol=100 * RTOL[dtype] * scale
+    )
+    assert agreed == [False, False, True] * 2
+
+
 class Checked(hvdqn.train.Training):
     """The real training of `main`, and what must hold before and after it."""
 
@@ -90,6 +119,8 @@ class Checked(hvdqn.train.Training):
         for shape in (VECTOR, FRAMES):
             for dtype in RTOL:
                 check_gradient(self.comm, shape, dtype)
+        for dtype in RTOL:
+            check_parameters(self.comm, dtype)
         self.tell("gradients agree")
         super().run()
         self.tell(f"{self.clock.updates} updates, parameters {self.learner.sha256()}")

@@ -12,7 +12,7 @@ import torch
 
 from hvdqn.comm import connect
 from hvdqn.comm.local import LocalComm
-from hvdqn.config import LearningConfig, NetworkConfig
+from hvdqn.config import LearningConfig, NetworkConfig, ParallelConfig
 from hvdqn.learner import LEARNED, REPORTED, Learner, NonFiniteError, learning_rate
 from hvdqn.losses import select
 from hvdqn.metrics import PhaseTimer
@@ -42,7 +42,9 @@ def make_learner(dtype=torch.float32, comm=None, network=None, **settings):
     made = make_network(parts, "huber", (4,), 1, is_image=False, actions=3).to(dtype)
     config = LearningConfig(**{"lr": 1e-3, "lr_scaling": "none", **settings})
     comm = comm or connect("local")
-    return Learner(made, config, comm, make_sync("gradients", comm), 16, PhaseTimer(), torch.device("cpu"))
+    return Learner(
+        made, config, comm, make_sync(ParallelConfig(), comm), 16, PhaseTimer(), torch.device("cpu")
+    )
 
 
 class Together(LocalComm):
