@@ -1,9 +1,12 @@
 """`hvdqn bench`: what training costs on this machine, and where the time goes.
 
-    hvdqn bench [TRAIN FLAGS]           rates, seconds by phase, memory, allreduce of every engine
-    hvdqn bench loop [TRAIN FLAGS]      the training loop alone; what the others start under a launcher
+    hvdqn bench [TRAIN FLAGS]               rates, seconds by phase, memory, allreduce of every engine
+    hvdqn bench scaling --np 1,2,4 [...]    weak and strong scaling, projected to more ranks
+    hvdqn bench peers [...]                 side by side with Stable-Baselines3
+    hvdqn bench solve [...]                 seconds until the greedy policy reaches a return
+    hvdqn bench loop | allreduce [...]      one measurement by itself; under a launcher, of all its ranks
 
-Each prints a table and writes JSON. Imports lazily: only what the command named needs.
+Each prints a table and writes JSON; --help says more. Imports lazily: only what the command named needs.
 """
 
 from __future__ import annotations
@@ -12,12 +15,12 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-COMMANDS = ("loop", "peers", "solve")
+COMMANDS = ("allreduce", "loop", "peers", "scaling", "solve")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The `hvdqn bench` command; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    name = words.pop(0) if words and words[0] in COMMANDS else "loop"
+    name = words.pop(0) if words and words[0] in COMMANDS else "costs"
     code: int = importlib.import_module(f"hvdqn.bench.{name}").main(words)
     return code

@@ -9,10 +9,11 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from hvdqn import train
 from hvdqn.bench.report import Parser, print_table, write_json
@@ -66,6 +67,31 @@ class Loop:
     seconds_per_iteration: dict[str, float]
     """By phase. One iteration is one step of every environment and the updates that it made due. `comm_exposed` is what
     a rank waits for others; `comm_hidden` travels behind other work, and all but it sum to the iteration."""
+
+    @property
+    def exposed_share(self) -> float:
+        """Share of an iteration that ranks wait for each other."""
+        return self.seconds_per_iteration["comm_exposed"] / self.iteration_seconds
+
+    @property
+    def iteration_seconds(self) -> float:
+        """Of one iteration."""
+        phases = self.seconds_per_iteration
+        return sum(phases.values()) - phases["comm_hidden"]
+
+    @property
+    def updates_per_iteration(self) -> float:
+        """Mean number of updates that an iteration made due."""
+        return self.updates * self.world_size * self.envs_per_rank / self.env_steps
+
+
+def from_json(content: Mapping[str, Any]) -> Loop:
+    """What `hvdqn bench loop` wrote.
+
+    Raises:
+        KeyError: something is missing: the file was written by another command.
+    """
+    return Loop(**{field.name: content[field.name] for field in fields(Loop)})
 
 
 def run_span(training: Training, iterations: int, overlap: bool) -> Span:
@@ -166,10 +192,10 @@ def prepared(config: Config, comm: Comm, whole: bool) -> Config:
     return config
 
 
-def time_loop(
-    seconds: float, whole: bool, json: Path, config: Config, comm: Comm, stop: StopSignal, timer: PhaseTimer
-) -> int:
-    """Build the parts, time the loop, print and write what was found; returns the exit code."""
+def built_and_timed(
+    seconds: float, whole: bool, config: Config, comm: Comm, stop: StopSignal, timer: PhaseTimer
+) -> tuple[Loop, Training]:
+    """Build the parts and time the loop; a collective call."""
     config = prepared(config, comm, whole)
     with tempfile.TemporaryDirectory(prefix="hvdqn-bench-") as folder:
         run_dir = Path(comm.broadcast_object(folder))
@@ -177,6 +203,14 @@ def time_loop(
         loop = whole_run(training) if whole else measure(training, seconds)
         training.metrics.close()
         training.parts.envs.close()
+    return loop, training
+
+
+def time_loop(
+    seconds: float, whole: bool, json: Path, config: Config, comm: Comm, stop: StopSignal, timer: PhaseTimer
+) -> int:
+    """Time the loop, print and write what was found; returns the exit code."""
+    loop, _ = built_and_timed(seconds, whole, config, comm, stop, timer)
     if comm.rank == 0:
         show(loop)
         write_json(json, asdict(loop))
@@ -185,11 +219,10 @@ def time_loop(
 
 def show(loop: Loop) -> None:
     """Print the table."""
-    phases = loop.seconds_per_iteration
-    iteration = sum(phases.values()) - phases["comm_hidden"]
+    iteration = loop.iteration_seconds
     rows = [
         (name.replace("_", " "), f"{1e6 * seconds:,.1f}", f"{seconds / iteration:.1%}")
-        for name, seconds in phases.items()
+        for name, seconds in loop.seconds_per_iteration.items()
     ]
     print_table(
         f"{loop.env}, {loop.world_size} x {loop.comm}: {loop.env_steps_per_second:,.0f} env steps/s, "

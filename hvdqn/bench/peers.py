@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hvdqn.bench.jobs import available, bench, run
+from hvdqn.bench.loop import from_json
 from hvdqn.bench.report import Parser, print_table, write_json
 from hvdqn.config import UserError
 
@@ -109,21 +110,15 @@ def ranks(setting: Setting, preset: str, goals: Mapping[str, float]) -> Iterator
     ratios: dict[str, list[float]] = {name: [] for name in engines}
     exposed: dict[str, list[float]] = {name: [] for name in engines}
     for _ in range(setting.rounds):
-        alone = bench(words, cores=setting.cores)["env_steps_per_second"]
+        alone = from_json(bench(words, cores=setting.cores))
         for name in engines:
-            loop = bench(words, name, 2, setting.cores)
-            ratios[name].append(loop["env_steps_per_second"] / alone)
-            exposed[name].append(100 * exposed_share(loop["seconds_per_iteration"]))
+            loop = from_json(bench(words, name, 2, setting.cores))
+            ratios[name].append(loop.env_steps_per_second / alone.env_steps_per_second)
+            exposed[name].append(100 * loop.exposed_share)
     for name in engines:
         ratio = Row(f"{preset}, 2 ranks over 1, {name}", "x", tuple(ratios[name]), goals[name])
         share = Row(f"{preset}, 2 ranks, {name}: exposed comm", "%", tuple(exposed[name]), 3.0, at_most=True)
         yield name, ratio, share
-
-
-def exposed_share(seconds_per_iteration: Mapping[str, float]) -> float:
-    """Share of an iteration that ranks wait for each other."""
-    iteration = sum(s for phase, s in seconds_per_iteration.items() if phase != "comm_hidden")
-    return seconds_per_iteration["comm_exposed"] / iteration
 
 
 def small_ranks(setting: Setting) -> Iterator[Row]:

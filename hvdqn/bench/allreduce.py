@@ -1,0 +1,154 @@
+"""`hvdqn bench allreduce`: what an averaged gradient costs on this engine, by size; with `--comm mpi` raw MPI too.
+
+Latency is the time from launch to the return of `wait`, all ranks starting together; nothing overlaps.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hvdqn import train
+from hvdqn.bench.report import Parser, print_table, write_json
+from hvdqn.comm import Comm, launcher_rank
+from hvdqn.config import Config, UserError
+from hvdqn.faults import EXIT_FINISHED, StopSignal
+from hvdqn.metrics import PhaseTimer
+from hvdqn.parts import build_parts
+
+PROG = "hvdqn bench allreduce"
+FLOATS = (1, 1_000, 10_000, 100_000, 1_000_000, 4_000_000)
+RAW_MPI = "raw mpi"
+
+
+@dataclass(frozen=True)
+class Allreduce:
+    """What messages of float32 cost on one engine."""
+
+    engine: str
+    world_size: int
+    network_floats: int
+    """Floats of this network's message: its gradient and what rides along."""
+    seconds: Mapping[int, float]
+    """By floats: median over calls, of the slowest rank."""
+
+    @property
+    def network_seconds(self) -> float:
+        """Of this network's message."""
+        return self.seconds[self.network_floats]
+
+
+def time_calls(call: Callable[[], object], comm: Comm, seconds: float) -> float:
+    """Median seconds of a collective call, on the slowest rank; a collective call itself."""
+
+    def once() -> float:
+        began = time.perf_counter()
+        call()
+        return time.perf_counter() - began
+
+    comm.barrier()
+    warm = sorted(once() for _ in range(5))
+    calls = comm.broadcast_object(min(max(int(seconds / warm[2]), 10), 2_000))
+    comm.barrier()
+    return max(comm.all_gather_object(statistics.median(once() for _ in range(calls))))
+
+
+def measure(comm: Comm, device: torch.device, network_floats: int, seconds: float) -> list[Allreduce]:
+    """Time the engine of `comm`, and raw MPI where that is what lies under it; a collective call.
+
+    Args:
+        comm: the ranks.
+        device: where messages lie.
+        network_floats: a size to time besides `FLOATS`.
+        seconds: for each size, about.
+    """
+    engine, raw = {}, {}
+    for floats in sorted({*FLOATS, network_floats}):
+        message = torch.zeros(floats, device=device)
+        call = partial(_reduce, comm, message, f"bench.{floats}")
+        engine[floats] = time_calls(call, comm, seconds)
+        if comm.name == "mpi":
+            raw[floats] = time_calls(_raw_mpi(floats), comm, seconds)
+    found = [Allreduce(comm.name, comm.size, network_floats, engine)]
+    if raw:
+        found.append(Allreduce(RAW_MPI, comm.size, network_floats, raw))
+    return found
+
+
+def _reduce(comm: Comm, message: torch.Tensor, name: str) -> None:
+    comm.allreduce_mean_async(message, name).wait()
+
+
+def _raw_mpi(floats: int) -> Callable[[], object]:
+    """MPI_Allreduce in place, on host memory."""
+    from hvdqn.comm.mpi import start_mpi
+
+    mpi, message = start_mpi(), torch.zeros(floats).numpy()
+    return lambda: mpi.COMM_WORLD.Allreduce(mpi.IN_PLACE, message)
+
+
+def show(found: Sequence[Allreduce]) -> None:
+    """Print latency in us and bandwidth in MB/s of each engine by message size."""
+    header = ["floats", *(f"{one.engine}, {one.world_size} ranks: us (MB/s)" for one in found)]
+    network = {one.network_floats for one in found}
+    rows = [
+        [
+            f"{floats:,}{'  this network' if floats in network else ''}",
+            *(
+                f"{1e6 * one.seconds[floats]:,.1f} ({4e-6 * floats / one.seconds[floats]:,.0f})"
+                for one in found
+            ),
+        ]
+        for floats in sorted(found[0].seconds)
+    ]
+    print_table("Averaging a gradient", header, rows)
+
+
+def as_json(found: Sequence[Allreduce]) -> list[dict[str, Any]]:
+    """For JSON."""
+    return [asdict(one) for one in found]
+
+
+def from_json(found: Sequence[Mapping[str, Any]], engine: str = "") -> list[Allreduce]:
+    """Back from JSON, whose keys are text. A name given takes the place of the engine's, not of raw MPI's."""
+    return [
+        Allreduce(
+            engine=engine if engine and one["engine"] != RAW_MPI else one["engine"],
+            world_size=one["world_size"],
+            network_floats=one["network_floats"],
+            seconds={int(floats): seconds for floats, seconds in one["seconds"].items()},
+        )
+        for one in found
+    ]
+
+
+def time_allreduce(
+    seconds: float, json: Path, config: Config, comm: Comm, stop: StopSignal, timer: PhaseTimer
+) -> int:
+    """Build this configuration's network, time messages of its size and of others; returns the exit code."""
+    parts = build_parts(config, comm, timer)
+    found = measure(comm, parts.device, parts.learner.message.numel(), seconds)
+    parts.envs.close()
+    if comm.rank == 0:
+        show(found)
+        write_json(json, {"allreduce": as_json(found)})
+    return EXIT_FINISHED
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of every rank; returns the exit code."""
+    parser = Parser(PROG, __doc__.partition("\n")[0], "bench-allreduce.json")
+    parser.add_argument("--seconds", type=float, default=0.5, help="for each size")
+    try:
+        options, flags = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        return train.refuse(str(error), launcher_rank())
+    return train.main(flags, partial(time_allreduce, options.seconds, options.json))

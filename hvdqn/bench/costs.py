@@ -1,0 +1,76 @@
+"""`hvdqn bench`: rates, seconds by phase, memory, and what averaging a gradient costs on each engine.
+
+Under a launcher it measures the engine that connects its ranks. Without one it measures one process, and starts jobs of
+two ranks for every engine that is installed.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+
+from hvdqn import train
+from hvdqn.bench import allreduce, loop
+from hvdqn.bench.allreduce import Allreduce
+from hvdqn.bench.jobs import available, bench
+from hvdqn.bench.report import Parser, write_json
+from hvdqn.comm import Comm, launcher_rank
+from hvdqn.config import Config, UserError
+from hvdqn.faults import EXIT_FINISHED, StopSignal
+from hvdqn.metrics import PhaseTimer
+
+PROG = "hvdqn bench"
+
+
+def costs(
+    options: Namespace,
+    flags: Sequence[str],
+    config: Config,
+    comm: Comm,
+    stop: StopSignal,
+    timer: PhaseTimer,
+) -> int:
+    """Measure, print, write; returns the exit code."""
+    timed, training = loop.built_and_timed(options.seconds, False, config, comm, stop, timer)
+    if comm.rank == 0:
+        loop.show(timed)
+    if comm.size > 1:
+        message = training.learner.message
+        found = allreduce.measure(comm, message.device, message.numel(), options.allreduce_seconds)
+    else:
+        found = engines(options, flags)
+    if comm.rank == 0:
+        if found:
+            allreduce.show(found)
+        write_json(options.json, {"loop": asdict(timed), "allreduce": allreduce.as_json(found)})
+    return EXIT_FINISHED
+
+
+def engines(options: Namespace, flags: Sequence[str]) -> list[Allreduce]:
+    """Time every engine that is installed, each in a job of its own; one that fails is said and left out."""
+    found = []
+    for name in available():
+        words = ["allreduce", "--seconds", str(options.allreduce_seconds), *flags]
+        try:
+            job = bench(words, name, options.np)
+        except UserError as error:
+            print(f"{name} is left out: {error}", file=sys.stderr)
+        else:
+            found += allreduce.from_json(job["allreduce"], name)
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of every rank; returns the exit code."""
+    parser = Parser(PROG, __doc__, "bench.json")
+    parser.add_argument("--seconds", type=float, default=8.0, help="how long to run the loop")
+    parser.add_argument("--allreduce-seconds", type=float, default=0.5, help="for each message size")
+    parser.add_argument("--np", type=int, default=2, help="ranks of the jobs that time the engines")
+    try:
+        options, flags = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        return train.refuse(str(error), launcher_rank())
+    return train.main(flags, partial(costs, options, flags))
