@@ -5,6 +5,7 @@
     hvdqn bench peers [...]                 side by side with Stable-Baselines3
     hvdqn bench solve [...]                 seconds until the greedy policy reaches a return
     hvdqn bench loop | allreduce [...]      one measurement by itself; under a launcher, of all its ranks
+    hvdqn bench replay | startup [...]      whether a large replay is slower; seconds until the first env step
 
 Each prints a table and writes JSON; --help says more. Imports lazily: only what the command named needs.
 """
@@ -15,7 +16,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-COMMANDS = ("allreduce", "loop", "peers", "scaling", "solve")
+COMMANDS = ("allreduce", "loop", "peers", "replay", "scaling", "solve", "startup")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,8 +1,9 @@
-"""`hvdqn bench peers`: the same work on Stable-Baselines3, in turn on the same cores, and on more ranks of hvdqn.
+"""`hvdqn bench peers`: the same work on Stable-Baselines3, in turn on the same cores; and what hvdqn promises itself.
 
-    hvdqn bench peers --peer-python /path/to/venv/bin/python      where Stable-Baselines3 lives in another environment
+    hvdqn bench peers w1 w2 solve --peer-python /path/to/venv/bin/python      where Stable-Baselines3 is installed
+    hvdqn bench peers w1-ranks w2-ranks replay startup                        these need no peer
 
-Every row is a ratio of rates taken in turn, round by round: numbers of a machine that others share are worth only that.
+Rows are ratios of what was timed in turn, round by round: numbers of a machine that others share are worth only that.
 Printed is the median over rounds, its spread, and the goal.
 """
 
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from hvdqn.bench.jobs import available, bench, run
-from hvdqn.bench.loop import from_json
+from hvdqn.bench.loop import Loop, from_json
 from hvdqn.bench.report import Parser, print_table, write_json
 from hvdqn.config import UserError
 
@@ -72,10 +73,9 @@ class Setting:
         found: dict[str, Any] = json.loads(printed.splitlines()[-1])
         return found
 
-    def whole(self, *flags: str) -> float:
-        """Env steps per second of one whole run of hvdqn on one core."""
-        loop = bench(["loop", "--whole-run", *flags], cores=self.cores[:1])
-        return float(loop["env_steps_per_second"])
+    def whole(self, *flags: str) -> Loop:
+        """One whole run of hvdqn on one core."""
+        return from_json(bench(["loop", "--whole-run", *flags], cores=self.cores[:1]))
 
 
 def against_peer(setting: Setting) -> Iterator[Row]:
@@ -83,20 +83,24 @@ def against_peer(setting: Setting) -> Iterator[Row]:
     ratios = []
     for seed in range(setting.rounds):
         theirs = setting.peer("cartpole", seed, setting.cores[:1])["env_steps_per_second"]
-        ratios.append(setting.whole("--preset", "bench-cartpole", "--seed", str(seed)) / theirs)
+        ours = setting.whole("--preset", "bench-cartpole", "--seed", str(seed))
+        ratios.append(ours.env_steps_per_second / theirs)
     yield Row("W1, one core, fp32, over Stable-Baselines3", "x", tuple(ratios), 2.5)
 
 
 def images_against_peer(setting: Setting) -> Iterator[Row]:
     """W2: Pong with the Nature CNN, one core, float32 and bfloat16."""
-    fp32, bf16 = [], []
+    fp32, bf16, kilobytes = [], [], []
     for seed in range(setting.rounds):
         theirs = setting.peer("pong", seed, setting.cores[:1])["env_steps_per_second"]
         flags = ("--preset", "bench-pong", "--seed", str(seed))
-        fp32.append(setting.whole(*flags) / theirs)
-        bf16.append(setting.whole(*flags, "--precision", "bf16") / theirs)
+        ours, in_bf16 = setting.whole(*flags), setting.whole(*flags, "--precision", "bf16")
+        fp32.append(ours.env_steps_per_second / theirs)
+        bf16.append(in_bf16.env_steps_per_second / theirs)
+        kilobytes.append(ours.replay_bytes_per_transition / 1e3)
     yield Row("W2, one core, fp32, over Stable-Baselines3", "x", tuple(fp32), 1.15)
     yield Row("W2, one core, bf16, over Stable-Baselines3 fp32", "x", tuple(bf16), 2.0)
+    yield Row("memory of a transition of W2", " kB", tuple(kilobytes), 7.2, at_most=True)
 
 
 def ranks(setting: Setting, preset: str, goals: Mapping[str, float]) -> Iterator[tuple[str, Row, Row]]:
@@ -151,12 +155,29 @@ def solved(setting: Setting) -> Iterator[Row]:
     yield Row(what, "x", tuple(ratios), 1 / 3, at_most=True)
 
 
+def large_replay(setting: Setting) -> Iterator[Row]:
+    """Add and sample at a million Atari transitions over ten thousand."""
+    words = ["replay", "--preset", "bench-pong"]
+    ratios = [bench(words, cores=setting.cores[:1])["ratio"] for _ in range(setting.rounds)]
+    yield Row("replay, add + sample at 1M transitions over 10k", "x", tuple(ratios), 1.3, at_most=True)
+
+
+def first_step(setting: Setting) -> Iterator[Row]:
+    """What start-up takes beyond 1.25 times a bare import of torch."""
+    found = bench(["startup", "--rounds", str(setting.rounds), "--preset", "smoke"], cores=setting.cores)
+    both = zip(found["first_env_step_seconds"], found["torch_seconds"], strict=True)
+    beyond = tuple(step - 1.25 * torch for step, torch in both)
+    yield Row("first env step, beyond 1.25 x import torch", " s", beyond, 1.0, at_most=True)
+
+
 COMPARISONS: Mapping[str, Callable[[Setting], Iterator[Row]]] = {
     "w1": against_peer,
     "w2": images_against_peer,
     "w1-ranks": small_ranks,
     "w2-ranks": image_ranks,
     "solve": solved,
+    "replay": large_replay,
+    "startup": first_step,
 }
 NEED_PEER = {"w1", "w2", "solve"}
 
