@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -87,7 +88,9 @@ def check_gradient(comm: Comm, shape: tuple[int, ...], dtype: torch.dtype) -> No
 
 def check_parameters(comm: Comm, dtype: torch.dtype) -> None:
     """Weights averaged at every update are those of the averaged gradient; averaged less often, ranks agree then."""
-    batch = shard(make_batch(VECTOR), comm.rank, comm.size)
+    # Importance weights are divided by the largest of this update there, of the one before here: hence none.
+    batch = replace(make_batch(VECTOR), weight=np.ones(GLOBAL_BATCH, np.float32))
+    batch = shard(batch, comm.rank, comm.size)
     learners = [
         make_learner(
             comm, VECTOR, dtype, seed=comm.rank, parallel=ParallelConfig(sync=sync, sync_every=every)
