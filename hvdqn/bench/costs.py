@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
 
 from hvdqn import train
@@ -45,7 +44,7 @@ def costs(
     if comm.rank == 0:
         if found:
             allreduce.show(found)
-        write_json(options.json, {"loop": asdict(timed), "allreduce": allreduce.as_json(found)})
+        write_json(options.json, {"loop": loop.as_json(timed), "allreduce": allreduce.as_json(found)})
     return EXIT_FINISHED
 
 

@@ -85,8 +85,13 @@ class Loop:
         return self.updates * self.world_size * self.envs_per_rank / self.env_steps
 
 
+def as_json(loop: Loop) -> dict[str, Any]:
+    """For JSON."""
+    return asdict(loop)
+
+
 def from_json(content: Mapping[str, Any]) -> Loop:
-    """What `hvdqn bench loop` wrote.
+    """Back from JSON.
 
     Raises:
         KeyError: something is missing: the file was written by another command.
@@ -213,7 +218,7 @@ def time_loop(
     loop, _ = built_and_timed(seconds, whole, config, comm, stop, timer)
     if comm.rank == 0:
         show(loop)
-        write_json(json, asdict(loop))
+        write_json(json, as_json(loop))
     return EXIT_FINISHED
 
 

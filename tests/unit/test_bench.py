@@ -1,0 +1,295 @@
+"""The benchmarks' arithmetic by hand, and each command that needs one process."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hvdqn import bench
+from hvdqn.bench import allreduce, jobs, loop, peers, scaling
+from hvdqn.bench.allreduce import Allreduce
+from hvdqn.bench.loop import Loop
+from hvdqn.bench.peers import Row
+from hvdqn.bench.projection import Line, Work, allreduce_seconds, efficiency, fit, project
+from hvdqn.config import UserError
+
+US = 1e-6
+
+
+@pytest.fixture(autouse=True)
+def _signals_as_before() -> Iterator[None]:
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def a_loop(ranks: int = 1, rate: float = 1000.0, exposed: float = 0.0, hidden: float = 0.0) -> Loop:
+    """8 env steps and one update an iteration, 90 us of work."""
+    work = {"act": 30 * US, "env": 20 * US, "compute": 40 * US}
+    return Loop(
+        env="CartPole-v1",
+        preset="smoke",
+        comm="mpi",
+        world_size=ranks,
+        envs_per_rank=8,
+        batch_per_rank=128,
+        parameters=10_000,
+        replay_bytes_per_transition=30.0,
+        env_steps=800 * ranks,
+        updates=100,
+        wall_seconds=1.0,
+        env_steps_per_second=rate,
+        updates_per_second=rate / 8 / ranks,
+        seconds_per_iteration={**work, "comm_exposed": exposed, "comm_hidden": hidden},
+    )
+
+
+# Projection
+
+
+@pytest.mark.parametrize(
+    ("model", "ranks", "expected"),
+    [
+        # 10 us + 4000 bytes x 1 ns = 14 us on 2 ranks. Ring: alpha 5 us, beta 1 ns; tree: alpha 10 us, beta 1 ns.
+        ("ring", 2, 14.0),
+        ("tree", 2, 14.0),
+        ("ring", 8, 2 * 7 * 5.0 + 2 * 7 / 8 * 4.0),
+        ("ring", 512, 2 * 511 * 5.0 + 2 * 511 / 512 * 4.0),
+        ("tree", 8, 3 * (10.0 + 4.0)),
+        ("tree", 9, 4 * (10.0 + 4.0)),
+        ("tree", 512, 9 * (10.0 + 4.0)),
+    ],
+)
+def test_allreduce_by_hand(model, ranks, expected):
+    line = Line(latency=10 * US, seconds_per_byte=1e-9)
+    assert allreduce_seconds(model, line, 2, ranks, 4_000) == pytest.approx(expected * US)
+
+
+def test_a_model_gives_what_was_measured_where_it_was_measured():
+    line = Line(latency=30 * US, seconds_per_byte=2e-9)
+    for model in ("ring", "tree"):
+        assert allreduce_seconds(model, line, 4, 4, 10_000) == pytest.approx(50 * US)
+
+
+def test_fit_finds_a_line_over_six_orders_of_magnitude():
+    line = fit({size: 20 * US + 3e-10 * size for size in (4, 400, 40_000, 16_000_000)})
+    assert line.latency == pytest.approx(20 * US)
+    assert line.seconds_per_byte == pytest.approx(3e-10)
+
+
+def test_fit_is_never_negative():
+    assert fit({4: 30 * US, 4_000: 20 * US}).seconds_per_byte == 0.0
+
+
+def test_efficiency_by_hand():
+    work = Work(seconds=100 * US, updates=2.0, hidden_seconds=5 * US)
+    assert efficiency(work, 4 * US) == 1.0
+    assert efficiency(work, 30 * US) == pytest.approx(100 / (100 + 2 * 25))
+
+
+def test_projection_holds_both_models_at_each_number_of_ranks():
+    found = project(Line(10 * US, 0.0), 2, 4_000, Work(90 * US, 1.0, 0.0), (2, 8))
+    assert [(one.model, one.ranks) for one in found] == [("ring", 2), ("ring", 8), ("tree", 2), ("tree", 8)]
+    assert found[1].efficiency == pytest.approx(90 / (90 + 14 * 5))
+    assert found[3].efficiency == pytest.approx(90 / (90 + 3 * 10))
+
+
+# Scaling
+
+
+def test_rows_are_rate_over_ranks():
+    loops = [a_loop(), a_loop(4, rate=3000.0, exposed=10 * US)]
+    assert scaling.rows(loops) == [
+        ("1", "1,000", "125.0", "100%", "0.0%"),
+        ("4", "3,000", "93.8", "75%", "10.0%"),
+    ]
+
+
+def test_shares_leave_out_what_does_not_divide():
+    flags = ["--preset", "smoke", "--envs-per-rank", "8", "--batch-per-rank", "32"]
+    assert scaling.shares(flags, [1, 2, 3, 8]) == {
+        1: ["--envs-per-rank", "8", "--batch-per-rank", "32"],
+        2: ["--envs-per-rank", "4", "--batch-per-rank", "16"],
+        8: ["--envs-per-rank", "1", "--batch-per-rank", "4"],
+    }
+
+
+def test_what_follows_from_a_measurement(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    weak = [a_loop(), a_loop(2, rate=1800.0, exposed=10 * US, hidden=5 * US)]
+    messages = Allreduce("mpi", 2, 1_000, {1: 10 * US + 4e-9, 1_000: 14 * US, 1_000_000: 4_010 * US})
+    found = scaling.projected("mpi", weak, weak, messages)
+    eight = {one.model: one for one in found.projected if one.ranks == 8}
+    assert eight["tree"].allreduce_seconds == pytest.approx(3 * 14 * US)
+    assert eight["tree"].efficiency == pytest.approx(90 / (90 + 42 - 5))
+    scaling.show(found)
+    printed = capsys.readouterr().out
+    assert "42, 71%" in printed
+    assert "Assumed" in printed
+    scaling.draw(found, tmp_path / "scaling.png")
+    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("text", ["", "2", "1,x", "0,2", "2,2"])
+def test_wrong_numbers_of_ranks_are_refused(text):
+    with pytest.raises(UserError, match="--np"):
+        scaling.rank_counts(text)
+
+
+def test_one_rank_is_always_measured():
+    assert scaling.rank_counts("4,2") == [1, 2, 4]
+
+
+def test_reading_what_jobs_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for ranks in (4, 1):
+        content = loop.as_json(a_loop(ranks, rate=1000.0 * ranks))
+        (tmp_path / f"{ranks}.json").write_text(json.dumps(content))
+    assert bench.main(["scaling", "--read", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.index("1,000") < printed.index("4,000")
+    (tmp_path / "other.json").write_text("{}")
+    assert bench.main(["scaling", "--read", str(tmp_path)]) == 2
+
+
+# Comparisons
+
+
+@pytest.mark.parametrize(
+    ("row", "cells"),
+    [
+        (Row("a", "x", (3.0, 1.0, 2.0), 1.9), ("a", "2x", "1 to 3", ">= 1.9", "yes")),
+        (Row("b", "%", (4.0, 3.5), 3.0, at_most=True), ("b", "3.75%", "3.5 to 4", "<= 3", "no")),
+    ],
+)
+def test_a_row_is_a_median_with_its_spread(row, cells):
+    assert row.cells() == cells
+
+
+def test_a_missing_peer_is_refused_before_anything_runs(capsys: pytest.CaptureFixture[str]):
+    assert bench.main(["peers", "w1", "--peer-python", "/bin/false"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "--peer-python" in error
+
+
+def test_an_unknown_comparison_is_refused(capsys: pytest.CaptureFixture[str]):
+    assert bench.main(["peers", "w3"]) == 2
+    assert "w1, w2" in capsys.readouterr().err
+
+
+def test_comparisons_with_a_peer_that_is_half_as_fast(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    peer = tmp_path / "python"
+    peer.write_text("#!/bin/sh\necho '{\"env_steps_per_second\": 500}'\n")
+    peer.chmod(0o755)
+    monkeypatch.setattr(peers, "bench", lambda *_, **__: loop.as_json(a_loop(rate=1000.0)))
+    file = tmp_path / "peers.json"
+    assert bench.main(["peers", "w1", "w2", "--peer-python", str(peer), "--json", str(file)]) == 0
+    medians = {row["what"]: row["median"] for row in json.loads(file.read_text())["rows"]}
+    assert list(medians.values()) == [2.0, 2.0, 2.0, 0.03]
+    assert "W1, one core, fp32" in capsys.readouterr().out
+
+
+# Messages
+
+
+def test_messages_survive_json():
+    found = [Allreduce("horovod", 2, 7, {1: 0.5, 7: 1.0}), Allreduce(allreduce.RAW_MPI, 2, 7, {1: 0.1})]
+    back = allreduce.from_json(json.loads(json.dumps(allreduce.as_json(found))), "horovod-gloo")
+    assert back == [Allreduce("horovod-gloo", 2, 7, {1: 0.5, 7: 1.0}), found[1]]
+
+
+def test_a_job_is_not_taken_for_a_rank(monkeypatch: pytest.MonkeyPatch):
+    for name in ("OMPI_COMM_WORLD_RANK", "HOROVOD_RANK", "RANK", "PMIX_RANK"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("OMPI_MCA_btl", "self")
+    monkeypatch.setenv("HOROVOD_CYCLE_TIME", "1")
+    env = jobs.environment({"EXTRA": "yes"})
+    assert not {"OMPI_COMM_WORLD_RANK", "HOROVOD_RANK", "RANK", "PMIX_RANK"} & env.keys()
+    assert (env["OMPI_MCA_btl"], env["HOROVOD_CYCLE_TIME"], env["EXTRA"]) == ("self", "1", "yes")
+
+
+def test_a_job_that_fails_says_why():
+    with pytest.raises(UserError, match="unknown preset 'nosuch'"):
+        jobs.bench(["loop", "--preset", "nosuch"])
+
+
+# The commands, in this process
+
+
+def test_loop(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    file = tmp_path / "loop.json"
+    words = ["loop", "--preset", "smoke", "--seconds", "0.2", "--json", str(file)]
+    assert bench.main(words) == 0
+    found = loop.from_json(json.loads(file.read_text()))
+    assert (found.env, found.comm, found.world_size, found.envs_per_rank) == ("CartPole-v1", "local", 1, 8)
+    assert found.updates_per_iteration == pytest.approx(
+        2.0, rel=0.1
+    )  # batch 32 every 4 env steps, 8 environments
+    assert found.iteration_seconds == pytest.approx(8 / found.env_steps_per_second, rel=0.2)
+    assert found.seconds_per_iteration["comm_hidden"] == 0.0
+    assert "env steps/s" in capsys.readouterr().out
+
+
+def test_a_whole_run_counts_all_env_steps(tmp_path: Path):
+    file = tmp_path / "loop.json"
+    words = ["loop", "--preset", "smoke", "--whole-run", "--total-env-steps", "500", "--json", str(file)]
+    assert bench.main(words) == 0
+    found = json.loads(file.read_text())
+    # 304 env steps after learning starts, one update every 4; the last 8 env steps' are not due any more.
+    assert (found["env_steps"], found["updates"]) == (504, 74)
+
+
+def test_wrong_flags_are_one_line(capsys: pytest.CaptureFixture[str]):
+    assert bench.main(["loop", "--preset", "smoke", "--seconds", "soon"]) == 2
+    assert bench.main(["--preset", "smokey"]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert "--seconds" in first
+    assert "did you mean 'smoke'" in second
+
+
+def test_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """With an engine that cannot run, and what another job would have written."""
+
+    def job(words: list[str], engine: str, np: int) -> dict[str, object]:
+        if engine == "torch":
+            raise UserError("torchrun broke")
+        assert words == ["allreduce", "--seconds", "0.5", "--preset", "smoke"]
+        return {"allreduce": allreduce.as_json([Allreduce("mpi", np, 1_000, {1: 10 * US, 1_000: 20 * US})])}
+
+    monkeypatch.setattr("hvdqn.bench.costs.available", lambda: ["mpi", "torch"])
+    monkeypatch.setattr("hvdqn.bench.costs.bench", job)
+    file = tmp_path / "bench.json"
+    assert bench.main(["--preset", "smoke", "--seconds", "0.2", "--json", str(file)]) == 0
+    found = json.loads(file.read_text())
+    assert found["loop"]["env_steps_per_second"] > 0
+    assert [one["engine"] for one in found["allreduce"]] == ["mpi"]
+    printed = capsys.readouterr()
+    assert "20.0 (200)" in printed.out
+    assert "torch is left out: torchrun broke" in printed.err
+
+
+def test_solve(tmp_path: Path):
+    file = tmp_path / "solve.json"
+    words = ["solve", "--preset", "smoke", "--eval-episodes", "2", "--every", "400", "--json", str(file)]
+    assert bench.main([*words, "--goal", "1"]) == 0
+    found = json.loads(file.read_text())
+    assert found["solved"]
+    assert found["env_steps"] == 400
+    assert bench.main([*words, "--goal", "501", "--total-env-steps", "600"]) == 0
+    found = json.loads(file.read_text())
+    assert not found["solved"]
+    assert found["env_steps"] == 600
+
+
+def test_replay(tmp_path: Path):
+    file = tmp_path / "replay.json"
+    words = ["replay", "--preset", "smoke", "--capacities", "800", "400", "--json", str(file)]
+    assert bench.main(words) == 0
+    found = json.loads(file.read_text())
+    assert found["ratio"] == pytest.approx(found["seconds"]["800"] / found["seconds"]["400"])
