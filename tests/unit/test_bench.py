@@ -219,6 +219,18 @@ def test_a_job_that_fails_says_why():
         jobs.bench(["loop", "--preset", "nosuch"])
 
 
+def test_each_pinned_rank_needs_a_core(monkeypatch: pytest.MonkeyPatch):
+    given: list[set[int]] = []
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {4, 6})
+    monkeypatch.setattr("os.sched_setaffinity", lambda _, cores: given.append(cores))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    loop.pin_to_core()
+    assert given == [{6}]
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match="this host has 2; start fewer"):
+        loop.pin_to_core()
+
+
 # The commands, in this process
 
 
