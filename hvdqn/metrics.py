@@ -80,6 +80,37 @@ class PhaseTimer:
             self._seconds[phase] += seconds.get(phase, 0.0)
 
 
+class WaitHint:
+    """One line of advice, once in a run, when a rank waits for others for much of its time.
+
+    Args:
+        timer: of this rank.
+        engine: of its ranks, as `--comm` names it.
+        parameters: of the network.
+    """
+
+    SHARE = 0.3
+    SMALL_PARAMETERS = 500_000
+
+    def __init__(self, timer: PhaseTimer, engine: str, parameters: int) -> None:
+        self._timer, self._given = timer, False
+        self._since = timer.seconds()
+        self._remedy = "a larger --batch-per-rank makes updates rarer at the same --replay-ratio"
+        if engine not in ("mpi", "local") and parameters < self.SMALL_PARAMETERS:
+            self._remedy = f"for a network this small use mpirun with --comm mpi, or {self._remedy}"
+
+    def due(self) -> str:
+        """The advice if the time since the last call calls for it; else nothing."""
+        seconds = self._timer.seconds()
+        waited = seconds["comm"] - self._since["comm"]
+        share = waited / max(sum(seconds.values()) - sum(self._since.values()), 1e-9)
+        self._since = seconds
+        if share <= self.SHARE or self._given:
+            return ""
+        self._given = True
+        return f"hint: {share:.0%} of the time went into waiting for other ranks; {self._remedy}"
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """What one call of `Metrics.log` says: global counters, wall time of training, and named values."""

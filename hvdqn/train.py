@@ -41,7 +41,7 @@ from hvdqn.faults import (
     together,
 )
 from hvdqn.learner import NonFiniteError
-from hvdqn.metrics import Metrics, PhaseTimer, write_summary
+from hvdqn.metrics import Metrics, PhaseTimer, WaitHint, write_summary
 from hvdqn.parts import Parts, build_parts, device_kind, importance_at
 from hvdqn.replay import Batch
 from hvdqn.resume import Progress, begin, best_evaluation, contents, find_checkpoint, restore
@@ -91,6 +91,7 @@ class Training:
             parts.threads,
         )
         self.metrics = Metrics(run_dir if comm.rank == 0 else None, config.run.total_env_steps, self.timer)
+        self.hint = WaitHint(self.timer, comm.name, self.learner.parameters.numel())
         self.best_eval_return = self.comm.broadcast_object(best_evaluation(run_dir))
         self.progress = Progress()
         self.saved_at_env_steps = -1
@@ -245,6 +246,8 @@ class Training:
         if totals["greediest_episodes"]:
             values["greediest_return_mean"] = totals["greediest_return_sum"] / totals["greediest_episodes"]
         self.metrics.log(self.clock.env_steps, self.clock.updates, values)
+        if hint := self.hint.due():
+            self.metrics.say(hint)
 
     def evaluate(self) -> None:
         """Play greedily, every rank its share, until it is done or a rank was told to stop."""

@@ -22,6 +22,7 @@ from hvdqn.metrics import (
     PhaseTimer,
     Record,
     Status,
+    WaitHint,
     number,
     read_metrics,
     write_summary,
@@ -72,6 +73,32 @@ def test_timer_goes_on_from_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> Non
     timer.start("env")
     now[0] = 2.0
     assert timer.seconds() == {**dict.fromkeys(PHASES, 0.0), "act": 5.0, "env": 9.0}
+
+
+@pytest.mark.parametrize(
+    ("engine", "parameters", "says_mpi"),
+    [("horovod", 10_000, True), ("horovod", 2_000_000, False), ("mpi", 10_000, False)],
+)
+def test_waiting_for_a_third_of_the_time_is_hinted_at_once(
+    monkeypatch: pytest.MonkeyPatch, engine: str, parameters: int, says_mpi: bool
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    timer = PhaseTimer()
+    hint = WaitHint(timer, engine, parameters)
+
+    def spend(act: float, comm: float) -> str:
+        timer.start("act")
+        now[0] += act
+        timer.start("comm")
+        now[0] += comm
+        return hint.due()
+
+    assert spend(70.0, 30.0) == ""
+    said = spend(1.0, 1.0)  # since the last call, not since the beginning
+    assert said.startswith("hint: 50% of the time")
+    assert ("--comm mpi" in said) == says_mpi
+    assert spend(1.0, 9.0) == ""
 
 
 def test_switching_is_cheap() -> None:
