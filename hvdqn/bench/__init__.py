@@ -16,7 +16,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-COMMANDS = ("allreduce", "loop", "peers", "replay", "scaling", "solve", "startup")
+COMMANDS = ("allreduce", "gpu", "loop", "peers", "replay", "scaling", "solve", "startup")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

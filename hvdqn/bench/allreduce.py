@@ -96,20 +96,17 @@ def _raw_mpi(floats: int) -> Callable[[], object]:
 
 
 def show(found: Sequence[Allreduce]) -> None:
-    """Print latency in us and bandwidth in MB/s of each engine by message size."""
-    header = ["floats", *(f"{one.engine}, {one.world_size} ranks: us (MB/s)" for one in found)]
+    """Print latency and bandwidth of each engine by message size."""
+    header = ["floats", *(f"{one.engine} x {one.world_size}" for one in found)]
     network = {one.network_floats for one in found}
     rows = [
         [
-            f"{floats:,}{'  this network' if floats in network else ''}",
-            *(
-                f"{1e6 * one.seconds[floats]:,.1f} ({4e-6 * floats / one.seconds[floats]:,.0f})"
-                for one in found
-            ),
+            f"{floats:,}" + " (this network)" * (floats in network),
+            *(f"{1e6 * s:,.1f} ({4e-6 * floats / s:,.0f})" for s in (one.seconds[floats] for one in found)),
         ]
         for floats in sorted(found[0].seconds)
     ]
-    print_table("Averaging a gradient", header, rows)
+    print_table("Averaging a gradient over ranks: us (MB/s)", header, rows)
 
 
 def as_json(found: Sequence[Allreduce]) -> list[dict[str, Any]]:

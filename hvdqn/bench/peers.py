@@ -11,49 +11,19 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hvdqn.bench.jobs import available, bench, run
 from hvdqn.bench.loop import Loop, from_json
-from hvdqn.bench.report import Parser, print_table, write_json
+from hvdqn.bench.report import Parser, Row, print_goals, write_json
 from hvdqn.config import UserError
 
 PROG = "hvdqn bench peers"
 PEER_SCRIPT = Path(__file__).with_name("peer_sb3.py")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One comparison."""
-
-    what: str
-    unit: str
-    values: tuple[float, ...]
-    """One a round."""
-    goal: float
-    at_most: bool = False
-    """Whether less is better."""
-
-    @property
-    def median(self) -> float:
-        """Over the rounds."""
-        return statistics.median(self.values)
-
-    @property
-    def met(self) -> bool:
-        """Whether the median reaches the goal."""
-        return self.median <= self.goal if self.at_most else self.median >= self.goal
-
-    def cells(self) -> tuple[str, ...]:
-        """As it is printed."""
-        spread = f"{min(self.values):.3g} to {max(self.values):.3g}"
-        goal = f"{'<=' if self.at_most else '>='} {self.goal:.3g}"
-        return (self.what, f"{self.median:.3g}{self.unit}", spread, goal, "yes" if self.met else "no")
 
 
 @dataclass(frozen=True)
@@ -199,11 +169,8 @@ def compare(names: Sequence[str], setting: Setting, file: Path) -> None:
     for name in names:
         new = list(COMPARISONS[name](setting))
         rows += new
-        header = ("what", "median", "spread", "goal", "reached")
-        print_table(f"{name}, {setting.rounds} rounds", header, [row.cells() for row in new])
-        write_json(
-            file, {"rows": [{**asdict(row), "median": row.median, "reached": row.met} for row in rows]}
-        )
+        print_goals(f"{name}, {setting.rounds} rounds", new)
+        write_json(file, {"rows": [row.as_json() for row in rows]})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,13 +6,16 @@ import argparse
 import json
 import os
 import platform
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn
 
 from hvdqn.config import UserError
+from hvdqn.metrics import number
 
 LIBRARIES = ("torch", "numpy", "gymnasium", "ale-py", "horovod", "mpi4py", "stable-baselines3")
 
@@ -71,6 +74,44 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
         table.add_row(*row)
     # Off a terminal rich would assume 80 columns and fold the numbers.
     Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured, round by round, and the goal."""
+
+    what: str
+    unit: str
+    values: tuple[float, ...]
+    """One a round."""
+    goal: float
+    at_most: bool = False
+    """Whether less is better."""
+
+    @property
+    def median(self) -> float:
+        """Over the rounds."""
+        return statistics.median(self.values)
+
+    @property
+    def met(self) -> bool:
+        """Whether the median reaches the goal."""
+        return self.median <= self.goal if self.at_most else self.median >= self.goal
+
+    def as_json(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "median": self.median, "reached": self.met}
+
+    def cells(self) -> tuple[str, ...]:
+        """As it is printed."""
+        spread = f"{number(min(self.values))} to {number(max(self.values))}"
+        goal = f"{'<=' if self.at_most else '>='} {number(self.goal)}"
+        return (self.what, number(self.median) + self.unit, spread, goal, "yes" if self.met else "no")
+
+
+def print_goals(title: str, rows: Sequence[Row]) -> None:
+    """Print what was measured beside its goals."""
+    print_table(title, ("what", "median", "spread", "goal", "reached"), [row.cells() for row in rows])
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

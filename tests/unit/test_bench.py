@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from hvdqn import bench
 from hvdqn.bench import allreduce, jobs, loop, peers, scaling
 from hvdqn.bench.allreduce import Allreduce
 from hvdqn.bench.loop import Loop
-from hvdqn.bench.peers import Row
 from hvdqn.bench.projection import Line, Work, allreduce_seconds, efficiency, fit, project
+from hvdqn.bench.report import Row
 from hvdqn.config import UserError
 
 US = 1e-6
@@ -215,8 +217,9 @@ def test_a_job_is_not_taken_for_a_rank(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_job_that_fails_says_why():
-    with pytest.raises(UserError, match="unknown preset 'nosuch'"):
-        jobs.bench(["loop", "--preset", "nosuch"])
+    code = "import sys; print('what is wrong', file=sys.stderr); sys.exit(3)"
+    with pytest.raises(UserError, match="exit code 3: what is wrong"):
+        jobs.run([sys.executable, "-c", code])
 
 
 def test_each_pinned_rank_needs_a_core(monkeypatch: pytest.MonkeyPatch):
@@ -297,6 +300,25 @@ def test_solve(tmp_path: Path):
     found = json.loads(file.read_text())
     assert not found["solved"]
     assert found["env_steps"] == 600
+
+
+def test_gpu_on_the_cpu(tmp_path: Path):
+    """The same code, which finds the CPU equal to itself."""
+    file = tmp_path / "gpu.json"
+    small = ("--env", "CartPole-v1", "--frame-stack", "1", "--no-episodic-life", "--batch-per-rank", "8")
+    words = ["gpu", "--device", "cpu", "--updates", "3", *small, "--json", str(file)]
+    assert bench.main(words) == 0
+    rows = {row["what"]: row["median"] for row in json.loads(file.read_text())["rows"]}
+    assert rows["loss, relative error against the CPU"] == 0.0
+    assert rows["gradient, relative error against the CPU"] == 0.0
+    assert rows["samples/s learned, batch 8, fp32"] > 0
+
+
+def test_gpu_without_one_is_refused(capsys: pytest.CaptureFixture[str]):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here: the refusal is NOT tested")
+    assert bench.main(["gpu"]) == 2
+    assert "sees no CUDA device" in capsys.readouterr().err
 
 
 def test_replay(tmp_path: Path):
