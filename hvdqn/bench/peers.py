@@ -19,7 +19,7 @@ from typing import Any
 
 from hvdqn.bench.jobs import available, bench, run
 from hvdqn.bench.loop import Loop, from_json
-from hvdqn.bench.report import Parser, Row, print_goals, write_json
+from hvdqn.bench.report import Parser, Row, has_bf16, print_goals, write_json
 from hvdqn.config import UserError
 
 PROG = "hvdqn bench peers"
@@ -64,12 +64,16 @@ def images_against_peer(setting: Setting) -> Iterator[Row]:
     for seed in range(setting.rounds):
         theirs = setting.peer("pong", seed, setting.cores[:1])["env_steps_per_second"]
         flags = ("--preset", "bench-pong", "--seed", str(seed))
-        ours, in_bf16 = setting.whole(*flags), setting.whole(*flags, "--precision", "bf16")
+        ours = setting.whole(*flags)
         fp32.append(ours.env_steps_per_second / theirs)
-        bf16.append(in_bf16.env_steps_per_second / theirs)
+        if has_bf16():
+            bf16.append(setting.whole(*flags, "--precision", "bf16").env_steps_per_second / theirs)
         kilobytes.append(ours.replay_bytes_per_transition / 1e3)
     yield Row("W2, one core, fp32, over Stable-Baselines3", "x", tuple(fp32), 1.15)
-    yield Row("W2, one core, bf16, over Stable-Baselines3 fp32", "x", tuple(bf16), 2.0)
+    if bf16:
+        yield Row("W2, one core, bf16, over Stable-Baselines3 fp32", "x", tuple(bf16), 2.0)
+    else:
+        print("this processor has no bfloat16: W2 in bf16 is left out")
     yield Row("memory of a transition of W2", " kB", tuple(kilobytes), 7.2, at_most=True)
 
 

@@ -47,11 +47,21 @@ def machine() -> dict[str, Any]:
     }
 
 
+def has_bf16() -> bool:
+    """Whether the processor multiplies bfloat16 itself; elsewhere torch emulates it, slowly."""
+    return bool({"avx512_bf16", "amx_bf16"} & set(_cpuinfo("flags").split()))
+
+
 def _processor() -> str:
+    return _cpuinfo("model name") or platform.machine()
+
+
+def _cpuinfo(name: str) -> str:
+    """What the first processor says of itself."""
     for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
+        if line.startswith(name):
             return line.partition(":")[2].strip()
-    return platform.machine()
+    return ""
 
 
 def _version(library: str) -> str:

@@ -189,6 +189,7 @@ def test_comparisons_with_a_peer_that_is_half_as_fast(
     peer = tmp_path / "python"
     peer.write_text("#!/bin/sh\necho '{\"env_steps_per_second\": 500}'\n")
     peer.chmod(0o755)
+    monkeypatch.setattr(peers, "has_bf16", lambda: True)
     monkeypatch.setattr(peers, "bench", lambda *_, **__: loop.as_json(a_loop(rate=1000.0)))
     file = tmp_path / "peers.json"
     assert bench.main(["peers", "w1", "w2", "--peer-python", str(peer), "--json", str(file)]) == 0
