@@ -48,8 +48,24 @@ class Clock:
 
     def tick(self) -> None:
         """Every environment of the job took one step."""
-        self.env_steps += self.envs
-        self.last_tick = self.envs
+        self.advance(self.envs)
+
+    def advance(self, env_steps: int) -> None:
+        """The job took so many env steps more."""
+        self.env_steps += env_steps
+        self.last_tick = env_steps
+
+    def count_update(self) -> None:
+        """An update that was due is under way."""
+        self.updates += 1
+
+    def poll_due(self, iterations: int) -> bool:
+        """Whether so many iterations have passed since this was last so."""
+        return self.due(iterations * self.envs)
+
+    def own_env_steps_of(self, size: int) -> float:
+        """Env steps of this rank, in a job of `size` ranks."""
+        return self.env_steps / size
 
     def due(self, every: int) -> bool:
         """Whether the last tick reached or passed a multiple of `every` env steps; never for 0."""
@@ -100,3 +116,58 @@ class Clock:
         """Replay is empty: it fills for `learning_starts` env steps before the next update."""
         self.origin_env_steps = self.env_steps + self.learning_starts
         self.origin_updates = self.updates
+
+
+@dataclass
+class ReportedClock(Clock):
+    """The clock of a rank that steps by itself: what it knows of the job it is told, now and then.
+
+    When its own next update is due it counts by its own env steps, which keeps the whole job at the replay ratio.
+    `envs` and `global_batch` are this rank's alone. What all ranks do together is due only when they have met.
+
+    Args:
+        own_earliest: own env steps before the first update: replay must hold something of this rank's.
+    """
+
+    own_earliest: int = 0
+    own_env_steps: int = 0
+    own_updates: int = 0
+    learning_since: int | None = None  # own env steps
+    met: bool = False
+
+    def update_due(self) -> bool:
+        """Whether this rank owes an update now."""
+        if self.learning_since is None:
+            filled = self.env_steps >= max(self.learning_starts, self.origin_env_steps)
+            if not filled or self.own_env_steps < self.own_earliest:
+                return False
+            self.learning_since = self.own_env_steps
+        learned_from = (self.own_env_steps - self.learning_since) * self._ratio.numerator
+        return self.own_updates < learned_from // (self._ratio.denominator * self.global_batch)
+
+    def tick(self) -> None:
+        """Every environment of this rank took one step."""
+        self.own_env_steps += self.envs
+        if self.met:  # what was due then is done
+            self.last_tick, self.met = 0, False
+
+    def count_update(self) -> None:
+        """An update of this rank's is under way; those of the job it is told."""
+        self.own_updates += 1
+
+    def hear(self, env_steps: int, updates: int, last_tick: int) -> None:
+        """Take over how far the job is, and the env steps within which something came due: 0 is nothing."""
+        self.env_steps, self.updates, self.last_tick = env_steps, updates, last_tick
+
+    def poll_due(self, iterations: int) -> bool:
+        """Whether so many iterations have passed since this was last so."""
+        return self.own_env_steps // self.envs % iterations == 0
+
+    def own_env_steps_of(self, size: int) -> float:
+        """Env steps of this rank, in this attempt."""
+        return self.own_env_steps
+
+    def resume(self, state: Mapping[str, Any], refill: bool = False) -> None:
+        """Go on from a checkpoint, which all ranks wrote together."""
+        super().resume(state, refill)
+        self.met = True

@@ -187,9 +187,10 @@ class ParallelConfig:
 
     comm: Literal["auto", "local", "horovod", "torch", "mpi"] = "auto"
     """Engine; `auto` reads the launcher's environment."""
-    sync: Literal["gradients", "parameters"] = "gradients"
+    sync: Literal["gradients", "parameters", "server"] = "gradients"
     """What the ranks agree on. `gradients`: averaged at every update. `parameters`: each rank takes its own steps, and
-    weights and moments are averaged every `sync_every` updates."""
+    weights and moments are averaged every `sync_every` updates. `server`: rank 0 does not act but takes the steps; the
+    others push gradients to it and pull weights, without waiting for each other (with `comm mpi`)."""
     sync_every: int = 50
     """Parameters: updates (not env steps) between averages. Checkpoints and evaluations average first."""
     outer_lr: float = 1.0
@@ -197,6 +198,13 @@ class ParallelConfig:
     momentum is the plain average."""
     outer_momentum: float = 0.0
     """Parameters: Nesterov momentum of the outer optimizer."""
+    pull_every: int = 1
+    """Server: a worker's updates (not env steps) between fresh weights."""
+    max_staleness: int = 100
+    """Server: a gradient is dropped if more updates than this were taken since its weights were pulled."""
+    tolerate_dead_workers: bool = False
+    """Server: workers of which nothing is heard for half of `stall_timeout` are left out, and the others go on. The
+    launcher must let them: `mpirun --enable-recovery`."""
     overlap: bool = True
     """Environments step while gradients travel. Off: wait first, then step."""
     threads_per_rank: int = 0
@@ -487,12 +495,12 @@ def write_config(config: Config, path: Path) -> None:
 _AT_LEAST_ONE = (
     "envs_per_rank", "frame_stack", "replay_capacity", "batch_per_rank", "n_step", "total_env_steps",
     "eval_episodes", "checkpoint_keep", "max_skipped_updates", "quantiles", "iqn_samples", "iqn_target_samples",
-    "iqn_policy_samples", "iqn_embedding", "sync_every",
+    "iqn_policy_samples", "iqn_embedding", "sync_every", "pull_every",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "exploration_env_steps", "learning_starts", "lr_reference_batch", "max_grad_norm", "target_every",
     "threads_per_rank", "seed", "stall_timeout", "eval_every", "checkpoint_every", "log_every", "noisy_sigma",
-    "ladder_alpha",
+    "ladder_alpha", "max_staleness",
 )  # fmt: skip
 _ABOVE_ZERO = ("replay_ratio", "lr", "optimizer_eps", "temperature", "munchausen_temperature", "outer_lr")
 _SHARES = (
@@ -573,26 +581,51 @@ def _check_parts(config: Config) -> None:
         )
 
 
+def acting_ranks(config: Config, size: int) -> int:
+    """How many of `size` ranks act and learn: all but the one that serves."""
+    return size - 1 if config.parallel.sync == "server" else size
+
+
+def acting_place(config: Config, rank: int) -> int:
+    """This rank's place among them; that of the one that serves is of no account."""
+    return max(rank - 1, 0) if config.parallel.sync == "server" else rank
+
+
+def check_engine(config: Config, engine: str, size: int) -> None:
+    """What `--sync` asks of the ranks' connection.
+
+    Raises:
+        UserError: this engine cannot do it, or there is nobody to serve.
+    """
+    if config.parallel.sync == "server" and (engine != "mpi" or size < 2):
+        found = "a single rank" if size < 2 else f"--comm {engine}"
+        raise UserError(
+            f"--sync server works between 2 or more ranks over plain MPI, not with {found}; start it with "
+            "'mpirun -np N python -m hvdqn.train --comm mpi --sync server', N of 2 or more, or use another --sync"
+        )
+
+
 def check_world(config: Config, size: int) -> None:
     """What depends on how many ranks there are.
 
     Raises:
         UserError: the shards are too small for this many ranks, or a ladder has one rung.
     """
-    if config.exploration.exploration == "ladder" and size * config.environment.envs_per_rank < 2:
+    acting = acting_ranks(config, size)
+    if config.exploration.exploration == "ladder" and acting * config.environment.envs_per_rank < 2:
         raise UserError(
             "--exploration ladder spreads its epsilons over environments, and there is one; raise --envs-per-rank"
         )
-    shard = config.replay.replay_capacity // size
+    shard = config.replay.replay_capacity // acting
     rows = shard // config.environment.envs_per_rank
     if config.replay.batch_per_rank > shard:
         raise UserError(
             f"--batch-per-rank {config.replay.batch_per_rank} is larger than the replay shard of a rank, {shard} "
-            f"(--replay-capacity {config.replay.replay_capacity} over {size} ranks); lower one or raise the other"
+            f"(--replay-capacity {config.replay.replay_capacity} over {acting} ranks); lower one or raise the other"
         )
     least = config.replay.n_step + config.environment.frame_stack
     if rows < least:
         raise UserError(
             f"--replay-capacity {config.replay.replay_capacity} leaves {rows} transitions for each of "
-            f"{size * config.environment.envs_per_rank} environments; n-step and frame stack need {least}: raise it"
+            f"{acting * config.environment.envs_per_rank} environments; n-step and frame stack need {least}: raise it"
         )

@@ -255,9 +255,10 @@ class Member:
         """A later world: keep what is this rank's own, or build it, and take over what ranks have in common."""
         comm, config, before = self.comm, self.sized(self.comm.size), self.training
         kept = before.parts if before else self.build_alone(memento["clock"]["env_steps"])
-        learner = make_learner(config, comm, kept.learner.online, self.timer, kept.device)
+        clock = make_clock(config, comm)
+        learner = make_learner(config, comm, kept.learner.online, self.timer, kept.device, clock)
         epsilons = make_epsilons(config, comm)
-        parts = replace(kept, clock=make_clock(config, comm.size), learner=learner, epsilons=epsilons)
+        parts = replace(kept, clock=clock, learner=learner, epsilons=epsilons)
         checkpoints = Checkpoints(run_dir / "checkpoints", comm, config.run.checkpoint_keep, self.timer)
         training = ElasticTraining(self.world, config, comm, run_dir, self.stop, parts, checkpoints)
         training.take_over(memento)

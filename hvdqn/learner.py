@@ -122,7 +122,8 @@ class Learner:
             network.parameters(), _views(self.message, list(network.parameters())), strict=True
         ):
             parameter.grad = view
-        k = batch_factor(config, comm.size * batch_per_rank, batch_per_rank)
+        self.global_batch = sync.ranks_per_update * batch_per_rank
+        k = batch_factor(config, self.global_batch, batch_per_rank)
         self.optimizer = make_optimizer(config, self.parameters, self.gradient, k)
         # k times fewer updates must not make the target k times slower in env steps.
         self.target_tau = 1.0 - (1.0 - config.target_tau) ** k
@@ -241,12 +242,11 @@ class Learner:
         """Make all replicas the same now, where the strategy lets them differ for a while."""
         self.sync.agree(self)
 
-    @property
-    def agreed(self) -> bool:
-        """Whether all replicas are the same now."""
-        return self.sync.agreed
+    def sync_target(self) -> list[int] | None:
+        """Renew the target network; return the ranks whose weights differ, or None if it has to wait."""
+        return self.sync.sync_target(self)
 
-    def sync_target(self) -> list[int]:
+    def broadcast_target(self) -> list[int]:
         """Make rank 0's weights everyone's target network; return the ranks whose own weights differ.
 
         The comparison is bit for bit, NaNs included, and comes at no cost but the broadcast's. Where most ranks
@@ -269,9 +269,7 @@ class Learner:
     @property
     def lr(self) -> float:
         """Learning rate of the last update begun."""
-        return learning_rate(
-            self.config, self.comm.size * self.batch_per_rank, self.batch_per_rank, self.done
-        )
+        return learning_rate(self.config, self.global_batch, self.batch_per_rank, self.done)
 
     def drain(self) -> dict[str, float]:
         """Reports summed and learning averaged over all ranks since the last call."""
@@ -293,6 +291,7 @@ class Learner:
             "updates_summed": self.updates_summed,
             "skipped_updates": self.skipped_updates,
             "skipped_in_a_row": self.skipped_in_a_row,
+            "sync": self.sync.counters(),
         }
 
     def load_counters(self, counters: Mapping[str, Any]) -> None:
@@ -301,6 +300,7 @@ class Learner:
         self.updates_summed = counters["updates_summed"]
         self.skipped_updates = counters["skipped_updates"]
         self.skipped_in_a_row = counters["skipped_in_a_row"]
+        self.sync.load_counters(counters["sync"])
 
     def state(self) -> dict[str, Tensor]:
         """Tensors that a checkpoint keeps: both networks, the optimizer's moments, what the strategy carries."""

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from hvdqn.acting import Actor, Epsilons
-from hvdqn.clock import Clock
+from hvdqn.clock import Clock, ReportedClock
 from hvdqn.comm import Comm
-from hvdqn.config import Config, UserError
+from hvdqn.config import Config, UserError, acting_place, acting_ranks
 from hvdqn.envs import Environments, make_environments
 from hvdqn.faults import together
 from hvdqn.learner import Learner
@@ -64,10 +64,11 @@ def build_parts(config: Config, comm: Comm, timer: PhaseTimer, env_steps: int = 
     small = sum(p.numel() for p in network.parameters()) < PARAMETERS_WORTH_THREADS
     torch.set_num_threads(1 if small else threads)
     torch.manual_seed(seeds.noise)  # from here on ranks draw different numbers
+    clock = make_clock(config, comm)
     return Parts(
         envs=envs,
-        clock=make_clock(config, comm.size),
-        learner=make_learner(config, comm, network, timer, device),
+        clock=clock,
+        learner=make_learner(config, comm, network, timer, device, clock),
         replay=make_replay(config, comm.size, envs, seeds.replay),
         actor=make_actor(config, envs, network, seeds.exploration, device),
         epsilons=make_epsilons(config, comm),
@@ -94,14 +95,14 @@ def network_for(config: Config, envs: Environments) -> QNetwork:
 
 
 def make_learner(
-    config: Config, comm: Comm, network: QNetwork, timer: PhaseTimer, device: torch.device
+    config: Config, comm: Comm, network: QNetwork, timer: PhaseTimer, device: torch.device, clock: Clock
 ) -> Learner:
     """The learner of this network, equal to rank 0's; a collective call."""
     return Learner(
         network,
         config.learning,
         comm,
-        make_sync(config.parallel, comm),
+        make_sync(config.parallel, comm, clock),
         config.replay.batch_per_rank,
         timer,
         device,
@@ -120,25 +121,30 @@ def make_actor(
 
 def make_epsilons(config: Config, comm: Comm) -> Epsilons:
     """Which share of this rank's actions is random."""
-    return Epsilons(config.exploration, config.environment.envs_per_rank, comm.rank, comm.size)
+    place, acting = acting_place(config, comm.rank), acting_ranks(config, comm.size)
+    return Epsilons(config.exploration, config.environment.envs_per_rank, place, acting)
 
 
-def make_clock(config: Config, size: int) -> Clock:
-    """The clock of a job of `size` ranks."""
-    replay = config.replay
-    envs = size * config.environment.envs_per_rank
+def make_clock(config: Config, comm: Comm) -> Clock:
+    """The clock of the job, or of one rank where ranks step by themselves."""
+    replay, envs_per_rank = config.replay, config.environment.envs_per_rank
+    envs = acting_ranks(config, comm.size) * envs_per_rank
     # Nothing can be sampled before each environment has made n steps and may have been reset in between.
-    earliest = 2 * (replay.n_step + 1) * envs
-    return Clock(
-        envs, size * replay.batch_per_rank, replay.replay_ratio, max(replay.learning_starts, earliest)
-    )
+    earliest = 2 * (replay.n_step + 1)
+    starts = max(replay.learning_starts, earliest * envs)
+    batch, ratio = replay.batch_per_rank, replay.replay_ratio
+    if config.parallel.sync != "server":
+        return Clock(envs, comm.size * batch, ratio, starts)
+    if comm.rank == 0:
+        return Clock(envs, batch, ratio, starts)
+    return ReportedClock(envs_per_rank, batch, ratio, starts, own_earliest=earliest * envs_per_rank)
 
 
 def make_replay(config: Config, size: int, envs: Environments, rng: np.random.Generator) -> Replay:
     """This rank's shard of replay."""
     ring = Ring(
         envs=envs.envs,
-        capacity=config.replay.replay_capacity // size,
+        capacity=config.replay.replay_capacity // acting_ranks(config, size),
         observation_shape=envs.observation_shape,
         observation_dtype=envs.observation_dtype,
         frame_stack=config.environment.frame_stack,
@@ -158,7 +164,8 @@ def importance_at(config: Config, size: int, env_steps: int) -> Importance:
     """
     first = config.replay.priority_beta
     beta = first + (1.0 - first) * min(env_steps / config.run.total_env_steps, 1.0)
-    return Importance(beta, n_global=max(min(env_steps, config.replay.replay_capacity), 1), size=size)
+    n_global = max(min(env_steps, config.replay.replay_capacity), 1)
+    return Importance(beta, n_global, size=acting_ranks(config, size))
 
 
 def device_kind(config: Config) -> str:

@@ -19,7 +19,7 @@ from hvdqn.checkpoint import (
     rank_part,
 )
 from hvdqn.comm import Comm
-from hvdqn.config import Config, UserError
+from hvdqn.config import Config, UserError, acting_place, acting_ranks
 from hvdqn.parts import Parts
 from hvdqn.replay import deal
 from hvdqn.seeds import load_torch_state, torch_state
@@ -175,7 +175,8 @@ def _restore_shard(
     if kept and same_shapes:
         parts.replay.load_state(shards[0]["replay"])
     elif kept:
-        dealt = deal([shard["replay"] for shard in shards], parts.replay.ring, comm.rank, comm.size)
+        place = acting_place(config, comm.rank), acting_ranks(config, comm.size)
+        dealt = deal([shard["replay"] for shard in shards], parts.replay.ring, *place)
         parts.replay.load_state(dealt)
     exact = same_shapes and kept and parts.actor.load_state(shards[0]["actor"])
     if exact:

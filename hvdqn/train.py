@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 from hvdqn import __version__
 from hvdqn.checkpoint import LEARNER, Checkpoint, Checkpoints
 from hvdqn.comm import Comm, LaunchError, connect, launcher_rank
-from hvdqn.config import Config, UserError, check_world, parse, write_config
+from hvdqn.config import Config, UserError, check_engine, check_world, parse, write_config
 from hvdqn.envs import find_spec
 from hvdqn.evaluate import Evaluator
 from hvdqn.faults import (
@@ -140,21 +140,26 @@ class Training:
         total = self.config.run.total_env_steps if until_env_steps is None else until_env_steps
         self.learner.exchange(self.report())  # a rank may have been told before the start
         while self.clock.env_steps < total and not self.learner.stop_voted:
-            travelling = self.begin_updates()
-            self.act()  # while the gradients travel
-            if travelling:
-                self.finish_update()
-            elif self.clock.due(POLL_ITERATIONS * self.clock.envs):
-                self.learner.exchange(self.report())
+            self.learner.sync.turn(self.learner, self.iterate, self.report)
             self.timer.start("other")
             self.attend()
+
+    def iterate(self) -> None:
+        """Act once in every environment, and take the updates that are due."""
+        travelling = self.begin_updates()
+        self.act()  # while the gradients travel
+        if travelling:
+            self.finish_update()
+        elif self.clock.poll_due(POLL_ITERATIONS):
+            self.learner.exchange(self.report())
 
     def attend(self) -> None:
         """Do what the last env step made due besides updates."""
         run, due = self.config.run, self.clock.due
-        self.target_due |= due(self.config.learning.target_every)
-        if due(run.eval_every) or due(run.checkpoint_every):
+        over = self.clock.env_steps >= run.total_env_steps or self.learner.stop_voted
+        if over or due(run.eval_every) or due(run.checkpoint_every):
             self.learner.agree()
+        self.target_due |= due(self.config.learning.target_every)
         self.sync_target()
         if due(run.log_every):
             self.log()
@@ -164,9 +169,10 @@ class Training:
             self.save()
 
     def sync_target(self) -> None:
-        """Renew the target network if that is due, as soon as all ranks hold the same weights."""
-        if self.target_due and self.learner.agreed:
-            check_replicas(self.learner.sync_target(), self.clock.env_steps)
+        """Renew the target network if that is due, as soon as the strategy can."""
+        differing_ranks = self.learner.sync_target() if self.target_due else None
+        if differing_ranks is not None:
+            check_replicas(differing_ranks, self.clock.env_steps)
             self.target_due = False
 
     def agree(self) -> None:
@@ -185,7 +191,7 @@ class Training:
             self.timer.start("compute")
             done = self.clock.env_steps / self.config.run.total_env_steps
             self.learner.begin_update(batch, self.report(), done)
-            self.clock.updates += 1
+            self.clock.count_update()
             travelling = True
             if not self.config.parallel.overlap:
                 self.finish_update()
@@ -239,6 +245,7 @@ class Training:
             "grad_norm": self.learner.grad_norm,
             "episodes": episodes,
             "skipped_updates": self.learner.skipped_updates,
+            **self.learner.sync.measures(),
         }
         if episodes:
             values["episode_return_mean"] = totals["return_sum"] / episodes
@@ -323,6 +330,7 @@ class Training:
             "updates": self.clock.updates,
             "skipped_updates": self.learner.skipped_updates,
             "failed_checkpoints": self.progress.failed_checkpoints,
+            **self.learner.sync.counters(),
             "traffic": self.traffic(),
             "wall_seconds": wall_seconds,
             "env_steps_per_second": self.clock.env_steps / wall_seconds,
@@ -351,7 +359,7 @@ class Training:
     def rank_speeds(self) -> list[float]:
         """Env steps per second of each rank's own work, waiting for the others left out; a collective call."""
         seconds = self.timer.seconds()
-        speed = self.clock.env_steps / self.comm.size / (sum(seconds.values()) - seconds["comm"])
+        speed = self.clock.own_env_steps_of(self.comm.size) / (sum(seconds.values()) - seconds["comm"])
         return self.comm.all_gather_object(speed)
 
     def close(self) -> None:
@@ -368,11 +376,13 @@ class Training:
 
     def say_how_it_ended(self, speeds: Sequence[float]) -> None:
         """A few lines for people."""
-        slowest, fastest = min(speeds), max(speeds)
+        acting = [speed for speed in speeds if speed > 0]
+        slowest, fastest = min(acting), max(acting)
         if fastest > 2 * slowest:
+            others = "go on without it" if len(acting) < len(speeds) else "wait for it"
             self.metrics.say(
                 f"rank {speeds.index(slowest)} is the slowest, {slowest:,.4g} env steps/s of its own work, and the "
-                f"others wait for it; the fastest, rank {speeds.index(fastest)}, makes {fastest:,.4g}"
+                f"others {others}; the fastest, rank {speeds.index(fastest)}, makes {fastest:,.4g}"
             )
         if self.learner.stop_voted:
             self.metrics.say(
@@ -440,6 +450,7 @@ def train(config: Config, comm: Comm, stop: StopSignal, timer: PhaseTimer) -> in
         UserError: the input is wrong, the same on every rank.
     """
     check_same_config(config, comm)
+    check_engine(config, comm.name, comm.size)
     check_world(config, comm.size)
     run_dir = open_run_dir(config, comm)
     with closing(Watchdog(run_dir / "heartbeats", comm, timer, config.parallel.stall_timeout)):

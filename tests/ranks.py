@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +26,13 @@ class Meeting:
     def __init__(self, size: int) -> None:
         self.barrier = threading.Barrier(size, timeout=TIMEOUT_SECONDS)
         self.laid: list[Any] = [None] * size
+        self._lock, self._successor = threading.Lock(), None
+
+    def successor(self, size: int) -> Meeting:
+        """The one that some of the ranks go on with."""
+        with self._lock:
+            self._successor = self._successor or Meeting(size)
+            return self._successor
 
     def share(self, rank: int, value: Any) -> list[Any]:
         self.laid[rank] = value
@@ -39,14 +50,73 @@ class Pending:
         return self.tensor.copy_(torch.stack(self.comm.all_gather_object(self.sent)).mean(dim=0))
 
 
-class ThreadComm(Comm):
-    """One of the ranks; it remembers the names of its allreduces."""
+@dataclass
+class Request:
+    wait: Callable[[], object] = lambda: None
 
-    name = "local"
+    def Wait(self) -> None:  # noqa: N802
+        self.wait()
+
+
+@dataclass
+class Status:
+    source: int = -1
+
+
+class Channel:
+    """Messages between two ranks, as mpi4py sends them."""
+
+    def __init__(self, rank: int, boxes: list[dict[int, deque[bytes]]], meeting: Meeting) -> None:
+        self.rank, self.boxes, self.meeting = rank, boxes, meeting
+
+    def Isend(self, buffer: np.ndarray, to: int) -> Request:  # noqa: N802
+        self.boxes[to][self.rank].append(buffer.tobytes())
+        return Request()
+
+    def Irecv(self, buffer: np.ndarray, source: int) -> Request:  # noqa: N802
+        return Request(lambda: self.Recv(buffer, source))
+
+    def Recv(self, buffer: np.ndarray, source: int) -> None:  # noqa: N802
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        while not self.boxes[self.rank][source]:
+            if self.meeting.barrier.broken:
+                raise threading.BrokenBarrierError
+            assert time.monotonic() < deadline, f"rank {self.rank} waited in vain for rank {source}"
+            time.sleep(1e-4)
+        message = self.boxes[self.rank][source].popleft()
+        buffer[: len(message)] = np.frombuffer(message, np.uint8)
+
+    def Iprobe(self, status: Status) -> bool:  # noqa: N802
+        for source, box in self.boxes[self.rank].items():
+            if box:
+                status.source = source
+                return True
+        return False
+
+
+class ThreadComm(Comm):
+    """One of the ranks; it remembers the names of its allreduces. Messages between two go as in `MpiComm`."""
+
+    name = "mpi"
 
     def __init__(self, rank: int, size: int, meeting: Meeting) -> None:
         super().__init__(rank, size, rank, size)
         self.meeting, self.names = meeting, list[str]()
+
+    def duplicate(self) -> Channel:
+        mine = [{rank: deque[bytes]() for rank in range(self.size)} for _ in range(self.size)]
+        return Channel(self.rank, self.broadcast_object(mine), self.meeting)
+
+    def new_status(self) -> Status:
+        return Status()
+
+    def keep(self, ranks: Sequence[int]) -> None:
+        others: Meeting = self.meeting.successor(len(ranks))
+        self.rank, self.size, self.meeting = ranks.index(self.rank), len(ranks), others
+
+    def abort(self, code: int) -> NoReturn:
+        self.meeting.barrier.abort()
+        raise SystemExit(code)
 
     def allreduce_mean_async(self, tensor: Tensor, name: str) -> Pending:
         self.names.append(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -130,6 +131,19 @@ class MpiComm(Comm):
     def barrier(self) -> None:
         """See `Comm`."""
         self._world.Barrier()
+
+    def duplicate(self) -> Any:
+        """A communicator of its own between all ranks, for messages between two of them; a collective call."""
+        return self._world.Dup()
+
+    def new_status(self) -> Any:
+        """Where MPI says whose message it found."""
+        return self._mpi.Status()
+
+    def keep(self, ranks: Sequence[int]) -> None:
+        """Go on without the other ranks, which may be dead; called by all that stay, who are numbered anew."""
+        self._world = self._world.Create_group(self._world.group.Incl(ranks))
+        self.rank, self.size = self._world.rank, self._world.size
 
     def _end_peers(self, code: int) -> None:
         # srun, unlike mpirun, lets the others go on when one rank exits.

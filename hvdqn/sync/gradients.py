@@ -6,7 +6,8 @@ Learning", section 4.2: N ranks with a batch of B each are one learner with a ba
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from hvdqn.comm import Comm, Handle
 from hvdqn.sync.traffic import Traffic
@@ -21,21 +22,27 @@ class Gradients:
     """One named allreduce per update carries the flat gradient and its trailer."""
 
     description = "gradients averaged at every update"
-    agreed = True  # always: all take the same steps
 
     def __init__(self, comm: Comm) -> None:
         self.comm = comm
+        self.ranks_per_update = comm.size
         self.handle: Handle | None = None
         self.traffic = Traffic()
 
     def attach(self, learner: Learner) -> None:
         """Nothing is needed of it beforehand."""
 
+    def turn(
+        self, learner: Learner, iterate: Callable[[], None], report: Callable[[], Sequence[float]]
+    ) -> None:
+        """All ranks act and learn."""
+        iterate()
+
     def begin(self, learner: Learner) -> None:
         """Send this rank's gradient on its way."""
         self.handle = self.comm.allreduce_mean_async(learner.message, name="gradient")
         self.traffic.updates += 1
-        self.traffic.count(learner.message)
+        self.traffic.count(learner.message.nbytes)
 
     def finish(self, learner: Learner) -> None:
         """Wait for the average, clip it, step."""
@@ -51,11 +58,15 @@ class Gradients:
 
     def exchange(self, learner: Learner) -> None:
         """Send the trailer alone."""
-        self.traffic.count(learner.trailer.tensor)
+        self.traffic.count(learner.trailer.tensor.nbytes)
         with learner.timer.during("comm"):
             self.comm.allreduce_mean_async(learner.trailer.tensor, name="trailer").wait()
         learner.trailer.read()
         learner.hear(learner.trailer.reported(), learner.trailer.learned, 0)
+
+    def sync_target(self, learner: Learner) -> list[int]:
+        """Take rank 0's weights for the target's; the ranks whose weights differ from the others'."""
+        return learner.broadcast_target()
 
     def state(self) -> dict[str, Tensor]:
         """It carries nothing from update to update."""
@@ -64,3 +75,14 @@ class Gradients:
     def expected_traffic(self, learner: Learner) -> tuple[float, float]:
         """Messages and bytes that one rank gives to the network in an update."""
         return 1.0, float(learner.message.numel() * learner.message.element_size())
+
+    def counters(self) -> dict[str, Any]:
+        """It counts nothing."""
+        return {}
+
+    def load_counters(self, counters: Mapping[str, Any]) -> None:
+        """It counts nothing."""
+
+    def measures(self) -> dict[str, float]:
+        """It measures nothing."""
+        return {}

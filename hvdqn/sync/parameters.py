@@ -11,7 +11,8 @@ drift apart between averages, the further the larger K, the learning rate and th
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -69,6 +70,7 @@ class Parameters:
 
     def __init__(self, comm: Comm, every: int, outer_lr: float = 1.0, outer_momentum: float = 0.0) -> None:
         self.comm, self.every = comm, every
+        self.ranks_per_update = comm.size
         self.outer_lr, self.outer_momentum = outer_lr, outer_momentum
         self.outer: Nesterov | None = None
         self.traffic = Traffic()
@@ -105,6 +107,12 @@ class Parameters:
         self.largest_weight = torch.zeros(1, dtype=torch.float64)
         if self.outer_lr != 1.0 or self.outer_momentum != 0.0:
             self.outer = Nesterov(learner.parameters, self.outer_lr, self.outer_momentum)
+
+    def turn(
+        self, learner: Learner, iterate: Callable[[], None], report: Callable[[], Sequence[float]]
+    ) -> None:
+        """All ranks act and learn."""
+        iterate()
 
     def begin(self, learner: Learner) -> None:
         """Take this rank's own step; if it is time, send its weights on their way."""
@@ -151,6 +159,10 @@ class Parameters:
         self.handle = None
         self._hear(learner)
 
+    def sync_target(self, learner: Learner) -> list[int] | None:
+        """Take the averaged weights for the target's; None between averages: the next one is soon enough."""
+        return learner.broadcast_target() if self.agreed else None
+
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint keeps besides the learner's tensors."""
         return {"largest_weight": self.largest_weight, **(self.outer.state() if self.outer else {})}
@@ -160,6 +172,17 @@ class Parameters:
         trailers = (self.every - 1) // UPDATES_BETWEEN_VOTES
         numbers = self.message.numel() + trailers * self.trailer.numel()
         return (1 + trailers) / self.every, numbers * self.message.element_size() / self.every
+
+    def counters(self) -> dict[str, Any]:
+        """It counts nothing."""
+        return {}
+
+    def load_counters(self, counters: Mapping[str, Any]) -> None:
+        """It counts nothing."""
+
+    def measures(self) -> dict[str, float]:
+        """It measures nothing."""
+        return {}
 
     def _step_alone(self, learner: Learner) -> None:
         trailer = learner.trailer
@@ -183,12 +206,12 @@ class Parameters:
             part.copy_(tensor.reshape(-1))
         self._write_trailer()
         self.handle = self.comm.allreduce_mean_async(self.message, name="parameters")
-        self.traffic.count(self.message)
+        self.traffic.count(self.message.nbytes)
 
     def _launch_trailer(self) -> None:
         self._write_trailer()
         self.handle = self.comm.allreduce_mean_async(self.trailer, name="trailer")
-        self.traffic.count(self.trailer)
+        self.traffic.count(self.trailer.nbytes)
 
     def _write_trailer(self) -> None:
         """What this rank tells since it last did; each rank has slots of its own at the end."""

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 import hvdqn.train
+from hvdqn.clock import Clock
 from hvdqn.comm import Comm
 from hvdqn.comm.local import LocalComm
 from hvdqn.config import LearningConfig, NetworkConfig, ParallelConfig
@@ -63,7 +64,7 @@ def make_learner(
         dtype
     )
     config = LearningConfig(max_grad_norm=0.0, optimizer="sgd", lr=0.01)
-    sync = make_sync(parallel, comm)
+    sync = make_sync(parallel, comm, Clock(1, 1, 1.0, 0))
     return Learner(network, config, comm, sync, GLOBAL_BATCH // comm.size, PhaseTimer(), torch.device("cpu"))
 
 

@@ -117,6 +117,27 @@ def _skew_clock() -> None:
         time.time = lambda: right() + 1e6
 
 
+def rank_1_five_times_slower(env: Env) -> Env:
+    """Each step of an environment sleeps 2 ms, on rank 1 10 ms: the cores are not what ranks wait for."""
+    slow = 5 if launcher_rank() == 1 else 1
+    return Dawdling(env, 2e-3 * slow)
+
+
+def all_equally_slow(env: Env) -> Env:
+    """The same without a straggler."""
+    return Dawdling(env, 2e-3)
+
+
+class Dawdling(gym.Wrapper[Any, Any, Any, Any]):
+    def __init__(self, env: Env, seconds: float) -> None:
+        super().__init__(env)
+        self.seconds = seconds
+
+    def step(self, action: Any) -> Result:
+        time.sleep(self.seconds)
+        return self.env.step(action)
+
+
 def nan_gradient(env: Env) -> Env:
     _wrap_backward()
     return env

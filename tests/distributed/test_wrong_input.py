@@ -23,6 +23,7 @@ ROWS = {
     # ...and after.
     "unknown environment": ("--env CartPoll-v1", ("unknown environment 'CartPoll-v1'", "'CartPole-v1'")),
     "batch above shard": ("--batch-per-rank 1001", ("1001", "shard of a rank, 1000", "2000 over 2 ranks")),
+    "server over Horovod": ("--sync server", ("--sync server", "not with --comm horovod", "--comm mpi")),
     "run directory not writable": ("--run-dir {tmp}/file/run", ("cannot write", "Not a directory", "--run-dir")),
 }  # fmt: skip
 

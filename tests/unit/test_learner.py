@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from hvdqn.clock import Clock
 from hvdqn.comm import connect
 from hvdqn.comm.local import LocalComm
 from hvdqn.config import LearningConfig, NetworkConfig, ParallelConfig
@@ -43,7 +44,13 @@ def make_learner(dtype=torch.float32, comm=None, network=None, **settings):
     config = LearningConfig(**{"lr": 1e-3, "lr_scaling": "none", **settings})
     comm = comm or connect("local")
     return Learner(
-        made, config, comm, make_sync(ParallelConfig(), comm), 16, PhaseTimer(), torch.device("cpu")
+        made,
+        config,
+        comm,
+        make_sync(ParallelConfig(), comm, Clock(1, 1, 1.0, 0)),
+        16,
+        PhaseTimer(),
+        torch.device("cpu"),
     )
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from hvdqn.clock import Clock
 from hvdqn.config import LearningConfig, NetworkConfig, ParallelConfig
 from hvdqn.learner import Learner, NonFiniteError
 from hvdqn.metrics import PhaseTimer
@@ -31,7 +32,7 @@ def make_learner(comm, settings=(), **parallel):
         network = make_network(NetworkConfig(hidden=(32,)), "huber", (4,), 1, is_image=False, actions=3)
     network.double()
     config = LearningConfig(**{"lr": 1e-2, "lr_scaling": "none", "max_grad_norm": 0.0, **dict(settings)})
-    sync = make_sync(ParallelConfig(**parallel), comm)
+    sync = make_sync(ParallelConfig(**parallel), comm, Clock(1, 1, 1.0, 0))
     return Learner(network, config, comm, sync, 16, PhaseTimer(), torch.device("cpu"))
 
 
@@ -81,18 +82,18 @@ def test_weights_and_moments_are_the_mean_of_ranks_that_went_alone(optimizer):
             torch.testing.assert_close(learner.optimizer.moments()[name], tensor, msg=name)
         torch.testing.assert_close(learner.parameters, expected[0].parameters)
         assert learner.sha256() == learners[0].sha256()
-        assert learner.agreed
+        assert learner.sync.agreed
 
 
 def test_ranks_differ_in_between_and_agree_when_asked():
     def body(comm):
         learner = train(comm, 7, sync="parameters", sync_every=5)
-        apart, digest = learner.agreed, learner.sha256()
+        apart, digest = learner.sync.agreed, learner.sha256()
         learner.agree()
         names = list(comm.names)
         learner.agree()  # nothing is left to average
         assert comm.names == names
-        return apart, digest, learner.agreed, learner.sha256(), learner.state()
+        return apart, digest, learner.sync.agreed, learner.sha256(), learner.state()
 
     before, after = run_ranks(2, body)
     assert not before[0]
@@ -112,7 +113,7 @@ def test_the_next_average_is_every_updates_after_the_one_that_was_asked_for():
         for update in range(5):
             learner.begin_update(make_batch(seed=update), NOTHING)
             learner.finish_update()
-            agreed.append(learner.agreed)
+            agreed.append(learner.sync.agreed)
         assert len(comm.names) == names + 1
         return agreed
 

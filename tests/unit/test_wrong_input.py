@@ -85,6 +85,11 @@ HERE = {
     "negative seed": wrong("--seed -1", "--seed is -1", "0 or more"),
     "an empty layer": wrong("--hidden 64 0", "--hidden is 64 0", "at least 1 unit"),
     "no updates between averages": wrong("--sync-every 0", "--sync-every is 0", "at least 1"),
+    "no updates between pulls": wrong("--pull-every 0", "--pull-every is 0", "at least 1"),
+    "negative staleness": wrong("--max-staleness -1", "--max-staleness is -1", "0 or more"),
+    "a server with nobody to serve": wrong(
+        "--sync server", "--sync server", "2 or more ranks", "not with a single rank", "--comm mpi"
+    ),
     "no outer rate": wrong("--outer-lr 0", "--outer-lr is 0.0", "above 0"),
     "endless outer momentum": wrong("--outer-momentum 1", "--outer-momentum is 1.0", "within [0, 1)"),
     "gamma 0": wrong("--gamma 0", "--gamma is 0.0", "(0, 1]"),
