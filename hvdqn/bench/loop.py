@@ -193,6 +193,8 @@ def prepared(config: Config, comm: Comm, whole: bool) -> Config:
         filled = 10 * comm.size * config.replay.batch_per_rank
         config = config.replace(learning_starts=min(config.replay.learning_starts, filled))
     check_same_config(config, comm)
+    if config.parallel.sync == "server":
+        raise UserError("a benchmark times ranks that step together; use --sync gradients or parameters")
     check_world(config, comm.size)
     return config
 

@@ -391,7 +391,7 @@ class Server(Star):
 
     def _serve(self, learner: Learner) -> None:
         """Wait a while for a push, and answer it."""
-        learner.timer.start("comm")
+        learner.timer.start("other")  # not `comm`: a server that has nothing to do keeps nobody waiting
         worker = self._next_worker()
         learner.timer.start("compute")
         if worker is None:

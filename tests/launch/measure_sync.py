@@ -1,0 +1,136 @@
+"""Where each strategy wins: the numbers of README's table "Which one should I use?".
+
+    python -m tests.launch.measure_sync straggler    3 acting ranks, one of them 5 times slower
+    python -m tests.launch.measure_sync network      2 hosts, 20 ms and 50 Mbit/s apart, Nature CNN; as root
+    python -m tests.launch.measure_sync cartpole 1 2 3 4 5    learning on 3 ranks, by seed
+
+Rates are those of whole runs once learning has begun, without checkpoints and evaluations. Give it a quiet machine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.distributed.runs import summary
+from tests.launch.hosts import Cluster
+from tests.launchers import REPOSITORY, Result, clean_environment, launch
+
+TIMEOUT_SECONDS = 280
+DELAY_MS, MBIT = 20.0, 50.0
+AVERAGE_EVERY = 50
+UNTIMED = (
+    "--checkpoint-every",
+    "0",
+    "--eval-every",
+    "0",
+    "--eval-episodes",
+    "1",
+    "--checkpoint-replay",
+    "no",
+)
+
+STRAGGLER = "--preset smoke --vectorization sync --envs-per-rank 2 --log-every 60 --replay-capacity 20000"
+
+
+def rate(run_dir: Path, whole_updates: int = 1) -> float:
+    """Env steps per second between the first lines of metrics with updates and the last, so many updates apart."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "lr" in line and line["updates"] > 0]  # evaluations have none
+    first = lines[0]
+    last = [line for line in lines if (line["updates"] - first["updates"]) % whole_updates == 0][-1]
+    seconds: float = last["wall_seconds"] - first["wall_seconds"]
+    return (last["env_steps"] - first["env_steps"]) / seconds
+
+
+def mpirun(np: int, run_dir: Path, *flags: str) -> Result:
+    argv = ["-m", "hvdqn.train", "--comm", "mpi", "--run-dir", str(run_dir), *flags]
+    result = launch("mpirun", np, argv, TIMEOUT_SECONDS)
+    assert result.returncode == 0, result
+    return result
+
+
+def straggler(folder: Path) -> None:
+    """Environments sleep, so that ranks need no core of their own: 2 ms a step, the straggler's 10 ms."""
+    flags = (
+        "--preset smoke --vectorization sync --envs-per-rank 2 --log-every 60 --replay-capacity 20000".split()
+    )
+    for sync, np in (("gradients", 3), ("server", 4)):
+        rates = []
+        for wrapper, total in (("all_equally_slow", 9_000), ("rank_1_five_times_slower", 4_000)):
+            run_dir = folder / f"{sync}-{wrapper}"
+            mpirun(
+                np, run_dir, *STRAGGLER.split(), *UNTIMED, "--sync", sync, "--total-env-steps", str(total),
+                "--wrapper", f"tests.distributed.sabotage:{wrapper}",
+            )  # fmt: skip
+            rates.append(rate(run_dir))
+        alike, slowed = rates
+        print(
+            f"{sync}: {alike:,.0f} env steps/s alike, {slowed:,.0f} with a straggler: {slowed / alike:.0%} is left"
+        )
+        print(f"   {dict(list(summary(run_dir).get('staleness', {}).items())[:12])}", flush=True)
+
+
+def network(folder: Path) -> None:
+    """The same two ranks on one host and on two."""
+    updates = {"gradients": 16, "parameters": 2 * AVERAGE_EVERY + 1}
+    with Cluster(2, folder, DELAY_MS, MBIT) as cluster:
+        print(f"links are slowed by {cluster.slowed_by}", flush=True)
+        for sync, count in updates.items():
+            # An update every 128 env steps, after 2048 to fill replay with.
+            flags = f"""--preset atari --comm mpi --sync {sync} --sync-every {AVERAGE_EVERY} --envs-per-rank 16
+                --batch-per-rank 512 --learning-starts 2048 --replay-capacity 20000 --threads-per-rank 1
+                --log-every 128 --target-every 12800 --total-env-steps {2048 + 128 * (count + 1)}"""
+            rates = []
+            for hosts in ("h1:2", "h1:1,h2:1"):
+                run_dir = folder / f"{sync}-{hosts}"
+                words = [
+                    str(REPOSITORY / "launch" / "mpirun.sh"),
+                    "--hosts",
+                    hosts,
+                    "--interfaces",
+                    "eth0",
+                    "--",
+                ]
+                words += [*flags.split(), *UNTIMED, "--run-dir", str(run_dir)]
+                environment = clean_environment() | {"HVDQN_VENV": sys.prefix}
+                with cluster.start(words, environment, TIMEOUT_SECONDS, folder) as job:
+                    result = job.wait()
+                assert result.returncode == 0, result
+                rates.append(rate(run_dir, AVERAGE_EVERY if sync == "parameters" else 1))
+                print(f"   {hosts}: {rates[-1]:,.1f} env steps/s, {summary(run_dir)['traffic']}", flush=True)
+            print(f"{sync}: {rates[1] / rates[0]:.0%} of the rate of one host is left on two", flush=True)
+
+
+def cartpole(folder: Path, seeds: Sequence[str]) -> None:
+    """Greedy evaluation of the final network over 100 episodes."""
+    strategies: dict[str, tuple[int, tuple[str, ...]]] = {
+        "gradients": (3, ()),
+        "parameters": (3, ("--sync-every", "10")),
+        "server": (4, ()),
+    }
+    for seed in seeds:
+        for sync, (np, flags) in strategies.items():
+            run_dir = folder / f"{sync}-{seed}"
+            mpirun(np, run_dir, "--preset", "cartpole", "--seed", seed, "--sync", sync, *flags)
+            done: dict[str, Any] = summary(run_dir)
+            print(f"{sync}, {np} ranks, seed {seed}: {done['eval_return_mean']}", flush=True)
+
+
+def main(argv: Sequence[str]) -> None:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with tempfile.TemporaryDirectory(prefix="measure-") as name:
+        folder = Path(name)
+        if argv[0] == "cartpole":
+            cartpole(folder, argv[1:])
+        else:
+            {"straggler": straggler, "network": network}[argv[0]](folder)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
