@@ -142,7 +142,7 @@ def time_allreduce(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of every rank; returns the exit code."""
-    parser = Parser(PROG, __doc__.partition("\n")[0], "bench-allreduce.json")
+    parser = Parser(PROG, __doc__, "bench-allreduce.json")
     parser.add_argument("--seconds", type=float, default=0.5, help="for each size")
     try:
         options, flags = parser.parse_known_args(sys.argv[1:] if argv is None else argv)

@@ -11,6 +11,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from functools import partial
 
+import hvdqn.bench
 from hvdqn import train
 from hvdqn.bench import allreduce, loop
 from hvdqn.bench.allreduce import Allreduce
@@ -64,7 +65,7 @@ def engines(options: Namespace, flags: Sequence[str]) -> list[Allreduce]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of every rank; returns the exit code."""
-    parser = Parser(PROG, __doc__, "bench.json")
+    parser = Parser(PROG, f"{__doc__}\n{hvdqn.bench.__doc__}", "bench.json")
     parser.add_argument("--seconds", type=float, default=8.0, help="how long to run the loop")
     parser.add_argument("--allreduce-seconds", type=float, default=0.5, help="for each message size")
     parser.add_argument("--np", type=int, default=2, help="ranks of the jobs that time the engines")

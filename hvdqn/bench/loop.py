@@ -257,7 +257,7 @@ _LOCAL_RANK = ("HOROVOD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "LOCAL_RANK",
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of every rank; returns the exit code."""
-    parser = Parser(PROG, __doc__.partition("\n")[0], "bench-loop.json")
+    parser = Parser(PROG, __doc__, "bench-loop.json")
     parser.add_argument("--seconds", type=float, default=8.0, help="how long to measure")
     parser.add_argument(
         "--whole-run", action="store_true", help="time all env steps of the run, filling replay too"

@@ -179,10 +179,12 @@ def compare(names: Sequence[str], setting: Setting, file: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The `hvdqn bench peers` command; returns the exit code."""
-    parser = Parser(PROG, __doc__.partition("\n")[0], "bench-peers.json")
+    parser = Parser(PROG, __doc__, "bench-peers.json", trains=False)
     parser.add_argument("comparisons", nargs="*", metavar="|".join(COMPARISONS), help="default: all")
-    parser.add_argument("--peer-python", default=sys.executable, metavar="PATH")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--peer-python", default=sys.executable, metavar="PATH", help="which has Stable-Baselines3"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="default: 3")
     parser.add_argument("--seconds", type=float, default=8.0, help="of one measurement of a loop")
     try:
         options = parser.parse_args(argv)

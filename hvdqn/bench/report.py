@@ -21,13 +21,17 @@ LIBRARIES = ("torch", "numpy", "gymnasium", "ale-py", "horovod", "mpi4py", "stab
 
 
 class Parser(argparse.ArgumentParser):
-    """Flags of a benchmark; those that it does not know are left to training."""
+    """Flags of a benchmark; those that it does not know are left to training, where it trains what it is told."""
 
-    def __init__(self, prog: str, description: str, json_file: str) -> None:
+    def __init__(self, prog: str, description: str, json_file: str, trains: bool = True) -> None:
         super().__init__(
-            prog, f"{prog} [FLAGS] [TRAIN FLAGS]", description, "All other flags are those of hvdqn train.",
+            prog,
+            f"{prog} [FLAGS]{' [TRAIN FLAGS]' * trains}",
+            description,
+            "All other flags are those of hvdqn train." * trains,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
-        )  # fmt: skip
+        )
         self.add_argument(
             "--json", type=Path, default=Path(json_file), metavar="FILE", help=f"default: {json_file}"
         )

@@ -169,7 +169,8 @@ def _label(axes: Axes, scaling: Scaling) -> None:
     first = scaling.weak[0]
     axes.set_title(f"{first.env}, {first.parameters:,} parameters, {scaling.engine}")
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    ranks = sorted({one.world_size for one in scaling.weak} | {one.ranks for one in scaling.projected})
+    axes.set_xticks(ranks, [str(count) for count in ranks])
     axes.set_xlabel("Ranks")
     axes.set_ylabel("Efficiency: rate of a rank over that of one alone")
     axes.set_ylim(0, 1.1)

@@ -68,7 +68,7 @@ def solve(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of every rank; returns the exit code."""
-    parser = Parser(PROG, __doc__.partition("\n")[0], "bench-solve.json")
+    parser = Parser(PROG, __doc__, "bench-solve.json")
     parser.add_argument(
         "--goal", type=float, default=475.0, help="mean return of --eval-episodes greedy episodes"
     )
