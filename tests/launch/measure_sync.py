@@ -57,9 +57,6 @@ def mpirun(np: int, run_dir: Path, *flags: str) -> Result:
 
 def straggler(folder: Path) -> None:
     """Environments sleep, so that ranks need no core of their own: 2 ms a step, the straggler's 10 ms."""
-    flags = (
-        "--preset smoke --vectorization sync --envs-per-rank 2 --log-every 60 --replay-capacity 20000".split()
-    )
     for sync, np in (("gradients", 3), ("server", 4)):
         rates = []
         for wrapper, total in (("all_equally_slow", 9_000), ("rank_1_five_times_slower", 4_000)):

@@ -253,11 +253,10 @@ def test_a_whole_run(tmp_path):
     assert told == server.clock.env_steps
     # Every worker owes its own; it may have begun a little later than the job, and not have got to its last.
     owed = (server.clock.env_steps - 200) * 8 / 32
-    assert owed - 20 <= server.clock.updates <= owed
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["updates"] == server.clock.updates
-    assert sum(summary["staleness"].values()) == summary["updates"]
-    assert summary["dropped_updates"] == 0
+    assert owed - 20 <= summary["updates"] + summary["dropped_updates"] <= owed
+    assert sum(summary["staleness"].values()) == summary["updates"] + summary["dropped_updates"]
     assert summary["eval_episodes"] == 3
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert any("staleness_mean" in line for line in lines)
@@ -267,13 +266,14 @@ def test_a_whole_run(tmp_path):
 
 def test_a_run_goes_on_with_its_counters_and_weights(tmp_path):
     first = train(tmp_path, 3)
-    second = train(tmp_path, 3, "--total-env-steps", "2000", "--max-staleness", "50")
+    second = train(tmp_path, 3, "--total-env-steps", "2000")
     assert second[0].clock.env_steps >= 2000
     before, after = first[0].learner.sync.staleness, second[0].learner.sync.staleness
-    assert sum(after.values()) == second[0].clock.updates
+    dropped = second[0].learner.sync.dropped_updates
+    assert sum(after.values()) == second[0].clock.updates + dropped
     assert all(after[key] >= count for key, count in before.items())
     new = second[0].clock.env_steps - first[0].clock.env_steps
-    assert abs(second[0].clock.updates - first[0].clock.updates - new / 4) < 20
+    assert abs(second[0].clock.updates + dropped - first[0].clock.updates - new / 4) < 20
     other = train(tmp_path, 2, "--total-env-steps", "2200")  # one worker has the replay of both
     assert other[0].clock.env_steps >= 2200
     assert len(other[1].replay) > len(second[1].replay)
