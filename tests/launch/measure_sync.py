@@ -75,14 +75,14 @@ def straggler(folder: Path) -> None:
 
 def network(folder: Path) -> None:
     """The same two ranks on one host and on two."""
-    updates = {"gradients": 16, "parameters": 2 * AVERAGE_EVERY + 1}
+    updates = {"gradients": 12, "parameters": AVERAGE_EVERY + 2}
     with Cluster(2, folder, DELAY_MS, MBIT) as cluster:
         print(f"links are slowed by {cluster.slowed_by}", flush=True)
         for sync, count in updates.items():
             # An update every 128 env steps, after 2048 to fill replay with.
             flags = f"""--preset atari --comm mpi --sync {sync} --sync-every {AVERAGE_EVERY} --envs-per-rank 16
                 --batch-per-rank 512 --learning-starts 2048 --replay-capacity 20000 --threads-per-rank 1
-                --log-every 128 --target-every 12800 --total-env-steps {2048 + 128 * (count + 1)}"""
+                --env-kwargs {{"max_num_frames_per_episode":400}} --log-every 128 --target-every 12800 --total-env-steps {2048 + 128 * (count + 1)}"""
             rates = []
             for hosts in ("h1:2", "h1:1,h2:1"):
                 run_dir = folder / f"{sync}-{hosts}"
