@@ -83,9 +83,7 @@ def network(folder: Path) -> None:
             flags = f"""--preset atari --comm mpi --sync {sync} --sync-every {AVERAGE_EVERY} --envs-per-rank 16
                 --batch-per-rank 512 --learning-starts 2048 --replay-capacity 20000 --threads-per-rank 1
                 --env-kwargs {{"max_num_frames_per_episode":400}} --log-every 128 --target-every 12800
-                --total-env-steps {2048 + 128 * (count + 1)}"""--preset atari --comm mpi --sync {sync} --sync-every {AVERAGE_EVERY} --envs-per-rank 16
-                --batch-per-rank 512 --learning-starts 2048 --replay-capacity 20000 --threads-per-rank 1
-                --env-kwargs {{"max_num_frames_per_episode":400}} --log-every 128 --target-every 12800 --total-env-steps {2048 + 128 * (count + 1)}"""
+                --total-env-steps {2048 + 128 * (count + 1)}"""
             rates = []
             for hosts in ("h1:2", "h1:1,h2:1"):
                 run_dir = folder / f"{sync}-{hosts}"
