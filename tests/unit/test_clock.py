@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvdqn.clock import Clock
+from hvdqn.clock import Clock, ReportedClock
 
 
 def clock(**changes):
@@ -70,3 +70,74 @@ def test_resume_with_a_smaller_batch_owes_nothing_for_the_past():
     b.resume(a.state())
     assert not b.update_due()
     assert b.updates_owed(600) - 100 == 50
+
+
+# --- ranks that step by themselves
+
+
+def make_reported(**settings):
+    """4 environments, batches of 32 at replay ratio 8: an update every 4 own env steps, one every iteration."""
+    return ReportedClock(4, 32, 8.0, **{"learning_starts": 100, "own_earliest": 16, **settings})
+
+
+def test_own_env_steps_decide_when_the_next_update_is_due():
+    clock = make_reported()
+    for _ in range(10):
+        clock.tick()
+    assert not clock.update_due()  # the job has not begun to learn
+    clock.hear(env_steps=100, updates=0, last_tick=0)
+    taken = []
+    for _ in range(5):
+        clock.tick()
+        while clock.update_due():
+            clock.count_update()
+        taken.append(clock.own_updates)
+    assert taken == [0, 1, 2, 3, 4]  # what had passed before is not made up for
+    assert clock.updates == 0  # of the job: it is told
+
+
+def test_a_rank_that_comes_late_fills_its_own_replay_first():
+    clock = make_reported()
+    clock.hear(env_steps=1_000_000, updates=9, last_tick=0)
+    ticks = 0
+    while not clock.update_due():
+        clock.tick()
+        ticks += 1
+    assert ticks == 4 + 1
+
+
+def test_what_all_do_together_is_due_at_a_meeting_and_no_later():
+    clock = make_reported()
+    clock.tick()
+    assert not clock.due(10)
+    clock.hear(env_steps=1_003, updates=5, last_tick=9)  # between 994 and 1003
+    assert clock.due(1_000)
+    assert not clock.due(400)
+    clock.tick()
+    assert clock.due(1_000), "it has not met the others yet"
+    clock.met = True
+    assert clock.due(1_000)
+    clock.tick()
+    assert not clock.due(1_000)
+
+
+def test_polls_come_by_own_iterations():
+    clock = make_reported()
+    due = []
+    for _ in range(8):
+        clock.tick()
+        due.append(clock.poll_due(4))
+    assert due == [False, False, False, True] * 2
+
+
+def test_a_resumed_rank_waits_where_replay_is_refilled():
+    clock = make_reported(own_earliest=0)
+    state = make_reported().state() | {"env_steps": 5_000, "updates": 7}
+    clock.resume(state, refill=True)
+    clock.tick()
+    assert not clock.update_due()
+    clock.hear(5_100, 7, 0)
+    for _ in range(2):
+        clock.update_due()
+        clock.tick()
+    assert clock.update_due()
