@@ -377,8 +377,8 @@ class Training:
     def say_how_it_ended(self, speeds: Sequence[float]) -> None:
         """A few lines for people."""
         acting = [speed for speed in speeds if speed > 0]
-        slowest, fastest = min(acting), max(acting)
-        if fastest > 2 * slowest:
+        if acting and max(acting) > 2 * min(acting):
+            slowest, fastest = min(acting), max(acting)
             others = "go on without it" if len(acting) < len(speeds) else "wait for it"
             self.metrics.say(
                 f"rank {speeds.index(slowest)} is the slowest, {slowest:,.4g} env steps/s of its own work, and the "
