@@ -5,7 +5,9 @@
 #   launch/test.sh --fast              the unit tests only: under a minute
 #   launch/test.sh tests/launch -k x   other arguments go to pytest; a path given takes the place of all tests
 #
-# Environment: CI=true makes a missing shellcheck a failure. Settings of setup.sh (HVDQN_VENV, ...) hold here too.
+# Files of tests run side by side: many tests wait more than they compute.
+# Environment: CI=true makes a missing shellcheck a failure. HVDQN_TEST_WORKERS: files at a time; default: cores + 1, at
+# most 8. Settings of setup.sh (HVDQN_VENV, ...) hold here too.
 # Exit: 0 if all passed, 1 if a check failed, else the code of setup.sh.
 set -euo pipefail
 
@@ -64,7 +66,10 @@ main() {
     check "shellcheck" check_scripts
     # Last, so that pytest's own summary ends the output.
     printf '\n== pytest\n'
-    python -m pytest --durations=15 "${tests[@]}" "$@" || failed+=(pytest)
+    local workers=$(($(nproc) + 1))
+    workers=${HVDQN_TEST_WORKERS:-$((workers < 8 ? workers : 8))}
+    python -m pytest --numprocesses "$workers" --dist loadfile --no-loadscope-reorder --durations=15 "${tests[@]}" "$@" ||
+        failed+=(pytest)
 
     if ((${#failed[@]})); then
         printf '\nFAILED: %s\n' "$(IFS=, && printf '%s' "${failed[*]}")"

@@ -1,6 +1,24 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 # Its assertions speak for the job that failed.
 pytest.register_assert_rewrite("tests.launchers")
+
+# Files that take minutes. launch/test.sh runs files side by side; these are begun first, so that no worker is left
+# alone with one of them at the end.
+LONGEST = (
+    "test_container.py",
+    "test_chaos.py",
+    "test_slurm.py",
+    "test_elastic.py",
+    "test_faults.py",
+    "test_resume.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(Path(item.path).name, len(order)))

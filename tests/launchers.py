@@ -39,9 +39,10 @@ REPOSITORY = Path(__file__).parents[1]
 
 _COMMANDS = {
     "python": (),
-    "horovodrun-gloo": ("horovodrun", "--gloo", "-np", "{np}"),
-    "horovodrun-mpi": ("horovodrun", "--mpi", "-np", "{np}"),
-    "mpirun": ("mpirun", "--oversubscribe", "--bind-to", "none", "-np", "{np}"),
+    # No cache: horovodruns that start side by side would find the one file in ~/.horovod half written.
+    "horovodrun-gloo": ("horovodrun", "--disable-cache", "--gloo", "-np", "{np}"),
+    "horovodrun-mpi": ("horovodrun", "--disable-cache", "--mpi", "-np", "{np}"),
+    "mpirun": ("mpirun", "-np", "{np}"),
     # Standalone: a free port instead of 29500, so that two jobs do not meet. The command is no script but python.
     "torchrun": ("torchrun", "--standalone", "--nproc-per-node", "{np}", "--no-python"),
 }
@@ -113,6 +114,14 @@ def start(
     return Job([*command, sys.executable, *args], np, timeout, clean_environment() | dict(env or {}), cwd)
 
 
+def launch_line(
+    line: str, np: int, timeout: float, env: Mapping[str, str] | None = None, cwd: str | Path | None = None
+) -> Result:
+    """Run a line as a user types it, with this environment's programs, to its end; see `launch`."""
+    with Job(["bash", "-c", line], np, timeout, clean_environment() | dict(env or {}), cwd) as job:
+        return job.wait()
+
+
 def clean_environment() -> dict[str, str]:
     """This process's environment as a fresh shell would have it: of no rank, one thread each, root allowed."""
     env = {
@@ -124,7 +133,10 @@ def clean_environment() -> dict[str, str]:
     # The checkout under test, wherever the job starts and whatever is installed.
     env["PYTHONPATH"] = f"{REPOSITORY}{os.pathsep}{env.get('PYTHONPATH', '')}".rstrip(os.pathsep)
     env["OMP_NUM_THREADS"] = "1"
-    env["OMPI_MCA_mpi_yield_when_idle"] = "1"  # ranks that wait leave the core to those they wait for
+    # There are more ranks than cores: none is tied to a core, and those that wait leave it to those they wait for.
+    env["OMPI_MCA_rmaps_base_oversubscribe"] = "1"
+    env["OMPI_MCA_hwloc_base_binding_policy"] = "none"
+    env["OMPI_MCA_mpi_yield_when_idle"] = "1"
     if os.geteuid() == 0:
         env["OMPI_ALLOW_RUN_AS_ROOT"] = env["OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"] = "1"
     return env

@@ -14,14 +14,13 @@ import pytest
 from tests.distributed.runs import (
     STOPPED,
     TIMEOUT_SECONDS,
-    arguments,
     begin,
     saved,
     summary,
     train,
     wait_for_checkpoint,
 )
-from tests.launchers import Job, launch
+from tests.launchers import Job
 
 pytestmark = pytest.mark.distributed
 
@@ -126,8 +125,8 @@ def test_control_c_twice_exits_at_once(tmp_path):
         os.killpg(job.launcher.pid, signal.SIGINT)
         pressed = time.monotonic()
         result = job.wait()
-        assert time.monotonic() - pressed < 2.0, result
-    assert result.returncode == 130, result
+        assert time.monotonic() - pressed < SLACK_SECONDS, result
+    assert result.returncode == 130, result  # and not 75: it did not wait for a checkpoint
     assert saved(tmp_path) == []
 
 
@@ -225,7 +224,7 @@ def test_a_flipped_bit_is_found_at_the_next_target_sync_and_its_rank_named(tmp_p
     assert saved(tmp_path) == []
 
 
-# --- unequal ranks
+# --- unequal ranks; those of different settings are in test_wrong_input.py
 
 
 def test_a_slow_rank_with_a_skewed_clock_changes_nothing_but_the_speed(tmp_path):
@@ -239,14 +238,6 @@ def test_a_slow_rank_with_a_skewed_clock_changes_nothing_but_the_speed(tmp_path)
     assert summary(uneven)["param_sha256"] == summary(even)["param_sha256"]
     fast, slow = summary(uneven)["rank_env_steps_per_second"]
     assert fast > 2 * slow
-
-
-def test_ranks_with_different_settings_are_refused_once(tmp_path):
-    script = str(Path(__file__).with_name("own_settings.py"))
-    result = launch("mpirun", 2, [script, *arguments("mpirun", tmp_path / "run")[2:]], TIMEOUT_SECONDS)
-    assert result.returncode == 2, result
-    assert result.stderr.count("--lr is 0.001 on rank 0 and 0.002 on rank 1") == 1, result
-    assert not (tmp_path / "run").exists()
 
 
 # --- disks

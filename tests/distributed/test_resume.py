@@ -74,7 +74,7 @@ def recorded(run_dir: Path) -> list[dict[str, Any]]:
         ("python", 1, "sync", "prioritized", 1, [500]),
         ("python", 1, "minatar", "uniform", 3, [1000]),
         ("mpirun", 2, "native", "prioritized", 3, [1000]),
-        ("horovodrun-gloo", 2, "sync", "uniform", 3, [500]),
+        ("mpirun", 2, "sync", "uniform", 3, [500]),  # other launchers: see test_faults.py
         ("torchrun", 2, "minatar", "prioritized", 1, [1500]),
     ],
 )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -28,21 +28,27 @@ ROWS = {
 }  # fmt: skip
 
 
-@functools.cache
-def limit_seconds() -> float:
-    """The limit; more only where others keep this machine so busy that imports alone take most of it."""
-    result = launch("mpirun", 2, ["-c", "import hvdqn.train"], timeout=120)
-    assert result.returncode == 0, str(result)
-    return max(LIMIT_SECONDS, 3 * result.seconds)
+def refused(launcher: str, np: int, args: Sequence[str], words: tuple[str, ...]) -> Result:
+    """Launch what is wrong; see that it is said once, and within the limit.
 
-
-def check_said_once(result: Result, words: tuple[str, ...]) -> None:
+    Where others keep this machine so busy that it takes longer: within three times what the imports alone take then.
+    """
+    for _ in range(3):
+        result = launch(launcher, np, args, timeout=120)
+        if result.seconds < LIMIT_SECONDS:
+            break
+        imports = launch(launcher, np, ["-c", "import hvdqn.train"], timeout=120)
+        assert imports.returncode == 0, str(imports)
+        if result.seconds < 3 * imports.seconds:
+            break
+    else:
+        pytest.fail(f"it was not refused within {LIMIT_SECONDS:g} s: {result}")
     lines = [line for line in result.stderr.splitlines() if "hvdqn: error: " in line]
     assert len(lines) == 1, str(result)
     for word in words:
         assert word in lines[0]
     assert "/hvdqn/" not in result.stdout + result.stderr, str(result)  # no traceback but torchrun's own
-    assert result.seconds < limit_seconds(), str(result)
+    return result
 
 
 @pytest.mark.parametrize(("argv", "words"), ROWS.values(), ids=ROWS)
@@ -50,26 +56,23 @@ def test_two_ranks_say_it_once(argv: str, words: tuple[str, ...], tmp_path: Path
     (tmp_path / "file").write_text("not a folder")
     run_dir = ["--run-dir", str(tmp_path / "run")]
     flags = [word.format(tmp=tmp_path) for word in argv.split()]
-    result = launch("mpirun", 2, [*TRAIN, *run_dir, *flags], timeout=120)
+    result = refused("mpirun", 2, [*TRAIN, *run_dir, *flags], words)
     assert result.returncode == 2, str(result)
-    check_said_once(result, words)
     assert tree(tmp_path).keys() == {"file"}
 
 
 def test_ranks_of_different_settings(tmp_path: Path) -> None:
     train = [*TRAIN, "--run-dir", str(tmp_path / "run")]
     second = [":", "-np", "1", sys.executable, *train, "--gamma", "0.9"]
-    result = launch("mpirun", 1, [*train, *second], timeout=120)
+    words = ("different settings", "--gamma is 0.99 on rank 0 and 0.9 on rank 1", "one command")
+    result = refused("mpirun", 1, [*train, *second], words)
     assert result.returncode == 2, str(result)
-    check_said_once(
-        result, ("different settings", "--gamma is 0.99 on rank 0 and 0.9 on rank 1", "one command")
-    )
     assert tree(tmp_path) == {}
 
 
 @pytest.mark.parametrize("launcher", ["horovodrun-gloo", "torchrun"])
 def test_launchers_that_have_exit_codes_of_their_own(launcher: str, tmp_path: Path) -> None:
-    result = launch(launcher, 2, [*TRAIN, "--run-dir", str(tmp_path), "--env", "Pendulum-v1"], timeout=120)
+    train = [*TRAIN, "--run-dir", str(tmp_path), "--env", "Pendulum-v1"]
+    result = refused(launcher, 2, train, ("'Pendulum-v1'", "needs Discrete"))
     assert result.returncode, str(result)
-    check_said_once(result, ("'Pendulum-v1'", "needs Discrete"))
     assert tree(tmp_path) == {}

@@ -103,11 +103,11 @@ def test_waiting_for_a_third_of_the_time_is_hinted_at_once(
 
 def test_switching_is_cheap() -> None:
     timer = PhaseTimer()
-    start = time.perf_counter()
+    start = time.process_time()  # which others on this machine do not add to
     for _ in range(10_000):
         timer.start("act")
         timer.start("env")
-    assert (time.perf_counter() - start) / 20_000 < 5e-6  # 0.1 us; the rest is for a busy machine
+    assert (time.process_time() - start) / 20_000 < 5e-6  # 0.1 us; the rest is for a slow machine
 
 
 # metrics.jsonl
