@@ -25,39 +25,19 @@ import psutil
 import pytest
 
 from tests.launchers import REPOSITORY
+from tests.readme import command
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(5400)]
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "hvdqn" / "test-image"
 IMAGE, BASE = "hvdqn-test", "hvdqn-test-base"
 DEBIAN = "bookworm"
-TRAIN = [
-    "python",
-    "-m",
-    "hvdqn.train",
-    "--preset",
-    "smoke",
-    "--total-env-steps",
-    "1000",
-    "--eval-episodes",
-    "2",
-]
+TRAIN = "python -m hvdqn.train --preset smoke --total-env-steps 1000 --eval-episodes 2"
+DOCKER_RUN = (
+    "docker run --rm --gpus all --shm-size 1g hvdqn horovodrun -np 8 python -m hvdqn.train --preset atari"
+)
 SIZE_LIMIT_GB = 2.0
-COMPILERS = [
-    "cc",
-    "c++",
-    "gcc",
-    "g++",
-    "clang",
-    "clang++",
-    "cpp",
-    "nvcc",
-    "ld",
-    "as",
-    "make",
-    "cmake",
-    "ninja",
-]
+COMPILERS = "cc c++ gcc g++ clang clang++ cpp nvcc ld as make cmake ninja"
 
 
 def require_programs() -> None:
@@ -206,7 +186,9 @@ def test_a_bare_run_prints_the_help(image: Image) -> None:
 
 
 def test_two_ranks_train(image: Image) -> None:
-    result = image.run("horovodrun", "-np", "2", *TRAIN, "--run-dir", "trained")
+    """What README says behind `docker run ... hvdqn`, with two ranks and a shorter training."""
+    line = command(DOCKER_RUN, {"-np 8": "-np 2", "python -m hvdqn.train --preset atari": TRAIN})
+    result = image.run(*line.partition(" hvdqn ")[2].split(), "--run-dir", "trained")
     assert result.returncode == 0, last(result.stdout + result.stderr)
     summary = json.loads(image.shell("cat trained/summary.json"))
     assert (summary["world_size"], summary["comm"], summary["stopped_by"]) == (2, "horovod", "finished")
@@ -215,7 +197,16 @@ def test_two_ranks_train(image: Image) -> None:
 
 def test_a_stop_of_the_container_is_a_checkpoint(image: Image) -> None:
     """The signal that an engine sends to process 1 goes through tini, sh and mpirun to the ranks."""
-    words = ["horovodrun", "-np", "2", *TRAIN, "--total-env-steps", "100000000", "--run-dir", "stopped"]
+    words = [
+        "horovodrun",
+        "-np",
+        "2",
+        *TRAIN.split(),
+        "--total-env-steps",
+        "100000000",
+        "--run-dir",
+        "stopped",
+    ]
     with subprocess.Popen(
         image.command(words),
         env=image.builder.env,
@@ -242,12 +233,12 @@ def test_a_stop_of_the_container_is_a_checkpoint(image: Image) -> None:
 def test_no_user_is_root_and_any_user_can_train(image: Image) -> None:
     assert image.shell("id -un; id -u").split() == ["hvdqn", "10001"]
     assert image.run("sh", "-c", "touch /opt/hvdqn/file").returncode != 0
-    result = image.run("python", *TRAIN[1:], "--run-dir", "of-4321", user="4321:4321")
+    result = image.run("python", *TRAIN.split()[1:], "--run-dir", "of-4321", user="4321:4321")
     assert result.returncode == 0, last(result.stdout + result.stderr)
 
 
 def test_no_compiler_and_no_cache_is_left(image: Image) -> None:
-    assert image.shell(f"for p in {' '.join(COMPILERS)} sshd; do command -v $p; done; true") == ""
+    assert image.shell(f"for p in {COMPILERS} sshd; do command -v $p; done; true") == ""
     places = "/root /home /src /var/cache/apt /var/lib/apt/lists /tmp"
     kept = image.shell(f"find {places} -type f ! -name '.bash*' ! -name .profile 2>/dev/null; true")
     assert kept == ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import shlex
 import sys
 import threading
 import time
@@ -17,17 +18,37 @@ import pytest
 
 from tests.launch.hosts import Cluster, require_namespaces
 from tests.launchers import REPOSITORY, Result, clean_environment
+from tests.readme import command
 
 pytestmark = pytest.mark.launch
 
+# README's commands, and what is added to them.
 SCRIPTS = {
-    "horovodrun-gloo": ("horovodrun.sh", "--gloo"),
-    "horovodrun-mpi": ("horovodrun.sh", "--mpi"),
-    "mpirun": ("mpirun.sh",),
-    "torchrun": ("torchrun.sh",),
+    "horovodrun-gloo": (
+        "launch/horovodrun.sh --hosts h1:4,h2:4 --interfaces eth0 -- --preset atari --run-dir /shared/runs/pong",
+        "--gloo",
+    ),
+    "horovodrun-mpi": (
+        "launch/horovodrun.sh --hosts h1:4,h2:4 --interfaces eth0 -- --preset atari --run-dir /shared/runs/pong",
+        "",
+    ),
+    "mpirun": (
+        "launch/mpirun.sh --hosts h1:4,h2:4 --interfaces eth0 -- --preset atari --run-dir /shared/runs/pong",
+        "",
+    ),
+    "torchrun": (
+        "launch/torchrun.sh --hosts h1:4,h2:4 --interfaces eth0 -- --preset atari --run-dir /shared/runs/pong",
+        "",
+    ),
+    "elastic": (
+        "launch/elastic.sh --hosts h1:4,h2:4,h3:4 --interfaces eth0 -- --preset minatar"
+        " --run-dir /shared/runs/breakout",
+        "",
+    ),
 }
+LAUNCHERS = tuple(name for name in SCRIPTS if name != "elastic")  # of ranks that stay
 TELL = str(Path(__file__).with_name("tell.py"))
-TRAIN = ("--preset", "smoke", "--total-env-steps", "1000", "--target-every", "500", "--eval-episodes", "2")
+TRAIN = "--preset smoke --total-env-steps 1000 --target-every 500 --eval-episodes 2"
 # One way of a packet, and what a link lets through: a slow office network.
 DELAY_MS, MBIT = 5.0, 100.0
 # Never written to any file but the one that --env-file names.
@@ -66,9 +87,16 @@ def environment() -> dict[str, str]:
     return clean_environment() | {"HVDQN_VENV": sys.prefix}
 
 
-def script(launcher: str, *words: str) -> list[str]:
-    name, *flags = SCRIPTS[launcher]
-    return [str(REPOSITORY / "launch" / name), *flags, *words]
+def script(launcher: str, hosts: str, flags: str, training: str, run_dir: Path) -> list[str]:
+    """README's command for a launcher, over other hosts and with other training."""
+    line, added = SCRIPTS[launcher]
+    before, after = line.split(" -- ")
+    replaced = {
+        "launch/": f"{REPOSITORY}/launch/",
+        before.split()[2]: f"{hosts} {added} {flags}",
+        after: f"{training} --run-dir {shlex.quote(str(run_dir))}",
+    }
+    return ["bash", "-c", f"exec {command(line, replaced)}"]
 
 
 def train(cluster: Cluster, launcher: str, hosts: str, folder: Path) -> Training:
@@ -76,13 +104,11 @@ def train(cluster: Cluster, launcher: str, hosts: str, folder: Path) -> Training
     run_dir, secrets = folder / "run", folder / "secrets.env"
     secrets.touch(mode=0o600)
     secrets.write_text(f"SERVICE_TOKEN={FILED_SECRET}\n")
-    words = ["--hosts", hosts, "--interfaces", "eth0", "--env-file", str(secrets)]
-    words += ["--", sys.executable, TELL, *TRAIN, "--run-dir", str(run_dir)]
+    telling = f"{sys.executable} {TELL} {TRAIN}"
+    words = script(launcher, hosts, f"--env-file {secrets}", telling, run_dir)
     watch = Watch(cluster)
     watch.start()
-    with cluster.start(
-        script(launcher, *words), environment() | {"WANDB_API_KEY": TYPED_SECRET}, 120, folder
-    ) as job:
+    with cluster.start(words, environment() | {"WANDB_API_KEY": TYPED_SECRET}, 120, folder) as job:
         result = job.wait()
     seen = watch.stop()
     assert result.returncode == 0, result
@@ -119,7 +145,7 @@ def trainings(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Any
     )
 
 
-@pytest.mark.parametrize("launcher", SCRIPTS)
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_two_hosts_end_with_the_same_weights(launcher: str, trainings: Any) -> None:
     training = trainings(launcher)
     assert [host for _, (host, _, _) in sorted(training.told.items())] == ["h1", "h2"], training.result
@@ -131,11 +157,11 @@ def test_two_hosts_end_with_the_same_weights(launcher: str, trainings: Any) -> N
 
 def test_launchers_agree_to_the_last_bit(trainings: Any) -> None:
     """A sum of two does not depend on the order, so neither engine nor network may show in the weights."""
-    digests = {launcher: trainings(launcher).summary["param_sha256"] for launcher in SCRIPTS}
+    digests = {launcher: trainings(launcher).summary["param_sha256"] for launcher in LAUNCHERS}
     assert len(set(digests.values())) == 1, digests
 
 
-@pytest.mark.parametrize("launcher", SCRIPTS)
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_no_secret_shows_in_ps_on_the_other_host(launcher: str, trainings: Any) -> None:
     training = trainings(launcher)
     assert TELL in training.seen, "the ranks of h2 were not seen: the watch proves nothing"
@@ -166,7 +192,7 @@ def test_the_slow_network_is_slow(slow_cluster: Cluster) -> None:
     assert time.monotonic() - began > 2_500_000 * 8 / (MBIT * 1e6)
 
 
-@pytest.mark.parametrize("launcher", SCRIPTS)
+@pytest.mark.parametrize("launcher", ["horovodrun-gloo", "mpirun", "torchrun"])  # two start Horovod over MPI
 def test_a_slow_network_costs_time_and_nothing_else(
     launcher: str, slow_cluster: Cluster, trainings: Any, tmp_path: Path
 ) -> None:
@@ -179,10 +205,19 @@ def test_a_slow_network_costs_time_and_nothing_else(
     assert seconds["comm"] == max(seconds[phase] for phase in ("act", "env", "sample", "comm")), seconds
 
 
+def test_elastic_over_three_hosts(cluster: Cluster, tmp_path: Path) -> None:
+    words = script("elastic", "h1:1,h2:1,h3:1", "", TRAIN, tmp_path / "run")
+    with cluster.start(words, environment(), 120, tmp_path) as job:
+        result = job.wait()
+    assert result.returncode == 0, result
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["world_size"] == 3
+    assert cluster.left_behind() == []
+
+
 @pytest.mark.parametrize("launcher", ["horovodrun-gloo", "torchrun"])
 def test_a_stop_reaches_all_hosts(launcher: str, cluster: Cluster, tmp_path: Path) -> None:
-    words = script(launcher, "--hosts", "h1:1,h2:1", "--interfaces", "eth0", "--", "--preset", "smoke")
-    words += ["--total-env-steps", "100000000", "--run-dir", str(tmp_path / "run")]
+    endless = "--preset smoke --total-env-steps 100000000"
+    words = script(launcher, "h1:1,h2:1", "", endless, tmp_path / "run")
     with cluster.start(words, environment(), 120, tmp_path) as job:
         job.wait_for("/s  updates")
         for process in job.launcher.children():  # nsenter's only child is the script
@@ -196,15 +231,12 @@ def test_a_stop_reaches_all_hosts(launcher: str, cluster: Cluster, tmp_path: Pat
 
 @pytest.mark.parametrize("launcher", SCRIPTS)
 def test_a_host_that_is_down_is_named(launcher: str, cluster: Cluster, tmp_path: Path) -> None:
-    words = script(
-        launcher, "--hosts", "h1:1,h9:1", "--", "--preset", "smoke", "--run-dir", str(tmp_path / "run")
-    )
+    words = script(launcher, "h1:1,h9:1", "", "--preset smoke", tmp_path / "run")
     with cluster.start(words, environment(), 60, tmp_path) as job:
         result = job.wait()
     assert result.returncode == 1, result
-    assert re.fullmatch(
-        rf"{SCRIPTS[launcher][0]}: error: cannot reach host h9 by ssh: .+\n", result.stderr
-    ), result
+    name = Path(SCRIPTS[launcher][0].split()[0]).name
+    assert re.fullmatch(rf"{name}: error: cannot reach host h9 by ssh: .+\n", result.stderr), result
     assert not (tmp_path / "run").exists()
     assert cluster.left_behind() == []
 
@@ -215,7 +247,7 @@ def test_a_host_without_hvdqn_is_named(launcher: str, cluster: Cluster, tmp_path
     (tmp_path / "disk").mkdir()
     (tmp_path / "disk" / "venv").symlink_to(sys.prefix)
     cluster.hosts[2].run("mount", "-t", "tmpfs", "none", str(tmp_path / "disk"))
-    words = script(launcher, "--hosts", "h1:1,h3:1", "--", "--preset", "smoke")
+    words = script(launcher, "h1:1,h3:1", "", "--preset smoke", tmp_path / "run")
     env = environment() | {"HVDQN_VENV": str(tmp_path / "disk" / "venv")}
     with cluster.start(words, env, 60, tmp_path) as job:
         result = job.wait()

@@ -1,4 +1,4 @@
-"""horovodrun.sh, mpirun.sh and torchrun.sh on this host: wrong input, exit codes that launchers lose, a stop."""
+"""The launch scripts on this host: wrong input, exit codes that launchers lose, a stop."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.launchers import REPOSITORY, Job, Result, clean_environment
 
 pytestmark = pytest.mark.launch
 
-SCRIPTS = ("horovodrun.sh", "mpirun.sh", "torchrun.sh")
+SCRIPTS = ("horovodrun.sh", "mpirun.sh", "torchrun.sh", "elastic.sh")
 RUNS = {
     "horovodrun-gloo": ["horovodrun.sh", "--gloo"],
     "horovodrun-mpi": ["horovodrun.sh", "--mpi"],
@@ -83,6 +83,25 @@ def test_wrong_input_is_one_line_and_exit_2(script: str, words: list[str], expec
     assert expected in refusal(run(script, *words, WANDB_API_KEY="x"))
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["-np", "2"], "elastic jobs need two --hosts or more"),
+        (
+            ["--hosts", "h1,h2", "--min-np", "3"],
+            "--min-np 3, -np 2, --max-np 2: each must be at least the one before",
+        ),
+        (["--hosts", "h1,h2", "--max-np", "few"], "--max-np 'few' is no whole number above 0"),
+        (["--hosts", "h1,h2", "--cooldown", "600"], "--cooldown '600': give seconds as MIN,MAX"),
+        (["--discovery", "/nowhere/hosts"], "--discovery '/nowhere/hosts' is no program"),
+        (["--discovery", "/bin/false"], "/false failed (1); it must print hosts"),
+        (["--hosts", "h1,h2", "--", "echo"], "'echo': behind '--' stand flags of training"),
+    ],
+)
+def test_wrong_input_of_elastic(words: list[str], expected: str) -> None:
+    assert expected in refusal(run("elastic.sh", *words))
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_an_environment_that_is_not_there(script: str) -> None:
     assert "no Python at /nowhere/bin/python" in refusal(run(script, "-np", "2", HVDQN_VENV="/nowhere"))
@@ -92,6 +111,7 @@ def test_an_environment_that_is_not_there(script: str) -> None:
     ("script", "expected"),
     [
         ("horovodrun.sh", "horovod is not installed for .*; run launch/install_horovod.sh"),
+        ("elastic.sh", "horovod is not installed for .*; run launch/install_horovod.sh"),
         ("torchrun.sh", "torch is not installed for .*; run launch/setup.sh"),
         ("mpirun.sh", "no mpirun in PATH; run launch/setup.sh"),
     ],
@@ -99,7 +119,8 @@ def test_an_environment_that_is_not_there(script: str) -> None:
 def test_the_launcher_is_missing(script: str, expected: str, tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True, timeout=60)
     path = [place for place in os.environ["PATH"].split(os.pathsep) if not shutil.which("mpirun", path=place)]
-    result = run(script, "-np", "2", HVDQN_VENV=str(tmp_path / "venv"), PATH=os.pathsep.join(path))
+    ranks = ["--hosts", "localhost,127.0.0.1"] if script == "elastic.sh" else ["-np", "2"]
+    result = run(script, *ranks, HVDQN_VENV=str(tmp_path / "venv"), PATH=os.pathsep.join(path))
     assert re.search(expected, refusal(result)), result
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -15,6 +16,7 @@ import pytest
 import yaml
 
 from tests.launch.slurm_cluster import Cluster, Job, why_not
+from tests.readme import command
 
 pytestmark = pytest.mark.launch
 
@@ -125,6 +127,36 @@ def check_went_on(clone: Path, job: Job, info: dict[str, str]) -> None:
     } == (summary(run_dir(clone, job)))
 
 
+def test_ten_lines_of_readme(cluster: Cluster, tmp_path: Path) -> None:
+    """From a clone (of what is committed) to a running job; set-up and modules are left out."""
+    if not (REPOSITORY / ".git").exists():
+        pytest.skip("this is no clone: README's way from `git clone` to a job is NOT tested")
+    lines = [
+        command(
+            "git clone <this repository> hvdqn && cd hvdqn", {"<this repository>": f"--quiet {REPOSITORY}"}
+        ),
+        command("cp slurm/site.env.example slurm/site.env"),
+        f"EDITOR='sed -i $aHVDQN_VENV={sys.prefix}'",
+        command("$EDITOR slurm/site.env"),
+        command("source slurm/site.env"),
+        command(
+            "sbatch --ntasks=8 slurm/train.sbatch --preset minatar",
+            {"--ntasks=8": shlex.join(ONE_NODE), "--preset minatar": shlex.join(WORKLOAD)},
+        ),
+        command("squeue --me"),
+    ]
+    trust = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "safe.directory", "GIT_CONFIG_VALUE_0": "*"}
+    said = cluster.run("bash", "-ec", "\n".join(lines), cwd=tmp_path, env=trust)
+    submitted = re.match(r"Submitted batch job (\d+)\n", said)
+    assert submitted is not None, said
+    job = Job(cluster, submitted[1])
+    assert re.search(rf"^ +{job.id} +main +hvdqn ", said, re.MULTILINE), said
+    assert job.wait(timeout=180)["JobState"] == "COMPLETED", job.output()
+    assert summary(tmp_path / "hvdqn" / "runs" / job.id)["world_size"] == 2
+    tail = cluster.run("bash", "-c", command("tail -f hvdqn-*.out", {"-f": "-n 100"}), cwd=tmp_path / "hvdqn")
+    assert tail == job.output()
+
+
 def test_two_nodes_train_and_arguments_arrive_whole(cluster: Cluster, clone: Path, folder: Path) -> None:
     named = f"""{clone.parents[1]}/runs of 'me' & "you"; $HOME *  \\"""
     kwargs = '{"sutton_barto_reward": true}'
@@ -150,7 +182,8 @@ def test_usr2_checkpoints_requeues_and_resumes(
 ) -> None:
     job = cluster.sbatch(*ONE_NODE, f"{clone}/slurm/train.sbatch", *STOPPABLE, cwd=folder)
     job.wait_for("env steps ", timeout=120)
-    cluster.run("scancel", "--signal=USR2", *whom, job.id)
+    line = command("scancel --signal=USR2 JOB", {"JOB": job.id})
+    cluster.run(*line.split(), *whom)
     check_went_on(clone, job, job.wait(timeout=180))
 
 
@@ -166,7 +199,7 @@ def test_preempted_job_goes_on_afterwards(cluster: Cluster, clone: Path, folder:
 def test_cancelled_job_stays_cancelled(cluster: Cluster, clone: Path, folder: Path) -> None:
     job = cluster.sbatch(*ONE_NODE, f"{clone}/slurm/train.sbatch", *WORKLOAD, *ENDLESS, cwd=folder)
     job.wait_for("env steps ", timeout=120)
-    cluster.run("scancel", job.id)
+    cluster.run(*command("scancel JOB", {"JOB": job.id}).split())
     info = job.wait(timeout=60)
     assert info["JobState"] == "CANCELLED", job.output()
     assert info["Restarts"] == "0"
@@ -217,6 +250,18 @@ def test_wrong_input_ends_at_once_with_its_exit_code(cluster: Cluster, clone: Pa
     assert job.output().count("unknown preset 'smok'; did you mean 'smoke'?") == 1
 
 
+def test_ranks_that_slurm_does_not_tell_of_each_other_refuse(
+    cluster: Cluster, clone: Path, folder: Path
+) -> None:
+    """The wrong srun --mpi: each rank finds itself alone."""
+    train = [f"{clone}/slurm/train.sbatch", *WORKLOAD]
+    job = cluster.sbatch(*ONE_NODE, *train, cwd=folder, env={"HVDQN_MPI": "none"})
+    info = job.wait(timeout=120)
+    assert info["ExitCode"] == "2:0", job.output()
+    assert job.output().count("srun started 2 ranks, but") == 1, job.output()
+    assert "srun --mpi=pmix" in job.output()
+
+
 def test_sweep_gives_each_line_a_run_directory(cluster: Cluster, clone: Path, folder: Path) -> None:
     (folder / "seeds.txt").write_text(
         "# Three seeds, two environments.\n"
@@ -225,8 +270,16 @@ def test_sweep_gives_each_line_a_run_directory(cluster: Cluster, clone: Path, fo
         "\n"
         "--env Acrobot-v1 --seed 3 --eval-episodes 1\n"
     )
-    flags = ["--cpus-per-task=1", "--array=1-3", f"{clone}/slurm/sweep.sbatch", "seeds.txt", *WORKLOAD]
-    array = cluster.sbatch(*flags, cwd=folder)
+    line = command(
+        "sbatch --array=1-6 slurm/sweep.sbatch slurm/sweep.example.txt --preset minatar",
+        {
+            "1-6": "1-3 --cpus-per-task=1",
+            "slurm/sweep.sbatch": shlex.quote(f"{clone}/slurm/sweep.sbatch"),
+            "slurm/sweep.example.txt": "seeds.txt",
+            "--preset minatar": shlex.join(WORKLOAD),
+        },
+    )
+    array = cluster.sbatch(*shlex.split(line)[1:], cwd=folder)
     runs = []
     for task in (1, 2, 3):
         job = Job(cluster, f"{array.id}_{task}")
@@ -239,8 +292,15 @@ def test_sweep_gives_each_line_a_run_directory(cluster: Cluster, clone: Path, fo
 
 
 def test_scaling_ends_in_a_table(cluster: Cluster, clone: Path, folder: Path) -> None:
-    words = ["--seconds", "1", *WORKLOAD]
-    job = cluster.sbatch(*TWO_NODES, f"{clone}/slurm/scaling.sbatch", *words, cwd=folder)
+    line = command(
+        "sbatch --ntasks=8 slurm/scaling.sbatch --seconds 60 --preset atari",
+        {
+            "--ntasks=8": shlex.join(TWO_NODES),
+            "slurm/": shlex.quote(f"{clone}/slurm/"),
+            "--seconds 60 --preset atari": shlex.join(["--seconds", "1", *WORKLOAD]),
+        },
+    )
+    job = cluster.sbatch(*shlex.split(line)[1:], cwd=folder)
     assert job.wait(timeout=240)["JobState"] == "COMPLETED", job.output()
     for ranks in (1, 2):
         loop = json.loads((run_dir(clone, job) / f"{ranks}-ranks.json").read_text())
@@ -261,7 +321,20 @@ def test_scaling_ends_in_a_table(cluster: Cluster, clone: Path, folder: Path) ->
         (["sweep.sbatch", "absent.txt"], {}, "cannot read the list 'absent.txt'"),
         (["--array=2", "sweep.sbatch", "one.txt"], {}, "'one.txt' has 1 runs and this is task 2"),
         (["--array=1", "sweep.sbatch", "quote.txt"], {}, "has an open quote"),
+        (
+            ["train.sbatch"],
+            {"HVDQN_SITE_ENV": "./absent-venv.env"},
+            "HVDQN_VENV names /absent, which has no bin/python",
+        ),
+        (["train.sbatch"], {"HVDQN_SITE_ENV": "./no-torch.env"}, " has no torch; run launch/setup.sh"),
         (["train_container.sbatch"], {}, "HVDQN_IMAGE is not set"),
+        (["train_container.sbatch"], {"HVDQN_IMAGE": "absent.sif"}, "cannot read HVDQN_IMAGE absent.sif"),
+        (
+            ["train_container.sbatch"],
+            {"HVDQN_IMAGE": "image.sif"},
+            "no apptainer in PATH on n1; load its module",
+        ),
+        (["train_container.sbatch"], {"HVDQN_IMAGE": "image.sqsh"}, "this Slurm is without pyxis"),
     ],
 )
 def test_what_is_wrong_is_said_with_its_remedy(
@@ -269,6 +342,9 @@ def test_what_is_wrong_is_said_with_its_remedy(
 ) -> None:
     (folder / "one.txt").write_text("--seed 1\n")
     (folder / "quote.txt").write_text("--env-kwargs '{}\n")
+    (folder / "absent-venv.env").write_text("HVDQN_VENV=/absent\n")
+    for name in ("no-torch.env", "image.sif", "image.sqsh"):
+        (folder / name).touch()
     words = [f"{clone}/slurm/{word}" if word.endswith(".sbatch") else word for word in words]
     job = cluster.sbatch("--cpus-per-task=1", *words, cwd=folder, env=env)
     info = job.wait(timeout=60)
