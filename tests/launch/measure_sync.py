@@ -2,6 +2,7 @@
 
     python -m tests.launch.measure_sync straggler    3 acting ranks, one of them 5 times slower
     python -m tests.launch.measure_sync network      2 hosts, 20 ms and 50 Mbit/s apart, Nature CNN; as root
+    python -m tests.launch.measure_sync traffic      messages and bytes of a rank in an update, 3 ranks, CartPole
     python -m tests.launch.measure_sync cartpole 1 2 3 4 5    learning on 3 ranks, by seed
 
 Rates are those of whole runs once learning has begun, without checkpoints and evaluations. Give it a quiet machine.
@@ -73,6 +74,13 @@ def straggler(folder: Path) -> None:
         print(f"   {dict(list(summary(run_dir).get('staleness', {}).items())[:12])}", flush=True)
 
 
+def traffic(folder: Path) -> None:
+    """As counted while it was sent, and as worked out beforehand."""
+    for sync in ("gradients", "parameters", "server"):
+        mpirun(3, folder / sync, "--preset", "smoke", "--sync", sync, "--total-env-steps", "12000")
+        print(f"{sync}: {summary(folder / sync)['traffic']}", flush=True)
+
+
 def network(folder: Path) -> None:
     """The same two ranks on one host and on two."""
     updates = {"gradients": 12, "parameters": AVERAGE_EVERY + 2}
@@ -125,7 +133,7 @@ def main(argv: Sequence[str]) -> None:
         if argv[0] == "cartpole":
             cartpole(folder, argv[1:])
         else:
-            {"straggler": straggler, "network": network}[argv[0]](folder)
+            {"straggler": straggler, "network": network, "traffic": traffic}[argv[0]](folder)
 
 
 if __name__ == "__main__":
