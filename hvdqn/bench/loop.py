@@ -26,6 +26,7 @@ from hvdqn.train import Training, check_same_config, start
 PROG = "hvdqn bench loop"
 WARM_UP_ITERATIONS = 100
 ROUNDS = 4
+ENDLESS_ENV_STEPS = 10**12
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,10 @@ def prepared(config: Config, comm: Comm, whole: bool) -> Config:
     )
     if not whole:
         filled = 10 * comm.size * config.replay.batch_per_rank
-        config = config.replace(learning_starts=min(config.replay.learning_starts, filled))
+        # The loop goes on for as long as it is timed, and schedules must not run past their end.
+        config = config.replace(
+            learning_starts=min(config.replay.learning_starts, filled), total_env_steps=ENDLESS_ENV_STEPS
+        )
     check_same_config(config, comm)
     if config.parallel.sync == "server":
         raise UserError("a benchmark times ranks that step together; use --sync gradients or parameters")

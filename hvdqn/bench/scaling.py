@@ -88,8 +88,8 @@ def measure(options: Namespace, counts: Sequence[int], flags: Sequence[str]) -> 
     Raises:
         UserError: one failed.
     """
-    weak = [timed(options.engine, n, options.seconds, flags) for n in counts]
     split = shares(flags, counts)
+    weak = [timed(options.engine, n, options.seconds, flags) for n in counts]
     strong = [
         one if n == 1 else timed(options.engine, n, options.seconds, [*flags, *split[n]])
         for n, one in zip(counts, weak, strict=True)

@@ -17,7 +17,9 @@ from hvdqn.bench.allreduce import Allreduce
 from hvdqn.bench.loop import Loop
 from hvdqn.bench.projection import Line, Work, allreduce_seconds, efficiency, fit, project
 from hvdqn.bench.report import Row
-from hvdqn.config import UserError
+from hvdqn.comm.local import LocalComm
+from hvdqn.config import UserError, parse
+from hvdqn.learner import learning_rate
 
 US = 1e-6
 
@@ -250,6 +252,14 @@ def test_loop(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert found.iteration_seconds == pytest.approx(8 / found.env_steps_per_second, rel=0.2)
     assert found.seconds_per_iteration["comm_hidden"] == 0.0
     assert "env steps/s" in capsys.readouterr().out
+
+
+def test_a_loop_outlives_its_schedules():
+    """A learning rate that falls would be below zero long after the end of the run that it was meant for."""
+    config = loop.prepared(parse(["--preset", "cartpole"]), LocalComm(), whole=False)
+    assert config.learning.lr_final < 1.0
+    done = 10_000_000 / config.run.total_env_steps
+    assert learning_rate(config.learning, 128, 128, done) == pytest.approx(config.learning.lr, rel=0.01)
 
 
 def test_a_whole_run_counts_all_env_steps(tmp_path: Path):
