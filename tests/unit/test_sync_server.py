@@ -221,6 +221,44 @@ def test_all_end_together_where_one_worker_stays_not_finite():
     run_ranks(3, body)
 
 
+# --- workers that die
+
+STALL_TIMEOUT_SECONDS = 1.0
+
+
+def lose_rank_2(comm, **parallel):
+    """Rank 2 of four is gone after five pushes, without a word."""
+    learner = make_learner(comm, stall_timeout=STALL_TIMEOUT_SECONDS, **parallel)
+    if comm.rank == 0:
+        while learner.sync.traffic.updates < 45:
+            learner.sync.turn(learner, None, lambda: NOTHING)
+        learner.agree()
+    else:
+        for seed in range(5 if comm.rank == 2 else 20):
+            learner.begin_update(make_batch(seed=seed), NOTHING)
+            learner.finish_update()
+        if comm.rank != 2:
+            learner.agree()
+    return learner
+
+
+def test_a_dead_worker_is_left_out_if_that_is_tolerated(capsys):
+    learners = run_ranks(4, lambda comm: lose_rank_2(comm, tolerate_dead_workers=True))
+    assert "rank 2 has not been heard of for" in capsys.readouterr().err
+    living = [learners[0], learners[1], learners[3]]
+    assert [learner.comm.rank for learner in living] == [0, 1, 2]
+    assert [learner.comm.size for learner in living] == [3, 3, 3]
+    assert len({learner.sha256() for learner in living}) == 1
+    assert learners[0].sync.workers == {1, 3}
+
+
+def test_a_dead_worker_ends_the_job_if_it_is_not(capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_ranks(4, lose_rank_2)
+    assert ended.value.code == 1
+    assert "rank 2 has not been heard of for" in capsys.readouterr().err
+
+
 # --- whole runs
 
 SMALL = """--preset smoke --sync server --comm mpi --total-env-steps 1500 --envs-per-rank 4 --eval-every 600
