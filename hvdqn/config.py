@@ -14,7 +14,9 @@ import importlib
 import io
 import json
 import math
+import os
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -387,7 +389,10 @@ def parse_flags(kind: type[T], argv: Sequence[str], prog: str, default: T | None
             )
     except SystemExit as stop:
         if stop.code == 0:
-            print(out.getvalue())
+            try:
+                print(out.getvalue(), flush=True)
+            except BrokenPipeError:  # as in `--help | head`; Python flushes once more at exit
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise
         raise UserError(_one_line(err.getvalue())) from None
     if unknown:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
 
-Phase = Literal["act", "env", "add", "sample", "compute", "comm", "optimizer", "other"]
+Phase = Literal["act", "env", "add", "sample", "compute", "comm", "optimizer", "save", "other"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
 

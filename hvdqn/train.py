@@ -13,6 +13,7 @@ checkpoint (start it again with the same run directory and it goes on), 1 anythi
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import sys
@@ -290,7 +291,8 @@ class Training:
 
     def write_checkpoint(self, parts: Mapping[str, Any], best: bool = False) -> None:
         """Write one; a disk that fails is said and counted, and does not end the run."""
-        failure = self.checkpoints.save(self.clock.env_steps, parts, self.config.flat(), best)
+        with self.timer.during("save"):
+            failure = self.checkpoints.save(self.clock.env_steps, parts, self.config.flat(), best)
         if failure:
             self.progress.failed_checkpoints += 1
             self.metrics.say(
@@ -453,9 +455,15 @@ def train(config: Config, comm: Comm, stop: StopSignal, timer: PhaseTimer) -> in
     check_engine(config, comm.name, comm.size)
     check_world(config, comm.size)
     run_dir = open_run_dir(config, comm)
-    with closing(Watchdog(run_dir / "heartbeats", comm, timer, config.parallel.stall_timeout)):
-        training = start(Training, config, comm, run_dir, stop, timer)
-        training.complete()
+    try:
+        with closing(Watchdog(run_dir / "heartbeats", comm, timer, config.parallel.stall_timeout)):
+            training = start(Training, config, comm, run_dir, stop, timer)
+            training.complete()
+    except UserError:
+        # Where it holds a run, this fails; where it holds another rank's heartbeat, that rank succeeds.
+        with contextlib.suppress(OSError):
+            run_dir.rmdir()
+        raise
     return EXIT_REQUEUE if training.learner.stop_voted else EXIT_FINISHED
 
 
@@ -495,7 +503,7 @@ def main(argv: Sequence[str] | None = None, work: Work = train) -> int:
         find_spec(config.environment.env)  # before connecting, which takes seconds
         comm = connect(config.parallel.comm, device_kind(config))
     except (UserError, LaunchError) as error:
-        return refuse(str(error), launcher_rank())
+        return refuse_unconnected(str(error), stop)
     timer = PhaseTimer()
     try:
         return work_and_leave(work, config, comm, stop, timer)
@@ -530,6 +538,21 @@ def refuse(message: str, rank: int, code: int = EXIT_USER_ERROR) -> int:
     else:
         time.sleep(3)
     return code
+
+
+def refuse_unconnected(message: str, stop: StopSignal) -> int:
+    """Say what this rank found wrong before ranks met: so do all, mostly, and then rank 0 alone says it.
+
+    If it found nothing wrong it waits for the others: then the job does not end, and who does not belong to it speaks.
+    """
+    rank = launcher_rank()
+    deadline = time.monotonic() + 5.0
+    while rank != 0 and not stop.received and time.monotonic() < deadline:
+        time.sleep(0.1)
+    if rank == 0 or not stop.received:
+        alone = f"rank {rank} alone: " if rank else ""
+        print(f"hvdqn: error: {alone}{message}", file=sys.stderr, flush=True)
+    return EXIT_USER_ERROR
 
 
 if __name__ == "__main__":

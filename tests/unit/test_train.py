@@ -26,7 +26,7 @@ SUMMARY = {
     "updates_per_second", "eval_return_mean", "eval_return_std", "eval_episodes", "param_sha256", "stopped_by",
     "seconds",
 }  # fmt: skip
-PHASES = {"act", "env", "add", "sample", "compute", "comm", "optimizer", "other"}
+PHASES = {"act", "env", "add", "sample", "compute", "comm", "optimizer", "save", "other"}
 THIRD_PARTY = "popgym:popgym-AutoencodeEasy-v0"
 
 

@@ -192,11 +192,10 @@ def check_refusal(code: int | None, stderr: str, words: tuple[str, ...], tmp: Pa
 
 
 def tree(folder: Path) -> dict[str, str]:
-    """Every file below a folder and the digest of its content."""
+    """Everything below a folder, and the digest of each file's content."""
     return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
         for path in folder.rglob("*")
-        if path.is_file()
     }
 
 
@@ -255,3 +254,12 @@ def test_a_real_process_says_it_too(row: Wrong, tmp_path: Path) -> None:
     check_refusal(result.returncode, result.stderr, row.words, tmp_path)
     assert result.stdout == ""
     assert {name for name in tree(tmp_path) if "__pycache__" not in name} == before.keys()
+
+
+def test_help_into_a_pipe_that_closes_is_no_error() -> None:
+    command = f"set -o pipefail; '{sys.executable}' -m hvdqn.train --help | head -1"
+    result = subprocess.run(
+        ["bash", "-c", command], env=clean_environment(), capture_output=True, text=True, timeout=60
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith("usage:")
