@@ -29,7 +29,7 @@ from typing import Any, NoReturn
 import torch
 
 from hvdqn.checkpoint import Checkpoints
-from hvdqn.comm import Comm, LaunchError, launcher_rank
+from hvdqn.comm import Comm, LaunchError
 from hvdqn.comm.horovod import ElasticWorld
 from hvdqn.comm.local import LocalComm
 from hvdqn.config import Config, UserError, check_world, parse, write_config
@@ -47,7 +47,7 @@ from hvdqn.parts import Parts, build_parts, make_clock, make_epsilons, make_lear
 from hvdqn.replay import Batch
 from hvdqn.resume import Progress, begin
 from hvdqn.sync.gradients import Gradients
-from hvdqn.train import Training, check_same_config, open_run_dir, refuse, start
+from hvdqn.train import Training, check_same_config, open_run_dir, refuse, refuse_unconnected, start
 
 EXIT_JOB_FAILED = 70
 # Iterations between looks whether hosts came or went.
@@ -206,8 +206,12 @@ class Member:
             if comm is None:
                 give_up(f"host {os.environ['HOROVOD_HOSTNAME']} was taken from the job")
             self.comm = comm
-            with contextlib.suppress(self.world.peer_lost, HostsChangedError):
+            try:
                 return self.live()
+            except HostsChangedError:
+                continue
+            except self.world.peer_lost:
+                self.world.cut()
 
     def live(self) -> int:
         """Train in this world to the end; return the exit code."""
@@ -348,7 +352,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = elastic_config(rest, max_np)
         member = Member(config, max_np, ElasticWorld(join_timeout), stop)
     except (UserError, LaunchError) as error:
-        return refuse(str(error), launcher_rank())
+        return refuse_unconnected(str(error), stop)
     try:
         return member.serve()
     except UserError as error:

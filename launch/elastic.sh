@@ -72,12 +72,14 @@ check_sizes() {
         die 2 "'${flags[0]}': behind '--' stand flags of training; elastic jobs run nothing else"
 }
 
-# horovodrun with two changes. A worker that ends by itself speaks for the job: Horovod would replace it, or make a
-# failed job of a finished one in which another worker died last. And its exit code is the job's: 70 (all ranks failed
-# together: see hvdqn/elastic.py) as 1, as everywhere.
+# horovodrun with three changes. A worker that ends by itself speaks for the job: Horovod would replace it, or make a
+# failed job of a finished one in which another worker died last; and what waits in the driver for all workers to answer
+# would wait for ever. Its exit code is the job's: 70 (all ranks failed together: see hvdqn/elastic.py) as 1, as
+# everywhere. And a worker that dies while it waits for the driver costs no traceback there.
 readonly horovodrun='
-import re, sys
+import contextlib, re, sys, threading
 from horovod.runner import gloo_run
+from horovod.runner.http.http_server import RendezvousHTTPServer
 from horovod.runner.launch import run_commandline
 
 class Driver(gloo_run.ElasticDriver):
@@ -87,8 +89,12 @@ class Driver(gloo_run.ElasticDriver):
         if exit_code in (0, 2, 70, 75) and Driver.verdict is None:
             Driver.verdict = 1 if exit_code == 70 else exit_code
             self.stop()
-        super()._handle_worker_exit(slot_info, exit_code, timestamp)
+        if Driver.verdict is not None:
+            self._worker_registry._barrier.abort()
+        with contextlib.suppress(threading.BrokenBarrierError):
+            super()._handle_worker_exit(slot_info, exit_code, timestamp)
 
+RendezvousHTTPServer.handle_error = lambda *_: None
 gloo_run.ElasticDriver = Driver
 sys.argv[0] = "horovodrun"
 try:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
+import socket
+import stat
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -141,6 +145,7 @@ class ElasticWorld:
         self._slot = f"{self._host}:{os.environ['HOROVOD_LOCAL_RANK']}"
         self._plan = (int(os.environ["HOROVOD_RANK"]), int(os.environ["HOROVOD_SIZE"]))
         self._connected = False
+        self._sockets: set[tuple[int, int]] = set()
         self._missing: list[int] = []
         self._planned_at = time.monotonic()
         self._hosts_changed = False
@@ -171,13 +176,27 @@ class ElasticWorld:
         self._missing = [rank for rank in range(self._plan[1]) if rank not in present]
         self._connected = True
         os.environ.update(place_among(self._plan[0], present))
+        before = _open_sockets()
         comm = HorovodComm("cpu", over_mpi=False)
+        self._sockets = _open_sockets() - before
         comm.why = "elastic, started by horovodrun"
         if comm.size != len(present):
             raise LaunchError(
                 f"{len(present)} ranks met, but Horovod connects {comm.size}; start the job again"
             )
         return comm
+
+    def cut(self) -> None:
+        """End the connections to the other ranks, once one of them is lost.
+
+        Horovod leaves them open, and a rank that waits for this one, not for the lost one, would learn of the loss
+        after HOROVOD_GLOO_TIMEOUT_SECONDS only.
+        """
+        for descriptor, inode in self._sockets:
+            # Horovod's thread may close it at any moment: looked at, then used, is a copy that nobody else closes.
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
+                if os.fstat(connection.fileno()).st_ino == inode:
+                    connection.shutdown(socket.SHUT_RDWR)
 
     def changed(self) -> bool:
         """Whether to `connect` anew: hosts came or went, or who was late is there. To be asked on rank 0."""
@@ -245,6 +264,17 @@ class ElasticWorld:
             finally:
                 connection.close()
         raise LaunchError(f"horovodrun does not answer at {address[0]}:{address[1]} ({failure})")
+
+
+def _open_sockets() -> set[tuple[int, int]]:
+    """Descriptor and inode of each socket of this process; a descriptor alone may be another socket later."""
+    found = set()
+    for entry in Path("/dev/fd").iterdir():
+        with contextlib.suppress(OSError):  # closed since; so is the one that listed them
+            status = os.fstat(int(entry.name))
+            if stat.S_ISSOCK(status.st_mode):
+                found.add((int(entry.name), status.st_ino))
+    return found
 
 
 def place_among(rank: int, present: Mapping[int, str]) -> dict[str, str]:

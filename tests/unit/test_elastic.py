@@ -1,0 +1,227 @@
+"""Elastic runs without a launcher: what a member keeps when its world ends, and where ranks stand in the next."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hvdqn.clock import Clock
+from hvdqn.comm.horovod import place_among
+from hvdqn.comm.local import LocalComm
+from hvdqn.config import UserError
+from hvdqn.elastic import Member, elastic_config, elastic_options
+from hvdqn.faults import StopSignal
+
+
+class PeerLostError(Exception):
+    """As Horovod's collectives raise it."""
+
+
+class FragileComm(LocalComm):
+    """A world that ends at the nth use of one collective."""
+
+    def __init__(self, fatal="", nth=0):
+        super().__init__()
+        self.fatal, self.nth, self.used = fatal, nth, Counter()
+
+    def use(self, name):
+        self.used[name] += 1
+        if (name, self.used[name]) == (self.fatal, self.nth):
+            raise PeerLostError
+
+    def allreduce_mean_async(self, tensor, name):
+        comm = self
+
+        class Handle:
+            def wait(self):
+                comm.use(name)
+                return tensor
+
+        return Handle()
+
+    def broadcast_(self, tensor, root=0):
+        self.use("broadcast")
+
+    def all_gather_object(self, obj):
+        self.use("gather")
+        return [obj]
+
+
+class ScriptedWorld:
+    """One world after the other; hosts change in the first if asked for."""
+
+    peer_lost = PeerLostError
+
+    def __init__(self, *comms, hosts_change=False):
+        self.comms, self.hosts_change, self.cuts = list(comms), hosts_change, 0
+
+    def connect(self):
+        return self.comms.pop(0)
+
+    def cut(self):
+        self.cuts += 1
+
+    def changed(self):
+        return self.hosts_change and len(self.comms) > 0
+
+
+@pytest.fixture
+def serve(tmp_path):
+    """Run through worlds; return the summary of the run and its member."""
+
+    def run(name, world):
+        flags = [
+            "--preset",
+            "smoke",
+            "--total-env-steps",
+            "1600",
+            "--eval-every",
+            "400",
+            "--target-every",
+            "100",
+        ]
+        config = elastic_config([*flags, "--run-dir", str(tmp_path / name)], max_np=1)
+        member = Member(config, 1, world, StopSignal())
+        assert member.serve() == 0
+        assert not world.comms, "not all worlds were lived in"
+        return json.loads((tmp_path / name / "summary.json").read_text()), member
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("fatal", "nth"), [("broadcast", 5), ("gather", 20), ("evaluation", 2), ("trailer", 3)], ids=str
+)
+def test_a_world_that_ends_between_updates_leaves_no_trace(serve, fatal, nth):
+    """Weights, moments, clock, replay and environments go on where they were, bit for bit."""
+    whole, _ = serve("whole", ScriptedWorld(FragileComm()))
+    broken, _ = serve("broken", ScriptedWorld(FragileComm(fatal, nth), FragileComm()))
+    assert (whole["world_changes"], broken["world_changes"]) == (0, 1)
+    for name in ("param_sha256", "env_steps", "updates", "eval_return_mean"):
+        assert broken[name] == whole[name], name
+
+
+def test_hosts_that_change_leave_no_trace(serve):
+    whole, _ = serve("whole", ScriptedWorld(FragileComm()))
+    changed, _ = serve("changed", ScriptedWorld(FragileComm(), FragileComm(), hosts_change=True))
+    assert changed["world_changes"] == 1
+    assert changed["param_sha256"] == whole["param_sha256"]
+
+
+@pytest.mark.parametrize("nth", [1, 2, 100])
+def test_an_update_that_a_lost_rank_broke_is_taken_again(serve, nth):
+    whole, _ = serve("whole", ScriptedWorld(FragileComm()))
+    broken, member = serve("broken", ScriptedWorld(FragileComm("gradient", nth), FragileComm()))
+    learner = member.training.learner
+    assert broken["updates"] == whole["updates"] == int(learner.optimizer.steps)
+    assert broken["env_steps"] == whole["env_steps"]
+
+
+def test_records_are_written_once(serve, tmp_path):
+    serve("run", ScriptedWorld(FragileComm("evaluation", 2), FragileComm()))
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    kinds = Counter((json.loads(line)["env_steps"], "eval_return_mean" in line) for line in lines)
+    assert len(kinds) == 8 + 4
+    assert set(kinds.values()) == {1}
+
+
+class FilledElsewhere(LocalComm):
+    """The other rank's replay is filled."""
+
+    def all_gather_object(self, obj):
+        return [obj, True]
+
+
+def test_a_newcomer_draws_nothing_before_its_replay_has_filled(serve):
+    _, member = serve("run", ScriptedWorld(FragileComm()))
+    training = member.training
+    training.comm = FilledElsewhere()
+    training.agree_on_filling(filled=False)
+    for _ in range(training.clock.learning_starts // training.clock.envs):
+        assert training.draw() is None
+        training.act()
+    assert training.draw() is not None
+
+
+def test_who_kept_its_replay_goes_on_drawing(serve):
+    _, member = serve("run", ScriptedWorld(FragileComm()))
+    member.training.agree_on_filling(filled=True)
+    assert member.training.draw() is not None
+
+
+def world_clock(ranks):
+    return Clock(envs=8 * ranks, global_batch=32 * ranks, replay_ratio=8.0, learning_starts=100)
+
+
+def test_updates_still_owed_when_the_world_changes_are_taken_in_the_next():
+    before, after = world_clock(2), world_clock(1)
+    before.env_steps, before.updates = 500, 47  # of 50
+    after.resume(before.state())
+    assert after.updates_owed(500) - after.updates == 3
+    assert after.updates_owed(508) - after.updates == 3 + 2
+
+
+def test_a_change_of_the_world_does_not_cut_a_refill_short():
+    before, after = world_clock(2), world_clock(1)
+    before.env_steps, before.updates = 500, 50
+    before.refill()
+    after.resume(before.state())
+    assert after.updates_owed(600) == 50
+    assert after.updates_owed(604) == 51
+
+
+def test_what_the_last_tick_of_a_larger_world_made_due_is_still_due():
+    before, after = world_clock(3), world_clock(1)
+    before.env_steps = 992
+    before.tick()
+    after.resume(before.state())
+    assert before.due(1_000)
+    assert after.due(1_000)
+    after.tick()
+    assert not after.due(1_000)
+
+
+@given(st.lists(st.integers(1, 3), min_size=1, max_size=4), st.data())
+def test_places_are_those_that_horovod_would_give(slots, data):
+    hosts = pytest.importorskip(
+        "horovod.runner.common.util.hosts", reason="no Horovod: places are NOT TESTED"
+    )
+    # A plan of these hosts, of which only some ranks are there.
+    plan = [f"h{number}" for number, count in enumerate(slots) for _ in range(count)]
+    there = sorted(data.draw(st.sets(st.sampled_from(range(len(plan))), min_size=1)))
+    present = {rank: plan[rank] for rank in there}
+    counted = Counter(present.values())
+    infos = [hosts.HostInfo(name, counted[name]) for name in sorted(counted)]
+    for rank, slot in zip(there, hosts.get_host_assignments(infos, 1), strict=True):
+        names = ("rank", "size", "local_rank", "local_size", "cross_rank", "cross_size")
+        assert place_among(rank, present) == {f"HOROVOD_{n.upper()}": str(getattr(slot, n)) for n in names}
+
+
+@pytest.mark.parametrize(
+    ("flags", "wrong"),
+    [
+        ([], "--max-np N is missing"),
+        (["--max-np", "0"], "--max-np N is missing"),
+        (["--max-np", "x"], "--max-np"),
+        (["--max-np", "2", "--join-timeout", "0"], "--join-timeout"),
+    ],
+)
+def test_options_are_checked(flags, wrong):
+    with pytest.raises(UserError, match=wrong):
+        elastic_options(flags)
+
+
+@pytest.mark.parametrize("flags", [("--comm", "mpi"), ("--device", "cuda"), ("--nonsense", "1")])
+def test_what_cannot_be_elastic_is_refused(flags):
+    with pytest.raises(UserError, match=flags[0]):
+        elastic_config(flags, max_np=2)
+
+
+def test_a_rank_fills_its_replay_for_long_enough_to_draw_from_it():
+    """However large the world is: two paths of n steps in each environment."""
+    config = elastic_config(["--learning-starts", "10", "--n-step", "3", "--envs-per-rank", "4"], max_np=100)
+    assert config.replay.learning_starts == 2 * 4 * 100 * 4
