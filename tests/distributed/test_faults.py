@@ -145,7 +145,7 @@ def test_a_killed_rank_ends_the_job_and_the_next_start_resumes(tmp_path, launche
         assert time.monotonic() - killed < LIMIT_SECONDS, result
     assert result.returncode not in (0, 75), result
     newest = max(saved(tmp_path))
-    result = train(launcher, 2, tmp_path, "--total-env-steps", str(newest + 200), "--resume", "must")
+    result = train("mpirun", 2, tmp_path, "--total-env-steps", str(newest + 200), "--resume", "must")
     assert result.returncode == 0, result
     assert f"at env step {newest:,}" in result.stdout, result
     assert summary(tmp_path)["env_steps"] >= newest + 200
