@@ -3,7 +3,7 @@
     line = command("mpirun -np 2 python -m hvdqn.train --preset cartpole", {"--preset cartpole": "--preset smoke"})
 
 A command is a line of a ```bash block, less its comment, and inline code that begins with a program and has an
-argument. What a test replaces, to make it shorter or to fill in a name, stands in that test.
+argument other than flags. What a test replaces, to make it shorter or to fill in a name, stands in that test.
 tests/launch/test_readme.py sees to it that there is a test for each.
 """
 
@@ -20,7 +20,7 @@ PROGRAMS = (
     *("python", "pip", "hvdqn", "horovodrun", "mpirun", "torchrun", "srun", "sbatch", "scancel", "squeue", "sacct"),
     *("apt", "module", "source", "git", "ssh", "export", "docker", "apptainer", "bash", "sh", "nvidia-smi"),
 )  # fmt: skip
-_PROGRAM = re.compile(rf"(\w+=\S+ +)*((\./)?(launch|slurm)/\w+\.\w+|\$?({'|'.join(PROGRAMS)})) +\S")
+_COMMAND = re.compile(rf"(\w+=\S+ )*((\./)?(launch|slurm)/\w+\.\w+|({'|'.join(PROGRAMS)}))(?= ).* [^- ]")
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -37,7 +37,7 @@ def commands() -> tuple[str, ...]:
     ]
     prose = _FENCE.sub("", text())
     inline = (" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose))
-    found += [code for code in inline if _PROGRAM.match(code)]
+    found += [code for code in inline if _COMMAND.match(code)]
     return tuple(dict.fromkeys(found))
 
 
