@@ -31,6 +31,13 @@ STALL_TIMEOUT_SECONDS = 12.0
 SLACK_SECONDS = 10.0
 
 
+def seconds_since(began: float, what: str) -> float:
+    """Also printed, for whoever collects them: pytest -rP."""
+    seconds = time.monotonic() - began
+    print(f"{what}: {seconds:.1f} s")
+    return seconds
+
+
 def sabotage(name: str) -> tuple[str, str]:
     return ("--wrapper", f"tests.distributed.sabotage:{name}")
 
@@ -86,7 +93,7 @@ def test_a_signal_ends_all_ranks_after_one_checkpoint(tmp_path, launcher, moment
         for rank in to:
             ranks[rank].send_signal(number)
         result = job.wait()
-        seconds = time.monotonic() - sent
+        seconds = seconds_since(sent, f"{launcher}, {number.name} to end")
     assert result.returncode == STOPPED[launcher], result
     assert seconds < LIMIT_SECONDS, result
     assert re.search(r"(status code|exit code:|exitcode *:|exit code: *) *75", str(result), re.IGNORECASE), (
@@ -125,7 +132,7 @@ def test_control_c_twice_exits_at_once(tmp_path):
         os.killpg(job.launcher.pid, signal.SIGINT)
         pressed = time.monotonic()
         result = job.wait()
-        assert time.monotonic() - pressed < SLACK_SECONDS, result
+        assert seconds_since(pressed, "second Ctrl-C to end") < SLACK_SECONDS, result
     assert result.returncode == 130, result  # and not 75: it did not wait for a checkpoint
     assert saved(tmp_path) == []
 
@@ -142,10 +149,12 @@ def test_a_killed_rank_ends_the_job_and_the_next_start_resumes(tmp_path, launche
         job.ranks()[victim].kill()
         killed = time.monotonic()
         result = job.wait()  # fails if any process is left
-        assert time.monotonic() - killed < LIMIT_SECONDS, result
+        assert seconds_since(killed, f"{launcher}, kill -9 to end") < LIMIT_SECONDS, result
     assert result.returncode not in (0, 75), result
     newest = max(saved(tmp_path))
+    began = time.monotonic()
     result = train("mpirun", 2, tmp_path, "--total-env-steps", str(newest + 200), "--resume", "must")
+    seconds_since(began, "a start that resumes, to its end 200 env steps later")
     assert result.returncode == 0, result
     assert f"at env step {newest:,}" in result.stdout, result
     assert summary(tmp_path)["env_steps"] >= newest + 200
@@ -153,8 +162,10 @@ def test_a_killed_rank_ends_the_job_and_the_next_start_resumes(tmp_path, launche
 
 def ends_by_watchdog(job: Job, began: float, *said: str) -> None:
     job.wait_for("--stall-timeout")
-    assert time.monotonic() - began < STALL_TIMEOUT_SECONDS + SLACK_SECONDS, job.output()
+    found = seconds_since(began, f"hang to word of it, --stall-timeout {STALL_TIMEOUT_SECONDS:g}")
+    assert found < STALL_TIMEOUT_SECONDS + SLACK_SECONDS, job.output()
     result = job.wait()
+    seconds_since(began, "hang to end")
     assert result.returncode not in (0, 75), result
     assert result.stderr.count("--stall-timeout") == 1, result
     for words in said:
