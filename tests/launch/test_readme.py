@@ -58,6 +58,12 @@ HERE = {
 
 # Run by the tests of these files, which name them word for word.
 ELSEWHERE = {
+    "tests/distributed/test_bench.py": (
+        "hvdqn bench --preset cartpole",
+        "hvdqn bench scaling --np 1,2,4 --preset atari",
+        "hvdqn bench peers --peer-python PYTHON",
+        "hvdqn bench gpu",
+    ),
     "tests/distributed/test_launchers.py": (
         "python -m hvdqn.train --preset cartpole",
         "horovodrun --gloo -np 2 python -m hvdqn.train --preset cartpole",

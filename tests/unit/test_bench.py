@@ -313,18 +313,6 @@ def test_solve(tmp_path: Path):
     assert found["env_steps"] == 600
 
 
-def test_gpu_on_the_cpu(tmp_path: Path):
-    """The same code, which finds the CPU equal to itself."""
-    file = tmp_path / "gpu.json"
-    small = ("--env", "CartPole-v1", "--frame-stack", "1", "--no-episodic-life", "--batch-per-rank", "8")
-    words = ["gpu", "--device", "cpu", "--updates", "3", *small, "--json", str(file)]
-    assert bench.main(words) == 0
-    rows = {row["what"]: row["median"] for row in json.loads(file.read_text())["rows"]}
-    assert rows["loss, relative error against the CPU"] == 0.0
-    assert rows["gradient, relative error against the CPU"] == 0.0
-    assert rows["samples/s learned, batch 8, fp32"] > 0
-
-
 def test_gpu_without_one_is_refused(capsys: pytest.CaptureFixture[str]):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here: the refusal is NOT tested")
