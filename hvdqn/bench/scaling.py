@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -107,11 +108,12 @@ def projected(engine: str, weak: list[Loop], strong: list[Loop], messages: Allre
     """Add what follows for more ranks."""
     line = fit({4 * floats: seconds for floats, seconds in messages.seconds.items()})
     alone, most = weak[0], weak[-1]
-    phases = alone.seconds_per_iteration
+    hidden = most.seconds_per_iteration["comm_hidden"] / most.updates_per_iteration
     work = Work(
-        seconds=alone.iteration_seconds - phases["comm_exposed"],
+        seconds=alone.iteration_seconds - alone.seconds_per_iteration["comm_exposed"],
         updates=alone.updates_per_iteration,
-        hidden_seconds=most.seconds_per_iteration["comm_hidden"] / most.updates_per_iteration,
+        # Ranks that were late for each other are in it too: no more can have been hidden than there was.
+        hidden_seconds=min(hidden, messages.network_seconds),
     )
     counts = sorted({messages.world_size, *PROJECTED_RANKS})
     found = project(line, messages.world_size, 4 * messages.network_floats, work, counts)
@@ -162,6 +164,7 @@ def draw(scaling: Scaling, path: Path) -> None:
             x, y = [one.ranks for one in points], [one.efficiency for one in points]
             axes.plot(x, y, line, color=COLOURS[0], label=f"weak scaling, projected: {model}")
         _label(axes, scaling)
+        figure.supxlabel(textwrap.fill(ASSUMPTION, 110), fontsize=8, color="#666666")
         figure.savefig(path, dpi=150)
 
 

@@ -1,6 +1,6 @@
 """`hvdqn bench solve`: seconds of training until the greedy policy reaches a return. Evaluations stop the clock.
 
-A preset whose numbers come from this: `mpirun -np 2 hvdqn bench solve --preset cartpole --comm mpi`.
+mpirun -np 2 hvdqn bench solve --preset cartpole --comm mpi
 """
 
 from __future__ import annotations

@@ -133,6 +133,11 @@ def test_what_follows_from_a_measurement(tmp_path: Path, capsys: pytest.CaptureF
     scaling.show(found)
     printed = capsys.readouterr().out
     assert "42, 71%" in printed
+    late = [a_loop(), a_loop(2, rate=200.0, exposed=900 * US, hidden=800 * US)]
+    eight = {
+        one.model: one for one in scaling.projected("mpi", late, late, messages).projected if one.ranks == 8
+    }
+    assert eight["tree"].efficiency == pytest.approx(90 / (90 + 42 - 14))
     assert "Assumed" in printed
     scaling.draw(found, tmp_path / "scaling.png")
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
