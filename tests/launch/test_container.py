@@ -30,7 +30,7 @@ from tests.readme import command
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(5400)]
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "hvdqn" / "test-image"
-IMAGE, BASE = "hvdqn-test", "hvdqn-test-base"
+IMAGE, BASE = "hvdqn", "hvdqn-test-base"
 DEBIAN = "bookworm"
 TRAIN = "python -m hvdqn.train --preset smoke --total-env-steps 1000 --eval-episodes 2"
 DOCKER_RUN = (
@@ -66,6 +66,7 @@ class Builder:
     ) -> subprocess.CompletedProcess[str]:
         result = subprocess.run(
             [*self.command, *words],
+            cwd=REPOSITORY,
             env=self.env,
             capture_output=True,
             text=True,
@@ -168,9 +169,10 @@ def image() -> Iterator[Image]:
         builder.run("add", "--quiet", scratch, bare_debian(), "/")
         builder.run("commit", "--quiet", "--rm", scratch, BASE)
         began = time.monotonic()
-        build = ["build", "--isolation", "chroot", "--tag", IMAGE, "--build-arg", "REVISION=0123abc"]
-        bases = [f"--build-arg={name}=localhost/{BASE}" for name in ("BASE_IMAGE", "RUNTIME_IMAGE")]
-        builder.run(*build, *bases, *pip_settings(storage), REPOSITORY, timeout=2000)
+        _, build, *words = command("docker build -t hvdqn .").split()  # buildah takes Docker's words
+        values = {"REVISION": "0123abc"} | dict.fromkeys(("BASE_IMAGE", "RUNTIME_IMAGE"), f"localhost/{BASE}")
+        flags = ["--isolation=chroot", *(f"--build-arg={name}={value}" for name, value in values.items())]
+        builder.run(build, *flags, *pip_settings(storage), *words, timeout=2000)
         print(f"built in {time.monotonic() - began:.0f} s")
         yield Image(builder)
     finally:
