@@ -67,6 +67,13 @@ class Clock:
         """Env steps of this rank, in a job of `size` ranks."""
         return self.env_steps / size
 
+    def own_state(self) -> dict[str, int | None]:
+        """What a checkpoint keeps for each rank: ranks that step together have nothing of their own."""
+        return {}
+
+    def load_own_state(self, state: Mapping[str, int | None]) -> None:
+        """Put back what `own_state` gave."""
+
     def due(self, every: int) -> bool:
         """Whether the last tick reached or passed a multiple of `every` env steps; never for 0."""
         return every > 0 and self.env_steps // every > (self.env_steps - self.last_tick) // every
@@ -132,6 +139,7 @@ class ReportedClock(Clock):
     own_earliest: int = 0
     own_env_steps: int = 0
     own_updates: int = 0
+    told_env_steps: int = 0  # how many of its own it has reported
     learning_since: int | None = None  # own env steps
     met: bool = False
 
@@ -159,13 +167,29 @@ class ReportedClock(Clock):
         """Take over how far the job is, and the env steps within which something came due: 0 is nothing."""
         self.env_steps, self.updates, self.last_tick = env_steps, updates, last_tick
 
+    def unreported(self) -> int:
+        """Own env steps since the last call."""
+        env_steps = self.own_env_steps - self.told_env_steps
+        self.told_env_steps = self.own_env_steps
+        return env_steps
+
     def poll_due(self, iterations: int) -> bool:
-        """Whether so many iterations have passed since this was last so."""
-        return self.own_env_steps // self.envs % iterations == 0
+        """Whether so many iterations have passed since this was last so; before learning always, not to be late."""
+        return self.learning_since is None or self.own_env_steps // self.envs % iterations == 0
 
     def own_env_steps_of(self, size: int) -> float:
-        """Env steps of this rank, in this attempt."""
+        """Env steps of this rank."""
         return self.own_env_steps
+
+    def own_state(self) -> dict[str, int | None]:
+        """What is this rank's alone."""
+        return {name: getattr(self, name) for name in ("own_env_steps", "own_updates", "learning_since")}
+
+    def load_own_state(self, state: Mapping[str, int | None]) -> None:
+        """Put back what `own_state` gave, all of it reported."""
+        for name, value in state.items():
+            setattr(self, name, value)
+        self.told_env_steps = self.own_env_steps
 
     def resume(self, state: Mapping[str, Any], refill: bool = False) -> None:
         """Go on from a checkpoint, which all ranks wrote together."""

@@ -51,6 +51,7 @@ def contents(parts: Parts, comm: Comm, progress: Progress) -> dict[str, Any]:
     written: dict[str, Any] = {
         rank_part(comm.rank): {
             "actor": parts.actor.state(),
+            "clock": parts.clock.own_state(),
             "replay": parts.replay.state() if progress.keeps_replay else None,
             "seconds": parts.timer.seconds(),
             "torch": torch_state(parts.device),
@@ -173,6 +174,7 @@ def _restore_shard(
     kept = all(shard["replay"] is not None for shard in shards)
     parts.clock.resume(clock, refill=not kept)
     if kept and same_shapes:
+        parts.clock.load_own_state(shards[0].get("clock", {}))
         parts.replay.load_state(shards[0]["replay"])
     elif kept:
         place = acting_place(config, comm.rank), acting_ranks(config, comm.size)

@@ -53,14 +53,10 @@ class Pending:
 @dataclass
 class Request:
     wait: Callable[[], object] = lambda: None
+    has_come: Callable[[], bool] = lambda: True
 
     def Wait(self) -> None:  # noqa: N802
         self.wait()
-
-
-@dataclass
-class Status:
-    source: int = -1
 
 
 class Channel:
@@ -74,9 +70,9 @@ class Channel:
         return Request()
 
     def Irecv(self, buffer: np.ndarray, source: int) -> Request:  # noqa: N802
-        return Request(lambda: self.Recv(buffer, source))
+        return Request(lambda: self.receive(buffer, source), lambda: bool(self.boxes[self.rank][source]))
 
-    def Recv(self, buffer: np.ndarray, source: int) -> None:  # noqa: N802
+    def receive(self, buffer: np.ndarray, source: int) -> None:
         deadline = time.monotonic() + TIMEOUT_SECONDS
         while not self.boxes[self.rank][source]:
             if self.meeting.barrier.broken:
@@ -85,13 +81,6 @@ class Channel:
             time.sleep(1e-4)
         message = self.boxes[self.rank][source].popleft()
         buffer[: len(message)] = np.frombuffer(message, np.uint8)
-
-    def Iprobe(self, status: Status) -> bool:  # noqa: N802
-        for source, box in self.boxes[self.rank].items():
-            if box:
-                status.source = source
-                return True
-        return False
 
 
 class ThreadComm(Comm):
@@ -107,8 +96,12 @@ class ThreadComm(Comm):
         mine = [{rank: deque[bytes]() for rank in range(self.size)} for _ in range(self.size)]
         return Channel(self.rank, self.broadcast_object(mine), self.meeting)
 
-    def new_status(self) -> Status:
-        return Status()
+    def first_done(self, requests: Sequence[Request]) -> int | None:
+        for index, request in enumerate(requests):
+            if request.has_come():
+                request.Wait()
+                return index
+        return None
 
     def keep(self, ranks: Sequence[int]) -> None:
         others: Meeting = self.meeting.successor(len(ranks))

@@ -136,9 +136,10 @@ class MpiComm(Comm):
         """A communicator of its own between all ranks, for messages between two of them; a collective call."""
         return self._world.Dup()
 
-    def new_status(self) -> Any:
-        """Where MPI says whose message it found."""
-        return self._mpi.Status()
+    def first_done(self, requests: Sequence[Any]) -> int | None:
+        """Which of these messages has come, by its place among them; None if none has."""
+        index, done = self._mpi.Request.Testany(requests)
+        return index if done else None
 
     def keep(self, ranks: Sequence[int]) -> None:
         """Go on without the other ranks, which may be dead; called by all that stay, who are numbered anew."""

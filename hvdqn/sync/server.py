@@ -146,7 +146,6 @@ class Worker(Star):
         self.awaited: Any = None
         self.pulling = False
         self.updates_since_pull = 0
-        self.told_env_steps = 0
 
     def attach(self, learner: Learner) -> None:
         """Open the channel; a collective call."""
@@ -207,7 +206,7 @@ class Worker(Star):
         return {}
 
     def _send(self, learner: Learner, kind: int, pull: bool = False) -> None:
-        trailer, env_steps = learner.trailer, self.clock.own_env_steps
+        trailer = learner.trailer
         trailer.read()
         self.push.header[:] = astuple(
             Push(
@@ -215,7 +214,7 @@ class Worker(Star):
                 version=self.version,
                 target_version=self.target_version,
                 pull=pull,
-                env_steps=env_steps - self.told_env_steps,
+                env_steps=self.clock.unreported(),
                 done=learner.done,
                 # The slots of the trailer count on an average over ranks.
                 largest_weight=trailer.largest_weight / trailer.size,
@@ -223,7 +222,7 @@ class Worker(Star):
             )
         )
         self.push.more[:] = np.concatenate((trailer.reported() / trailer.size, trailer.learned))
-        self.told_env_steps, self.pulling, self.agreed = env_steps, pull, False
+        self.pulling, self.agreed = pull, False
         sent = self.push.with_tensors(kind == GRADIENT)
         self.awaited = (self.channel.Irecv(self.reply.buffer, 0), self.channel.Isend(sent, 0))
         self.traffic.count(sent.nbytes)
@@ -280,8 +279,11 @@ class Server(Star):
     def attach(self, learner: Learner) -> None:
         """Open the channel; a collective call."""
         super().attach(learner)
-        self.push = Message(Push, len(REPORTED) + len(LEARNED), 1, learner)
+        told = len(REPORTED) + len(LEARNED)
+        # One for each worker: a message that breaks off when its worker dies must not hold up the others'.
+        self.pushes = {worker: Message(Push, told, 1, learner) for worker in self.workers}
         self.replies = {worker: Message(Reply, self.size, 2, learner) for worker in self.workers}
+        self.awaited: dict[int, Any] = {}
         self.sent: dict[int, Any] = {}
 
     def turn(
@@ -397,16 +399,16 @@ class Server(Star):
         if worker is None:
             self._bury()
             return
-        self.channel.Recv(self.push.buffer, worker)
-        push = Push(*self.push.header.tolist())
+        message = self.pushes[worker]
+        push = Push(*message.header.tolist())
         if push.kind == GRADIENT:
-            learner.gradient.copy_(self.push.tensors[0])
-        reported, learned = np.split(self.push.more, [len(REPORTED)])
+            learner.gradient.copy_(message.tensors[0])
+        reported, learned = np.split(message.more, [len(REPORTED)])
         if worker not in self.workers:  # it was taken for dead
             self._reply(learner, worker)
             return
         self.heard_at[worker] = time.monotonic()
-        self.traffic.count(self.push.with_tensors(push.kind == GRADIENT).nbytes)
+        self.traffic.count(message.with_tensors(push.kind == GRADIENT).nbytes)
         self.take(learner, worker, push, reported, learned)
         if push.kind == HERE:
             self.here.add(worker)
@@ -416,16 +418,19 @@ class Server(Star):
             self._tell_failure(learner, {worker, *self.here})
 
     def _next_worker(self) -> int | None:
-        """The rank of a worker that has pushed; None if none does for a while."""
-        status, deadline = self.comm.new_status(), time.monotonic() + PATIENCE_SECONDS
-        probes = 0
-        while not self.channel.Iprobe(status=status):
+        """The rank of a worker whose push has come; None if none comes for a while."""
+        for worker in self.pushes.keys() - self.awaited.keys() - self.here:
+            self.awaited[worker] = self.channel.Irecv(self.pushes[worker].buffer, worker)
+        awaited, deadline = list(self.awaited), time.monotonic() + PATIENCE_SECONDS
+        requests, probes = list(self.awaited.values()), 0
+        while (found := self.comm.first_done(requests)) is None:
             probes += 1
             if probes > EAGER_PROBES:
                 time.sleep(PAUSE_SECONDS)
                 if time.monotonic() > deadline:
                     return None
-        return int(status.source)
+        del self.awaited[awaited[found]]
+        return awaited[found]
 
     def _reply(self, learner: Learner, worker: int, push: Push | None = None) -> None:
         reply = self.replies[worker]
@@ -464,7 +469,6 @@ class Server(Star):
             if worker is None:
                 self._bury()
                 continue
-            self.channel.Recv(self.push.buffer, worker)
             self._reply(learner, worker)
             told.add(worker)
         for worker in self.here:

@@ -122,12 +122,30 @@ def test_what_all_do_together_is_due_at_a_meeting_and_no_later():
 
 
 def test_polls_come_by_own_iterations():
-    clock = make_reported()
+    clock = make_reported(learning_since=0)
     due = []
     for _ in range(8):
         clock.tick()
         due.append(clock.poll_due(4))
     assert due == [False, False, False, True] * 2
+
+
+def test_before_learning_it_asks_at_every_turn_how_far_the_job_is():
+    clock = make_reported()
+    clock.tick()
+    assert clock.poll_due(4)
+
+
+def test_what_is_a_ranks_own_goes_on_and_is_not_reported_twice():
+    clock, again = make_reported(), make_reported()
+    for _ in range(3):
+        clock.tick()
+    assert clock.unreported() == 12
+    again.load_own_state(clock.own_state())
+    assert again.own_env_steps == 12
+    assert again.unreported() == 0
+    again.tick()
+    assert again.unreported() == 4
 
 
 def test_a_resumed_rank_waits_where_replay_is_refilled():

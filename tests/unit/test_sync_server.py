@@ -267,15 +267,14 @@ SMALL = """--preset smoke --sync server --comm mpi --total-env-steps 1500 --envs
 
 def train(run_dir, size, *flags):
     """Train on threads; each rank's training."""
+    config = parse([*SMALL.split(), "--run-dir", str(run_dir), *flags])
+    run_dir.mkdir(exist_ok=True)
 
     def body(comm):
-        config = parse([*SMALL.split(), "--run-dir", str(run_dir), *flags])
-        stop = SimpleNamespace(received=False)
-        training = start(Training, config, comm, run_dir, stop, PhaseTimer())
+        training = start(Training, config, comm, run_dir, SimpleNamespace(received=False), PhaseTimer())
         training.complete()
         return training
 
-    run_dir.mkdir(exist_ok=True)
     return run_ranks(size, body)
 
 
@@ -293,7 +292,7 @@ def test_a_whole_run(tmp_path):
     owed = (server.clock.env_steps - 200) * 8 / 32
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["updates"] == server.clock.updates
-    assert owed - 20 <= summary["updates"] + summary["dropped_updates"] <= owed
+    assert owed - 8 <= summary["updates"] + summary["dropped_updates"] <= owed
     assert sum(summary["staleness"].values()) == summary["updates"] + summary["dropped_updates"]
     assert summary["eval_episodes"] == 3
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -311,7 +310,7 @@ def test_a_run_goes_on_with_its_counters_and_weights(tmp_path):
     assert sum(after.values()) == second[0].clock.updates + dropped
     assert all(after[key] >= count for key, count in before.items())
     new = second[0].clock.env_steps - first[0].clock.env_steps
-    assert abs(second[0].clock.updates + dropped - first[0].clock.updates - new / 4) < 20
+    assert abs(second[0].clock.updates + dropped - first[0].clock.updates - new / 4) < 4
     other = train(tmp_path, 2, "--total-env-steps", "2200")  # one worker has the replay of both
     assert other[0].clock.env_steps >= 2200
     assert len(other[1].replay) > len(second[1].replay)
