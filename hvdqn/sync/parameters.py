@@ -127,37 +127,21 @@ class Parameters:
 
     def finish(self, learner: Learner) -> None:
         """Wait for what travels, if anything does."""
-        if self.handle is None:
-            return
-        learner.timer.start("comm")
-        self.handle.wait()
-        self.handle = None
-        learner.timer.start("compute")
-        if self.alone >= self.every:
-            self._install(learner)
-        self._hear(learner)
+        if self.handle is not None:
+            learner.timer.start("compute")
+            self._await(learner, average=self.alone >= self.every)
 
     def agree(self, learner: Learner) -> None:
         """Average now what was not averaged since."""
-        if self.agreed:
-            return
-        self._launch_average()
-        assert self.handle is not None
-        with learner.timer.during("comm"):
-            self.handle.wait()
-        self.handle = None
-        self._install(learner)
-        self._hear(learner)
+        if not self.agreed:
+            self._launch_average()
+            self._await(learner, average=True)
 
     def exchange(self, learner: Learner) -> None:
         """Send reports and votes alone."""
         self.told[: len(REPORTED)] += learner.trailer.reported()
         self._launch_trailer()
-        assert self.handle is not None
-        with learner.timer.during("comm"):
-            self.handle.wait()
-        self.handle = None
-        self._hear(learner)
+        self._await(learner, average=False)
 
     def sync_target(self, learner: Learner) -> list[int] | None:
         """Take the averaged weights for the target's; None between averages: the next one is soon enough."""
@@ -220,6 +204,15 @@ class Parameters:
         self.trailer.copy_(torch.from_numpy(np.concatenate((self.told, slots.reshape(-1)))))
         self.told[:] = 0.0
         self.largest_of_mine, self.skipped = 0.0, 0
+
+    def _await(self, learner: Learner, average: bool) -> None:
+        assert self.handle is not None, "nothing was launched"
+        with learner.timer.during("comm"):
+            self.handle.wait()
+        self.handle = None
+        if average:
+            self._install(learner)
+        self._hear(learner)
 
     def _install(self, learner: Learner) -> None:
         """Take the average for this rank's own."""
