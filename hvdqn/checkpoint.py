@@ -7,8 +7,9 @@
     checkpoints/latest             link to the newest whole one
     checkpoints/best               link to the weights of the best evaluation
 
-A checkpoint is written under a hidden name, flushed to the disk, then renamed. Each file is in safetensors
-format; what is not an array stands as JSON in its header. Nothing that is read is ever executed.
+A checkpoint is written under a hidden name, flushed to the disk, then renamed. Training waits meanwhile: no row of
+replay may change, and a copy would double its memory. `summary.json` tells how long, as phase `save`. Each file is in
+safetensors format; what is not an array stands as JSON in its header. Nothing that is read is ever executed.
 """
 
 from __future__ import annotations

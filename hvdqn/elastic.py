@@ -269,6 +269,8 @@ class Member:
         if before is None:
             self.timer.load(memento["seconds"])
             begin(parts)
+        else:
+            training.hint = before.hint  # given once in a run
         training.agree_on_filling(before is not None and before.filling_env_steps <= 0)
         if before is not None and before.filling_env_steps > 0:
             training.filling_env_steps = min(training.filling_env_steps, before.filling_env_steps)

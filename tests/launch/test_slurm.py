@@ -215,7 +215,9 @@ def test_killed_rank_fails_the_job(cluster: Cluster, clone: Path, folder: Path) 
     killed = time.monotonic()
     ranks[1].send_signal(signal.SIGKILL)
     info = job.wait(timeout=60)
-    assert time.monotonic() - killed < 60
+    seconds = time.monotonic() - killed
+    print(f"srun, kill -9 to end: {seconds:.1f} s")
+    assert seconds < 30
     assert info["JobState"] == "FAILED", job.output()
     assert info["Restarts"] == "0"
     assert not any(process.is_running() for process in ranks.values())
