@@ -189,8 +189,8 @@ class ElasticWorld:
     def cut(self) -> None:
         """End the connections to the other ranks, once one of them is lost.
 
-        Horovod leaves them open, and a rank that waits for this one, not for the lost one, would learn of the loss
-        after HOROVOD_GLOO_TIMEOUT_SECONDS only.
+        Horovod's shutdown leaves them open, and a rank that waits for this one, not for the lost one, would learn of
+        the loss after HOROVOD_GLOO_TIMEOUT_SECONDS only.
         """
         for descriptor, inode in self._sockets:
             # Horovod's thread may close it at any moment: looked at, then used, is a copy that nobody else closes.
