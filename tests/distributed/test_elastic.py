@@ -32,11 +32,11 @@ SOLVING = (
     "--batch-per-rank",
     "128",
     "--total-env-steps",
-    "36000",
+    "40000",
     "--eval-every",
     "0",
 )
-ENVS_PER_RANK, BATCH_PER_RANK, REPLAY_RATIO, LEARNING_STARTS, TOTAL_ENV_STEPS = 8, 128, 64, 1_000, 36_000
+ENVS_PER_RANK, BATCH_PER_RANK, REPLAY_RATIO, LEARNING_STARTS, TOTAL_ENV_STEPS = 8, 128, 64, 1_000, 40_000
 KILLS = 5
 
 # Names for this machine in a mount namespace of the job's own: /etc/hosts stays as it is.
