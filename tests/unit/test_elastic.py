@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 from collections import Counter
 
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hvdqn.clock import Clock
-from hvdqn.comm.horovod import place_among
+from hvdqn.comm.horovod import ElasticWorld, place_among
 from hvdqn.comm.local import LocalComm
 from hvdqn.config import UserError
 from hvdqn.elastic import Member, elastic_config, elastic_options
@@ -225,3 +227,19 @@ def test_a_rank_fills_its_replay_for_long_enough_to_draw_from_it():
     """However large the world is: two paths of n steps in each environment."""
     config = elastic_config(["--learning-starts", "10", "--n-step", "3", "--envs-per-rank", "4"], max_np=100)
     assert config.replay.learning_starts == 2 * 4 * 100 * 4
+
+
+def test_cutting_ends_the_connections_of_a_world_and_no_others():
+    (own, peer), (gone, _), (later, later_peer) = (socket.socketpair() for _ in range(3))
+    world = object.__new__(ElasticWorld)  # without a launcher
+    world._sockets = {(s.fileno(), os.fstat(s.fileno()).st_ino) for s in (own, gone)}
+    number = gone.detach()
+    os.close(number)  # as Horovod's thread does
+    os.dup2(later.fileno(), number)  # and another connection has its number since
+    world.cut()
+    peer.settimeout(5)
+    assert peer.recv(1) == b"", "the other side sees the end"
+    later.send(b"x")
+    assert later_peer.recv(1) == b"x"
+    os.close(number)
+    world.cut()  # nothing is left under that number
