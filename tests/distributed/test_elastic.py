@@ -25,18 +25,14 @@ pytestmark = pytest.mark.distributed
 HOSTS = ("w0", "w1", "w2")
 # Also where the machine is busy with other work.
 TIMEOUT_SECONDS = 150.0
-# Twice the preset's batch, so half the updates: Horovod's negotiation takes most of the time here.
+ENVS_PER_RANK, REPLAY_RATIO, LEARNING_STARTS, TOTAL_ENV_STEPS = 8, 64, 1_000, 40_000
+# Twice the preset's, so half the updates: Horovod's negotiation takes most of the time here.
+BATCH_PER_RANK = 128
 SOLVING = (
-    "--preset",
-    "cartpole",
-    "--batch-per-rank",
-    "128",
-    "--total-env-steps",
-    "40000",
-    "--eval-every",
-    "0",
+    *("--preset", "cartpole", "--eval-every", "0", "--total-env-steps", str(TOTAL_ENV_STEPS)),
+    *("--envs-per-rank", str(ENVS_PER_RANK), "--learning-starts", str(LEARNING_STARTS)),
+    *("--batch-per-rank", str(BATCH_PER_RANK), "--replay-ratio", str(REPLAY_RATIO)),
 )
-ENVS_PER_RANK, BATCH_PER_RANK, REPLAY_RATIO, LEARNING_STARTS, TOTAL_ENV_STEPS = 8, 128, 64, 1_000, 40_000
 KILLS = 5
 
 # Names for this machine in a mount namespace of the job's own: /etc/hosts stays as it is.
