@@ -105,6 +105,7 @@ NOT_RUN = {
     "apt install g++": "it changes the machine",
     "ssh cluster": "there is no cluster to log in to",
     "module load gcc": "there are no modules",
+    "python -m tests.launch.measure_sync traffic": "it measures, for minutes; test_sync.py holds what it counts",
     "docker stop": "there is no Docker daemon; test_container.py sends its signal",
     "apptainer build hvdqn.sif docker-daemon://hvdqn:latest": "there is no Apptainer in Debian",
 }

@@ -217,7 +217,7 @@ def test_killed_rank_fails_the_job(cluster: Cluster, clone: Path, folder: Path) 
     info = job.wait(timeout=60)
     seconds = time.monotonic() - killed
     print(f"srun, kill -9 to end: {seconds:.1f} s")
-    assert seconds < 30
+    assert seconds < 60  # a rank that misses another is only killed after KillWait: 30 s by default
     assert info["JobState"] == "FAILED", job.output()
     assert info["Restarts"] == "0"
     assert not any(process.is_running() for process in ranks.values())
@@ -252,16 +252,15 @@ def test_wrong_input_ends_at_once_with_its_exit_code(cluster: Cluster, clone: Pa
     assert job.output().count("unknown preset 'smok'; did you mean 'smoke'?") == 1
 
 
-def test_ranks_that_slurm_does_not_tell_of_each_other_refuse(
+def test_ranks_that_slurm_does_not_tell_of_each_other_fail(
     cluster: Cluster, clone: Path, folder: Path
 ) -> None:
-    """The wrong srun --mpi: each rank finds itself alone."""
+    """The wrong srun --mpi: Open MPI ends each rank."""
     train = [f"{clone}/slurm/train.sbatch", *WORKLOAD]
     job = cluster.sbatch(*ONE_NODE, *train, cwd=folder, env={"HVDQN_MPI": "none"})
     info = job.wait(timeout=120)
-    assert info["ExitCode"] == "2:0", job.output()
-    assert job.output().count("srun started 2 ranks, but") == 1, job.output()
-    assert "srun --mpi=pmix" in job.output()
+    assert (info["JobState"], info["ExitCode"], info["Restarts"]) == ("FAILED", "1:0", "0"), job.output()
+    assert "was not built with SLURM's PMI support" in job.output()
 
 
 def test_sweep_gives_each_line_a_run_directory(cluster: Cluster, clone: Path, folder: Path) -> None:
