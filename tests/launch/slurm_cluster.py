@@ -166,7 +166,11 @@ class Cluster:
             process.kill()
         for process in self._processes:
             process.wait(timeout=30)
-        left = [process for process in psutil.process_iter() if self._is_ours(process)]
+        deadline = time.monotonic() + 10
+        while left := [process for process in psutil.process_iter() if self._is_ours(process)]:
+            if time.monotonic() > deadline:  # the kernel, too, takes its time on a busy machine
+                break
+            time.sleep(0.1)
         shutil.rmtree(self._folder)
         assert not left, f"left behind by the cluster: {left}"
 
