@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from hvdqn.learner import Learner
 
 # A signal must be answered within half a minute: where averages are rarer, votes and reports travel alone in between.
-UPDATES_BETWEEN_VOTES = 64
+UPDATES_BETWEEN_VOTES = 16
 TOLD = len(REPORTED) + len(LEARNED)
 
 
