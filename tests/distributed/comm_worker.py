@@ -73,6 +73,17 @@ def two_in_flight(comm: Comm) -> list[str]:
     return [check_mean(comm, first), check_mean(comm, second)]
 
 
+def again_the_same_bits(comm: Comm) -> None:
+    """Whichever rank comes last. (Of several in flight, Horovod joins those that are ready: their sums may differ.)"""
+    for size in (1000, 17_003, 134_002):
+        tensor = part(comm.rank, size, torch.float32)
+        means = []
+        for last in range(comm.size):
+            time.sleep(0.01 * (comm.rank == last))
+            means.append(comm.allreduce_mean_async(tensor.clone(), f"again.{size}").wait())
+        assert all(torch.equal(means[0], mean) for mean in means)
+
+
 def waiting_again_changes_nothing(comm: Comm) -> None:
     tensor = part(comm.rank, 1000, torch.float64)
     pending = comm.allreduce_mean_async(tensor, "again")
@@ -145,6 +156,7 @@ CHECKS: tuple[Callable[[Comm], list[str] | None], ...] = (
     mean,
     same_name_again,
     two_in_flight,
+    again_the_same_bits,
     waiting_again_changes_nothing,
     part_of_a_larger_tensor,
     parameters_that_want_gradients,

@@ -75,7 +75,7 @@ def recorded(run_dir: Path) -> list[dict[str, Any]]:
         ("python", 1, "minatar", "uniform", 3, [1000]),
         ("mpirun", 2, "native", "prioritized", 3, [1000]),
         ("mpirun", 2, "sync", "uniform", 3, [500]),  # other launchers: see test_faults.py
-        ("torchrun", 2, "minatar", "prioritized", 1, [1500]),
+        ("mpirun", 2, "minatar", "prioritized", 1, [1500]),
     ],
 )
 def test_a_killed_run_ends_as_if_it_had_not_been(
