@@ -269,6 +269,7 @@ class Server(Star):
         self.here: set[int] = set()
         self.meeting_since: int | None = None  # env steps before what it is about came due
         self.heard_at: dict[int, float] = {}
+        self.looked_at = 0.0
         self.largest_weights = dict.fromkeys(self.workers, 0.0)
         self.skipped_in_a_row = dict.fromkeys(self.workers, 0)
         self.failed = (0, 0)
@@ -396,8 +397,8 @@ class Server(Star):
         learner.timer.start("other")  # not `comm`: a server that has nothing to do keeps nobody waiting
         worker = self._next_worker()
         learner.timer.start("compute")
+        self._bury(worker)
         if worker is None:
-            self._bury()
             return
         message = self.pushes[worker]
         push = Push(*message.header.tolist())
@@ -407,7 +408,6 @@ class Server(Star):
         if worker not in self.workers:  # it was taken for dead
             self._reply(learner, worker)
             return
-        self.heard_at[worker] = time.monotonic()
         self.traffic.count(message.with_tensors(push.kind == GRADIENT).nbytes)
         self.take(learner, worker, push, reported, learned)
         if push.kind == HERE:
@@ -464,23 +464,27 @@ class Server(Star):
 
     def _tell_failure(self, learner: Learner, told: set[int]) -> None:
         """All must end together: answer every worker's next push with the failure, then raise it here."""
-        while told != self.workers:
+        while not told >= self.workers:
             worker = self._next_worker()
-            if worker is None:
-                self._bury()
-                continue
-            self._reply(learner, worker)
-            told.add(worker)
+            self._bury(worker)
+            if worker is not None:
+                self._reply(learner, worker)
+                told.add(worker)
         for worker in self.here:
             self._reply(learner, worker)
         for request in self.sent.values():
             request.Wait()
         learner.give_up_after(self.failed[0], [self.failed[1]])
 
-    def _bury(self) -> None:
-        """Workers from which nothing was heard for long: go on without them, or end the job."""
+    def _bury(self, heard: int | None) -> None:
+        """Look, now and then, for workers of which nothing was heard for long: go on without them, or end the job."""
         limit = self.config.stall_timeout / 2  # sooner than the watchdog of any rank that waits for them
         now = time.monotonic()
+        if heard is not None:
+            self.heard_at[heard] = now
+        if now < self.looked_at + PATIENCE_SECONDS:
+            return
+        self.looked_at = now
         for worker in sorted(self.workers - self.here):
             silence = now - self.heard_at[worker]
             if limit > 0 and silence > limit:

@@ -112,7 +112,7 @@ def network(folder: Path) -> None:
 
 def cartpole(folder: Path, seeds: Sequence[str]) -> None:
     """Greedy evaluation of the final network over 100 episodes."""
-    strategies = {"gradients": (), "parameters": ("--sync-every", "10"), "server": ()}
+    strategies = {"server": (), "parameters": ("--sync-every", "10"), "gradients": ()}
     for seed in seeds:
         for sync, flags in strategies.items():
             run_dir = folder / f"{sync}-{seed}"

@@ -230,13 +230,16 @@ def lose_rank_2(comm, **parallel):
     """Rank 2 of four is gone after five pushes, without a word."""
     learner = make_learner(comm, stall_timeout=STALL_TIMEOUT_SECONDS, **parallel)
     if comm.rank == 0:
-        while learner.sync.traffic.updates < 45:
+        while len(learner.sync.workers) == 3:  # noticed while the others are busy
             learner.sync.turn(learner, None, lambda: NOTHING)
+        learner.stop_voted = True
         learner.agree()
     else:
-        for seed in range(5 if comm.rank == 2 else 20):
-            learner.begin_update(make_batch(seed=seed), NOTHING)
+        pushes = 0
+        while not learner.stop_voted and (comm.rank != 2 or pushes < 5):
+            learner.begin_update(make_batch(), NOTHING)
             learner.finish_update()
+            pushes += 1
         if comm.rank != 2:
             learner.agree()
     return learner
