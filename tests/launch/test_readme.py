@@ -22,11 +22,8 @@ pytestmark = pytest.mark.launch
 
 
 # What makes a run short.
-SHORT = "--total-env-steps 600 --learning-starts 200 --eval-episodes 2"
-SHORT_ATARI = (
-    "--preset atari --replay-capacity 2000 --total-env-steps 400 --learning-starts 200 --eval-episodes 2"
-    """ --env-kwargs '{"max_num_frames_per_episode": 400}'"""
-)
+SHORT = "--total-env-steps 600 --learning-starts 200 --replay-capacity 2000 --eval-episodes 2"
+SHORT_EPISODES = """--env-kwargs '{"max_num_frames_per_episode": 400}'"""  # of Atari
 
 
 @dataclass(frozen=True)
@@ -38,15 +35,27 @@ class Here:
     needs: str = ""  # a module without which it cannot run
 
 
-HERE = {
+# How the results were had, and what an environment needs.
+RESULTS = r"(\w+ (--\w+ )*-np \d+ )?python -m hvdqn\.train .*--seed S.*"
+MODULES = {"atari": "ale_py", "ale/": "ale_py", "minatar": "minatar", "lunarlander": "Box2D"}
+
+
+def of_results(line: str) -> Here:
+    """A command of the table of results, for one seed and on two ranks at most."""
+    needs = next((module for word, module in MODULES.items() if word in line.lower()), "")
+    added = f"--seed 1 {SHORT} {SHORT_EPISODES if needs == 'ale_py' else ''}"
+    replaced = dict.fromkeys(re.findall(r"-np \d+", line), "-np 2") | {"--seed S": added}
+    return Here("2 episodes: mean", replaced, needs)
+
+
+HERE = {line: of_results(line) for line in commands() if re.fullmatch(RESULTS, line)} | {
     "horovodrun -np 8 python -m hvdqn.train --preset atari --env ALE/Breakout-v5": Here(
-        "2 ranks, comm horovod", {"-np 8": "-np 2", "--preset atari": SHORT_ATARI}, needs="ale_py"
+        "2 ranks, comm horovod",
+        {"-np 8": "-np 2", "Breakout-v5": f"Breakout-v5 {SHORT} {SHORT_EPISODES}"},
+        "ale_py",
     ),
     "source .venv/bin/activate": Here(r"/bin/python\n", {"activate": "activate && command -v python"}),
     "python -m hvdqn.train --help": Here("--total-env-steps"),
-    "mpirun -np 2 python -m hvdqn.train --preset cartpole --comm mpi --seed S": Here(
-        "2 ranks, comm mpi", {"--seed S": f"--seed 2 {SHORT}"}
-    ),
     "hvdqn eval RUN_OR_CHECKPOINT --episodes 100": Here(
         r"3 episodes: mean \d+", {"RUN_OR_CHECKPOINT": "runs/short", "100": "3"}
     ),
@@ -82,7 +91,6 @@ ELSEWHERE = {
         "launch/elastic.sh --hosts h1:4,h2:4,h3:4 --interfaces eth0 -- --preset minatar"
         " --run-dir /shared/runs/breakout",
     ),
-    "tests/launch/test_readme.py": ("python -m hvdqn.train --preset cartpole --seed S",),
     "tests/launch/test_setup.py": ("./launch/quickstart.sh", "./launch/setup.sh"),
     "tests/launch/test_slurm.py": (
         "git clone <this repository> hvdqn && cd hvdqn",
@@ -105,11 +113,12 @@ NOT_RUN = {
     "apt install g++": "it changes the machine",
     "ssh cluster": "there is no cluster to log in to",
     "module load gcc": "there are no modules",
-    "python -m tests.launch.measure_sync traffic": "it measures, for minutes; test_sync.py holds what it counts",
     "docker stop": "there is no Docker daemon; test_container.py sends its signal",
     "apptainer build hvdqn.sif docker-daemon://hvdqn:latest": "there is no Apptainer in Debian",
 }
 
+_MEASURES = "it measures, for minutes; test_sync.py holds what it counts"
+NOT_RUN |= {line: _MEASURES for line in commands() if line.startswith("python -m tests.launch.measure_sync ")}
 PLACEHOLDERS = {" S": " 1", "<this repository>": "hvdqn.git"}
 
 
@@ -151,8 +160,8 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("hvdqn", "launch", "slurm"):
         (folder / name).symlink_to(REPOSITORY / name)
     (folder / ".venv").symlink_to(sys.prefix)
-    seed = "python -m hvdqn.train --preset cartpole --seed S"
-    result = run(command(seed, {"--seed S": f"--seed 1 --run-dir runs/short {SHORT}"}), folder)
+    line = command("python -m hvdqn.train --preset cartpole")
+    result = run(f"{line} --run-dir runs/short {SHORT}", folder)
     assert "2 episodes: mean" in result.stdout, result
     return folder
 
