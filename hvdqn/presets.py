@@ -52,7 +52,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     },
     # rl-baselines3-zoo, hyperparams/dqn.yml, CartPole-v1: an update every 2 env steps, gamma 0.99, epsilon to 0.04
     # within 16% of 50k steps. Ours: 3-step returns, a target that follows, a smaller network with layer norm (without
-    # it, it takes three times as long), and a learning rate that falls, so that the final policy is steady.
+    # it, it takes three times as long), and, so that the policy stays steady once it is there, a learning rate that
+    # falls and an epsilon that keeps Adam's steps small where gradients are.
     "cartpole": {
         "env": "CartPole-v1",
         "total_env_steps": 50_000,
@@ -65,9 +66,10 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "layer_norm": True,
         "lr": 1e-3,
         "lr_final": 0.05,
+        "optimizer_eps": 1e-4,
         "exploration_env_steps": 8_000,
         "epsilon_end": 0.04,
-        "target_tau": 0.01,
+        "target_tau": 0.005,
         "target_every": 1_000,
         "eval_every": 10_000,
         "checkpoint_every": 10_000,
