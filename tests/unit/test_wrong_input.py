@@ -168,6 +168,7 @@ ON_A_RUN = {
         "--env Acrobot-v1", "begun with --env CartPole-v1, not Acrobot-v1", "--run-dir"
     ),
     "another network": wrong("--hidden 8", "begun with --hidden", "--run-dir"),
+    "another strategy": wrong("--sync parameters", "begun with --sync gradients, not parameters"),
     "another optimizer": wrong("--optimizer rmsprop", "begun with --optimizer adam, not rmsprop"),
 }
 
