@@ -88,8 +88,13 @@ def check_replicas(differing_ranks: list[int], env_steps: int) -> None:
         )
 
 
-def together(comm: Comm, build: Callable[[], T]) -> T:
+def together(comm: Comm, build: Callable[[], T], timer: PhaseTimer | None = None) -> T:
     """Build something on every rank; where one rank's user input is wrong, refuse on all.
+
+    Args:
+        comm: the ranks.
+        build: what each does.
+        timer: to tell the watchdog who still builds, and who waits for others.
 
     Raises:
         UserError: the first rank's that raised one.
@@ -99,7 +104,8 @@ def together(comm: Comm, build: Callable[[], T]) -> T:
         result = build()
     except UserError as refused:
         error = str(refused)
-    errors = [text for text in comm.all_gather_object(error) if text is not None]
+    with timer.during("comm") if timer else contextlib.nullcontext():
+        errors = [text for text in comm.all_gather_object(error) if text is not None]
     if errors:
         raise UserError(errors[0])
     assert result is not None

@@ -58,9 +58,10 @@ def build_parts(config: Config, comm: Comm, timer: PhaseTimer, env_steps: int = 
     envs = together(
         comm,
         lambda: make_environments(environment, environment.envs_per_rank, seeds.environments, True, threads),
+        timer,
     )
     torch.manual_seed(config.run.seed)
-    network = together(comm, lambda: network_for(config, envs))
+    network = together(comm, lambda: network_for(config, envs), timer)
     small = sum(p.numel() for p in network.parameters()) < PARAMETERS_WORTH_THREADS
     torch.set_num_threads(1 if small else threads)
     torch.manual_seed(seeds.noise)  # from here on ranks draw different numbers

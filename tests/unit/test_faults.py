@@ -142,8 +142,10 @@ def test_drift_names_the_ranks():
 def test_wrong_input_of_one_rank_is_refused_on_all():
     class Second(type(connect("local"))):
         def all_gather_object(self, obj):
+            assert timer.phase == "comm"  # it waits: no watchdog may take it for one that hangs
             return [None, "rank 1 found no such environment"]
 
+    timer = PhaseTimer()
     with pytest.raises(UserError, match="rank 1 found no such environment"):
-        together(Second(), lambda: 1)
+        together(Second(), lambda: 1, timer)
     assert together(connect("local"), lambda: 1) == 1
