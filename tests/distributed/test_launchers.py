@@ -70,7 +70,7 @@ def test_it_runs_to_the_end(line: str, added: str) -> None:
     assert {"config.yaml", "metrics.jsonl", "checkpoints", "summary.json"} <= done.left
     # Once, not once a rank.
     assert said.count(f"{np} rank{'s' * (np > 1)}, comm {engine} ({why}") == 1, str(done.result)
-    assert said.count("comm ") == 1, str(done.result)
+    assert said.count(", comm ") == 1, str(done.result)
     assert said.count("4 episodes: mean") == 1, str(done.result)
 
 
