@@ -298,7 +298,8 @@ def test_a_run_goes_on_from_an_average_as_if_nothing_had_been(outer):
         whole = make_learner(comm, **parallel)
         learn(whole, comm, 0, 6)
         whole.agree()
-        saved = {name: tensor.clone() for name, tensor in comm.broadcast_object(whole.state()).items()}
+        mine = {name: tensor.clone() for name, tensor in whole.state().items()}  # before others go on
+        saved = comm.broadcast_object(mine)
         learn(whole, comm, 6, 13)
         whole.agree()
         resumed = make_learner(comm, **parallel)
