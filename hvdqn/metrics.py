@@ -97,7 +97,7 @@ class WaitHint:
         self._since = timer.seconds()
         self._remedy = "a larger --batch-per-rank makes updates rarer at the same --replay-ratio"
         if engine not in ("mpi", "local") and parameters < self.SMALL_PARAMETERS:
-            self._remedy = f"for a network this small use mpirun with --comm mpi, or {self._remedy}"
+            self._remedy = f"for a network this small use mpirun with --comm mpi; {self._remedy}"
 
     def due(self) -> str:
         """The advice if the time since the last call calls for it; else nothing."""
