@@ -52,8 +52,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     },
     # rl-baselines3-zoo, hyperparams/dqn.yml, CartPole-v1: an update every 2 env steps, gamma 0.99, epsilon to 0.04
     # within 16% of 50k steps. Ours: 3-step returns, a target that follows, a smaller network with layer norm (without
-    # it, it takes three times as long), and, so that the policy stays steady once it is there, a learning rate that
-    # falls and an epsilon that keeps Adam's steps small where gradients are.
+    # it, it takes three times as long), and, so that the policy stays steady once it is there, dueling, a learning
+    # rate that falls, and an epsilon that keeps Adam's steps small where gradients are.
     "cartpole": {
         "env": "CartPole-v1",
         "total_env_steps": 50_000,
@@ -63,8 +63,9 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "batch_per_rank": 64,
         "n_step": 3,
         "hidden": (120, 84),
+        "dueling": True,
         "layer_norm": True,
-        "lr": 1e-3,
+        "lr": 5e-4,
         "lr_final": 0.05,
         "optimizer_eps": 1e-4,
         "exploration_env_steps": 8_000,
