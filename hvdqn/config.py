@@ -27,7 +27,7 @@ import tyro
 import yaml
 from tyro import MISSING_NONPROP
 
-from hvdqn.presets import JOINED, PRESETS
+from hvdqn.presets import ALGORITHMS, JOINED, PRESETS
 
 T = TypeVar("T")
 
@@ -473,7 +473,7 @@ def read_config_file(path: str) -> dict[str, Any]:
 
 
 def preset_config(names: str) -> Config:
-    """The defaults under one preset or several joined by commas.
+    """The defaults under one preset or several joined by commas; the last holds, but an algorithm over an environment.
 
     Raises:
         UserError: no such preset.
@@ -485,6 +485,7 @@ def preset_config(names: str) -> Config:
             raise UserError(
                 f"unknown preset '{name}'{did_you_mean(name, list(PRESETS))}; there are {', '.join(PRESETS)}"
             )
+    for name in sorted(named, key=ALGORITHMS.__contains__):
         settings.update(PRESETS[name])
     for pair, joined in JOINED.items():
         if set(pair) <= set(named):

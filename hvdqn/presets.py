@@ -3,7 +3,7 @@
 A preset is a mapping from flag names to values that replace defaults. They are written for one rank:
 with more ranks the global batch grows, the replay ratio stays, and `lr_scaling` adapts the learning rate.
 Those named for an environment say how it is played; those named for an algorithm which parts it has, and join
-the former: `--preset atari,rainbow`. `v_min` and `v_max` bound an environment's discounted returns, for c51.
+the former: `--preset atari,rainbow`, where the algorithm's parts hold. `v_min` and `v_max` bound an environment's discounted returns, for c51.
 """
 
 from __future__ import annotations
@@ -244,6 +244,9 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "temperature": 0.03,
     },
 }  # fmt: skip
+
+# Whose parts hold over an environment's, in whichever order the two are named.
+ALGORITHMS = ("dqn", "double-dueling", "rainbow", "iqn", "m-iqn")
 
 # What holds where both are named, in whichever order: an algorithm's learning rate is another on every family.
 JOINED: Mapping[tuple[str, str], Mapping[str, Any]] = {
