@@ -3,7 +3,8 @@
 A preset is a mapping from flag names to values that replace defaults. They are written for one rank:
 with more ranks the global batch grows, the replay ratio stays, and `lr_scaling` adapts the learning rate.
 Those named for an environment say how it is played; those named for an algorithm which parts it has, and join
-the former: `--preset atari,rainbow`, where the algorithm's parts hold. `v_min` and `v_max` bound an environment's discounted returns, for c51.
+the former: `--preset atari,rainbow`, where the algorithm's parts hold. `v_min` and `v_max` bound an environment's
+discounted returns, for c51.
 """
 
 from __future__ import annotations
