@@ -546,7 +546,7 @@ def refuse_unconnected(message: str, stop: StopSignal) -> int:
     If it found nothing wrong it waits for the others: then the job does not end, and who does not belong to it speaks.
     """
     rank = launcher_rank()
-    deadline = time.monotonic() + 4.0
+    deadline = time.monotonic() + 5.0  # another rank may start later by seconds, on a busy machine
     while rank != 0 and not stop.received and time.monotonic() < deadline:
         time.sleep(0.1)
     if rank == 0 or not stop.received:
