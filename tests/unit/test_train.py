@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,14 +26,6 @@ SUMMARY = {
 }  # fmt: skip
 PHASES = {"act", "env", "add", "sample", "compute", "comm", "optimizer", "save", "other"}
 THIRD_PARTY = "popgym:popgym-AutoencodeEasy-v0"
-
-
-@pytest.fixture(autouse=True)
-def _signals_as_before() -> Iterator[None]:
-    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def run(run_dir: Path, *argv: str) -> dict[str, Any]:
