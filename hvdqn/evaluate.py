@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import tyro
 
-from hvdqn.acting import FrameStack, epsilon_greedy, greedy_actions
+from hvdqn.acting import Actor
 from hvdqn.checkpoint import LEARNER, BrokenCheckpointError, Checkpoint, open_checkpoint
 from hvdqn.comm import Comm, connect
 from hvdqn.config import Config, EnvironmentConfig, UserError, parse_flags
@@ -114,14 +114,13 @@ class Evaluator:
         left = np.full(self.envs, self.share // self.envs)
         left[: self.share % self.envs] += 1
         rng = np.random.default_rng(self.seed)
-        frames = FrameStack(envs.reset(), self.config.frame_stack)
+        actor = Actor(envs, network, self.config.frame_stack, rng, self.device)
+        actor.start()
         running, length = np.zeros(self.envs), np.zeros(self.envs, dtype=np.int64)
         returns: list[float] = []
         while (left > 0).any():
             self.timer.start("other")  # a sign of life for the watchdog
-            actions = greedy_actions(network, frames.observation, self.device)
-            step = envs.step(epsilon_greedy(actions, self.epsilon, envs.actions, rng))
-            frames.push(step.observation, step.fresh)
+            step = actor.step(actor.choose(self.epsilon))
             running += step.reward
             length += step.valid
             ended = step.terminated | step.truncated

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hvdqn.acting import FrameStack, epsilon_greedy, greedy_actions
+from hvdqn.acting import Actor
 from hvdqn.config import EnvironmentConfig, UserError
 from hvdqn.envs import Environments, find_spec, make_environments
 from hvdqn.envs.atari import is_atari
@@ -74,17 +74,15 @@ def play(
     network: QNetwork, envs: Environments, config: EnvironmentConfig, seed: int, epsilon: float
 ) -> Iterator[NDArray[np.uint8]]:
     """Pictures of one episode, `[H, W, 3]` each."""
-    rng = np.random.default_rng(seed)
     network.eval()
-    stack = FrameStack(envs.reset(), config.frame_stack)
+    actor = Actor(envs, network, config.frame_stack, np.random.default_rng(seed), torch.device("cpu"))
+    actor.start()
     for _ in range(LONGEST_FRAMES):
         try:
             yield envs.picture()
         except gym.error.DependencyNotInstalled as error:
             raise UserError(f"'{config.env}' cannot be drawn: {error}") from None
-        greedy = greedy_actions(network, stack.observation, torch.device("cpu"))
-        step = envs.step(epsilon_greedy(greedy, epsilon, envs.actions, rng))
-        stack.push(step.observation, step.fresh)
+        step = actor.step(actor.choose(epsilon))
         if step.terminated[0] or step.truncated[0]:
             break
 
