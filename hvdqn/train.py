@@ -13,14 +13,13 @@ checkpoint (start it again with the same run directory and it goes on), 1 anythi
 
 from __future__ import annotations
 
-import contextlib
 import re
 import shutil
 import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -461,7 +460,7 @@ def train(config: Config, comm: Comm, stop: StopSignal, timer: PhaseTimer) -> in
             training.complete()
     except UserError:
         # Where it holds a run, this fails; where it holds another rank's heartbeat, that rank succeeds.
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             run_dir.rmdir()
         raise
     return EXIT_REQUEUE if training.learner.stop_voted else EXIT_FINISHED

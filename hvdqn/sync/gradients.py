@@ -6,37 +6,24 @@ Learning", section 4.2: N ranks with a batch of B each are one learner with a ba
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hvdqn.comm import Comm, Handle
-from hvdqn.sync.traffic import Traffic
+from hvdqn.sync.base import Sync
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from hvdqn.learner import Learner
 
 
-class Gradients:
+class Gradients(Sync):
     """One named allreduce per update carries the flat gradient and its trailer."""
 
     description = "gradients averaged at every update"
 
     def __init__(self, comm: Comm) -> None:
+        super().__init__(comm.size)
         self.comm = comm
-        self.ranks_per_update = comm.size
         self.handle: Handle | None = None
-        self.traffic = Traffic()
-
-    def attach(self, learner: Learner) -> None:
-        """Nothing is needed of it beforehand."""
-
-    def turn(
-        self, learner: Learner, iterate: Callable[[], None], report: Callable[[], Sequence[float]]
-    ) -> None:
-        """All ranks act and learn."""
-        iterate()
 
     def begin(self, learner: Learner) -> None:
         """Send this rank's gradient on its way."""
@@ -53,9 +40,6 @@ class Gradients:
         learner.timer.start("optimizer")
         learner.step()
 
-    def agree(self, learner: Learner) -> None:
-        """Ranks never differ."""
-
     def exchange(self, learner: Learner) -> None:
         """Send the trailer alone."""
         self.traffic.count(learner.trailer.tensor.nbytes)
@@ -68,21 +52,6 @@ class Gradients:
         """Take rank 0's weights for the target's; the ranks whose weights differ from the others'."""
         return learner.broadcast_target()
 
-    def state(self) -> dict[str, Tensor]:
-        """It carries nothing from update to update."""
-        return {}
-
     def expected_traffic(self, learner: Learner) -> tuple[float, float]:
         """Messages and bytes that one rank gives to the network in an update."""
         return 1.0, float(learner.message.numel() * learner.message.element_size())
-
-    def counters(self) -> dict[str, Any]:
-        """It counts nothing."""
-        return {}
-
-    def load_counters(self, counters: Mapping[str, Any]) -> None:
-        """It counts nothing."""
-
-    def measures(self) -> dict[str, float]:
-        """It measures nothing."""
-        return {}

@@ -11,15 +11,14 @@ drift apart between averages, the further the larger K, the learning rate and th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hvdqn.comm import Comm, Handle
-from hvdqn.sync.traffic import Traffic
+from hvdqn.sync.base import Sync
 from hvdqn.trailer import LEARNED, REPORTED
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ class Nesterov:
         return {"anchor": self.anchor, "velocity": self.velocity}
 
 
-class Parameters:
+class Parameters(Sync):
     """One named allreduce every `every` updates carries weights, moments, a target that follows, and a trailer.
 
     Args:
@@ -69,11 +68,10 @@ class Parameters:
     """
 
     def __init__(self, comm: Comm, every: int, outer_lr: float = 1.0, outer_momentum: float = 0.0) -> None:
+        super().__init__(comm.size)
         self.comm, self.every = comm, every
-        self.ranks_per_update = comm.size
         self.outer_lr, self.outer_momentum = outer_lr, outer_momentum
         self.outer: Nesterov | None = None
-        self.traffic = Traffic()
         self.handle: Handle | None = None
         self.alone = 0  # updates since the last average
         self.unsaid = 0  # of these, since the last trailer
@@ -107,12 +105,6 @@ class Parameters:
         self.largest_weight = torch.zeros(1, dtype=torch.float64)
         if self.outer_lr != 1.0 or self.outer_momentum != 0.0:
             self.outer = Nesterov(learner.parameters, self.outer_lr, self.outer_momentum)
-
-    def turn(
-        self, learner: Learner, iterate: Callable[[], None], report: Callable[[], Sequence[float]]
-    ) -> None:
-        """All ranks act and learn."""
-        iterate()
 
     def begin(self, learner: Learner) -> None:
         """Take this rank's own step; if it is time, send its weights on their way."""
@@ -156,17 +148,6 @@ class Parameters:
         trailers = (self.every - 1) // UPDATES_BETWEEN_VOTES
         numbers = self.message.numel() + trailers * self.trailer.numel()
         return (1 + trailers) / self.every, numbers * self.message.element_size() / self.every
-
-    def counters(self) -> dict[str, Any]:
-        """It counts nothing."""
-        return {}
-
-    def load_counters(self, counters: Mapping[str, Any]) -> None:
-        """It counts nothing."""
-
-    def measures(self) -> dict[str, float]:
-        """It measures nothing."""
-        return {}
 
     def _step_alone(self, learner: Learner) -> None:
         trailer = learner.trailer

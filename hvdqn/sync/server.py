@@ -24,10 +24,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from hvdqn.clock import Clock, ReportedClock
-from hvdqn.sync.traffic import Traffic
+from hvdqn.sync.base import Sync
 from hvdqn.trailer import LEARNED, REPORTED
 
 if TYPE_CHECKING:
@@ -91,16 +90,14 @@ class Message:
         return self.buffer[: self.head_bytes + count * self.tensor_bytes]
 
 
-class Star:
+class Star(Sync):
     """What both sides share: the channel, apart from that of collectives, and what it costs."""
 
-    ranks_per_update = 1
-
     def __init__(self, comm: MpiComm, config: ParallelConfig) -> None:
+        super().__init__(ranks_per_update=1)
         self.comm, self.config = comm, config
         self.rank, self.size = comm.rank, comm.size  # whoever leaves
         self.living = list(range(comm.size))  # as the channel numbers them, in the order of `comm`
-        self.traffic = Traffic()
         self.agreed = False
         self.version = self.target_version = 0
 
@@ -115,10 +112,6 @@ class Star:
     def attach(self, learner: Learner) -> None:
         """Open the channel; a collective call."""
         self.channel = self.comm.duplicate()
-
-    def state(self) -> dict[str, Tensor]:
-        """Nothing but the learner's own."""
-        return {}
 
     def expected_traffic(self, learner: Learner) -> tuple[float, float]:
         """Messages and bytes between one worker and rank 0, both ways, in an update."""
@@ -152,12 +145,6 @@ class Worker(Star):
         super().attach(learner)
         self.push = Message(Push, len(REPORTED) + len(LEARNED), 1, learner)
         self.reply = Message(Reply, self.size, 2, learner)
-
-    def turn(
-        self, learner: Learner, iterate: Callable[[], None], report: Callable[[], Sequence[float]]
-    ) -> None:
-        """Act and learn."""
-        iterate()
 
     def begin(self, learner: Learner) -> None:
         """Push the gradient; ask for fresh weights if it is time."""
@@ -193,17 +180,6 @@ class Worker(Star):
     def sync_target(self, learner: Learner) -> list[int]:
         """Rank 0's target comes with its weights."""
         return []
-
-    def counters(self) -> dict[str, Any]:
-        """Rank 0 counts."""
-        return {}
-
-    def load_counters(self, counters: Mapping[str, Any]) -> None:
-        """Rank 0 counts."""
-
-    def measures(self) -> dict[str, float]:
-        """Rank 0 measures."""
-        return {}
 
     def _send(self, learner: Learner, kind: int, pull: bool = False) -> None:
         trailer = learner.trailer
