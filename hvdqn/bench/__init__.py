@@ -17,6 +17,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from hvdqn.config import UserError
+
 COMMANDS = ("allreduce", "gpu", "loop", "peers", "replay", "scaling", "solve", "startup")
 
 
@@ -24,5 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The `hvdqn bench` command; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     name = words.pop(0) if words and words[0] in COMMANDS else "costs"
-    code: int = importlib.import_module(f"hvdqn.bench.{name}").main(words)
+    command = importlib.import_module(f"hvdqn.bench.{name}")
+    try:
+        code: int = command.main(words)
+    except UserError as error:
+        print(f"{command.PROG}: error: {error}", file=sys.stderr)
+        return 2
     return code

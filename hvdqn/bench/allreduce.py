@@ -6,7 +6,6 @@ Latency is the time from launch to the return of `wait`, all ranks starting toge
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,10 +15,10 @@ from typing import Any
 
 import torch
 
-from hvdqn import train
+from hvdqn.bench import ranks
 from hvdqn.bench.report import Parser, print_table, write_json
-from hvdqn.comm import Comm, launcher_rank
-from hvdqn.config import Config, UserError
+from hvdqn.comm import Comm
+from hvdqn.config import Config
 from hvdqn.faults import EXIT_FINISHED, StopSignal
 from hvdqn.metrics import PhaseTimer
 from hvdqn.parts import build_parts
@@ -140,12 +139,8 @@ def time_allreduce(
     return EXIT_FINISHED
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Entry point of every rank; returns the exit code."""
     parser = Parser(PROG, __doc__, "bench-allreduce.json")
     parser.add_argument("--seconds", type=float, default=0.5, help="for each size")
-    try:
-        options, flags = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
-    except UserError as error:
-        return train.refuse(str(error), launcher_rank())
-    return train.main(flags, partial(time_allreduce, options.seconds, options.json))
+    return ranks.run(parser, argv, lambda own, _: partial(time_allreduce, own.seconds, own.json))

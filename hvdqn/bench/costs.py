@@ -12,12 +12,11 @@ from collections.abc import Sequence
 from functools import partial
 
 import hvdqn.bench
-from hvdqn import train
-from hvdqn.bench import allreduce, loop
+from hvdqn.bench import allreduce, loop, ranks
 from hvdqn.bench.allreduce import Allreduce
 from hvdqn.bench.jobs import available, bench
 from hvdqn.bench.report import Parser, write_json
-from hvdqn.comm import Comm, launcher_rank
+from hvdqn.comm import Comm
 from hvdqn.config import Config, UserError
 from hvdqn.faults import EXIT_FINISHED, StopSignal
 from hvdqn.metrics import PhaseTimer
@@ -63,14 +62,10 @@ def engines(options: Namespace, flags: Sequence[str]) -> list[Allreduce]:
     return found
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Entry point of every rank; returns the exit code."""
     parser = Parser(PROG, f"{__doc__}\n{hvdqn.bench.__doc__}", "bench.json")
     parser.add_argument("--seconds", type=float, default=8.0, help="how long to run the loop")
     parser.add_argument("--allreduce-seconds", type=float, default=0.5, help="for each message size")
     parser.add_argument("--np", type=int, default=2, help="ranks of the jobs that time the engines")
-    try:
-        options, flags = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
-    except UserError as error:
-        return train.refuse(str(error), launcher_rank())
-    return train.main(flags, partial(costs, options, flags))
+    return ranks.run(parser, argv, lambda own, flags: partial(costs, own, flags))

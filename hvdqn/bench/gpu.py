@@ -9,7 +9,6 @@ without TF32, each side taking its own steps on the same minibatches.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 
@@ -18,7 +17,7 @@ import torch
 from hvdqn.bench.jobs import bench
 from hvdqn.bench.report import Parser, Row, print_goals, write_json
 from hvdqn.comm import connect
-from hvdqn.config import Config, UserError, parse
+from hvdqn.config import Config, parse
 from hvdqn.metrics import PhaseTimer
 from hvdqn.parts import Parts, build_parts, device_kind
 from hvdqn.trailer import REPORTED
@@ -115,23 +114,21 @@ def pong() -> Row:
     return Row("minutes until Pong is played at 18", "", (minutes,), 5.0, at_most=True)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The `hvdqn bench gpu` command; returns the exit code."""
+def main(argv: Sequence[str]) -> int:
+    """The `hvdqn bench gpu` command; returns the exit code.
+
+    Raises:
+        UserError: the input is wrong, or a job failed.
+    """
     parser = Parser(PROG, __doc__, "bench-gpu.json")
     parser.add_argument("--pong", action="store_true", help="train Pong too: minutes to an hour")
     parser.add_argument("--updates", type=int, default=2_000, help="to time")
-    try:
-        options, flags = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
-        config = parse([*WORKLOAD, *flags], PROG)
-        device_kind(config)
-        rows = measure(config, options.updates)
-        if options.pong:
-            rows.append(pong())
-        print_goals(
-            "GPU" if config.parallel.device == "cuda" else "CPU, where these goals mean nothing", rows
-        )
-        write_json(options.json, {"rows": [row.as_json() for row in rows]})
-    except UserError as error:
-        print(f"{PROG}: error: {error}", file=sys.stderr)
-        return 2
+    options, flags = parser.parse_known_args(argv)
+    config = parse([*WORKLOAD, *flags], PROG)
+    device_kind(config)
+    rows = measure(config, options.updates)
+    if options.pong:
+        rows.append(pong())
+    print_goals("GPU" if config.parallel.device == "cuda" else "CPU, where these goals mean nothing", rows)
+    write_json(options.json, {"rows": [row.as_json() for row in rows]})
     return 0

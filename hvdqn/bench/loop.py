@@ -6,22 +6,22 @@ Evaluations, checkpoints and records are left out, and so is what comes before t
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 import time
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hvdqn import train
+from hvdqn.bench import ranks
 from hvdqn.bench.report import Parser, print_table, write_json
-from hvdqn.comm import Comm, launcher_rank
+from hvdqn.comm import Comm
 from hvdqn.config import Config, UserError, check_world
 from hvdqn.faults import EXIT_FINISHED, StopSignal
 from hvdqn.metrics import PHASES, PhaseTimer
-from hvdqn.train import Training, check_same_config, start
+from hvdqn.train import Training, Work, check_same_config, start
 
 PROG = "hvdqn bench loop"
 WARM_UP_ITERATIONS = 100
@@ -259,7 +259,7 @@ def pin_to_core() -> None:
 _LOCAL_RANK = ("HOROVOD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "LOCAL_RANK", "SLURM_LOCALID")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Entry point of every rank; returns the exit code."""
     parser = Parser(PROG, __doc__, "bench-loop.json")
     parser.add_argument("--seconds", type=float, default=8.0, help="how long to measure")
@@ -267,12 +267,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--whole-run", action="store_true", help="time all env steps of the run, filling replay too"
     )
     parser.add_argument("--pin", action="store_true", help="one core for each rank and all of its threads")
-    words = sys.argv[1:] if argv is None else argv
+    return ranks.run(parser, argv, _work)
 
-    try:
-        options, flags = parser.parse_known_args(words)
-        if options.pin:
-            pin_to_core()
-    except UserError as error:
-        return train.refuse(str(error), launcher_rank())
-    return train.main(flags, partial(time_loop, options.seconds, options.whole_run, options.json))
+
+def _work(own: Namespace, _: Sequence[str]) -> Work:
+    if own.pin:
+        pin_to_core()
+    return partial(time_loop, own.seconds, own.whole_run, own.json)

@@ -177,8 +177,12 @@ def compare(names: Sequence[str], setting: Setting, file: Path) -> None:
         write_json(file, {"rows": [row.as_json() for row in rows]})
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The `hvdqn bench peers` command; returns the exit code."""
+def main(argv: Sequence[str]) -> int:
+    """The `hvdqn bench peers` command; returns the exit code.
+
+    Raises:
+        UserError: the input is wrong, or a job failed.
+    """
     parser = Parser(PROG, __doc__, "bench-peers.json", trains=False)
     parser.add_argument("comparisons", nargs="*", metavar="|".join(COMPARISONS), help="default: all")
     parser.add_argument(
@@ -186,15 +190,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--rounds", type=int, default=3, help="default: 3")
     parser.add_argument("--seconds", type=float, default=8.0, help="of one measurement of a loop")
-    try:
-        options = parser.parse_args(argv)
-        unknown = set(options.comparisons) - set(COMPARISONS)
-        if unknown or options.rounds < 1:
-            raise UserError(f"give comparisons of {', '.join(COMPARISONS)}, and at least 1 round")
-        cores = tuple(sorted(os.sched_getaffinity(0)))
-        setting = Setting(options.peer_python, options.rounds, options.seconds, cores)
-        compare(options.comparisons or list(COMPARISONS), setting, options.json)
-    except UserError as error:
-        print(f"{PROG}: error: {error}", file=sys.stderr)
-        return 2
+    options = parser.parse_args(argv)
+    unknown = set(options.comparisons) - set(COMPARISONS)
+    if unknown or options.rounds < 1:
+        raise UserError(f"give comparisons of {', '.join(COMPARISONS)}, and at least 1 round")
+    cores = tuple(sorted(os.sched_getaffinity(0)))
+    setting = Setting(options.peer_python, options.rounds, options.seconds, cores)
+    compare(options.comparisons or list(COMPARISONS), setting, options.json)
     return 0

@@ -7,7 +7,6 @@ take turns, and all of the larger one is memory that must be there: 7 GB for a m
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hvdqn.bench.report import Parser, print_table, write_json
-from hvdqn.config import Config, UserError, check_world, parse
+from hvdqn.config import Config, check_world, parse
 from hvdqn.envs import Environments, Step, make_environments
 from hvdqn.parts import make_replay
 from hvdqn.replay import Replay
@@ -74,19 +73,19 @@ def measure(config: Config, capacities: Sequence[int]) -> dict[int, float]:
     return {capacity: statistics.median(seconds) for capacity, seconds in turns.items()}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The `hvdqn bench replay` command; returns the exit code."""
+def main(argv: Sequence[str]) -> int:
+    """The `hvdqn bench replay` command; returns the exit code.
+
+    Raises:
+        UserError: the input is wrong, or a job failed.
+    """
     parser = Parser(PROG, __doc__, "bench-replay.json")
     parser.add_argument("--capacities", type=int, nargs=2, default=(10_000, 1_000_000), metavar="N")
-    try:
-        options, flags = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
-        small, large = sorted(options.capacities)
-        seconds = measure(parse(flags, PROG), (small, large))
-        ratio = seconds[large] / seconds[small]
-        rows = [(f"{capacity:,}", f"{1e6 * value:,.1f}") for capacity, value in seconds.items()]
-        print_table(f"Large over small: {ratio:.2f}", ("transitions", "add + sample, us"), rows)
-        write_json(options.json, {"seconds": seconds, "ratio": ratio})
-    except UserError as error:
-        print(f"{PROG}: error: {error}", file=sys.stderr)
-        return 2
+    options, flags = parser.parse_known_args(argv)
+    small, large = sorted(options.capacities)
+    seconds = measure(parse(flags, PROG), (small, large))
+    ratio = seconds[large] / seconds[small]
+    rows = [(f"{capacity:,}", f"{1e6 * value:,.1f}") for capacity, value in seconds.items()]
+    print_table(f"Large over small: {ratio:.2f}", ("transitions", "add + sample, us"), rows)
+    write_json(options.json, {"seconds": seconds, "ratio": ratio})
     return 0

@@ -9,7 +9,6 @@ Efficiency is the rate of a rank over that of the smallest job. The projection i
 from __future__ import annotations
 
 import json
-import sys
 import textwrap
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
@@ -236,8 +235,12 @@ def scale(options: Namespace, flags: Sequence[str]) -> None:
     print(f"{options.json}   {picture}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The `hvdqn bench scaling` command; returns the exit code."""
+def main(argv: Sequence[str]) -> int:
+    """The `hvdqn bench scaling` command; returns the exit code.
+
+    Raises:
+        UserError: the input is wrong, or a job failed.
+    """
     parser = Parser(PROG, __doc__, "bench-scaling.json")
     parser.add_argument("--np", default="1,2", metavar="N,N,...")
     parser.add_argument("--engine", default=next(iter(available()), ""), help=", ".join(ENGINES))
@@ -245,10 +248,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--read", type=Path, metavar="DIR", help="only print the table of what hvdqn bench loop wrote there"
     )
-    try:
-        options, flags = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
-        scale(options, flags)
-    except UserError as error:
-        print(f"{PROG}: error: {error}", file=sys.stderr)
-        return 2
+    options, flags = parser.parse_known_args(argv)
+    scale(options, flags)
     return 0

@@ -5,17 +5,16 @@ mpirun -np 2 hvdqn bench solve --preset cartpole --comm mpi
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from hvdqn import train
+from hvdqn.bench import ranks
 from hvdqn.bench.loop import prepared, run_span
 from hvdqn.bench.report import Parser, print_table, write_json
-from hvdqn.comm import Comm, launcher_rank
-from hvdqn.config import Config, UserError
+from hvdqn.comm import Comm
+from hvdqn.config import Config
 from hvdqn.faults import EXIT_FINISHED, StopSignal
 from hvdqn.metrics import PhaseTimer
 from hvdqn.train import Training, start
@@ -66,15 +65,11 @@ def solve(
     return EXIT_FINISHED
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Entry point of every rank; returns the exit code."""
     parser = Parser(PROG, __doc__, "bench-solve.json")
     parser.add_argument(
         "--goal", type=float, default=475.0, help="mean return of --eval-episodes greedy episodes"
     )
     parser.add_argument("--every", type=int, default=2_000, help="env steps between evaluations")
-    try:
-        options, flags = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
-    except UserError as error:
-        return train.refuse(str(error), launcher_rank())
-    return train.main(flags, partial(solve, options.goal, options.every, options.json))
+    return ranks.run(parser, argv, lambda own, _: partial(solve, own.goal, own.every, own.json))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from hvdqn.bench.jobs import run
 from hvdqn.bench.report import Parser, print_table, write_json
-from hvdqn.config import UserError, parse
+from hvdqn.config import parse
 
 PROG = "hvdqn bench startup"
 # What `python -m hvdqn.train` does, but the first env step ends the process.
@@ -42,27 +42,27 @@ def measure(rounds: int, flags: Sequence[str]) -> list[tuple[float, float]]:
     return found[1:]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The `hvdqn bench startup` command; returns the exit code."""
+def main(argv: Sequence[str]) -> int:
+    """The `hvdqn bench startup` command; returns the exit code.
+
+    Raises:
+        UserError: the input is wrong, or a job failed.
+    """
     parser = Parser(PROG, __doc__, "bench-startup.json")
     parser.add_argument("--rounds", type=int, default=5)
-    try:
-        options, flags = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
-        parse(flags, PROG)
-        found = measure(options.rounds, flags)
-        rows = [
-            (name, f"{statistics.median(values):.2f}")
-            for name, values in zip(("import torch", "first env step"), zip(*found, strict=True), strict=True)
-        ]
-        print_table(f"Median of {options.rounds}", ("until", "seconds"), rows)
-        write_json(
-            options.json,
-            {
-                "torch_seconds": [torch for torch, _ in found],
-                "first_env_step_seconds": [step for _, step in found],
-            },
-        )
-    except UserError as error:
-        print(f"{PROG}: error: {error}", file=sys.stderr)
-        return 2
+    options, flags = parser.parse_known_args(argv)
+    parse(flags, PROG)
+    found = measure(options.rounds, flags)
+    rows = [
+        (name, f"{statistics.median(values):.2f}")
+        for name, values in zip(("import torch", "first env step"), zip(*found, strict=True), strict=True)
+    ]
+    print_table(f"Median of {options.rounds}", ("until", "seconds"), rows)
+    write_json(
+        options.json,
+        {
+            "torch_seconds": [torch for torch, _ in found],
+            "first_env_step_seconds": [step for _, step in found],
+        },
+    )
     return 0
