@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from hvdqn.comm import Comm
 from hvdqn.config import UserError
@@ -23,6 +23,9 @@ from hvdqn.metrics import PhaseTimer
 T = TypeVar("T")
 
 EXIT_FINISHED, EXIT_FAILED, EXIT_USER_ERROR, EXIT_REQUEUE = 0, 1, 2, 75
+
+# A rank that was told to stop waits so long for one that is silent. Schedulers kill 30 s after their signal.
+STOP_PATIENCE_SECONDS = 15.0
 
 
 class StopSignal:
@@ -121,6 +124,16 @@ class Heartbeat:
     age_seconds: float  # since it said so
 
 
+def silent_ranks(beats: Sequence[Heartbeat | None], after_seconds: float) -> list[str]:
+    """One clause for each rank whose last heartbeat is older than this; None, no heartbeat at all, is older."""
+    return [
+        f"rank {rank} does not answer"
+        + (f" for {beat.age_seconds:.0f} s, last seen in phase '{beat.phase}'" if beat else "")
+        for rank, beat in enumerate(beats)
+        if beat is None or beat.age_seconds > after_seconds
+    ]
+
+
 def why_stalled(beats: Sequence[Heartbeat | None], patience_seconds: float) -> list[str]:
     """Which ranks keep the job from moving: those that are silent, or else those that hang in their own work.
 
@@ -132,12 +145,7 @@ def why_stalled(beats: Sequence[Heartbeat | None], patience_seconds: float) -> l
         One clause for each, or one if all wait for each other. Nothing while any rank makes progress and no rank
         fails to answer, however long the others have waited for it.
     """
-    silent = [
-        f"rank {rank} does not answer"
-        + (f" for {beat.age_seconds:.0f} s, last seen in phase '{beat.phase}'" if beat else "")
-        for rank, beat in enumerate(beats)
-        if beat is None or beat.age_seconds > patience_seconds / 2
-    ]
+    silent = silent_ranks(beats, patience_seconds / 2)
     hanging = [
         f"rank {rank} hangs in phase '{beat.phase}' for {beat.idle_seconds:.0f} s"
         for rank, beat in enumerate(beats)
@@ -155,7 +163,8 @@ class Watchdog:
 
     A thread on every rank writes a heartbeat file: its phase, for how long it has not changed, and, by the
     file's time, that the process lives. A rank that made no progress for `timeout_seconds` reads all of them
-    and judges by `why_stalled`. Times are those of the file system, so clocks of hosts may differ.
+    and judges by `why_stalled`. Times are those of the file system, so clocks of hosts may differ. One that was told
+    to stop does not wait that long for a rank of which nothing is heard: it cannot agree any more.
 
     Args:
         directory: where all ranks keep their heartbeats.
@@ -163,6 +172,7 @@ class Watchdog:
         timer: whose phases are watched.
         timeout_seconds: without progress; 0: no watchdog.
         exit_code: of the job that it ends.
+        stop: whether this rank was told to stop.
     """
 
     def __init__(
@@ -172,9 +182,10 @@ class Watchdog:
         timer: PhaseTimer,
         timeout_seconds: float,
         exit_code: int = EXIT_FAILED,
+        stop: StopSignal | None = None,
     ) -> None:
         self.directory, self.comm, self.timer, self.timeout_seconds = directory, comm, timer, timeout_seconds
-        self.exit_code = exit_code
+        self.exit_code, self.stop = exit_code, stop
         self._interval = min(1.0, timeout_seconds / 8)
         # A change is seen up to one interval late, and the next look comes one later.
         self._patience_seconds = timeout_seconds - 2 * self._interval
@@ -207,6 +218,8 @@ class Watchdog:
             self._beat(idle)
             if idle > self._patience_seconds:
                 self._judge(idle)
+            elif idle > STOP_PATIENCE_SECONDS and self.stop and self.stop.received:
+                self._judge_silence(idle)
 
     def _beat(self, idle: float) -> None:
         beat = json.dumps({"phase": self.timer.phase, "idle_seconds": idle}).ljust(96)
@@ -224,16 +237,23 @@ class Watchdog:
         causes = why_stalled(beats, self._patience_seconds)
         if beats[self.comm.rank] is None:
             causes = [f"no heartbeat can be kept in {self.directory}, so who is missing is not known"]
-        if not causes:
-            return
-        living = [
-            rank for rank, beat in enumerate(beats) if beat and beat.age_seconds <= self._patience_seconds / 2
-        ]
+        if causes:
+            self._end(f"{idle:.0f} s (--stall-timeout {self.timeout_seconds:g})", causes, beats)
+
+    def _judge_silence(self, idle: float) -> None:
+        beats = self._heartbeats()
+        causes = silent_ranks(beats, STOP_PATIENCE_SECONDS / 2)
+        if causes and None not in beats:  # a rank that never could keep a heartbeat may live
+            self._end(f"{idle:.0f} s, and told to stop", causes, beats)
+
+    def _end(self, since: str, causes: list[str], beats: Sequence[Heartbeat | None]) -> NoReturn:
+        """End the job; of the ranks that live, the first says why."""
+        fresh = min(self._patience_seconds, STOP_PATIENCE_SECONDS) / 2
+        living = [rank for rank, beat in enumerate(beats) if beat and beat.age_seconds <= fresh]
         if self.comm.rank == min(living, default=self.comm.rank):
             print(
-                f"hvdqn: no progress for {idle:.0f} s (--stall-timeout {self.timeout_seconds:g}): "
-                f"{'; '.join(causes)}; rank {self.comm.rank} is in phase '{self.timer.phase}'. "
-                "Ending the job; start it again to resume",
+                f"hvdqn: no progress for {since}: {'; '.join(causes)}; "
+                f"rank {self.comm.rank} is in phase '{self.timer.phase}'. Ending the job; start it again to resume",
                 file=sys.stderr,
                 flush=True,
             )

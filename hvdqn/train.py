@@ -13,6 +13,10 @@ checkpoint (start it again with the same run directory and it goes on), 1 anythi
 
 from __future__ import annotations
 
+import gc
+
+gc.disable()  # what imports make stays: to look for garbage among it takes a fifth of a rank's start
+
 import re
 import shutil
 import sys
@@ -46,6 +50,9 @@ from hvdqn.parts import Parts, build_parts, device_kind, importance_at
 from hvdqn.replay import Batch
 from hvdqn.resume import Progress, begin, best_evaluation, contents, find_checkpoint, restore
 from hvdqn.seeds import rank_seeds
+
+gc.freeze()  # nor is it looked at again
+gc.enable()
 
 # Iterations between exchanges of votes and returns while no update carries them. Few, so that a signal is answered
 # within half a minute even where an iteration takes seconds.
@@ -455,7 +462,8 @@ def train(config: Config, comm: Comm, stop: StopSignal, timer: PhaseTimer) -> in
     check_world(config, comm.size)
     run_dir = open_run_dir(config, comm)
     try:
-        with closing(Watchdog(run_dir / "heartbeats", comm, timer, config.parallel.stall_timeout)):
+        seconds = config.parallel.stall_timeout
+        with closing(Watchdog(run_dir / "heartbeats", comm, timer, seconds, stop=stop)):
             training = start(Training, config, comm, run_dir, stop, timer)
             training.complete()
     except UserError:

@@ -217,7 +217,7 @@ def test_killed_rank_fails_the_job(cluster: Cluster, clone: Path, folder: Path) 
     info = job.wait(timeout=60)
     seconds = time.monotonic() - killed
     print(f"srun, kill -9 to end: {seconds:.1f} s")
-    assert seconds < 60  # a rank that misses another is only killed after KillWait: 30 s by default
+    assert seconds < 30  # the other rank is told to stop, and does not wait for Slurm to kill it
     assert info["JobState"] == "FAILED", job.output()
     assert info["Restarts"] == "0"
     assert not any(process.is_running() for process in ranks.values())
@@ -259,7 +259,9 @@ def test_ranks_that_slurm_does_not_tell_of_each_other_fail(
     train = [f"{clone}/slurm/train.sbatch", *WORKLOAD]
     job = cluster.sbatch(*ONE_NODE, *train, cwd=folder, env={"HVDQN_MPI": "none"})
     info = job.wait(timeout=120)
-    assert (info["JobState"], info["ExitCode"], info["Restarts"]) == ("FAILED", "1:0", "0"), job.output()
+    assert (info["JobState"], info["Restarts"]) == ("FAILED", "0"), job.output()
+    # srun passes on the highest: 1 of a rank that found it, 143 of one that was ended for that before it did.
+    assert info["ExitCode"] in ("1:0", "143:0")
     assert "was not built with SLURM's PMI support" in job.output()
 
 
