@@ -207,6 +207,7 @@ class Watchdog:
         return self.directory / f"rank-{rank:05d}.json"
 
     def _watch(self) -> None:
+        self._beat(0.0)
         changes, idle, before = -1, 0.0, time.monotonic()
         while not self._closed.wait(self._interval):
             now = time.monotonic()

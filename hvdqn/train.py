@@ -29,7 +29,7 @@ from typing import Any, TypeVar
 
 from hvdqn import __version__
 from hvdqn.checkpoint import LEARNER, Checkpoint, Checkpoints
-from hvdqn.comm import Comm, LaunchError, connect, launcher_rank
+from hvdqn.comm import Comm, LaunchError, connect, launcher_rank, launcher_size
 from hvdqn.config import Config, UserError, check_engine, check_world, parse, write_config
 from hvdqn.envs import find_spec
 from hvdqn.evaluate import Evaluator
@@ -553,12 +553,18 @@ def refuse_unconnected(message: str, stop: StopSignal) -> int:
     If it found nothing wrong it waits for the others: then the job does not end, and who does not belong to it speaks.
     """
     rank = launcher_rank()
-    deadline = time.monotonic() + 5.0  # another rank may start later by seconds, on a busy machine
-    while rank != 0 and not stop.received and time.monotonic() < deadline:
+    if rank == 0:
+        print(f"hvdqn: error: {message}", file=sys.stderr, flush=True)
+        if launcher_size() != 1:
+            time.sleep(
+                3
+            )  # the others find it, too: srun returns the highest code, that of a rank ended before it did
+        return EXIT_USER_ERROR
+    deadline = time.monotonic() + 8.0  # rank 0 may start later by seconds, on a busy machine, and then waits
+    while not stop.received and time.monotonic() < deadline:
         time.sleep(0.1)
-    if rank == 0 or not stop.received:
-        alone = f"rank {rank} alone: " if rank else ""
-        print(f"hvdqn: error: {alone}{message}", file=sys.stderr, flush=True)
+    if not stop.received:
+        print(f"hvdqn: error: rank {rank} alone: {message}", file=sys.stderr, flush=True)
     return EXIT_USER_ERROR
 
 

@@ -12,10 +12,10 @@ from __future__ import annotations
 import os
 
 from hvdqn.comm import auto
-from hvdqn.comm.auto import CHOICES, launcher_rank
+from hvdqn.comm.auto import CHOICES, launcher_rank, launcher_size
 from hvdqn.comm.base import Comm, Handle, LaunchError
 
-__all__ = ["CHOICES", "Comm", "Handle", "LaunchError", "connect", "launcher_rank"]
+__all__ = ["CHOICES", "Comm", "Handle", "LaunchError", "connect", "launcher_rank", "launcher_size"]
 
 
 def connect(choice: str, device: str = "cpu") -> Comm:

@@ -112,11 +112,21 @@ def promises(environ: Mapping[str, str]) -> list[Promise]:
 
 def launcher_rank(environ: Mapping[str, str] = os.environ) -> int:
     """Return the rank that the launcher gave this process, 0 if it gave none; nothing need be connected."""
+    promise = _innermost(environ)
+    return promise.rank if promise else 0
+
+
+def launcher_size(environ: Mapping[str, str] = os.environ) -> int:
+    """Return how many ranks the launcher promised: 1 without a launcher, 0 where it does not say."""
+    promise = _innermost(environ)
+    return promise.size if promise else 1
+
+
+def _innermost(environ: Mapping[str, str]) -> Promise | None:
     try:
-        found = promises(environ)
+        return next(iter(promises(environ)), None)
     except LaunchError:
-        return 0
-    return found[0].rank if found else 0
+        return None
 
 
 def _is_installed(module: str) -> bool:

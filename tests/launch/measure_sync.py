@@ -6,6 +6,7 @@
     python -m tests.launch.measure_sync cartpole 1 2 3 4 5    learning on 3 ranks, by seed
 
 Rates are those of whole runs once learning has begun, without checkpoints and evaluations. Give it a quiet machine.
+With --short behind it, it does all of that in seconds, which shows that it works and measures nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from tests.launchers import REPOSITORY, Result, clean_environment, launch
 
 TIMEOUT_SECONDS = 280
 DELAY_MS, MBIT = 20.0, 50.0
-AVERAGE_EVERY = 50
 UNTIMED = (
     "--checkpoint-every",
     "0",
@@ -35,7 +35,7 @@ UNTIMED = (
     "--checkpoint-replay",
     "no",
 )
-
+SHORT_CARTPOLE = ("--total-env-steps", "1500", "--eval-episodes", "1")
 STRAGGLER = "--preset smoke --vectorization sync --envs-per-rank 2 --log-every 60 --replay-capacity 20000"
 
 
@@ -56,11 +56,12 @@ def mpirun(np: int, run_dir: Path, *flags: str) -> Result:
     return result
 
 
-def straggler(folder: Path) -> None:
+def straggler(folder: Path, short: bool) -> None:
     """Environments sleep, so that ranks need no core of their own: 2 ms a step, the straggler's 10 ms."""
     for sync, np in (("gradients", 3), ("server", 4)):
         rates = []
         for wrapper, total in (("all_equally_slow", 9_000), ("rank_1_five_times_slower", 4_000)):
+            total = 500 if short else total
             run_dir = folder / f"{sync}-{wrapper}"
             mpirun(
                 np, run_dir, *STRAGGLER.split(), *UNTIMED, "--sync", sync, "--total-env-steps", str(total),
@@ -74,24 +75,26 @@ def straggler(folder: Path) -> None:
         print(f"   {dict(list(summary(run_dir).get('staleness', {}).items())[:12])}", flush=True)
 
 
-def traffic(folder: Path) -> None:
+def traffic(folder: Path, short: bool) -> None:
     """As counted while it was sent, and as worked out beforehand."""
+    total = "1200" if short else "12000"
     for sync in ("gradients", "parameters", "server"):
-        mpirun(3, folder / sync, "--preset", "smoke", "--sync", sync, "--total-env-steps", "12000")
+        mpirun(3, folder / sync, "--preset", "smoke", "--sync", sync, "--total-env-steps", total)
         print(f"{sync}: {summary(folder / sync)['traffic']}", flush=True)
 
 
-def network(folder: Path) -> None:
+def network(folder: Path, short: bool) -> None:
     """Two ranks on two hosts, and before and after, as the measure, on one: it is noisy where others work too."""
     one, two = "h1:2", "h1:1,h2:1"
     order = [("gradients", one), ("parameters", two), ("gradients", two), ("gradients", one)]
-    updates = {"gradients": 12, "parameters": AVERAGE_EVERY + 2}
+    average_every = 2 if short else 50
+    updates = {"gradients": 2 if short else 12, "parameters": average_every + 2}
     rates: dict[tuple[str, str], list[float]] = {}
     with Cluster(2, folder, DELAY_MS, MBIT) as cluster:
         print(f"links are slowed by {cluster.slowed_by}", flush=True)
         for number, (sync, hosts) in enumerate(order):
             # An update every 128 env steps, after 2048 to fill replay with.
-            flags = f"""--preset atari --comm mpi --sync {sync} --sync-every {AVERAGE_EVERY} --envs-per-rank 16
+            flags = f"""--preset atari --comm mpi --sync {sync} --sync-every {average_every} --envs-per-rank 16
                 --batch-per-rank 512 --learning-starts 2048 --replay-capacity 20000 --threads-per-rank 1
                 --env-kwargs {{"max_num_frames_per_episode":400}} --log-every 128 --target-every 12800
                 --total-env-steps {2048 + 128 * (updates[sync] + 1)}"""
@@ -102,7 +105,7 @@ def network(folder: Path) -> None:
             with cluster.start(words, environment, TIMEOUT_SECONDS, folder) as job:
                 result = job.wait()
             assert result.returncode == 0, result
-            found = rate(run_dir, AVERAGE_EVERY if sync == "parameters" else 1)
+            found = rate(run_dir, average_every if sync == "parameters" else 1)
             rates.setdefault((sync, hosts), []).append(found)
             print(f"{sync}, {hosts}: {found:,.1f} env steps/s, {summary(run_dir)['seconds']}", flush=True)
     here = sum(rates["gradients", one]) / 2
@@ -110,13 +113,14 @@ def network(folder: Path) -> None:
         print(f"{sync}: {rates[sync, two][0] / here:.0%} of the rate of one host is left on two", flush=True)
 
 
-def cartpole(folder: Path, seeds: Sequence[str]) -> None:
+def cartpole(folder: Path, short: bool, seeds: Sequence[str]) -> None:
     """Greedy evaluation of the final network over 100 episodes."""
+    size = SHORT_CARTPOLE if short else ()
     strategies = {"server": (), "parameters": ("--sync-every", "10"), "gradients": ()}
     for seed in seeds:
         for sync, flags in strategies.items():
             run_dir = folder / f"{sync}-{seed}"
-            mpirun(3, run_dir, "--preset", "cartpole", "--seed", seed, "--sync", sync, *flags)
+            mpirun(3, run_dir, "--preset", "cartpole", "--seed", seed, "--sync", sync, *flags, *size)
             done: dict[str, Any] = summary(run_dir)
             print(
                 f"{sync}, seed {seed}: {done['eval_return_mean']} in {done['wall_seconds']:.0f} s", flush=True
@@ -125,12 +129,10 @@ def cartpole(folder: Path, seeds: Sequence[str]) -> None:
 
 def main(argv: Sequence[str]) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    measures = {"straggler": straggler, "network": network, "traffic": traffic, "cartpole": cartpole}
+    what, *rest = [word for word in argv if word != "--short"]
     with tempfile.TemporaryDirectory(prefix="measure-") as name:
-        folder = Path(name)
-        if argv[0] == "cartpole":
-            cartpole(folder, argv[1:])
-        else:
-            {"straggler": straggler, "network": network, "traffic": traffic}[argv[0]](folder)
+        measures[what](Path(name), "--short" in argv, *([rest] if rest else []))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from hvdqn.config import parse
+from tests.launch.hosts import require_namespaces
 from tests.launchers import BIN, REPOSITORY, Result, launch_line
 from tests.readme import command, commands, text
 
@@ -48,6 +49,7 @@ def of_results(line: str) -> Here:
     return Here("2 episodes: mean", replaced, needs)
 
 
+MEASURE_NETWORK = "python -m tests.launch.measure_sync network"
 HERE = {line: of_results(line) for line in commands() if re.fullmatch(RESULTS, line)} | {
     "horovodrun -np 8 python -m hvdqn.train --preset atari --env ALE/Breakout-v5": Here(
         "2 ranks, comm horovod",
@@ -63,6 +65,14 @@ HERE = {line: of_results(line) for line in commands() if re.fullmatch(RESULTS, l
         r"play\.mp4", {"RUN_OR_CHECKPOINT": "runs/short"}, needs="imageio_ffmpeg"
     ),
     "hvdqn plot RUN... -o curves.png": Here(r"curves\.png", {"RUN...": "runs/short"}),
+    "python -m tests.launch.measure_sync traffic": Here("server: .*bytes", {"traffic": "traffic --short"}),
+    "python -m tests.launch.measure_sync straggler": Here(
+        "server: .* is left", {"straggler": "straggler --short"}
+    ),
+    MEASURE_NETWORK: Here("parameters: .* is left on two", {"network": "network --short"}),
+    "python -m tests.launch.measure_sync cartpole 1 2 3 4 5": Here(
+        "gradients, seed 1: ", {"1 2 3 4 5": "1 --short"}
+    ),
 }
 
 # Run by the tests of these files, which name them word for word.
@@ -117,8 +127,6 @@ NOT_RUN = {
     "apptainer build hvdqn.sif docker-daemon://hvdqn:latest": "there is no Apptainer in Debian",
 }
 
-_MEASURES = "it measures, for minutes; test_sync.py holds what it counts"
-NOT_RUN |= {line: _MEASURES for line in commands() if line.startswith("python -m tests.launch.measure_sync ")}
 PLACEHOLDERS = {" S": " 1", "<this repository>": "hvdqn.git"}
 
 
@@ -179,6 +187,8 @@ def test_it_runs(line: str, clone: Path) -> None:
         pytest.skip(f"hvdqn is not installed in {BIN}, as launch/setup.sh does it: NOT RUN: {line}")
     if row.needs and importlib.util.find_spec(row.needs) is None:
         pytest.skip(f"{row.needs} is not installed: NOT RUN: {line}")
+    if line == MEASURE_NETWORK:
+        require_namespaces()
     result = run(command(line, row.replaced), clone)
     assert re.search(row.said, result.stdout + result.stderr), result
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import hvdqn.comm
-from hvdqn.comm import LaunchError, connect, launcher_rank
+from hvdqn.comm import LaunchError, connect, launcher_rank, launcher_size
 from hvdqn.comm.auto import check_size, choose, promises
 from hvdqn.comm.torch import TorchComm
 
@@ -178,6 +178,13 @@ def test_the_rank_is_known_without_any_connection_and_never_fails() -> None:
     assert launcher_rank({}) == 0
     assert launcher_rank(SRUN) == 1
     assert launcher_rank({**MPIRUN, "OMPI_COMM_WORLD_RANK": "x"}) == 0
+
+
+def test_the_size_that_a_launcher_promised():
+    assert launcher_size({}) == 1
+    assert launcher_size(SRUN) == 2
+    assert launcher_size({"PMIX_RANK": "1"}) == 0
+    assert launcher_size({**MPIRUN, "OMPI_COMM_WORLD_RANK": "x"}) == 1
 
 
 def test_local_is_the_identity() -> None:
