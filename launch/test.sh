@@ -7,7 +7,7 @@
 #
 # Files of tests run side by side: many tests wait more than they compute.
 # Environment: HVDQN_TEST_WORKERS is how many at a time; default: cores + 1, at most 8; 0: one after the other, as --pdb
-# wants it. HVDQN_TEST_IMAGE=1 adds the image build, HVDQN_CHAOS_MINUTES=20 makes the run under random faults longer.
+# wants it. HVDQN_TEST_IMAGE=0 leaves the image out, HVDQN_CHAOS_MINUTES=20 makes the run under random faults longer.
 # CI=true makes a missing shellcheck a failure. Settings of setup.sh (HVDQN_VENV, ...) hold here too.
 # Exit: 0 if all passed, 1 if a check failed, else the code of setup.sh.
 set -euo pipefail

@@ -87,17 +87,17 @@ def network(folder: Path, short: bool) -> None:
     """Two ranks on two hosts, and before and after, as the measure, on one: it is noisy where others work too."""
     one, two = "h1:2", "h1:1,h2:1"
     order = [("gradients", one), ("parameters", two), ("gradients", two), ("gradients", one)]
-    average_every = 2 if short else 50
+    average_every, fill = (2, 1024) if short else (50, 2048)
     updates = {"gradients": 2 if short else 12, "parameters": average_every + 2}
     rates: dict[tuple[str, str], list[float]] = {}
     with Cluster(2, folder, DELAY_MS, MBIT) as cluster:
         print(f"links are slowed by {cluster.slowed_by}", flush=True)
         for number, (sync, hosts) in enumerate(order):
-            # An update every 128 env steps, after 2048 to fill replay with.
+            # An update every 128 env steps, once replay has been filled.
             flags = f"""--preset atari --comm mpi --sync {sync} --sync-every {average_every} --envs-per-rank 16
-                --batch-per-rank 512 --learning-starts 2048 --replay-capacity 20000 --threads-per-rank 1
+                --batch-per-rank 512 --learning-starts {fill} --replay-capacity 20000 --threads-per-rank 1
                 --env-kwargs {{"max_num_frames_per_episode":400}} --log-every 128 --target-every 12800
-                --total-env-steps {2048 + 128 * (updates[sync] + 1)}"""
+                --total-env-steps {fill + 128 * (updates[sync] + 1)}"""
             run_dir = folder / str(number)
             words = [str(REPOSITORY / "launch" / "mpirun.sh"), "--hosts", hosts, "--interfaces", "eth0", "--"]
             words += [*flags.split(), *UNTIMED, "--run-dir", str(run_dir)]
