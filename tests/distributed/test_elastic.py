@@ -25,7 +25,7 @@ pytestmark = pytest.mark.distributed
 HOSTS = ("w0", "w1", "w2")
 # Also where the machine is busy with other work.
 TIMEOUT_SECONDS = 150.0
-ENVS_PER_RANK, REPLAY_RATIO, LEARNING_STARTS, TOTAL_ENV_STEPS = 8, 64, 1_000, 40_000
+ENVS_PER_RANK, REPLAY_RATIO, LEARNING_STARTS, TOTAL_ENV_STEPS = 8, 64, 1_000, 30_000
 # Twice the preset's, so half the updates: Horovod's negotiation takes most of the time here.
 BATCH_PER_RANK = 128
 SOLVING = (
