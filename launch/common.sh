@@ -259,7 +259,7 @@ run_launcher() { # run_launcher COMMAND...
 
 # Sets `mpi_args`, and Open MPI's own variables where the user has not: they reach the ranks' hosts with the environment.
 mpi_settings() {
-    local mpirun cores most=$np
+    local mpirun
     mpirun=$(command -v mpirun) ||
         die 2 "no mpirun in PATH; run launch/setup.sh, load your site's MPI module, or start with launch/torchrun.sh"
     [[ $(mpirun --version 2>&1) == *"Open MPI"* ]] ||
@@ -273,11 +273,6 @@ mpi_settings() {
     [[ -z $interfaces ]] || : "${OMPI_MCA_btl_tcp_if_include:=$interfaces}" "${OMPI_MCA_oob_tcp_if_include:=$interfaces}"
     # The refusal to run as root is meant for people at a prompt; in a container there is often nobody else.
     ((EUID)) || : "${OMPI_ALLOW_RUN_AS_ROOT:=1}" "${OMPI_ALLOW_RUN_AS_ROOT_CONFIRM:=1}"
-    # A rank under Horovod spins in two threads while it waits: where these share cores they must yield them. mpirun sees
-    # to that only where it counts the cores itself, and counts one thread a rank.
-    cores=$(env -u OMP_NUM_THREADS nproc)
-    ((${#slots[@]} == 0)) || most=$(printf '%s\n' "${slots[@]}" | sort -n | tail -n 1)
-    ((2 * most <= cores)) || : "${OMPI_MCA_mpi_yield_when_idle:=1}"
     export "${!OMPI_@}"
 }
 

@@ -52,10 +52,6 @@ launch_with_horovod() {
     if ! command -v ssh >/dev/null; then
         export OMPI_MCA_plm=isolated # Open MPI wants an ssh even for one host, unless told that there is one only
     fi
-    # While it waits, a rank spins in two threads. Where ranks are as many as cores they would starve each other, at times
-    # down to a tenth of the rate.
-    : "${OMPI_MCA_mpi_yield_when_idle:=1}"
-    export OMPI_MCA_mpi_yield_when_idle
     # --disable-cache: what horovodrun remembers for an hour, in one file for all jobs, it finds out here in no time.
     horovodrun -np "$ranks" --mpi --mpi-args="$arguments" --disable-cache python -m hvdqn.train "$@"
 }

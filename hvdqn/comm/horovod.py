@@ -54,15 +54,26 @@ class _Pending:
 class HorovodComm(Comm):
     """All ranks of the job, over Horovod's MPI or Gloo controller.
 
-    Horovod reads its settings (HOROVOD_CYCLE_TIME, HOROVOD_STALL_CHECK_TIME_SECONDS, ...) from the
-    environment while this is constructed: whoever wants other defaults sets them before.
+    Horovod reads its settings (HOROVOD_CYCLE_TIME, HOROVOD_STALL_CHECK_TIME_SECONDS, ...) from the environment while
+    this is constructed. Over MPI two have other defaults here; what the environment says holds. Waiting threads yield:
+    a rank has two, and where it has one core they starve each other. And on one host Horovod looks for tensors all
+    the time rather than once a millisecond (HOROVOD_CYCLE_TIME=0), which takes longer than an MLP's whole update.
     """
 
     name = "horovod"
 
     def __init__(self, device: str, over_mpi: bool) -> None:
-        # MPI must be up before Horovod: then Horovod reuses it and leaves finalizing it to mpi4py.
-        self._mpi: Any = start_mpi() if over_mpi and find_spec("mpi4py") else None
+        self._mpi: Any = None
+        if over_mpi:
+            os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
+        if over_mpi and find_spec("mpi4py"):
+            # MPI must be up before Horovod: then Horovod reuses it and leaves finalizing it to mpi4py.
+            self._mpi = start_mpi()
+            world = self._mpi.COMM_WORLD
+            host = world.Split_type(self._mpi.COMM_TYPE_SHARED)
+            if host.size == world.size:
+                os.environ.setdefault("HOROVOD_CYCLE_TIME", "0")
+            host.Free()
         self._hvd: Any = _import_horovod()
         if device.startswith("cuda") and not self._hvd.nccl_built():
             raise LaunchError(

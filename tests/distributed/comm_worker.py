@@ -6,6 +6,7 @@ MODE conformance: every promise of `Comm`, one function each. The others let ran
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 import threading
 import time
@@ -41,6 +42,8 @@ def world(comm: Comm) -> None:
     assert comm.local_size == comm.size  # these tests run on one host
     assert sorted(comm.all_gather_object(comm.local_rank)) == list(range(comm.size))
     assert comm.why
+    if comm.name == "horovod" and "OMPI_COMM_WORLD_RANK" in os.environ:
+        assert os.environ["HOROVOD_CYCLE_TIME"] == "0"  # what hvdqn chooses over MPI on one host
 
 
 def mean(comm: Comm) -> list[str]:
