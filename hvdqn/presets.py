@@ -79,8 +79,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "v_min": 0.0,
         "v_max": 100.0,
     },
-    # rl-baselines3-zoo, hyperparams/dqn.yml, Acrobot-v1: the network, replay, batch. Else as `cartpole`: one-step returns
-    # without layer norm stay at -500 with some seeds.
+    # rl-baselines3-zoo, hyperparams/dqn.yml, Acrobot-v1: the network, replay, batch. Else as `cartpole`: one-step
+    # returns without layer norm stay at -500 with some seeds.
     "acrobot": {
         "env": "Acrobot-v1",
         "total_env_steps": 100_000,
@@ -103,8 +103,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "v_min": -100.0,
         "v_max": 0.0,
     },
-    # rl-baselines3-zoo, hyperparams/dqn.yml, MountainCar-v0: gamma 0.98. Else as `cartpole`, but for the ladder of epsilons
-    # (Horgan et al. 2018): on two ranks 1 of 5 seeds never reaches the flag, 2 of 5 with one epsilon for all.
+    # rl-baselines3-zoo, hyperparams/dqn.yml, MountainCar-v0: gamma 0.98. Else as `cartpole`, but for the ladder of
+    # epsilons (Horgan et al. 2018): on two ranks 1 of 5 seeds never reaches the flag, 2 of 5 with one epsilon for all.
     "mountaincar": {
         "env": "MountainCar-v0",
         "total_env_steps": 120_000,
