@@ -43,7 +43,7 @@ def world(comm: Comm) -> None:
     assert sorted(comm.all_gather_object(comm.local_rank)) == list(range(comm.size))
     assert comm.why
     if comm.name == "horovod" and "OMPI_COMM_WORLD_RANK" in os.environ:
-        assert os.environ["HOROVOD_CYCLE_TIME"] == "0"  # what hvdqn chooses over MPI on one host
+        assert os.environ["HOROVOD_CYCLE_TIME"] == "0"  # hvdqn's choice over MPI on one host
 
 
 def mean(comm: Comm) -> list[str]:
@@ -206,6 +206,7 @@ def say(line: str) -> None:
 def main(mode: str, choice: str) -> None:
     torch.set_num_threads(1)
     try:
+        os.environ.pop("HOROVOD_CYCLE_TIME", None)  # as a user has it
         comm = connect(choice)
     except LaunchError as error:
         if launcher_rank() == 0:
