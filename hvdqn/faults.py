@@ -39,6 +39,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.name = ""
+        self.agreed = False
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -164,7 +165,7 @@ class Watchdog:
     A thread on every rank writes a heartbeat file: its phase, for how long it has not changed, and, by the
     file's time, that the process lives. A rank that made no progress for `timeout_seconds` reads all of them
     and judges by `why_stalled`. Times are those of the file system, so clocks of hosts may differ. One that was told
-    to stop does not wait that long for a rank of which nothing is heard: it cannot agree any more.
+    to stop does not wait that long for a rank of which nothing is heard: it will not agree any more.
 
     Args:
         directory: where all ranks keep their heartbeats.
@@ -219,7 +220,7 @@ class Watchdog:
             self._beat(idle)
             if idle > self._patience_seconds:
                 self._judge(idle)
-            elif idle > STOP_PATIENCE_SECONDS and self.stop and self.stop.received:
+            elif idle > STOP_PATIENCE_SECONDS and self.stop and self.stop.received and not self.stop.agreed:
                 self._judge_silence(idle)
 
     def _beat(self, idle: float) -> None:
@@ -244,7 +245,8 @@ class Watchdog:
     def _judge_silence(self, idle: float) -> None:
         beats = self._heartbeats()
         causes = silent_ranks(beats, STOP_PATIENCE_SECONDS / 2)
-        if causes and None not in beats:  # a rank that never could keep a heartbeat may live
+        # A rank without a heartbeat may live, and so may one that writes: a file system may keep its heartbeats back.
+        if causes and all(beat and beat.phase != "save" for beat in beats):
             self._end(f"{idle:.0f} s, and told to stop", causes, beats)
 
     def _end(self, since: str, causes: list[str], beats: Sequence[Heartbeat | None]) -> NoReturn:

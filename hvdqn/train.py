@@ -136,6 +136,7 @@ class Training:
         """Train to the end; save, evaluate, record."""
         self.run()
         self.agree()
+        self.stop.agreed = True
         self.save()
         self.evaluate()
         self.close()

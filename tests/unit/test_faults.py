@@ -106,25 +106,29 @@ def test_a_job_suspended_as_a_whole_has_not_stalled(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("told", "age_seconds", "ends"),
+    ("told", "agreed", "phase", "age_seconds", "ends"),
     [
-        pytest.param(True, 60, True, id="nothing heard of the other"),
-        pytest.param(True, -60, False, id="the other lives: it may write a long checkpoint"),
-        pytest.param(False, 60, False, id="not told to stop"),
+        pytest.param(True, False, "env", 60, True, id="nothing heard of the other"),
+        pytest.param(True, False, "env", -60, False, id="the other lives"),
+        pytest.param(True, False, "save", 60, False, id="the other writes, and its disk is slow"),
+        pytest.param(True, True, "env", 60, False, id="both have agreed to stop, and write"),
+        pytest.param(False, False, "env", 60, False, id="not told to stop"),
     ],
 )
 def test_a_rank_told_to_stop_does_not_wait_long_for_a_silent_one(
-    told, age_seconds, ends, tmp_path, monkeypatch, capfd
+    told, agreed, phase, age_seconds, ends, tmp_path, monkeypatch, capfd
 ):
     monkeypatch.setattr("hvdqn.faults.STOP_PATIENCE_SECONDS", 1.5)
     comm, timer = Alone(), PhaseTimer()
     comm.size = 2
     timer.start("comm")
     other = tmp_path / "rank-00001.json"
-    other.write_text('{"phase": "checkpoint", "idle_seconds": 0}')
+    other.write_text(f'{{"phase": "{phase}", "idle_seconds": 0}}')
     then = time.time() - age_seconds
     os.utime(other, (then, then))
-    dog = Watchdog(tmp_path, comm, timer, timeout_seconds=600.0, stop=SimpleNamespace(received=told))
+    dog = Watchdog(
+        tmp_path, comm, timer, timeout_seconds=600.0, stop=SimpleNamespace(received=told, agreed=agreed)
+    )
     assert comm.aborted.wait(30 if ends else 3) == ends
     assert ("and told to stop: rank 1 does not answer for 6" in capfd.readouterr().err) == ends
     dog.close()
