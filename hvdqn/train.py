@@ -557,9 +557,8 @@ def refuse_unconnected(message: str, stop: StopSignal) -> int:
     if rank == 0:
         print(f"hvdqn: error: {message}", file=sys.stderr, flush=True)
         if launcher_size() != 1:
-            time.sleep(
-                3
-            )  # the others find it, too: srun returns the highest code, that of a rank ended before it did
+            # Until the others find it, too: srun returns the highest code, and 143 of a rank that it ended.
+            time.sleep(3)
         return EXIT_USER_ERROR
     deadline = time.monotonic() + 8.0  # rank 0 may start later by seconds, on a busy machine, and then waits
     while not stop.received and time.monotonic() < deadline:

@@ -3,6 +3,7 @@
 
 readonly STOPPED=75                   # hvdqn's exit code: stopped by a signal, after a checkpoint
 readonly KILLED_BY_USR2=$((128 + 12)) # the signal came before Python could catch it: nothing was under way yet
+readonly KILLED_BY_TERM=$((128 + 15)) # the same; srun ends so whoever still starts when another rank has failed
 
 # What scontrol calls this job. The number of a whole array is also the number of one of its tasks, so a task says
 # both: `scontrol requeue 17` would start every task of array 17 again.
@@ -77,8 +78,10 @@ run_ranks() { # run_ranks [SRUN_FLAG...] COMMAND [ARGUMENT...]
 
 # End the job with the ranks' exit code; where it says "stopped by a signal", have Slurm start the job again.
 finish() { # finish CODE
-    local -r code=$1 most=${HVDQN_MAX_RESTARTS:-20}
-    local state
+    local -r most=${HVDQN_MAX_RESTARTS:-20}
+    local code=$1 state
+    # srun returns the highest code of its ranks: it hides that of the one that failed.
+    ((code != KILLED_BY_TERM)) || code=1
     ((code == STOPPED || code == KILLED_BY_USR2)) || exit "$code"
 
     state=$(scontrol show job "$job")
