@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from tests.distributed.runs import summary
@@ -84,11 +85,12 @@ def traffic(folder: Path, short: bool) -> None:
 
 
 def network(folder: Path, short: bool) -> None:
-    """Two ranks on two hosts, and before and after, as the measure, on one: it is noisy where others work too."""
+    """Two ranks on two hosts, and before and after each, as the measure, on one: it is noisy where others work too."""
     one, two = "h1:2", "h1:1,h2:1"
-    order = [("gradients", one), ("parameters", two), ("gradients", two), ("gradients", one)]
+    order = [("gradients", one), ("parameters", two), ("gradients", one), ("gradients", two)]
+    order += [] if short else [("gradients", one), ("parameters", two), ("gradients", one)]
     average_every, fill = (2, 1024) if short else (50, 2048)
-    updates = {"gradients": 2 if short else 12, "parameters": average_every + 2}
+    updates = {"gradients": 2 if short else 25, "parameters": average_every + 2}
     rates: dict[tuple[str, str], list[float]] = {}
     with Cluster(2, folder, DELAY_MS, MBIT) as cluster:
         print(f"links are slowed by {cluster.slowed_by}", flush=True)
@@ -108,9 +110,9 @@ def network(folder: Path, short: bool) -> None:
             found = rate(run_dir, average_every if sync == "parameters" else 1)
             rates.setdefault((sync, hosts), []).append(found)
             print(f"{sync}, {hosts}: {found:,.1f} env steps/s, {summary(run_dir)['seconds']}", flush=True)
-    here = sum(rates["gradients", one]) / 2
+    here = fmean(rates["gradients", one])
     for sync in updates:
-        print(f"{sync}: {rates[sync, two][0] / here:.0%} of the rate of one host is left on two", flush=True)
+        print(f"{sync}: {fmean(rates[sync, two]) / here:.0%} of the rate of one host is left on two", flush=True)
 
 
 def cartpole(folder: Path, short: bool, seeds: Sequence[str]) -> None:
