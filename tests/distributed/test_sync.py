@@ -123,7 +123,9 @@ def test_a_worker_that_hangs_is_named_and_the_job_ends(tmp_path):
 
 def test_a_dead_worker_is_reported_and_the_others_finish(tmp_path):
     flags = (*SERVER, "--tolerate-dead-workers", "--stall-timeout", "12", "--checkpoint-every", "500")
-    with begin("mpirun", 4, tmp_path, *flags, "--total-env-steps", "30000", **RECOVERY) as job:
+    # Environments that sleep: the two that are left are still at work when the dead one is missed, at little expense.
+    flags += ("--vectorization", "sync", *sabotage("all_equally_slow"), "--replay-ratio", "2")
+    with begin("mpirun", 4, tmp_path, *flags, "--total-env-steps", "16000", **RECOVERY) as job:
         wait_for_checkpoint(job, tmp_path, 500)
         job.ranks()[2].kill()
         result = job.wait()
@@ -132,7 +134,7 @@ def test_a_dead_worker_is_reported_and_the_others_finish(tmp_path):
     ), result
     done = summary(tmp_path)
     assert (done["stopped_by"], done["world_size"]) == ("finished", 3)
-    assert done["env_steps"] >= 30_000
+    assert done["env_steps"] >= 16_000
     assert max(saved(tmp_path)) == done["env_steps"]
     again = train("mpirun", 4, tmp_path, *flags, "--total-env-steps", str(done["env_steps"] + 500))
     assert again.returncode == 0, again

@@ -6,7 +6,7 @@
     python -m tests.launch.measure_sync cartpole 1 2 3 4 5    learning on 3 ranks, by seed
 
 Rates are those of whole runs once learning has begun, without checkpoints and evaluations. Give it a quiet machine.
-With --short behind it, it does all of that in seconds, which shows that it works and measures nothing.
+With --short behind it, it does all of that in seconds and on fewer ranks, which shows that it works and measures nothing.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ def mpirun(np: int, run_dir: Path, *flags: str) -> Result:
 
 def straggler(folder: Path, short: bool) -> None:
     """Environments sleep, so that ranks need no core of their own: 2 ms a step, the straggler's 10 ms."""
-    for sync, np in (("gradients", 3), ("server", 4)):
+    for sync, np in (("gradients", 2), ("server", 3)) if short else (("gradients", 3), ("server", 4)):
         rates = []
         for wrapper, total in (("all_equally_slow", 9_000), ("rank_1_five_times_slower", 4_000)):
-            total = 500 if short else total
+            total = 400 if short else total
             run_dir = folder / f"{sync}-{wrapper}"
             mpirun(
                 np, run_dir, *STRAGGLER.split(), *UNTIMED, "--sync", sync, "--total-env-steps", str(total),
@@ -78,18 +78,18 @@ def straggler(folder: Path, short: bool) -> None:
 
 def traffic(folder: Path, short: bool) -> None:
     """As counted while it was sent, and as worked out beforehand."""
-    total = "1200" if short else "12000"
+    np, total = (2, "800") if short else (3, "12000")
     for sync in ("gradients", "parameters", "server"):
-        mpirun(3, folder / sync, "--preset", "smoke", "--sync", sync, "--total-env-steps", total)
+        mpirun(np, folder / sync, "--preset", "smoke", "--sync", sync, "--total-env-steps", total)
         print(f"{sync}: {summary(folder / sync)['traffic']}", flush=True)
 
 
 def network(folder: Path, short: bool) -> None:
     """Two ranks on two hosts, and before and after each, as the measure, on one: it is noisy where others work too."""
     one, two = "h1:2", "h1:1,h2:1"
-    order = [("gradients", one), ("parameters", two), ("gradients", one), ("gradients", two)]
+    order = [("gradients", one), ("parameters", two), ("gradients", two)]
     order += [] if short else [("gradients", one), ("parameters", two), ("gradients", one)]
-    average_every, fill = (2, 1024) if short else (50, 2048)
+    average_every, fill, batch, hidden = (2, 256, 64, 32) if short else (50, 2048, 512, 512)
     updates = {"gradients": 2 if short else 25, "parameters": average_every + 2}
     rates: dict[tuple[str, str], list[float]] = {}
     with Cluster(2, folder, DELAY_MS, MBIT) as cluster:
@@ -97,7 +97,8 @@ def network(folder: Path, short: bool) -> None:
         for number, (sync, hosts) in enumerate(order):
             # An update every 128 env steps, once replay has been filled.
             flags = f"""--preset atari --comm mpi --sync {sync} --sync-every {average_every} --envs-per-rank 16
-                --batch-per-rank 512 --learning-starts {fill} --replay-capacity 20000 --threads-per-rank 1
+                --batch-per-rank {batch} --replay-ratio {batch / 64} --learning-starts {fill} --hidden {hidden}
+                --replay-capacity 20000 --threads-per-rank 1
                 --env-kwargs {{"max_num_frames_per_episode":400}} --log-every 128 --target-every 12800
                 --total-env-steps {fill + 128 * (updates[sync] + 1)}"""
             run_dir = folder / str(number)
@@ -117,12 +118,12 @@ def network(folder: Path, short: bool) -> None:
 
 def cartpole(folder: Path, short: bool, seeds: Sequence[str]) -> None:
     """Greedy evaluation of the final network over 100 episodes."""
-    size = SHORT_CARTPOLE if short else ()
+    np, size = (2, SHORT_CARTPOLE) if short else (3, ())
     strategies = {"server": (), "parameters": ("--sync-every", "10"), "gradients": ()}
     for seed in seeds:
         for sync, flags in strategies.items():
             run_dir = folder / f"{sync}-{seed}"
-            mpirun(3, run_dir, "--preset", "cartpole", "--seed", seed, "--sync", sync, *flags, *size)
+            mpirun(np, run_dir, "--preset", "cartpole", "--seed", seed, "--sync", sync, *flags, *size)
             done: dict[str, Any] = summary(run_dir)
             print(
                 f"{sync}, seed {seed}: {done['eval_return_mean']} in {done['wall_seconds']:.0f} s", flush=True
