@@ -54,6 +54,7 @@ class _Pending:
         if self.pause:
             while not self.hvd.poll(self.handle):
                 time.sleep(PAUSE_SECONDS)
+            self.pause = False  # Horovod knows the handle no longer once it was waited for
         # Spins in C++ without the GIL, so that a watchdog thread can run.
         self.hvd.synchronize(self.handle)
         return self.tensor
