@@ -50,6 +50,7 @@ COPY README.md LICENSE ./
 COPY hvdqn hvdqn
 RUN "$HVDQN_VENV/bin/python" -m pip install --no-cache-dir --no-deps --no-build-isolation --no-index . \
     && find "$HVDQN_VENV" -name '*.a' -delete \
+    && rm -rf "$HVDQN_VENV"/lib/python3*/site-packages/torch/test \
     && find "$HVDQN_VENV" -path '*/horovod/*.so' -exec strip --strip-unneeded {} + \
     && rm -rf "$HVDQN_VENV"/.hvdqn-* "$HVDQN_VENV"/*.log
 

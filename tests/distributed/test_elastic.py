@@ -107,7 +107,9 @@ def records(run_dir: Path) -> list[dict[str, Any]]:
 
 def env_steps(run_dir: Path) -> int:
     """Env steps of the newest record."""
-    return max((record["env_steps"] for record in records(run_dir)), default=0)
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    return int(json.loads(lines[-1])["env_steps"]) if lines else 0
 
 
 def updates_owed(seen: Sequence[tuple[int, int]], env_steps: int) -> int:
