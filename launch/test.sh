@@ -6,7 +6,7 @@
 #   launch/test.sh tests/launch -k x   other arguments go to pytest; a path given takes the place of all tests
 #
 # Files of tests run side by side: many tests wait more than they compute.
-# Environment: HVDQN_TEST_WORKERS is how many at a time; default: cores + 1, at most 8; 0: one after the other, as --pdb
+# Environment: HVDQN_TEST_WORKERS is how many at a time; default: cores + 2, at most 8; 0: one after the other, as --pdb
 # wants it. HVDQN_TEST_IMAGE=0 leaves the image out, HVDQN_CHAOS_MINUTES=20 makes the run under random faults longer.
 # CI=true makes a missing shellcheck a failure. Settings of setup.sh (HVDQN_VENV, ...) hold here too.
 # Exit: 0 if all passed, 1 if a check failed, else the code of setup.sh.
@@ -67,7 +67,7 @@ main() {
     check "shellcheck" check_scripts
     # Last, so that pytest's own summary ends the output.
     printf '\n== pytest\n'
-    local workers=$(($(nproc) + 1))
+    local workers=$(($(nproc) + 2))
     workers=${HVDQN_TEST_WORKERS:-$((workers < 8 ? workers : 8))}
     python -m pytest --numprocesses "$workers" --dist loadfile --no-loadscope-reorder --durations=15 "${tests[@]}" "$@" ||
         failed+=(pytest)

@@ -114,7 +114,9 @@ def network(folder: Path, short: bool) -> None:
             print(f"{sync}, {hosts}: {found:,.1f} env steps/s, {summary(run_dir)['seconds']}", flush=True)
     here = fmean(rates["gradients", one])
     for sync in updates:
-        print(f"{sync}: {fmean(rates[sync, two]) / here:.0%} of the rate of one host is left on two", flush=True)
+        print(
+            f"{sync}: {fmean(rates[sync, two]) / here:.0%} of the rate of one host is left on two", flush=True
+        )
 
 
 def cartpole(folder: Path, short: bool, seeds: Sequence[str]) -> None:
