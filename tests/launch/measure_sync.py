@@ -89,7 +89,9 @@ def network(folder: Path, short: bool) -> None:
     """Two ranks on two hosts, and before and after each, as the measure, on one: it is noisy where others work too."""
     one, two = "h1:2", "h1:1,h2:1"
     order = [("gradients", one), ("parameters", two), ("gradients", two)]
-    order += [] if short else [("gradients", one), ("parameters", two), ("gradients", one)]
+    if not short:
+        order[2:2] = [("gradients", one)]
+        order += [("gradients", one), ("parameters", two), ("gradients", one)]
     average_every, fill, batch = (2, 256, 64) if short else (50, 2048, 512)
     game = "smoke" if short else """atari --env-kwargs {"max_num_frames_per_episode":400}"""
     updates = {"gradients": 2 if short else 25, "parameters": average_every + 2}
