@@ -517,11 +517,14 @@ def main(argv: Sequence[str] | None = None, work: Work = train) -> int:
         return work_and_leave(work, config, comm, stop, timer)
     except Exception as error:
         told = traceback.format_exc()
-        if timer.phase == "comm":  # the rank that failed tells more
+        waited = timer.phase == "comm"
+        if waited:  # the rank that failed tells more
             told = (
                 f"the other ranks do not answer: {traceback.format_exception_only(error)[-1].splitlines()[0]}"
             )
         print(f"hvdqn: rank {comm.rank} of {comm.size} failed: {told}", file=sys.stderr, flush=True)
+        if waited:
+            time.sleep(1)  # launchers go by the rank that ends first: let it be the one that failed
         comm.abort(EXIT_FAILED)
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set up, then lint, type-check and run the tests. Every check runs even if one before it failed.
 #
-#   launch/test.sh                     everything: some 14 minutes on 2 cores
+#   launch/test.sh                     everything: some 11 minutes on 2 cores
 #   launch/test.sh --fast              the unit tests only: under a minute
 #   launch/test.sh tests/launch -k x   other arguments go to pytest; a path given takes the place of all tests
 #

@@ -90,10 +90,11 @@ finish() { # finish CODE
     elif ((restarts >= most)); then
         say "stopped by a signal, and not requeued after $restarts restarts (HVDQN_MAX_RESTARTS=$most);" \
             "to go on, submit again with --run-dir $run_dir"
-    elif scontrol requeue "$job"; then
-        say "stopped by a signal; requeued, restart $((restarts + 1)) of at most $most"
     else
-        say "stopped by a signal, and Slurm refused to requeue; to go on, submit again with --run-dir $run_dir"
+        # Said before: a requeue ends what still runs of the job, this shell and scontrol too, which is no refusal.
+        say "stopped by a signal; requeued, restart $((restarts + 1)) of at most $most"
+        scontrol requeue "$job" || (($? > 128)) ||
+            say "no: Slurm refused to requeue; to go on, submit again with --run-dir $run_dir"
     fi
     exit "$code"
 }
