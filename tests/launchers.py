@@ -137,6 +137,7 @@ def clean_environment() -> dict[str, str]:
     env["OMPI_MCA_rmaps_base_oversubscribe"] = "1"
     env["OMPI_MCA_hwloc_base_binding_policy"] = "none"
     env["OMPI_MCA_mpi_yield_when_idle"] = "1"
+    env["HVDQN_SLEEP_WHEN_WAITING"] = "1"
     env["HOROVOD_CYCLE_TIME"] = "1"  # not hvdqn's 0: its threads look for tensors in what time they can get
     if os.geteuid() == 0:
         env["OMPI_ALLOW_RUN_AS_ROOT"] = env["OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"] = "1"

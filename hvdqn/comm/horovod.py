@@ -68,16 +68,15 @@ class HorovodComm(Comm):
     a rank has two, and where it has one core they starve each other. And on one host Horovod looks for tensors all
     the time rather than once a millisecond (HOROVOD_CYCLE_TIME=0), which takes longer than an MLP's whole update.
 
-    Over Gloo a rank that waits sleeps in between: its sockets are served by threads of their own, which need the core
-    that it would spin on. An MLP's update on 3 ranks and 2 cores took a third of the time so, on 2 ranks four fifths;
-    over MPI, whose threads spin by themselves, it took a tenth longer.
+    Over Gloo threads of their own serve the sockets, and need a core that ranks would spin on. Where a host has more
+    ranks than cores, or HVDQN_SLEEP_WHEN_WAITING=1, a rank that waits sleeps in between: an MLP's update on 3 ranks and
+    2 cores took a third of the time so. With a core for each rank it took half as long again.
     """
 
     name = "horovod"
 
     def __init__(self, device: str, over_mpi: bool) -> None:
         self._mpi: Any = None
-        self._over_mpi = over_mpi
         if over_mpi:
             os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
         if over_mpi and find_spec("mpi4py"):
@@ -97,12 +96,16 @@ class HorovodComm(Comm):
         self._hvd.init()
         hvd = self._hvd
         super().__init__(hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size())
+        crowded = (
+            hvd.local_size() > (os.cpu_count() or 1) or os.environ.get("HVDQN_SLEEP_WHEN_WAITING") == "1"
+        )
+        self._sleeps = crowded and not over_mpi
 
     def allreduce_mean_async(self, tensor: Tensor, name: str) -> _Pending:
         """See `Comm`."""
         check_reducible(tensor)
         handle = self._hvd.allreduce_async_(tensor, name=name, op=self._hvd.Average)
-        return _Pending(self._hvd, handle, tensor, pause=not (self._over_mpi or tensor.is_cuda))
+        return _Pending(self._hvd, handle, tensor, pause=self._sleeps and not tensor.is_cuda)
 
     def broadcast_(self, tensor: Tensor, root: int = 0) -> None:
         """See `Comm`."""
