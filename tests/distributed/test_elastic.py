@@ -99,16 +99,19 @@ def larger(pair: tuple[tuple[int, int], tuple[int, int]]) -> bool:
     return after > before
 
 
-def records(run_dir: Path) -> list[dict[str, Any]]:
+def metrics_lines(run_dir: Path) -> list[str]:
+    """Lines that are whole."""
     path = run_dir / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
+    return path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+
+
+def records(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in metrics_lines(run_dir)]
 
 
 def env_steps(run_dir: Path) -> int:
-    """Env steps of the newest record."""
-    path = run_dir / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    """Env steps of the newest record. Asked for again and again, so no other is parsed."""
+    lines = metrics_lines(run_dir)
     return int(json.loads(lines[-1])["env_steps"]) if lines else 0
 
 
