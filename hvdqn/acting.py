@@ -117,22 +117,50 @@ def softmax_actions(
     return actions
 
 
-def epsilon_greedy(
-    greedy: NDArray[np.int64],
-    epsilon: float | NDArray[np.float64],
-    actions: int,
-    rng: np.random.Generator,
-) -> NDArray[np.int64]:
-    """Replace each environment's action by a random one with probability epsilon, each by a coin of its own.
+class RandomActions:
+    """Replaces actions by random ones with probability epsilon, each environment's by a coin of its own.
+
+    With `repeat` this is ez-greedy (Dabney et al. 2021, "Temporally-Extended Epsilon-Greedy Exploration"): each random
+    action is taken n times, n from a zeta distribution, p(n) ~ n ** -repeat, or until its episode ends. Where single
+    random actions cancel out, as on a slope that is climbed by going one way for long, it gets somewhere.
 
     Args:
-        greedy: actions to replace `[envs]`.
-        epsilon: of all environments, or of each `[envs]`.
+        envs: environments of this rank.
         actions: number of actions.
-        rng: of the coins.
+        rng: of the coins, the actions and their lengths.
+        repeat: exponent, above 1; 0: random actions last one step.
     """
-    explore = rng.random(len(greedy)) < epsilon
-    return np.where(explore, rng.integers(actions, size=len(greedy)), greedy)
+
+    def __init__(self, envs: int, actions: int, rng: np.random.Generator, repeat: float = 0.0) -> None:
+        self.actions, self.rng, self.repeat = actions, rng, repeat
+        self.action: NDArray[np.int64] = np.zeros(envs, np.int64)
+        self.left: NDArray[np.int64] = np.zeros(envs, np.int64)
+        """How many times more the random `action` of each environment is to be taken. [envs]."""
+
+    def replace(self, greedy: NDArray[np.int64], epsilon: float | NDArray[np.float64]) -> NDArray[np.int64]:
+        """What is done in place of the `greedy` actions `[envs]`, with epsilon of all environments or of each."""
+        begun = (self.rng.random(len(greedy)) < epsilon) & (self.left == 0)
+        drawn = self.rng.integers(self.actions, size=len(greedy))
+        if self.repeat == 0:
+            return np.where(begun, drawn, greedy)
+        lengths = self.rng.zipf(self.repeat, len(greedy))
+        self.action, self.left = np.where(begun, drawn, self.action), np.where(begun, lengths, self.left)
+        random = self.left > 0
+        self.left -= random
+        return np.where(random, self.action, greedy)
+
+    def interrupt(self, fresh: NDArray[np.bool_]) -> None:
+        """An episode began in these environments `[envs]`: what was to be repeated is over."""
+        self.left[fresh] = 0
+
+    def state(self) -> dict[str, Any]:
+        """Plain data to go on from."""
+        return {"rng": self.rng.bit_generator.state, "action": self.action, "left": self.left}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken."""
+        self.rng.bit_generator.state = state["rng"]
+        self.action, self.left = state["action"].copy(), state["left"].copy()
 
 
 class Actor:
@@ -145,6 +173,7 @@ class Actor:
         rng: of exploration.
         device: where the network lives.
         temperature: of the softmax from which actions are drawn; 0: the greedy ones.
+        repeat: of random actions, as `RandomActions` takes it.
     """
 
     def __init__(
@@ -155,14 +184,17 @@ class Actor:
         rng: np.random.Generator,
         device: torch.device,
         temperature: float = 0.0,
+        repeat: float = 0.0,
     ) -> None:
         self.envs, self.network, self.frame_stack = envs, network, frame_stack
         self.rng, self.device, self.temperature = rng, device, temperature
+        self.random = RandomActions(envs.envs, envs.actions, rng, repeat)
 
     def start(self) -> NDArray[np.generic]:
         """Begin an episode in every environment; return the first observations."""
         first = self.envs.reset()
         self.frames = FrameStack(first, self.frame_stack)
+        self.random.interrupt(np.ones(self.envs.envs, np.bool_))
         return first
 
     def choose(self, epsilon: float | NDArray[np.float64]) -> NDArray[np.int64]:
@@ -172,25 +204,26 @@ class Actor:
             chosen = softmax_actions(self.network, observation, self.device, self.temperature, self.rng)
         else:
             chosen = greedy_actions(self.network, observation, self.device)
-        return epsilon_greedy(chosen, epsilon, self.envs.actions, self.rng)
+        return self.random.replace(chosen, epsilon)
 
     def step(self, actions: NDArray[np.int64]) -> Step:
         """Take one env step in every environment."""
         step = self.envs.step(actions)
         self.frames.push(step.observation, step.fresh)
+        self.random.interrupt(step.fresh)
         return step
 
     def state(self) -> dict[str, Any]:
         """Plain data to go on from; `environments` is None where theirs cannot be had."""
         return {
-            "rng": self.rng.bit_generator.state,
+            "random": self.random.state(),
             "frames": self.frames.frames,
             "environments": self.envs.state(),
         }
 
     def load_state(self, state: Mapping[str, Any]) -> bool:
         """Go on where `state` was taken; False where environments have to `start` anew."""
-        self.rng.bit_generator.state = state["rng"]
+        self.random.load_state(state["random"])
         if state["environments"] is None:
             return False
         try:

@@ -35,7 +35,7 @@ from hvdqn import __version__
 from hvdqn.comm import Comm
 from hvdqn.metrics import PhaseTimer
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 LEARNER = "learner"
 _DTYPES = {

@@ -72,6 +72,9 @@ class ExplorationConfig:
     """Share of random actions once annealed."""
     exploration_env_steps: int = 10_000
     """Global env steps over which epsilon falls linearly."""
+    epsilon_repeat: float = 0.0
+    """A random action is taken n times, n drawn with a chance in proportion to n to the power of minus this (2 in
+    Dabney et al. 2021, "ez-greedy"); 0: once."""
     ladder_epsilon: float = 0.4
     """Ladder: epsilon of environment i of N is this to the power 1 + ladder_alpha x i / (N - 1)."""
     ladder_alpha: float = 7.0
@@ -581,6 +584,10 @@ def _check_parts(config: Config) -> None:
         )
     if learning.munchausen_clip > 0:
         raise UserError(f"--munchausen-clip is {learning.munchausen_clip:g}; it must be 0 or less")
+    if 0 != config.exploration.epsilon_repeat <= 1:
+        raise UserError(
+            f"--epsilon-repeat is {config.exploration.epsilon_repeat:g}; it must be above 1, or 0 for single actions"
+        )
     if config.exploration.exploration == "noisy" and not network.noisy:
         raise UserError(
             "--exploration noisy needs the noise of --noisy; without it no action would be explored"

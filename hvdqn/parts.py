@@ -117,7 +117,8 @@ def make_actor(
     """What steps this rank's environments."""
     softmax = config.exploration.exploration == "softmax"
     temperature = config.exploration.temperature if softmax else 0.0
-    return Actor(envs, network, config.environment.frame_stack, rng, device, temperature)
+    repeat = config.exploration.epsilon_repeat
+    return Actor(envs, network, config.environment.frame_stack, rng, device, temperature, repeat)
 
 
 def make_epsilons(config: Config, comm: Comm) -> Epsilons:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hvdqn.acting import Actor, FrameStack, epsilon_greedy, greedy_actions, linear_epsilon
+from hvdqn.acting import Actor, FrameStack, RandomActions, greedy_actions, linear_epsilon
 from hvdqn.config import EnvironmentConfig, ExplorationConfig, NetworkConfig
 from hvdqn.envs import Environments, make_environments
 from hvdqn.networks import make_network
@@ -32,8 +32,8 @@ def test_epsilon_without_a_schedule_is_its_end():
 def test_each_environment_has_a_coin_of_its_own():
     """4 standard deviations around what 10,000 rounds of independent coins would give."""
     rounds, envs, epsilon, actions = 10_000, 4, 0.3, 1_000_000  # a random action is never the greedy one, -1
-    rng, greedy = np.random.default_rng(0), np.full(envs, -1)
-    explored = np.array([epsilon_greedy(greedy, epsilon, actions, rng) for _ in range(rounds)]) >= 0
+    coins, greedy = RandomActions(envs, actions, np.random.default_rng(0)), np.full(envs, -1)
+    explored = np.array([coins.replace(greedy, epsilon) for _ in range(rounds)]) >= 0
     for env in range(envs):
         assert abs(explored[:, env].sum() - rounds * epsilon) < 4 * np.sqrt(rounds * epsilon * (1 - epsilon))
     together = epsilon**envs  # one coin for all would make this epsilon
@@ -42,7 +42,10 @@ def test_each_environment_has_a_coin_of_its_own():
 
 def test_random_actions_are_uniform_over_all_actions():
     draws = np.concatenate(
-        [epsilon_greedy(np.zeros(8, np.int64), 1.0, 5, np.random.default_rng(s)) for s in range(2_000)]
+        [
+            RandomActions(8, 5, np.random.default_rng(s)).replace(np.zeros(8, np.int64), 1.0)
+            for s in range(2_000)
+        ]
     )
     counts = np.bincount(draws, minlength=5)
     assert len(counts) == 5
@@ -51,7 +54,7 @@ def test_random_actions_are_uniform_over_all_actions():
 
 def test_epsilon_zero_is_greedy():
     greedy = np.arange(6) % 3
-    assert (epsilon_greedy(greedy, 0.0, 3, np.random.default_rng(0)) == greedy).all()
+    assert (RandomActions(len(greedy), 3, np.random.default_rng(0)).replace(greedy, 0.0) == greedy).all()
 
 
 def test_greedy_actions_are_the_best_of_the_network():
@@ -80,7 +83,7 @@ def test_a_stack_of_one_is_the_observation_itself():
     assert frames.observation.tolist() == [[1.0], [20.0]]
 
 
-def make_actor(envs: Environments, depth: int) -> Actor:
+def make_actor(envs: Environments, depth: int, repeat: float = 0.0) -> Actor:
     torch.manual_seed(0)
     network = make_network(
         NetworkConfig(hidden=(8,)),
@@ -90,7 +93,7 @@ def make_actor(envs: Environments, depth: int) -> Actor:
         is_image=False,
         actions=envs.actions,
     )
-    return Actor(envs, network, depth, np.random.default_rng(5), CPU)
+    return Actor(envs, network, depth, np.random.default_rng(5), CPU, repeat=repeat)
 
 
 def scripted(envs: int, seed: int = 0) -> Environments:
@@ -128,8 +131,9 @@ def test_the_actor_sees_the_stacks_that_replay_builds(depth):
     envs.close()
 
 
-def test_an_actor_goes_on_from_its_state():
-    first, second = (make_actor(scripted(3), 2) for _ in range(2))
+@pytest.mark.parametrize("repeat", [0.0, 2.0])
+def test_an_actor_goes_on_from_its_state(repeat):
+    first, second = (make_actor(scripted(3), 2, repeat) for _ in range(2))
     first.start()
     for _ in range(7):
         first.step(first.choose(0.7))
@@ -141,6 +145,23 @@ def test_an_actor_goes_on_from_its_state():
         np.testing.assert_array_equal(second.choose(0.7), actions)
         one, other = first.step(actions), second.step(actions)
         np.testing.assert_array_equal(one.reward, other.reward)
+        np.testing.assert_array_equal(first.random.left, second.random.left)
+
+
+def test_a_repeated_action_ends_with_its_episode():
+    envs = scripted(4)
+    actor = make_actor(envs, 1, repeat=1.01)  # long ones
+    actor.start()
+    cut = 0
+    for _ in range(60):
+        actions = actor.choose(1.0)
+        left = actor.random.left.copy()
+        step = actor.step(actions)
+        cut += (left[step.fresh] > 0).sum()
+        assert not actor.random.left[step.fresh].any()
+        assert (actor.random.left == left)[~step.fresh].all()
+    assert cut > 10
+    envs.close()
 
 
 def test_an_actor_whose_environments_cannot_be_saved_asks_for_a_start():

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hvdqn import train
-from hvdqn.acting import Epsilons, epsilon_greedy, ladder, softmax_actions
+from hvdqn.acting import Epsilons, RandomActions, ladder, softmax_actions
 from hvdqn.comm.local import LocalComm
 from hvdqn.config import Config, ExplorationConfig, UserError, check_world, parse
 from hvdqn.metrics import PhaseTimer
@@ -74,10 +74,46 @@ def test_a_ladder_needs_two_rungs():
 
 def test_each_environment_explores_by_its_own_epsilon():
     epsilon = np.array([0.0, 0.1, 0.5, 1.0])
-    rng, rounds = np.random.default_rng(0), 10_000
-    explored = np.array([epsilon_greedy(np.full(4, -1), epsilon, 10**6, rng) >= 0 for _ in range(rounds)])
+    coins, rounds = RandomActions(4, 10**6, np.random.default_rng(0)), 10_000
+    explored = np.array([coins.replace(np.full(4, -1), epsilon) >= 0 for _ in range(rounds)])
     deviation = np.sqrt(epsilon * (1 - epsilon) / rounds)
     assert (np.abs(explored.mean(axis=0) - epsilon) <= 4 * deviation).all()
+
+
+def test_random_actions_are_repeated():
+    """As a naive loop says, which takes the lengths where the class draws them; an ended episode ends a repeat."""
+    coins, rng = RandomActions(2, 5, np.random.default_rng(3), repeat=2.0), np.random.default_rng(3)
+    action, left, repeated, interrupted = [0, 0], [0, 0], 0, 0
+    for step in range(2_000):
+        chance, drawn, lengths = rng.random(2), rng.integers(5, size=2), rng.zipf(2.0, 2)
+        expected = []
+        for env in range(2):
+            repeated += left[env] > 0
+            if left[env] == 0 and chance[env] < 0.1:
+                action[env], left[env] = drawn[env], lengths[env]
+            expected.append(action[env] if left[env] else -1)
+            left[env] = max(left[env] - 1, 0)
+        assert coins.replace(np.full(2, -1), 0.1).tolist() == expected
+        if step % 10 == 9:
+            interrupted += left[0] > 0
+            coins.interrupt(np.array([True, False]))
+            left[0] = 0
+    assert repeated > 100
+    assert interrupted > 5
+
+
+def test_lengths_of_random_actions_follow_their_law():
+    """With epsilon 1 every action is random: p(1) = 6 / pi^2, p(2) = a quarter of that (mu = 2)."""
+    coins, count = RandomActions(100_000, 2, np.random.default_rng(0), repeat=2.0), 100_000
+    coins.replace(np.zeros(count, np.int64), 1.0)
+    for length, share in ((1, 6 / np.pi**2), (2, 1.5 / np.pi**2), (3, 2 / 3 / np.pi**2)):
+        assert np.mean(coins.left == length - 1) == pytest.approx(share, abs=4 * np.sqrt(share / count))
+
+
+@pytest.mark.parametrize("exponent", ["1", "0.5", "-1"])
+def test_lengths_need_an_exponent_above_one(exponent):
+    with pytest.raises(UserError, match=r"--epsilon-repeat .* above 1"):
+        parse(["--epsilon-repeat", exponent])
 
 
 class Fixed:
