@@ -33,12 +33,12 @@ class NoisyLinear(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """`[rows, inputs]` to `[rows, outputs]`."""
-        mean = functional.linear(inputs, self.weight, self.bias)
         if not self.training:
-            return mean
-        # Scaling what goes in and what comes out is the same as noise on each weight, without a matrix of it.
+            return functional.linear(inputs, self.weight, self.bias)
         noise_out, noise_in = (self._noise(size) for size in self.weight.shape)
-        return mean + noise_out * functional.linear(inputs * noise_in, self.weight_sigma, self.bias_sigma)
+        # One product with noisy weights takes less time than one with each of mu and sigma.
+        weight = torch.addcmul(self.weight, self.weight_sigma, torch.outer(noise_out, noise_in))
+        return functional.linear(inputs, weight, torch.addcmul(self.bias, self.bias_sigma, noise_out))
 
     def _noise(self, size: int) -> Tensor:
         normal = torch.randn(size, dtype=self.weight.dtype, device=self.weight.device)
