@@ -45,7 +45,7 @@ class QNetwork(nn.Module):
 
     def _scaled(self, observation: Tensor) -> Tensor:
         scaled = observation.to(self._like[0].dtype)
-        return scaled / 255 if observation.dtype == torch.uint8 else scaled
+        return scaled.div_(255) if observation.dtype == torch.uint8 else scaled  # in place: of bytes it is a copy
 
 
 def make_network(
