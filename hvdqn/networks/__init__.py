@@ -45,7 +45,8 @@ class QNetwork(nn.Module):
 
     def _scaled(self, observation: Tensor) -> Tensor:
         scaled = observation.to(self._like[0].dtype)
-        return scaled.div_(255) if observation.dtype == torch.uint8 else scaled  # in place: of bytes it is a copy
+        # In place, for of bytes it is a copy.
+        return scaled.div_(255) if observation.dtype == torch.uint8 else scaled
 
 
 def make_network(
