@@ -139,10 +139,11 @@ class RandomActions:
 
     def replace(self, greedy: NDArray[np.int64], epsilon: float | NDArray[np.float64]) -> NDArray[np.int64]:
         """What is done in place of the `greedy` actions `[envs]`, with epsilon of all environments or of each."""
-        begun = (self.rng.random(len(greedy)) < epsilon) & (self.left == 0)
+        begun = self.rng.random(len(greedy)) < epsilon
         drawn = self.rng.integers(self.actions, size=len(greedy))
         if self.repeat == 0:
             return np.where(begun, drawn, greedy)
+        begun &= self.left == 0
         lengths = self.rng.zipf(self.repeat, len(greedy))
         self.action, self.left = np.where(begun, drawn, self.action), np.where(begun, lengths, self.left)
         random = self.left > 0
