@@ -28,7 +28,7 @@ pytestmark = pytest.mark.distributed
 MINUTES = float(os.environ.get("HVDQN_CHAOS_MINUTES", "3"))
 SOLVED = 475.0
 TOTAL_ENV_STEPS, CHECKPOINT_EVERY = 50_000, 2_000
-ATTEMPT_SECONDS = 300.0
+ATTEMPT_SECONDS = 1200.0  # against a hang: a whole run in peace takes 1 to 12 minutes
 LAUNCHERS = ("mpirun", "mpirun", "torchrun", "torchrun", "horovodrun-gloo", "horovodrun-mpi")
 STALL = ("--stall-timeout", "15")
 
@@ -143,7 +143,7 @@ class Run:
         return False
 
 
-@pytest.mark.timeout(MINUTES * 60 + 600)
+@pytest.mark.timeout(MINUTES * 60 + 1500)
 def test_a_run_under_random_faults_still_solves_cartpole(tmp_path):
     rng = random.Random(5)
     deadline = time.monotonic() + 60 * MINUTES
