@@ -132,7 +132,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "v_max": 0.0,
     },
     # rl-baselines3-zoo, hyperparams/dqn.yml, LunarLander: batch 128, epsilon's schedule. Else as `cartpole`, with twice
-    # the replay ratio.
+    # the replay ratio; 25 quantiles, Munchausen (Vieillard et al. 2020) and repeated random actions, without which it
+    # lands and then never comes to rest.
     "lunarlander": {
         "env": "LunarLander-v3",
         "total_env_steps": 100_000,
@@ -142,12 +143,17 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "batch_per_rank": 128,
         "n_step": 3,
         "hidden": (120, 84),
+        "double": False,
+        "head": "qr",
+        "quantiles": 25,
+        "munchausen": True,
         "dueling": True,
         "layer_norm": True,
         "lr": 1e-3,
         "lr_final": 0.05,
         "exploration_env_steps": 12_000,
         "epsilon_end": 0.05,
+        "epsilon_repeat": 2.0,
         "target_tau": 0.01,
         "target_every": 500,
         "eval_every": 25_000,
