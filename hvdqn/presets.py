@@ -162,7 +162,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "v_max": 300.0,
     },
     # Young and Tian 2019 (MinAtar), DQN: batch 32, replay 100k, target every 1,000 frames, epsilon to 0.1 within
-    # 100k frames; Adam as in Obando-Ceron and Castro 2021.
+    # 100k frames; Adam as in Obando-Ceron and Castro 2021. v_max puts c51's atoms 0.5 apart: rewards are 1.
     "minatar": {
         "env": "MinAtar/Breakout-v1",
         "total_env_steps": 2_000_000,
@@ -180,7 +180,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "checkpoint_every": 200_000,
         "log_every": 10_000,
         "v_min": 0.0,
-        "v_max": 100.0,
+        "v_max": 25.0,
     },
     # Mnih et al. 2015 in CleanRL's dqn_atari setting (Adam, lr 1e-4): batch 32 every 4 steps, replay 1M,
     # epsilon to 0.01 within 1M steps, target every 1,000 updates.
@@ -274,6 +274,8 @@ ALGORITHMS = ("dqn", "double-dueling", "rainbow", "iqn", "m-iqn")
 
 # What holds where both are named, in whichever order: an algorithm's learning rate is another on every family.
 JOINED: Mapping[tuple[str, str], Mapping[str, Any]] = {
+    # Twice the batch of `minatar`, hence lr x sqrt(2) and epsilon 0.01 / batch, rounded.
+    ("minatar", "rainbow"): {"batch_per_rank": 64, "lr": 3.5e-4, "optimizer_eps": 1.5e-4},
     # Wang et al. 2016, section 4.2.
     ("atari", "double-dueling"): {"lr": 6.25e-5},
     # Hessel et al. 2018, table 1: in frames, learning starts at 80k, target every 32k.
