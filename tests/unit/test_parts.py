@@ -261,12 +261,13 @@ def test_joined_presets_take_what_is_tuned_for_the_two():
 @pytest.mark.parametrize("algorithm", ["dqn", "double-dueling", "rainbow", "iqn", "m-iqn"])
 @pytest.mark.parametrize("first", [True, False])
 def test_algorithms_join_environments_in_any_order(algorithm, first):
-    """Neither touches what the other is about: the parts are the algorithm's, the rest the environment's."""
+    """Neither touches what the other is about: the parts are the algorithm's, but for what both together name."""
     for environment in ("cartpole", "acrobot", "mountaincar", "lunarlander", "minatar", "atari"):
         names = [algorithm, environment] if first else [environment, algorithm]
         config = parse(["--preset", ",".join(names)])
+        due = {**PRESETS[algorithm], **JOINED.get((environment, algorithm), {})}
         for part in ("head", "replay", "dueling", "noisy", "munchausen", "exploration"):
-            assert config.flat()[part] == PRESETS[algorithm][part], part
+            assert config.flat()[part] == due[part], part
         assert config.environment.env == PRESETS[environment]["env"]
 
 
