@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,8 @@ from hvdqn.trailer import LEARNED, REPORTED, Trailer
 
 if TYPE_CHECKING:
     from hvdqn.metrics import PhaseTimer
+
+T = TypeVar("T")
 
 
 def flatten_parameters(network: nn.Module, device: torch.device) -> Tensor:
@@ -122,6 +124,8 @@ class Learner:
             network.parameters(), _views(self.message, list(network.parameters())), strict=True
         ):
             parameter.grad = view
+        # Autocast casts weights to and fro, which the derivative by hand leaves out.
+        self.differentiable = network.by_hand if network.dense and not autocast else network.by_autograd
         self.global_batch = sync.ranks_per_update * batch_per_rank
         k = batch_factor(config, self.global_batch, batch_per_rank)
         self.optimizer = make_optimizer(config, self.parameters, self.gradient, k)
@@ -177,14 +181,12 @@ class Learner:
         observation, next_observation = self._tensor(batch.observation), self._tensor(batch.next_observation)
         action, reward = self._tensor(batch.action), self._tensor(batch.reward).to(self.gradient.dtype)
         discount, weight = (self._tensor(x).to(self.gradient.dtype) for x in (batch.discount, batch.weight))
-        with torch.no_grad():
+        with torch.inference_mode():
             goal = self._goal(observation, action, reward, next_observation, discount)
-        output, head = self._cast(self.online, observation), self.online.head
-        losses, self.td_errors = head.loss(select(output, action), goal)
-        loss = torch.dot(weight, losses) / len(losses)
-        self.gradient.zero_()
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss.detach(), self.td_errors.mean(), head.q_values(output.detach()).mean()
+            output, pull_back = self._cast(self.differentiable, observation)
+            loss, self.td_errors, slope = self.online.head.slope(output, action, goal, weight)
+            pull_back(slope)
+            return loss, self.td_errors.mean(), self.online.head.q_values(output).mean()
 
     def _goal(
         self, observation: Tensor, action: Tensor, reward: Tensor, next_observation: Tensor, discount: Tensor
@@ -365,7 +367,7 @@ class Learner:
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
 
-    def _cast(self, network: Callable[[Tensor], Tensor], observation: Tensor) -> Tensor:
+    def _cast(self, network: Callable[[Tensor], T], observation: Tensor) -> T:
         """A forward pass, in bf16 if asked. What is worked out from it is not: hence no autocast around the rest."""
         if not self.autocast:
             return network(observation)

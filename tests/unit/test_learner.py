@@ -37,10 +37,11 @@ def make_batch(size=16, inputs=4, actions=3, seed=0, dtype=np.float32):
     )
 
 
-def make_learner(dtype=torch.float32, comm=None, network=None, **settings):
+def make_learner(dtype=torch.float32, comm=None, network=None, autocast=False, **settings):
     torch.manual_seed(3)
     parts = network or NetworkConfig(hidden=(32,))
-    made = make_network(parts, "huber", (4,), 1, is_image=False, actions=3).to(dtype)
+    loss = settings.get("loss", "huber")
+    made = make_network(parts, loss, (4,), 1, is_image=False, actions=3).to(dtype)
     config = LearningConfig(**{"lr": 1e-3, "lr_scaling": "none", **settings})
     comm = comm or connect("local")
     return Learner(
@@ -51,6 +52,7 @@ def make_learner(dtype=torch.float32, comm=None, network=None, **settings):
         16,
         PhaseTimer(),
         torch.device("cpu"),
+        autocast,
     )
 
 
@@ -313,10 +315,11 @@ def test_double_lets_the_online_network_choose_and_the_target_value(head):
 
 
 @pytest.mark.parametrize("munchausen", [False, True])
-def test_bf16_is_for_forward_passes_alone(munchausen):
+@pytest.mark.parametrize("dueling", [False, True])
+def test_bf16_is_for_forward_passes_alone(munchausen, dueling):
     """Goals and losses in bf16 would be off by 1%, and autocast takes every matrix product in it."""
-    learner = make_learner(double=not munchausen, munchausen=munchausen)
-    learner.autocast = True
+    network = NetworkConfig(hidden=(32,), dueling=dueling)
+    learner = make_learner(network=network, double=not munchausen, munchausen=munchausen, autocast=True)
     casting = {}
 
     def watch(owner, name):
@@ -328,11 +331,12 @@ def test_bf16_is_for_forward_passes_alone(munchausen):
 
         setattr(owner, name, watched)
 
-    for head in (learner.online.head, learner.target.head):
-        for name in ("forward", "goal", "loss"):
-            watch(head, name)
+    for network in (learner.online, learner.target):
+        watch(network, "forward")
+        for name in ("goal", "slope"):
+            watch(network.head, name)
     loss, _, _ = learner.backward(make_batch())
-    assert casting == {"forward": {True}, "goal": {False}, "loss": {False}}
+    assert casting == {"forward": {True}, "goal": {False}, "slope": {False}}
     assert loss.dtype == learner.gradient.dtype == torch.float32
 
 
