@@ -82,7 +82,7 @@ class Dense:
         for index in range(len(self.layers) - 1, -1, -1):
             weight, bias, relu = self.layers[index]
             if relu:
-                slope = torch.ops.aten.threshold_backward(slope, activations[index + 1], 0)
+                slope = slope * activations[index + 1].sign()  # what ReLU gives is never negative
             torch.mm(slope.t(), activations[index], out=weight.grad)
             torch.sum(slope, 0, out=bias.grad)
             if index:

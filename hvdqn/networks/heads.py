@@ -141,12 +141,14 @@ class ScalarHead(Head):
         self, output: Tensor, action: Tensor, goal: Tensor, weight: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As every head's, without autograd: of so short a formula the derivative is another."""
-        index, share = action[:, None], -1.0 / len(action)
-        td_error = goal - output.gather(1, index).squeeze(1)
-        loss = torch.dot(weight, self.loss_of(td_error)) / len(action)
-        slopes = self.slope_of(td_error).mul_(weight.mul(share))
-        slope = torch.zeros_like(output).scatter_(1, index, slopes[:, None])
-        return loss, td_error.abs_(), slope
+        index = action.unsqueeze(1)
+        error = output.gather(1, index).squeeze(1).sub_(goal)
+        slopes = self.slope_of(error)
+        weighted = weight.mul(1.0 / len(action)).mul_(slopes)
+        # Huber's loss and the squared one alike are slope x (error - slope / 2).
+        loss = torch.dot(weighted, error.sub(slopes, alpha=0.5))
+        slope = torch.zeros_like(output).scatter_(1, index, weighted.unsqueeze(1))
+        return loss, error.abs_(), slope
 
 
 class CategoricalHead(Head):
