@@ -126,7 +126,12 @@ class Learner:
         ):
             parameter.grad = view
         # Autocast casts weights to and fro, which the derivative by hand leaves out.
-        self.differentiable = network.by_hand if network.dense and not autocast else network.by_autograd
+        by_hand = network.dense is not None and not autocast
+        self.differentiable = network.by_hand if by_hand else network.by_autograd
+        # It makes every operation a little shorter, but autograd takes nothing that was made in it.
+        self.no_grad: type[torch.inference_mode | torch.no_grad] = (
+            torch.inference_mode if by_hand else torch.no_grad
+        )
         self.global_batch = sync.ranks_per_update * batch_per_rank
         k = batch_factor(config, self.global_batch, batch_per_rank)
         self.optimizer = make_optimizer(config, self.parameters, self.gradient, k)
@@ -157,9 +162,8 @@ class Learner:
             return
         self.rows = batch.rows
         self.trailer.write(report, float(batch.weight.max()))
-        tensors = self._tensors(batch)
-        with torch.inference_mode():
-            loss, td_error, q_mean = self._differentiate(*tensors)
+        with self.no_grad():
+            loss, td_error, q_mean = self._differentiate(*self._tensors(batch))
             # An infinite reward shows in the loss alone: Huber's gradient is clipped.
             self.trailer.write_learned(loss, td_error, q_mean, self.gradient.sum() + loss)
         self.sync.begin(self)
@@ -173,7 +177,7 @@ class Learner:
         Raises:
             NonFiniteError: too many updates in a row had to be skipped.
         """
-        with torch.inference_mode():
+        with self.no_grad():
             self.sync.finish(self)
         return self.rows, self.td_errors.cpu().numpy()
 
@@ -182,9 +186,8 @@ class Learner:
 
         Importance weights enter as they are; `step` divides by the largest of all ranks.
         """
-        tensors = self._tensors(batch)  # before: what is made in inference mode is not differentiated
-        with torch.inference_mode():
-            return self._differentiate(*tensors)
+        with self.no_grad():
+            return self._differentiate(*self._tensors(batch))
 
     def _differentiate(
         self,

@@ -26,9 +26,9 @@ class QNetwork(nn.Module):
         super().__init__()
         self.torso = torso
         self.head = head
-        self._like = [
-            next(self.parameters())
-        ]  # of the network's dtype; in a list, or it would be registered twice
+        self._own = (
+            list(self.parameters()),
+        )  # looked up once; in a tuple, or they would be registered twice
         self.dense = Dense.of(torso, head.streams) if head.is_streams else None
         """All of the network, where that is a row of fully connected layers."""
 
@@ -46,15 +46,14 @@ class QNetwork(nn.Module):
 
     def by_autograd(self, observation: Tensor) -> tuple[Tensor, PullBack]:
         """The output, and what overwrites every parameter's `.grad`, given the slope of the loss at the output."""
-        parameters = list(self.parameters())
-        with torch.inference_mode(False), torch.enable_grad():
+        (parameters,) = self._own
+        with torch.enable_grad():
             output = self(observation)
 
         def pull_back(slope: Tensor) -> None:
-            with torch.inference_mode(False):
-                # Added to `.grad` by autograd itself, they would have to be zero before: two more passes over them.
-                gradients = torch.autograd.grad(output, parameters, slope.clone(), materialize_grads=True)
-                torch._foreach_copy_([p.grad for p in parameters if p.grad is not None], gradients)
+            # Added to `.grad` by autograd itself, they would have to be zero before: two more passes over them.
+            gradients = torch.autograd.grad(output, parameters, slope, materialize_grads=True)
+            torch._foreach_copy_([p.grad for p in parameters if p.grad is not None], gradients)
 
         return output.detach(), pull_back
 
@@ -71,7 +70,7 @@ class QNetwork(nn.Module):
         return target
 
     def _scaled(self, observation: Tensor) -> Tensor:
-        scaled = observation.to(self._like[0].dtype)
+        scaled = observation.to(self._own[0][0].dtype)
         # In place, for of bytes it is a copy.
         return scaled.div_(255) if observation.dtype == torch.uint8 else scaled
 
