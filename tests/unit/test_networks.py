@@ -7,6 +7,7 @@ import torch
 
 from hvdqn.config import NetworkConfig, UserError
 from hvdqn.networks import Images, make_network
+from hvdqn.networks.torsos import ChannelsLast
 
 
 def network(shape, stack=1, is_image=False, actions=4, **settings):
@@ -113,3 +114,13 @@ def test_torsos_that_do_not_fit_are_refused():
         network((4,), torso="nature")
     with pytest.raises(UserError, match="10 x 10"):
         network((10, 10, 4), is_image=True, torso="nature")
+
+
+@pytest.mark.parametrize("torso", ["nature", "impala"])
+def test_convolutions_do_not_mind_how_planes_lie_in_memory(torso):
+    made = network((84, 84), 4, True, torso=torso, hidden=(16,)).double()
+    observation = torch.rand(2, 4, 84, 84).double()
+    layers = [layer for layer in made.torso if not isinstance(layer, ChannelsLast)]
+    assert len(layers) == len(made.torso) - 1
+    plain = torch.nn.Sequential(*layers)(observation)
+    torch.testing.assert_close(made.torso(observation), plain)
