@@ -157,7 +157,8 @@ class RandomActions:
 
     def interrupt(self, fresh: NDArray[np.bool_]) -> None:
         """An episode began in these environments `[envs]`: what was to be repeated is over."""
-        self.left[fresh] = 0
+        if self.repeat:
+            self.left[fresh] = 0
 
     def state(self) -> dict[str, Any]:
         """Plain data to go on from."""

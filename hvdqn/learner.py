@@ -394,8 +394,9 @@ class Learner:
         tensors = [torch.from_numpy(array) for array in arrays]
         if self.device.type != "cpu":
             tensors = [tensor.to(self.device, non_blocking=True) for tensor in tensors]
-        for index in (2, 4, 5):
-            tensors[index] = tensors[index].to(self.dtype)
+        if self.dtype != torch.float32:
+            for index in (2, 4, 5):
+                tensors[index] = tensors[index].to(self.dtype)
         return tensors
 
     def _cast(self, network: Callable[[Tensor], T], observation: Tensor) -> T:

@@ -14,7 +14,7 @@ from torch.nn import functional
 def select(values: Tensor, action: Tensor) -> Tensor:
     """The entry of each row's action: `[batch, actions, ...]` and `[batch]` give `[batch, ...]`."""
     assert values.shape[0] == action.shape[0]
-    index = action.view(-1, *(1 for _ in values.shape[1:])).expand(-1, 1, *values.shape[2:])
+    index = action.view(-1, *[1] * (values.ndim - 1)).expand(-1, 1, *values.shape[2:])
     return values.gather(1, index).squeeze(1)
 
 

@@ -70,7 +70,10 @@ class QNetwork(nn.Module):
         return target
 
     def _scaled(self, observation: Tensor) -> Tensor:
-        scaled = observation.to(self._own[0][0].dtype)
+        dtype = self._own[0][0].dtype
+        if observation.dtype == dtype:
+            return observation
+        scaled = observation.to(dtype)
         # In place, for of bytes it is a copy.
         return scaled.div_(255) if observation.dtype == torch.uint8 else scaled
 
