@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-
 # Of so few inputs the product that is the weights' gradient takes up to three times longer than its transpose.
 FEW = 8
 
@@ -87,6 +86,7 @@ class Dense:
             weight, bias, relu = self.layers[index]
             if relu:
                 slope = slope * activations[index + 1].sign()  # what ReLU gives is never negative
+            assert weight.grad is not None, "where the gradient is to be left"
             if weight.shape[1] <= FEW:
                 weight.grad.copy_(activations[index].t().mm(slope).t())
             else:
