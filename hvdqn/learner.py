@@ -162,8 +162,9 @@ class Learner:
             return
         self.rows = batch.rows
         self.trailer.write(report, float(batch.weight.max()))
+        tensors = self._tensors(batch)  # not in inference mode: some heads ask autograd
         with self.no_grad():
-            loss, td_error, q_mean = self._differentiate(*self._tensors(batch))
+            loss, td_error, q_mean = self._differentiate(*tensors)
             # An infinite reward shows in the loss alone: Huber's gradient is clipped.
             self.trailer.write_learned(loss, td_error, q_mean, self.gradient.sum() + loss)
         self.sync.begin(self)
@@ -186,8 +187,9 @@ class Learner:
 
         Importance weights enter as they are; `step` divides by the largest of all ranks.
         """
+        tensors = self._tensors(batch)
         with self.no_grad():
-            return self._differentiate(*self._tensors(batch))
+            return self._differentiate(*tensors)
 
     def _differentiate(
         self,

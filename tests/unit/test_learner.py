@@ -371,3 +371,40 @@ def test_learning_rate_falls_to_its_final_share():
     assert [learning_rate(config, 32, 32, done) for done in (0.0, 0.5, 1.0)] == pytest.approx(
         [1.0, 0.55, 0.1]
     )
+
+
+@pytest.mark.parametrize("hidden", [(), (32, 16)])
+@pytest.mark.parametrize("head", ["scalar", "c51", "qr"])
+@pytest.mark.parametrize("munchausen", [False, True])
+def test_gradients_by_hand_are_those_of_autograd(head, hidden, munchausen):
+    settings = {
+        "network": NetworkConfig(hidden=hidden, head=head, **SMALL_HEADS),
+        "munchausen": munchausen,
+        "double": not munchausen,
+    }
+    by_hand, by_autograd = make_learner(torch.float64, **settings), make_learner(torch.float64, **settings)
+    assert by_hand.differentiable == by_hand.online.by_hand
+    by_autograd.differentiable, by_autograd.no_grad = by_autograd.online.by_autograd, torch.no_grad
+    batch = weighted(make_batch(), 0.7)
+    found, expected = by_hand.backward(batch), by_autograd.backward(batch)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(by_hand.gradient, by_autograd.gradient)
+    by_hand.begin_update(batch, REPORT)
+    by_hand.finish_update()
+
+
+@pytest.mark.parametrize("network", [{}, {"dueling": True}, {"noisy": True}, {"head": "iqn"}])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_gradient_is_that_of_the_loss_alone_however_it_is_made(network, autocast):
+    """What was there before, such as the average of the ranks, is overwritten."""
+    learner = make_learner(
+        network=NetworkConfig(hidden=(32,), **{**SMALL_HEADS, **network}), autocast=autocast
+    )
+    gradients = []
+    for before in (0.0, 5.0):
+        learner.gradient.fill_(before)
+        torch.manual_seed(1)
+        learner.backward(make_batch())
+        gradients.append(learner.gradient.clone())
+    assert gradients[0].abs().sum() > 0
+    assert torch.equal(*gradients)
