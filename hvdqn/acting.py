@@ -51,6 +51,7 @@ class Epsilons:
         self.greediest: NDArray[np.bool_] = np.zeros(envs, np.bool_)
         """This rank's environments among the greediest quarter of a ladder; none where all explore alike. [envs]."""
         self._rungs: NDArray[np.float64] | None = None
+        self._mine: NDArray[np.float64] = np.zeros(envs)
         if config.exploration == "ladder":
             total = size * envs
             self._rungs = ladder(config, total)
@@ -59,7 +60,11 @@ class Epsilons:
 
     def at(self, env_steps: int) -> NDArray[np.float64]:
         """Of each environment of this rank after this many global env steps. [envs]."""
-        return np.full(self.envs, self.mean(env_steps)) if self._rungs is None else self._mine
+        if self._rungs is None:
+            epsilon = self.mean(env_steps)
+            if epsilon != self._mine[0]:
+                self._mine = np.full(self.envs, epsilon)
+        return self._mine
 
     def mean(self, env_steps: int) -> float:
         """Of all environments of the job."""
@@ -152,7 +157,8 @@ class RandomActions:
 
     def interrupt(self, fresh: NDArray[np.bool_]) -> None:
         """An episode began in these environments `[envs]`: what was to be repeated is over."""
-        self.left[fresh] = 0
+        if self.repeat:
+            self.left[fresh] = 0
 
     def state(self) -> dict[str, Any]:
         """Plain data to go on from."""

@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,8 @@ from hvdqn.trailer import LEARNED, REPORTED, Trailer
 
 if TYPE_CHECKING:
     from hvdqn.metrics import PhaseTimer
+
+T = TypeVar("T")
 
 
 def flatten_parameters(network: nn.Module, device: torch.device) -> Tensor:
@@ -113,15 +115,23 @@ class Learner:
         network.to(device)
         self.target = network.target_copy()
         self.parameters = flatten_parameters(network, device)
+        self.dtype = self.parameters.dtype
         self.target_parameters = flatten_parameters(self.target, device)
         # The gradient and its trailer are one tensor, so they travel as one message.
         n = self.parameters.numel()
-        self.message = torch.zeros(n + Trailer.length(comm.size), dtype=self.parameters.dtype, device=device)
+        self.message = torch.zeros(n + Trailer.length(comm.size), dtype=self.dtype, device=device)
         self.gradient, self.trailer = self.message[:n], Trailer(self.message[n:], comm.rank, comm.size)
         for parameter, view in zip(
             network.parameters(), _views(self.message, list(network.parameters())), strict=True
         ):
             parameter.grad = view
+        # Autocast casts weights to and fro, which the derivative by hand leaves out.
+        by_hand = network.dense is not None and not autocast
+        self.differentiable = network.by_hand if by_hand else network.by_autograd
+        # It makes every operation a little shorter, but autograd takes nothing that was made in it.
+        self.no_grad: type[torch.inference_mode | torch.no_grad] = (
+            torch.inference_mode if by_hand else torch.no_grad
+        )
         self.global_batch = sync.ranks_per_update * batch_per_rank
         k = batch_factor(config, self.global_batch, batch_per_rank)
         self.optimizer = make_optimizer(config, self.parameters, self.gradient, k)
@@ -151,10 +161,12 @@ class Learner:
             self._abstain(report)
             return
         self.rows = batch.rows
-        loss, td_error, q_mean = self.backward(batch)
         self.trailer.write(report, float(batch.weight.max()))
-        # An infinite reward shows in the loss alone: Huber's gradient is clipped.
-        self.trailer.write_learned(torch.stack((loss, td_error, q_mean)), self.gradient.sum() + loss)
+        tensors = self._tensors(batch)  # not in inference mode: some heads ask autograd
+        with self.no_grad():
+            loss, td_error, q_mean = self._differentiate(*tensors)
+            # An infinite reward shows in the loss alone: Huber's gradient is clipped.
+            self.trailer.write_learned(loss, td_error, q_mean, self.gradient.sum() + loss)
         self.sync.begin(self)
 
     def finish_update(self) -> tuple[NDArray[np.int64], NDArray[np.floating[Any]]]:
@@ -166,7 +178,8 @@ class Learner:
         Raises:
             NonFiniteError: too many updates in a row had to be skipped.
         """
-        self.sync.finish(self)
+        with self.no_grad():
+            self.sync.finish(self)
         return self.rows, self.td_errors.cpu().numpy()
 
     def backward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -174,17 +187,25 @@ class Learner:
 
         Importance weights enter as they are; `step` divides by the largest of all ranks.
         """
-        observation, next_observation = self._tensor(batch.observation), self._tensor(batch.next_observation)
-        action, reward = self._tensor(batch.action), self._tensor(batch.reward).to(self.gradient.dtype)
-        discount, weight = (self._tensor(x).to(self.gradient.dtype) for x in (batch.discount, batch.weight))
-        with torch.no_grad():
-            goal = self._goal(observation, action, reward, next_observation, discount)
-        output, head = self._cast(self.online, observation), self.online.head
-        losses, self.td_errors = head.loss(select(output, action), goal)
-        loss = torch.dot(weight, losses) / len(losses)
-        self.gradient.zero_()
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss.detach(), self.td_errors.mean(), head.q_values(output.detach()).mean()
+        tensors = self._tensors(batch)
+        with self.no_grad():
+            return self._differentiate(*tensors)
+
+    def _differentiate(
+        self,
+        observation: Tensor,
+        action: Tensor,
+        reward: Tensor,
+        next_observation: Tensor,
+        discount: Tensor,
+        weight: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        head = self.online.head
+        goal = self._goal(observation, action, reward, next_observation, discount)
+        output, pull_back = self._cast(self.differentiable, observation)
+        loss, self.td_errors, slope = head.slope(output, action, goal, weight)
+        pull_back(slope)
+        return loss, self.td_errors.mean(), head.q_values(output).mean()
 
     def _goal(
         self, observation: Tensor, action: Tensor, reward: Tensor, next_observation: Tensor, discount: Tensor
@@ -362,10 +383,25 @@ class Learner:
         self.skipped_in_a_row += 1
         self.give_up_after(self.skipped_in_a_row, self.trailer.spoilt)
 
-    def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.device, non_blocking=True)
+    def _tensors(self, batch: Batch) -> list[Tensor]:
+        """On the device, and numbers in the type of the parameters: in order of `_goal`, and the weights."""
+        arrays = (
+            batch.observation,
+            batch.action,
+            batch.reward,
+            batch.next_observation,
+            batch.discount,
+            batch.weight,
+        )
+        tensors = [torch.from_numpy(array) for array in arrays]
+        if self.device.type != "cpu":
+            tensors = [tensor.to(self.device, non_blocking=True) for tensor in tensors]
+        if self.dtype != torch.float32:
+            for index in (2, 4, 5):
+                tensors[index] = tensors[index].to(self.dtype)
+        return tensors
 
-    def _cast(self, network: Callable[[Tensor], Tensor], observation: Tensor) -> Tensor:
+    def _cast(self, network: Callable[[Tensor], T], observation: Tensor) -> T:
         """A forward pass, in bf16 if asked. What is worked out from it is not: hence no autocast around the rest."""
         if not self.autocast:
             return network(observation)

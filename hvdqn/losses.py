@@ -14,7 +14,8 @@ from torch.nn import functional
 def select(values: Tensor, action: Tensor) -> Tensor:
     """The entry of each row's action: `[batch, actions, ...]` and `[batch]` give `[batch, ...]`."""
     assert values.shape[0] == action.shape[0]
-    return values[torch.arange(len(action), device=action.device), action]
+    index = action.view(-1, *[1] * (values.ndim - 1)).expand(-1, 1, *values.shape[2:])
+    return values.gather(1, index).squeeze(1)
 
 
 def expect(values: Tensor, policy: Tensor) -> Tensor:
@@ -51,6 +52,11 @@ def huber_loss(td_error: Tensor, delta: float = 1.0) -> Tensor:
     The loss is clipped in slope, not the error in value: a clipped error has no gradient outside the clip.
     """
     return functional.huber_loss(td_error, torch.zeros_like(td_error), reduction="none", delta=delta)
+
+
+def huber_slope(td_error: Tensor, delta: float = 1.0) -> Tensor:
+    """Derivative of `huber_loss` with regard to the error, `[...]`: the error, clipped to [-delta, delta]."""
+    return td_error.clamp(-delta, delta)
 
 
 def categorical_projection(

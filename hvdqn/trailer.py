@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
 
 # Sums over ranks: votes and episodes since the last exchange, of all environments and of the greediest of a ladder...
@@ -26,10 +28,12 @@ class Trailer:
         self.tensor, self.rank, self.size = tensor, rank, size
         # One copy each way to a GPU; on the host, the tensor's own memory.
         self._host = tensor.cpu().pin_memory() if tensor.is_cuda else tensor
-        ends = np.cumsum([len(REPORTED), 1, len(LEARNED), size])
+        ends = np.cumsum([len(REPORTED), 1, len(LEARNED), size]).tolist()
+        self._numbers = self._host.numpy()
         self._reported, self._absent, self.learned, self._weights, self._probes = np.split(
-            self._host.numpy(), ends
+            self._numbers, ends
         )
+        self._weight_at = ends[2] + rank
         self._learned = tensor[ends[1] : ends[2]]
         self._probe = tensor[ends[3] + rank]
 
@@ -40,16 +44,15 @@ class Trailer:
 
     def write(self, report: Sequence[float], largest_weight: float = 0.0, absent: bool = False) -> None:
         """What the host knows: this rank's `REPORTED`, its largest importance weight, whether it had no minibatch."""
-        self._host.zero_()
-        self._reported[:] = report
-        self._absent[0] = absent
-        self._weights[self.rank] = largest_weight
+        numbers = [*report, float(absent)] + [0.0] * (len(LEARNED) + 2 * self.size)
+        numbers[self._weight_at] = largest_weight
+        self._numbers[:] = numbers
         if self.tensor.is_cuda:
             self.tensor.copy_(self._host, non_blocking=True)
 
-    def write_learned(self, learned: Tensor, probe: Tensor) -> None:
-        """What the device knows: `LEARNED`, and a number that is finite if this rank's gradient is. `[3]`, `[]`."""
-        self._learned.copy_(learned)
+    def write_learned(self, loss: Tensor, td_error: Tensor, q_mean: Tensor, probe: Tensor) -> None:
+        """What the device knows: `LEARNED`, and a number that is finite if this rank's gradient is. All `[]`."""
+        torch.stack((loss, td_error, q_mean), out=self._learned)
         self._probe.copy_(probe)
 
     def read(self) -> None:
@@ -69,9 +72,9 @@ class Trailer:
     @property
     def largest_weight(self) -> float:
         """Of all ranks: each slot was averaged with zeros."""
-        return float(self._weights.max()) * self.size
+        return float(max(self._weights.tolist())) * self.size
 
     @property
     def spoilt(self) -> list[int]:
         """The ranks whose gradient or loss was not finite."""
-        return [rank for rank, probe in enumerate(self._probes.tolist()) if not np.isfinite(probe)]
+        return [rank for rank, probe in enumerate(self._probes.tolist()) if not math.isfinite(probe)]

@@ -95,9 +95,8 @@ class Environments:
         self._finished: list[Episode] = []
         self._all = _constant(self.envs, True)
         self._none = _constant(self.envs, False)
-        self._observation: Observation = np.zeros(
-            (self.envs, *self.observation_shape), self.observation_dtype
-        )
+        self._shape = (self.envs, *self.observation_shape)
+        self._observation: Observation = np.zeros(self._shape, self.observation_dtype)
         self._clear()
         if isinstance(vector, AsyncVectorEnv):
             atexit.register(self._kill_workers)
@@ -191,9 +190,9 @@ class Environments:
         Raises:
             ValueError: the state is of other environments, or of another number of them.
         """
-        shape = (self.envs, *self.observation_shape)
-        if state["observation"].shape != shape:
-            raise ValueError(f"the saved state has observations {state['observation'].shape}, not {shape}")
+        shape = state["observation"].shape
+        if shape != self._shape:
+            raise ValueError(f"the saved state has observations {shape}, not {self._shape}")
         self.reset()  # so that all that an env makes at its first reset is there to be filled
         self._load_vector(state["vector"])
         self._observation = state["observation"].copy()
@@ -236,7 +235,7 @@ class Environments:
     def _stored(self, observation: Any) -> Observation:
         """In the dtype and shape in which it is remembered; no copy where it has them."""
         stored: Observation = np.asarray(observation, self.observation_dtype)
-        return stored.reshape(self.envs, *self.observation_shape)
+        return stored if stored.shape == self._shape else stored.reshape(self._shape)
 
     def _learned(self, reward: NDArray[Any]) -> NDArray[np.float32]:
         if self._clip_rewards:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from hvdqn.config import NetworkConfig
+from hvdqn.networks.dense import Dense
 from hvdqn.networks.heads import Head, make_head
 from hvdqn.networks.torsos import Images, make_torso
+
+PullBack = Callable[[Tensor], None]
 
 __all__ = ["Head", "Images", "QNetwork", "make_network"]
 
@@ -22,20 +26,42 @@ class QNetwork(nn.Module):
         super().__init__()
         self.torso = torso
         self.head = head
-        self._like = [
-            next(self.parameters())
-        ]  # of the network's dtype; in a list, or it would be registered twice
+        self._own = (
+            list(self.parameters()),
+        )  # looked up once; in a tuple, or they would be registered twice
+        self.dense = Dense.of(torso, head.streams) if head.is_streams else None
+        """All of the network, where that is a row of fully connected layers."""
 
     def forward(self, observation: Tensor) -> Tensor:
         """Raw observation `[batch, ...]` to the head's output `[batch, actions, ...]`, which losses are about."""
         scaled = self._scaled(observation)
-        output: Tensor = self.head(self.torso(scaled))
+        output: Tensor = self.dense(scaled) if self.dense else self.head(self.torso(scaled))
         return output.to(scaled.dtype)  # no loss is worked out in bf16
 
     def q_values(self, observation: Tensor) -> Tensor:
         """Expected return of each action, `[batch, actions]`, as actions are chosen by it."""
         scaled = self._scaled(observation)
-        return self.head.q_values(self.head.act(self.torso(scaled)).to(scaled.dtype))
+        output = self.dense(scaled) if self.dense else self.head.act(self.torso(scaled))
+        return self.head.q_values(output.to(scaled.dtype))
+
+    def by_autograd(self, observation: Tensor) -> tuple[Tensor, PullBack]:
+        """The output, and what overwrites every parameter's `.grad`, given the slope of the loss at the output."""
+        (parameters,) = self._own
+        with torch.enable_grad():
+            output = self(observation)
+
+        def pull_back(slope: Tensor) -> None:
+            # Added to `.grad` by autograd itself, they would have to be zero before: two more passes over them.
+            gradients = torch.autograd.grad(output, parameters, slope, materialize_grads=True)
+            torch._foreach_copy_([p.grad for p in parameters if p.grad is not None], gradients)
+
+        return output.detach(), pull_back
+
+    def by_hand(self, observation: Tensor) -> tuple[Tensor, PullBack]:
+        """As `by_autograd`, for a network that is `dense`; to be called in inference mode."""
+        assert self.dense is not None
+        activations = self.dense.activations(self._scaled(observation))
+        return activations[-1], partial(self.dense.backward, activations)
 
     def target_copy(self) -> QNetwork:
         """A copy with parameters of its own, which wants no gradients: the target network."""
@@ -44,7 +70,10 @@ class QNetwork(nn.Module):
         return target
 
     def _scaled(self, observation: Tensor) -> Tensor:
-        scaled = observation.to(self._like[0].dtype)
+        dtype = self._own[0][0].dtype
+        if observation.dtype == dtype:
+            return observation
+        scaled = observation.to(dtype)
         # In place, for of bytes it is a copy.
         return scaled.div_(255) if observation.dtype == torch.uint8 else scaled
 

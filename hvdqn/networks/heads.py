@@ -19,18 +19,33 @@ from hvdqn.losses import (
     categorical_loss,
     categorical_projection,
     huber_loss,
+    huber_slope,
     mse_loss,
     pairwise_td_error,
     q_learning_target,
     quantile_huber_loss,
+    select,
 )
 from hvdqn.networks.layers import make_streams
 
-LOSSES: dict[str, Callable[[Tensor], Tensor]] = {"huber": huber_loss, "mse": mse_loss}
+Scalars = Callable[[Tensor], Tensor]
+# Each with its derivative.
+LOSSES: dict[str, tuple[Scalars, Scalars]] = {
+    "huber": (huber_loss, huber_slope),
+    "mse": (mse_loss, torch.clone),
+}
 
 
 class Head(nn.Module, ABC):
-    """Answers for its network: what are the q-values, what should they have been, how wrong is a sample."""
+    """Answers for its network: what are the q-values, what should they have been, how wrong is a sample.
+
+    Attributes:
+        streams: from features to outputs.
+        is_streams: whether `forward` and `act` are `streams` and nothing else.
+    """
+
+    streams: nn.Module
+    is_streams = True
 
     @abstractmethod
     def forward(self, features: Tensor) -> Tensor:
@@ -59,6 +74,29 @@ class Head(nn.Module, ABC):
             goal: what `goal` gave.
         """
 
+    def slope(
+        self, output: Tensor, action: Tensor, goal: Tensor, weight: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss and its derivative.
+
+        Args:
+            output: `[batch, actions, ...]`.
+            action: that was taken `[batch]`.
+            goal: what `goal` gave.
+            weight: of each sample `[batch]`.
+
+        Returns:
+            The weighted mean of the losses `[]`, the priorities `[batch]`, and the slope of the first with regard to
+            the output, as `output`.
+        """
+        with torch.inference_mode(False), torch.enable_grad():
+            # Copies, for what was made in inference mode cannot be kept for a derivative.
+            output, goal = output.clone().requires_grad_(), goal.clone()
+            losses, priorities = self.loss(select(output, action), goal)
+            loss = torch.dot(weight, losses) / len(losses)
+            (slope,) = torch.autograd.grad(loss, output)
+        return loss.detach(), priorities, slope
+
     def act(self, features: Tensor) -> Tensor:
         """The output by which actions are chosen."""
         output: Tensor = self(features)
@@ -73,13 +111,13 @@ class ScalarHead(Head):
 
     Args:
         streams: with one output an action.
-        loss_of: loss of each TD error.
+        loss: of each TD error, by name.
     """
 
-    def __init__(self, streams: nn.Module, loss_of: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, streams: nn.Module, loss: str) -> None:
         super().__init__()
         self.streams = streams
-        self.loss_of = loss_of
+        self.loss_of, self.slope_of = LOSSES[loss]
 
     def forward(self, features: Tensor) -> Tensor:
         """`[batch, features]` to q `[batch, actions]`."""
@@ -98,6 +136,19 @@ class ScalarHead(Head):
         """The priority is the absolute TD error."""
         td_error = goal - output
         return self.loss_of(td_error), td_error.detach().abs()
+
+    def slope(
+        self, output: Tensor, action: Tensor, goal: Tensor, weight: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As every head's, without autograd: of so short a formula the derivative is another."""
+        index = action.unsqueeze(1)
+        error = output.gather(1, index).squeeze(1).sub_(goal)
+        slopes = self.slope_of(error)
+        weighted = weight.mul(1.0 / len(action)).mul_(slopes)
+        # Huber's loss and the squared one alike are slope x (error - slope / 2).
+        loss = torch.dot(weighted, error.sub(slopes, alpha=0.5))
+        slope = torch.zeros_like(output).scatter_(1, index, weighted.unsqueeze(1))
+        return loss, error.abs_(), slope
 
 
 class CategoricalHead(Head):
@@ -181,6 +232,7 @@ class ImplicitQuantileHead(Head):
         config: numbers of fractions: N of the online network, N' of the target, K to act on; width of the embedding.
     """
 
+    is_streams = False
     order: Tensor
     evenly: Tensor
 
@@ -261,4 +313,4 @@ def make_head(config: NetworkConfig, loss: str, features: int, hidden: Sequence[
         return QuantileHead(streams(config.quantiles), config.quantiles)
     if config.head == "iqn":
         return ImplicitQuantileHead(streams(), features, config)
-    return ScalarHead(streams(), LOSSES[loss])
+    return ScalarHead(streams(), loss)

@@ -48,6 +48,24 @@ class NoisyLinear(nn.Module):
         return noise[:outputs], noise[outputs:]
 
 
+WIDE = 1 << 18  # weights; with fewer, changing the layout takes more time than it saves
+ONEDNN = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+
+
+class WideLinear(nn.Linear):
+    """A linear layer of many weights; in float32 on a CPU oneDNN works it out, as it does convolutions.
+
+    On some processors MKL, which torch asks otherwise, takes twice the time.
+    """
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """`[rows, inputs]` to `[rows, outputs]`."""
+        plain = inputs.device.type == "cpu" and inputs.dtype == torch.float32
+        if not (ONEDNN and plain) or torch.is_autocast_enabled("cpu"):
+            return super().forward(inputs)
+        return functional.linear(inputs.to_mkldnn(), self.weight, self.bias).to_dense()
+
+
 def hidden_layers(inputs: int, hidden: Sequence[int], config: NetworkConfig, noisy: bool) -> list[nn.Module]:
     """Fully connected layers with ReLU, normalised before it if asked (Ba et al. 2016)."""
     layers: list[nn.Module] = []
@@ -62,7 +80,9 @@ def hidden_layers(inputs: int, hidden: Sequence[int], config: NetworkConfig, noi
 
 def linear(inputs: int, outputs: int, config: NetworkConfig, noisy: bool) -> nn.Module:
     """One fully connected layer."""
-    return NoisyLinear(inputs, outputs, config.noisy_sigma) if noisy else nn.Linear(inputs, outputs)
+    if noisy:
+        return NoisyLinear(inputs, outputs, config.noisy_sigma)
+    return (WideLinear if inputs * outputs >= WIDE else nn.Linear)(inputs, outputs)
 
 
 def make_streams(

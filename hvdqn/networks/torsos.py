@@ -48,6 +48,17 @@ class Images(nn.Module):
         return observation.reshape(-1, *self.planes)
 
 
+class ChannelsLast(nn.Module):
+    """The same planes, but with all of a pixel's side by side in memory.
+
+    What convolutions are given so they give on, and of few planes their derivative takes a third of the time.
+    """
+
+    def forward(self, planes: Tensor) -> Tensor:
+        """`[batch, planes, H, W]` to the same shape."""
+        return planes.contiguous(memory_format=torch.channels_last)
+
+
 class Torso(nn.Sequential):
     """From a float observation `[batch, ...]` to features `[batch, features]`."""
 
@@ -108,7 +119,7 @@ def _norm(channels: int, layer_norm: bool) -> list[nn.Module]:
 
 def _convolutions(images: Images, name: str, layer_norm: bool) -> Torso:
     channels, height, width = images.planes
-    modules: list[nn.Module] = [images]
+    modules: list[nn.Module] = [images, ChannelsLast()]
     for filters, kernel, stride in CONVOLUTIONS[name]:
         if min(height, width) < kernel:
             raise UserError(
@@ -146,7 +157,7 @@ class Residual(nn.Module):
 
 def _impala(images: Images, layer_norm: bool) -> Torso:
     channels, height, width = images.planes
-    modules: list[nn.Module] = [images]
+    modules: list[nn.Module] = [images, ChannelsLast()]
     for filters in IMPALA:
         modules += [
             nn.Conv2d(channels, filters, 3, padding=1),

@@ -131,7 +131,7 @@ class Ring:
     @property
     def longest(self) -> int:
         """Rows in use in the ring that has most."""
-        return min(int(self._serial.max()) + 1, self.rows_per_env)
+        return min(int(max(self._serial.tolist())) + 1, self.rows_per_env)
 
     def start(self, observation: Observations) -> None:
         """Begin an episode in every env: at the start of a run, or after a resume that had to reset the envs.
@@ -145,7 +145,7 @@ class Ring:
         """Store what `action` [envs] led to in every env."""
         assert self._serial[0] >= 0, "start() comes before add()"
         # NEXT_STEP autoreset: where the call only reset an env, nothing was done in it.
-        envs = _ALL if step.valid.all() else np.flatnonzero(step.valid)
+        envs = _ALL if np.count_nonzero(step.valid) == self.envs else np.flatnonzero(step.valid)
         rows = self.open[envs]
         self.action[rows] = action[envs]
         self.reward[rows] = step.reward[envs]
@@ -153,7 +153,7 @@ class Ring:
         ended = np.where(step.terminated, TERMINATED, step.truncated * np.uint8(TRUNCATED))
         self.kind[rows] = ended[envs]
         self._advance(envs, step.next_observation[envs], first=False)
-        if step.fresh.any():
+        if np.count_nonzero(step.fresh):
             fresh = np.flatnonzero(step.fresh)
             self._advance(fresh, step.observation[fresh], first=True)
 

@@ -37,10 +37,11 @@ def make_batch(size=16, inputs=4, actions=3, seed=0, dtype=np.float32):
     )
 
 
-def make_learner(dtype=torch.float32, comm=None, network=None, **settings):
+def make_learner(dtype=torch.float32, comm=None, network=None, autocast=False, **settings):
     torch.manual_seed(3)
     parts = network or NetworkConfig(hidden=(32,))
-    made = make_network(parts, "huber", (4,), 1, is_image=False, actions=3).to(dtype)
+    loss = settings.get("loss", "huber")
+    made = make_network(parts, loss, (4,), 1, is_image=False, actions=3).to(dtype)
     config = LearningConfig(**{"lr": 1e-3, "lr_scaling": "none", **settings})
     comm = comm or connect("local")
     return Learner(
@@ -51,6 +52,7 @@ def make_learner(dtype=torch.float32, comm=None, network=None, **settings):
         16,
         PhaseTimer(),
         torch.device("cpu"),
+        autocast,
     )
 
 
@@ -313,10 +315,11 @@ def test_double_lets_the_online_network_choose_and_the_target_value(head):
 
 
 @pytest.mark.parametrize("munchausen", [False, True])
-def test_bf16_is_for_forward_passes_alone(munchausen):
+@pytest.mark.parametrize("dueling", [False, True])
+def test_bf16_is_for_forward_passes_alone(munchausen, dueling):
     """Goals and losses in bf16 would be off by 1%, and autocast takes every matrix product in it."""
-    learner = make_learner(double=not munchausen, munchausen=munchausen)
-    learner.autocast = True
+    network = NetworkConfig(hidden=(32,), dueling=dueling)
+    learner = make_learner(network=network, double=not munchausen, munchausen=munchausen, autocast=True)
     casting = {}
 
     def watch(owner, name):
@@ -328,11 +331,12 @@ def test_bf16_is_for_forward_passes_alone(munchausen):
 
         setattr(owner, name, watched)
 
-    for head in (learner.online.head, learner.target.head):
-        for name in ("forward", "goal", "loss"):
-            watch(head, name)
+    for network in (learner.online, learner.target):
+        watch(network, "forward")
+        for name in ("goal", "slope"):
+            watch(network.head, name)
     loss, _, _ = learner.backward(make_batch())
-    assert casting == {"forward": {True}, "goal": {False}, "loss": {False}}
+    assert casting == {"forward": {True}, "goal": {False}, "slope": {False}}
     assert loss.dtype == learner.gradient.dtype == torch.float32
 
 
@@ -367,3 +371,40 @@ def test_learning_rate_falls_to_its_final_share():
     assert [learning_rate(config, 32, 32, done) for done in (0.0, 0.5, 1.0)] == pytest.approx(
         [1.0, 0.55, 0.1]
     )
+
+
+@pytest.mark.parametrize("hidden", [(), (32, 16)])
+@pytest.mark.parametrize("head", ["scalar", "c51", "qr"])
+@pytest.mark.parametrize("munchausen", [False, True])
+def test_gradients_by_hand_are_those_of_autograd(head, hidden, munchausen):
+    settings = {
+        "network": NetworkConfig(hidden=hidden, head=head, **SMALL_HEADS),
+        "munchausen": munchausen,
+        "double": not munchausen,
+    }
+    by_hand, by_autograd = make_learner(torch.float64, **settings), make_learner(torch.float64, **settings)
+    assert by_hand.differentiable == by_hand.online.by_hand
+    by_autograd.differentiable, by_autograd.no_grad = by_autograd.online.by_autograd, torch.no_grad
+    batch = weighted(make_batch(), 0.7)
+    found, expected = by_hand.backward(batch), by_autograd.backward(batch)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(by_hand.gradient, by_autograd.gradient)
+    by_hand.begin_update(batch, REPORT)
+    by_hand.finish_update()
+
+
+@pytest.mark.parametrize("network", [{}, {"dueling": True}, {"noisy": True}, {"head": "iqn"}])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_gradient_is_that_of_the_loss_alone_however_it_is_made(network, autocast):
+    """What was there before, such as the average of the ranks, is overwritten."""
+    learner = make_learner(
+        network=NetworkConfig(hidden=(32,), **{**SMALL_HEADS, **network}), autocast=autocast
+    )
+    gradients = []
+    for before in (0.0, 5.0):
+        learner.gradient.fill_(before)
+        torch.manual_seed(1)
+        learner.backward(make_batch())
+        gradients.append(learner.gradient.clone())
+    assert gradients[0].abs().sum() > 0
+    assert torch.equal(*gradients)

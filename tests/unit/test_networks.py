@@ -7,6 +7,8 @@ import torch
 
 from hvdqn.config import NetworkConfig, UserError
 from hvdqn.networks import Images, make_network
+from hvdqn.networks.layers import WideLinear
+from hvdqn.networks.torsos import ChannelsLast
 
 
 def network(shape, stack=1, is_image=False, actions=4, **settings):
@@ -113,3 +115,33 @@ def test_torsos_that_do_not_fit_are_refused():
         network((4,), torso="nature")
     with pytest.raises(UserError, match="10 x 10"):
         network((10, 10, 4), is_image=True, torso="nature")
+
+
+@pytest.mark.parametrize("torso", ["nature", "impala"])
+def test_convolutions_do_not_mind_how_planes_lie_in_memory(torso):
+    made = network((84, 84), 4, True, torso=torso, hidden=(16,)).double()
+    observation = torch.rand(2, 4, 84, 84).double()
+    layers = [layer for layer in made.torso if not isinstance(layer, ChannelsLast)]
+    assert len(layers) == len(made.torso) - 1
+    plain = torch.nn.Sequential(*layers)(observation)
+    torch.testing.assert_close(made.torso(observation), plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_wide_layer_is_a_linear_layer(dtype, autocast):
+    made = network((1024,), hidden=(512, 256)).to(dtype)
+    wide = next(layer for layer in made.modules() if isinstance(layer, WideLinear))
+    assert wide.weight.shape == (512, 1024)
+    inputs, plain_inputs = (torch.ones(6, 1024, dtype=dtype).div_(7).requires_grad_() for _ in range(2))
+    plain = torch.nn.Linear(1024, 512).to(dtype)
+    plain.load_state_dict(wide.state_dict())
+    for layer, given in ((wide, inputs), (plain, plain_inputs)):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            output = layer(given)
+        (output.to(dtype) ** 2).sum().backward()
+    torch.testing.assert_close(inputs.grad, plain_inputs.grad)
+    torch.testing.assert_close(wide.weight.grad, plain.weight.grad)
+    torch.testing.assert_close(wide.bias.grad, plain.bias.grad)
+    with torch.inference_mode():
+        torch.testing.assert_close(wide(inputs), plain(inputs))

@@ -1,0 +1,121 @@
+"""Fully connected networks as one piece: their derivative written out is autograd's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from hvdqn.config import NetworkConfig
+from hvdqn.networks import make_network
+from hvdqn.networks.dense import Dense
+
+DENSE = {
+    "none": {"hidden": ()},
+    "one": {"hidden": (16,)},
+    "three": {"hidden": (16, 8, 5)},
+    "c51": {"hidden": (16,), "head": "c51", "atoms": 7},
+    "qr": {"hidden": (16, 8), "head": "qr", "quantiles": 5},
+}
+NOT_DENSE = {
+    "dueling": {"dueling": True},
+    "noisy": {"noisy": True},
+    "layer norm": {"layer_norm": True},
+    "iqn": {"head": "iqn"},
+}
+
+
+def network(shape=(6,), stack=1, is_image=False, loss="huber", **settings):
+    torch.manual_seed(0)
+    return make_network(NetworkConfig(**settings), loss, shape, stack, is_image, actions=3).double()
+
+
+def with_gradients(made):
+    for parameter in made.parameters():
+        parameter.grad = torch.full_like(parameter, torch.nan)  # to be overwritten
+    return made
+
+
+def gradients_of(made, differentiate, observation, slope):
+    output, pull_back = differentiate(with_gradients(made), observation)
+    pull_back(slope)
+    return output, [parameter.grad.clone() for parameter in made.parameters()]
+
+
+@pytest.mark.parametrize("settings", DENSE.values(), ids=DENSE.keys())
+@pytest.mark.parametrize(
+    ("shape", "stack"), [((6,), 1), ((6,), 3), ((2, 3), 1)], ids=["flat", "stack", "table"]
+)
+def test_the_derivative_by_hand_is_that_of_autograd(settings, shape, stack):
+    made = network(shape, stack, **settings)
+    assert made.dense is not None
+    observation = torch.randn(9, *((stack,) if stack > 1 else ()), *shape).double()
+    slope = torch.randn(made(observation).shape).double()
+    with torch.inference_mode():
+        output, by_hand = gradients_of(made, type(made).by_hand, observation, slope)
+    expected, by_autograd = gradients_of(made, type(made).by_autograd, observation, slope)
+    torch.testing.assert_close(output, expected, rtol=0, atol=0)
+    torch.testing.assert_close(by_hand, by_autograd)
+
+
+@pytest.mark.parametrize("settings", [*DENSE.values(), *NOT_DENSE.values()], ids=[*DENSE, *NOT_DENSE])
+def test_a_network_as_one_piece_is_its_modules(settings):
+    made = network(**settings).eval()
+    observation = torch.randn(5, 6).double()
+    torch.manual_seed(1)
+    modules = made.head(made.torso(observation))
+    torch.manual_seed(1)
+    torch.testing.assert_close(made(observation), modules, rtol=0, atol=0)
+    actions = made.head.q_values(made.head.act(made.torso(observation)))
+    torch.testing.assert_close(made.q_values(observation), actions, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("settings", NOT_DENSE.values(), ids=NOT_DENSE.keys())
+def test_anything_else_is_left_to_autograd(settings):
+    made = network(**settings)
+    assert made.dense is None
+    torch.manual_seed(1)
+    output, pull_back = made.by_autograd(torch.randn(5, 6).double())
+    with_gradients(made)
+    pull_back(torch.ones_like(output))
+    assert all(parameter.grad.isfinite().all() for parameter in made.parameters())
+
+
+def test_what_is_no_row_of_linear_layers():
+    one = nn.Linear(2, 2)
+    for modules in [
+        (),
+        (nn.ReLU(), one),
+        (one, nn.ReLU(), nn.ReLU()),
+        (one, nn.Tanh()),
+        (one, nn.Flatten()),
+        (one, nn.Unflatten(1, (2, 1)), one),
+        (nn.Linear(2, 2, bias=False),),
+        (type("Own", (nn.Linear,), {})(2, 2),),
+    ]:
+        assert Dense.of(*modules) is None
+    assert Dense.of(nn.Flatten(), nn.Sequential(one, nn.ReLU()), one) is not None
+
+
+def test_a_copy_looks_at_its_own_parameters():
+    made = network(hidden=(4,))
+    target = made.target_copy()
+    assert all(
+        copied is parameter
+        for (weight, bias, _), parameters in zip(
+            target.dense.layers, zip(*[iter(target.parameters())] * 2, strict=True), strict=True
+        )
+        for copied, parameter in zip((weight, bias), parameters, strict=True)
+    )
+
+
+@pytest.mark.parametrize("loss", ["huber", "mse"])
+def test_the_slope_of_a_scalar_head_is_that_of_autograd(loss):
+    head = network(loss=loss).head
+    output, goal = 3 * torch.randn(20, 3).double(), torch.randn(20).double()
+    action, weight = torch.randint(3, (20,)), torch.rand(20).double()
+    found = head.slope(output, action, goal, weight)
+    expected = super(type(head), head).slope(output, action, goal, weight)
+    assert (found[1] > 1).any()
+    assert (found[1] < 1).any()
+    torch.testing.assert_close(found, expected)
