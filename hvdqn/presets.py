@@ -25,29 +25,6 @@ PLAIN: Mapping[str, Any] = {
     "loss": "huber",
 }
 
-# Mnih et al. 2015 in CleanRL's dqn_atari setting (Adam, lr 1e-4): batch 32 every 4 steps, replay 1M,
-# epsilon to 0.01 within 1M steps, target every 1,000 updates.
-ATARI: Mapping[str, Any] = {
-    "env": "ALE/Pong-v5",
-    "total_env_steps": 10_000_000,
-    "frame_stack": 4,
-    "clip_rewards": True,
-    "episodic_life": True,
-    "replay_capacity": 1_000_000,
-    "learning_starts": 80_000,
-    "replay_ratio": 8.0,
-    "batch_per_rank": 32,
-    "hidden": (512,),
-    "lr": 1e-4,
-    "exploration_env_steps": 1_000_000,
-    "epsilon_end": 0.01,
-    "target_every": 4_000,
-    "eval_every": 1_000_000,
-    "eval_episodes": 10,
-    "checkpoint_every": 500_000,
-    "log_every": 10_000,
-}
-
 # Dabney et al. 2018b, section 4; N, N', K and the embedding as in Dopamine's iqn_icml. Gradients are sums over N, and
 # not clipped. Adam's epsilon follows the global batch, here and in rainbow, as in Stooke and Abbeel 2018.
 IQN: Mapping[str, Any] = {
@@ -209,23 +186,27 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "v_min": 0.0,
         "v_max": 25.0,
     },
-    "atari": ATARI,
-    # Pong alone, in 600k env steps rather than 10M: 3-step returns and layer norm as in the presets above, a minibatch
-    # twice as large at the same replay ratio, exploration and replay as much shorter as the run.
-    "pong": {
-        **ATARI,
-        "total_env_steps": 600_000,
-        "replay_capacity": 200_000,
-        "learning_starts": 10_000,
-        "batch_per_rank": 64,
-        "n_step": 3,
-        "layer_norm": True,
-        "lr": 2.5e-4,
-        "lr_final": 0.1,
-        "optimizer_eps": 1.5e-4,
-        "exploration_env_steps": 100_000,
-        "eval_every": 100_000,
-        "checkpoint_every": 100_000,
+    # Mnih et al. 2015 in CleanRL's dqn_atari setting (Adam, lr 1e-4): batch 32 every 4 steps, replay 1M,
+    # epsilon to 0.01 within 1M steps, target every 1,000 updates.
+    "atari": {
+        "env": "ALE/Pong-v5",
+        "total_env_steps": 10_000_000,
+        "frame_stack": 4,
+        "clip_rewards": True,
+        "episodic_life": True,
+        "replay_capacity": 1_000_000,
+        "learning_starts": 80_000,
+        "replay_ratio": 8.0,
+        "batch_per_rank": 32,
+        "hidden": (512,),
+        "lr": 1e-4,
+        "exploration_env_steps": 1_000_000,
+        "epsilon_end": 0.01,
+        "target_every": 4_000,
+        "eval_every": 1_000_000,
+        "eval_episodes": 10,
+        "checkpoint_every": 500_000,
+        "log_every": 10_000,
     },
     # What `hvdqn bench peers` times: Stable-Baselines3's DQN (Huber, no Double DQN, clipping at 10) with the network,
     # batch and learning rate of CleanRL's dqn, one update of 128 transitions every 8 env steps.

@@ -38,13 +38,7 @@ class Here:
 
 # How the results were had, and what an environment needs.
 RESULTS = r"(\w+ (--\w+ )*-np \d+ )?python -m hvdqn\.train .*--seed S.*"
-MODULES = {
-    "atari": "ale_py",
-    "ale/": "ale_py",
-    "pong": "ale_py",
-    "minatar": "minatar",
-    "lunarlander": "Box2D",
-}
+MODULES = {"atari": "ale_py", "ale/": "ale_py", "minatar": "minatar", "lunarlander": "Box2D"}
 
 
 def of_results(line: str) -> Here:
