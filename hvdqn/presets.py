@@ -54,8 +54,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     # rl-baselines3-zoo, hyperparams/dqn.yml, CartPole-v1: an update every 2 env steps, epsilon to 0.04 within 16% of
     # 50k steps. Ours: 3-step returns, a target that follows, a smaller network with layer norm (without it, it takes
     # three times as long), Munchausen (Vieillard et al. 2020), with which 10k env steps are enough on every seed, and,
-    # so that the policy stays steady once it is there, dueling, a learning rate that falls, an epsilon that keeps Adam's
-    # steps small where gradients are, and a gamma that sees the cart drift to the edge.
+    # so that the policy stays steady once it is there, dueling, a learning rate that falls, an epsilon that keeps
+    # Adam's steps small where gradients are, and a gamma that sees the cart drift to the edge.
     "cartpole": {
         "env": "CartPole-v1",
         "total_env_steps": 50_000,
