@@ -11,6 +11,7 @@ import json
 import math
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,8 @@ GRID_POINTS = 400
 SEEDS_FOR_INTERQUARTILE_MEAN = 4
 POINTS_FOR_SMOOTHING = 20
 
+# What every curve is told by.
+BASE = ("preset", "env", "world_size")
 # Settings in which runs may differ and still be seeds of one experiment.
 NEUTRAL = {
     "seed", "run_dir", "resume", "device", "threads_per_rank", "log_every",
@@ -271,9 +274,11 @@ def arrange(runs: list[Run], group: str | None, y: str | None) -> list[Panel]:
         UserError: a key that no run has.
     """
     keys = _group_keys(runs, group)
+    usual = _usual(runs, keys) if group is None else {}
     panels: dict[str, dict[str, list[Run]]] = {}
     for run in runs:
-        label = ", ".join(_label(key, run.name_of(key)) for key in keys if key != "env")
+        told = [key for key in keys if key != "env" and run.name_of(key) != usual.get(key)]
+        label = ", ".join(_label(key, run.name_of(key)) for key in told)
         panels.setdefault(run.name_of("env"), {}).setdefault(label, []).append(run)
     return [
         Panel(
@@ -288,7 +293,7 @@ def arrange(runs: list[Run], group: str | None, y: str | None) -> list[Panel]:
 def _group_keys(runs: list[Run], group: str | None) -> list[str]:
     known = {key for run in runs for key in run.settings}
     if group is None:
-        base: list[str] = [key for key in ("preset", "env", "world_size") if key in known]
+        base = [key for key in BASE if key in known]
         return [*base, *(key for key in Config().flat() if key not in NEUTRAL and _splits(runs, base, key))]
     words = [word.strip().replace("-", "_") for word in group.split(",") if word.strip()]
     keys = ["world_size" if word == "np" else word for word in words]
@@ -297,6 +302,17 @@ def _group_keys(runs: list[Run], group: str | None) -> list[str]:
             hint = did_you_mean(key, sorted(known)) or "; such as preset,env,np"
             raise UserError(f"--group {key} stands in no run's config.yaml or {SUMMARY_FILE}{hint}")
     return keys
+
+
+def _usual(runs: list[Run], keys: list[str]) -> dict[str, str]:
+    """What most curves have in common, beyond `BASE`, goes without saying: of an ablation, only what was removed."""
+    curves = {tuple(map(run.name_of, keys)) for run in runs}
+    usual = {}
+    for at, key in enumerate(keys):
+        value, count = Counter(curve[at] for curve in curves).most_common(1)[0]
+        if key not in BASE and 2 * count > len(curves):
+            usual[key] = value
+    return usual
 
 
 def _splits(runs: list[Run], keys: list[str], key: str) -> bool:

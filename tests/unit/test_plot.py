@@ -186,6 +186,18 @@ def test_runs_that_differ_in_a_setting_are_not_averaged(tmp_path: Path) -> None:
     assert [group.legend for group in panel.groups] == ["cartpole, np 2 (3 seeds)"]
 
 
+def test_of_an_ablation_a_curve_names_only_what_was_removed(tmp_path: Path) -> None:
+    whole = {"preset": "rainbow", "double": True, "n_step": 3}
+    for name, removed in {"a": {}, "b": {"double": False}, "c": {"n_step": 1}}.items():
+        write_run(tmp_path / name, **{**whole, **removed})
+    [(_, labels)] = curves(arrange(read_runs([tmp_path]), None, None))
+    assert [label.removesuffix(" (1 seed)") for label in labels] == [
+        "rainbow, np 2",
+        "rainbow, np 2, double False",
+        "rainbow, np 2, n step 1",
+    ]
+
+
 def test_a_run_that_is_still_going_has_no_summary_and_is_drawn(tmp_path: Path) -> None:
     write_run(tmp_path / "going", world_size=None, preset="minatar,rainbow")
     (panel,) = arrange(read_runs([tmp_path / "going"]), None, None)
