@@ -162,9 +162,8 @@ class Learner:
             return
         self.rows = batch.rows
         self.trailer.write(report, float(batch.weight.max()))
-        tensors = self._tensors(batch)  # not in inference mode: some heads ask autograd
+        loss, td_error, q_mean = self.backward(batch)
         with self.no_grad():
-            loss, td_error, q_mean = self._differentiate(*tensors)
             # An infinite reward shows in the loss alone: Huber's gradient is clipped.
             self.trailer.write_learned(loss, td_error, q_mean, self.gradient.sum() + loss)
         self.sync.begin(self)
@@ -187,25 +186,14 @@ class Learner:
 
         Importance weights enter as they are; `step` divides by the largest of all ranks.
         """
-        tensors = self._tensors(batch)
+        observation, action, reward, next_observation, discount, weight = self._tensors(batch)
         with self.no_grad():
-            return self._differentiate(*tensors)
-
-    def _differentiate(
-        self,
-        observation: Tensor,
-        action: Tensor,
-        reward: Tensor,
-        next_observation: Tensor,
-        discount: Tensor,
-        weight: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        head = self.online.head
-        goal = self._goal(observation, action, reward, next_observation, discount)
-        output, pull_back = self._cast(self.differentiable, observation)
-        loss, self.td_errors, slope = head.slope(output, action, goal, weight)
-        pull_back(slope)
-        return loss, self.td_errors.mean(), head.q_values(output).mean()
+            head = self.online.head
+            goal = self._goal(observation, action, reward, next_observation, discount)
+            output, pull_back = self._cast(self.differentiable, observation)
+            loss, self.td_errors, slope = head.slope(output, action, goal, weight)
+            pull_back(slope)
+            return loss, self.td_errors.mean(), head.q_values(output).mean()
 
     def _goal(
         self, observation: Tensor, action: Tensor, reward: Tensor, next_observation: Tensor, discount: Tensor
@@ -385,7 +373,10 @@ class Learner:
         self.give_up_after(self.skipped_in_a_row, self.trailer.spoilt)
 
     def _tensors(self, batch: Batch) -> list[Tensor]:
-        """On the device, and numbers in the type of the parameters: in order of `_goal`, and the weights."""
+        """On the device, and numbers in the type of the parameters. In order of `_goal`, and the weights.
+
+        Not to be made in inference mode: some heads ask autograd about them.
+        """
         arrays = (
             batch.observation,
             batch.action,
