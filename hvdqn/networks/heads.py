@@ -97,10 +97,6 @@ class Head(nn.Module, ABC):
             (slope,) = torch.autograd.grad(loss, output)
         return loss.detach(), priorities, slope
 
-    def best(self, output: Tensor) -> Tensor:
-        """What an output `[batch, actions, ...]` says of its best action, `[batch, ...]`."""
-        return select(output, self.q_values(output).argmax(dim=1))
-
     def act(self, features: Tensor) -> Tensor:
         """The output by which actions are chosen."""
         output: Tensor = self(features)
@@ -131,10 +127,6 @@ class ScalarHead(Head):
     def q_values(self, output: Tensor) -> Tensor:
         """The output itself."""
         return output
-
-    def best(self, output: Tensor) -> Tensor:
-        """The largest of each row: one operation in place of two."""
-        return output.amax(dim=1)
 
     def goal(self, next_output: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
         """The backed-up return, `[batch]`."""

@@ -45,14 +45,6 @@ def test_all_heads_answer_the_same_questions(head, dueling, actions):
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_best_is_what_is_said_of_the_greedy_action(head):
-    made = network(head)
-    output = made(torch.randn(9, 6))
-    greedy = made.head.q_values(output).argmax(dim=1)
-    assert torch.equal(made.head.best(output), output[range(9), greedy])
-
-
-@pytest.mark.parametrize("head", HEADS)
 def test_a_termination_leaves_the_reward_alone(head):
     """Whatever comes after it. For c51 it must lie within the support."""
     made = network(head)
