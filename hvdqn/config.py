@@ -124,6 +124,8 @@ class NetworkConfig:
     """Noisy: how strong the noise begins."""
     layer_norm: bool = False
     """Normalise before every ReLU."""
+    center_images: bool = False
+    """Subtract from each image the mean of its pixels, so that what moves is not drowned by the background."""
     atoms: int = 51
     """c51: number of fixed returns."""
     v_min: float = -10.0

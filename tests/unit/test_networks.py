@@ -8,7 +8,7 @@ import torch
 from hvdqn.config import NetworkConfig, UserError
 from hvdqn.networks import Images, make_network
 from hvdqn.networks.layers import WideLinear
-from hvdqn.networks.torsos import ChannelsLast
+from hvdqn.networks.torsos import Centered, ChannelsLast
 
 
 def network(shape, stack=1, is_image=False, actions=4, **settings):
@@ -30,6 +30,11 @@ def test_images_become_planes(frame, stack, planes):
     assert images.planes == planes
     raw = torch.zeros((5, stack, *frame) if stack > 1 else (5, *frame))
     assert images(raw).shape == (5, *planes)
+
+
+def test_each_image_is_centered_by_its_own_mean():
+    images = torch.tensor([[[1.0, 2.0], [3.0, 6.0]], [[0.0, 0.0], [0.0, 4.0]]])
+    assert Centered()(images).tolist() == [[[-2, -1], [0, 3]], [[-1, -1], [-1, 3]]]
 
 
 def test_channels_last_pixels_land_in_their_plane():
@@ -115,6 +120,19 @@ def test_torsos_that_do_not_fit_are_refused():
         network((4,), torso="nature")
     with pytest.raises(UserError, match="10 x 10"):
         network((10, 10, 4), is_image=True, torso="nature")
+    with pytest.raises(UserError, match=r"--center-images needs images, observations are \(4,\)"):
+        network((4,), center_images=True)
+
+
+@pytest.mark.parametrize("torso", ["mlp", "nature", "impala"])
+def test_centered_images_have_no_background(torso):
+    """The same for a picture brighter by a constant, of which each image's own is taken away."""
+    made = network((84, 84), 4, True, torso=torso, hidden=(16,), center_images=True)
+    dark = torch.randint(0, 100, (3, 4, 84, 84)).to(torch.uint8)
+    brighter = dark + torch.tensor([0, 40, 155], dtype=torch.uint8)[:, None, None, None]
+    torch.testing.assert_close(made(brighter), made(dark), rtol=1e-4, atol=1e-5)
+    plain = network((84, 84), 4, True, torso=torso, hidden=(16,))
+    assert not torch.allclose(plain(brighter)[1:], plain(dark)[1:], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("torso", ["nature", "impala"])

@@ -53,6 +53,7 @@ SWITCHES = {
     "mlp": "--torso mlp",
     "minatar": "--torso minatar",
     "impala": "--torso impala",
+    "centered": "--torso minatar --center-images",
     "own torso": "--torso tests.unit.test_parts:Own",
 }
 # Two that choose the same thing: the later flag would win.
@@ -60,7 +61,7 @@ ALTERNATIVES = (
     ("double", "no double", "munchausen"),
     ("noise explores", "ladder", "softmax", "noisy"),
     ("c51", "qr", "iqn"),
-    ("mlp", "minatar", "impala", "own torso"),
+    ("mlp", "minatar", "impala", "centered", "own torso"),
 )
 REFUSED = {
     ("c51", "munchausen"): "--munchausen is not defined for --head c51",
@@ -138,7 +139,7 @@ def test_any_two_switches(pair):
         with pytest.raises(UserError, match=reason):
             parse([*TINY, *argv])
         return
-    images = {"minatar", "impala"} & set(pair)
+    images = {"minatar", "impala", "centered"} & set(pair)
     learn([*(IMAGE if images else VECTOR), *argv])
 
 
