@@ -93,6 +93,9 @@ class ReplayConfig:
     """Global env steps before the first update."""
     replay_ratio: float = 8.0
     """Transitions learned from per env step."""
+    replay_device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where observations are kept, and minibatches stacked: in the host's memory or on the rank's GPU; `auto`: there if
+    it learns and they take no more than half of its free memory."""
     batch_per_rank: int = 32
     """Transitions in one rank's minibatch. Global batch = size x batch_per_rank."""
     n_step: int = 1
@@ -220,6 +223,8 @@ class ParallelConfig:
     """Where the networks live; `auto`: CUDA where there is one."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: autocast of the forward passes; parameters and gradients stay fp32."""
+    cuda_graphs: bool = False
+    """Record an update's forward and backward passes once as a CUDA graph, and replay it. Not run on a GPU so far."""
     stall_timeout: float = 600.0
     """Seconds without progress after which the job is ended and the missing rank named; 0: never."""
 

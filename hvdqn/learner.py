@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hvdqn.comm import Comm
 from hvdqn.config import LearningConfig
+from hvdqn.graphs import Record, Replayed
 from hvdqn.losses import expect, munchausen_bonus, select, soft_policy
 from hvdqn.networks import QNetwork
 from hvdqn.optimizers import SGD, Adam, Optimizer, RMSProp
@@ -96,6 +97,7 @@ class Learner:
         timer: told when waiting for others begins and ends.
         device: where the networks live.
         autocast: bf16 forward passes.
+        record: how forward and backward passes are recorded and replayed; None: they are not.
     """
 
     def __init__(
@@ -108,6 +110,7 @@ class Learner:
         timer: PhaseTimer,
         device: torch.device,
         autocast: bool = False,
+        record: Record | None = None,
     ) -> None:
         self.online, self.config, self.comm, self.sync = network, config, comm, sync
         self.batch_per_rank = batch_per_rank
@@ -131,6 +134,9 @@ class Learner:
         # It makes every operation a little shorter, but autograd takes nothing that was made in it.
         self.no_grad: type[torch.inference_mode | torch.no_grad] = (
             torch.inference_mode if by_hand else torch.no_grad
+        )
+        self.differentiate: Callable[..., tuple[Tensor, ...]] = (
+            Replayed(self._differentiate, record) if record else self._differentiate
         )
         self.global_batch = sync.ranks_per_update * batch_per_rank
         k = batch_factor(config, self.global_batch, batch_per_rank)
@@ -186,14 +192,26 @@ class Learner:
 
         Importance weights enter as they are; `step` divides by the largest of all ranks.
         """
-        observation, action, reward, next_observation, discount, weight = self._tensors(batch)
+        loss, td_error, q_mean, self.td_errors = self.differentiate(*self._tensors(batch))
+        return loss, td_error, q_mean
+
+    def _differentiate(
+        self,
+        observation: Tensor,
+        action: Tensor,
+        reward: Tensor,
+        next_observation: Tensor,
+        discount: Tensor,
+        weight: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """As `backward`, and the TD errors `[batch]`. Nothing in it asks on the host what a tensor holds."""
         with self.no_grad():
             head = self.online.head
             goal = self._goal(observation, action, reward, next_observation, discount)
             output, pull_back = self._cast(self.differentiable, observation)
-            loss, self.td_errors, slope = head.slope(output, action, goal, weight)
+            loss, td_errors, slope = head.slope(output, action, goal, weight)
             pull_back(slope)
-            return loss, self.td_errors.mean(), head.q_values(output).mean()
+            return loss, td_errors.mean(), head.q_values(output).mean(), td_errors
 
     def _goal(
         self, observation: Tensor, action: Tensor, reward: Tensor, next_observation: Tensor, discount: Tensor
@@ -384,7 +402,7 @@ class Learner:
             batch.discount,
             batch.weight,
         )
-        tensors = [torch.from_numpy(array) for array in arrays]
+        tensors = [array if isinstance(array, Tensor) else torch.from_numpy(array) for array in arrays]
         if self.device.type != "cpu":
             tensors = [tensor.to(self.device, non_blocking=True) for tensor in tensors]
         if self.dtype != torch.float32:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,10 +16,12 @@ from hvdqn.comm import Comm
 from hvdqn.config import Config, UserError, acting_place, acting_ranks
 from hvdqn.envs import Environments, make_environments
 from hvdqn.faults import together
+from hvdqn.graphs import record_cuda_graph
 from hvdqn.learner import Learner
 from hvdqn.metrics import PhaseTimer
 from hvdqn.networks import QNetwork, make_network
 from hvdqn.replay import Importance, PrioritizedSampler, Replay, Ring, Sampler, UniformSampler
+from hvdqn.replay.frames import DeviceFrames, HostFrames, MakeFrames, PinnedFrames
 from hvdqn.seeds import rank_seeds
 from hvdqn.sync import make_sync
 
@@ -70,7 +74,7 @@ def build_parts(config: Config, comm: Comm, timer: PhaseTimer, env_steps: int = 
         envs=envs,
         clock=clock,
         learner=make_learner(config, comm, network, timer, device, clock),
-        replay=make_replay(config, comm.size, envs, seeds.replay),
+        replay=make_replay(config, comm.size, envs, seeds.replay, place_frames(config, comm, envs, device)),
         actor=make_actor(config, envs, network, seeds.exploration, device),
         epsilons=make_epsilons(config, comm),
         timer=timer,
@@ -98,7 +102,13 @@ def network_for(config: Config, envs: Environments) -> QNetwork:
 def make_learner(
     config: Config, comm: Comm, network: QNetwork, timer: PhaseTimer, device: torch.device, clock: Clock
 ) -> Learner:
-    """The learner of this network, equal to rank 0's; a collective call."""
+    """The learner of this network, equal to rank 0's; a collective call.
+
+    Raises:
+        UserError: CUDA graphs are asked for without CUDA.
+    """
+    if config.parallel.cuda_graphs and device.type == "cpu":
+        raise UserError("--cuda-graphs needs a GPU, and the networks live on the CPU here; leave it out")
     return Learner(
         network,
         config.learning,
@@ -108,6 +118,7 @@ def make_learner(
         timer,
         device,
         autocast=config.parallel.precision == "bf16",
+        record=record_cuda_graph if config.parallel.cuda_graphs else None,
     )
 
 
@@ -142,7 +153,33 @@ def make_clock(config: Config, comm: Comm) -> Clock:
     return ReportedClock(envs_per_rank, batch, ratio, starts, own_earliest=earliest * envs_per_rank)
 
 
-def make_replay(config: Config, size: int, envs: Environments, rng: np.random.Generator) -> Replay:
+def place_frames(config: Config, comm: Comm, envs: Environments, device: torch.device) -> MakeFrames:
+    """What keeps this rank's observations: in the memory that `--replay-device` names, or where they fit.
+
+    Raises:
+        UserError: they are to be on a GPU, and the networks are not.
+    """
+    wanted = config.replay.replay_device
+    if device.type == "cpu":
+        if wanted == "cuda":
+            raise UserError(
+                "--replay-device cuda, but the networks live on the CPU here; leave it out, or give --device cuda"
+            )
+        return HostFrames
+    frame = math.prod(envs.observation_shape) * envs.observation_dtype.itemsize
+    needed = frame * config.replay.replay_capacity // acting_ranks(config, comm.size)
+    sharing = math.ceil(comm.local_size / torch.cuda.device_count())
+    fits = needed * sharing <= torch.cuda.mem_get_info(device)[0] / 2
+    return (
+        partial(DeviceFrames, device=device)
+        if wanted == "cuda" or (wanted == "auto" and fits)
+        else PinnedFrames
+    )
+
+
+def make_replay(
+    config: Config, size: int, envs: Environments, rng: np.random.Generator, frames: MakeFrames = HostFrames
+) -> Replay:
     """This rank's shard of replay."""
     ring = Ring(
         envs=envs.envs,
@@ -152,6 +189,7 @@ def make_replay(config: Config, size: int, envs: Environments, rng: np.random.Ge
         frame_stack=config.environment.frame_stack,
         n_step=config.replay.n_step,
         gamma=config.learning.gamma,
+        frames=frames,
     )
     sampler: Sampler = UniformSampler(ring, rng)
     if config.replay.replay == "prioritized":

@@ -49,6 +49,7 @@ from hvdqn.learner import NonFiniteError
 from hvdqn.metrics import Metrics, PhaseTimer, WaitHint, write_summary
 from hvdqn.parts import Parts, build_parts, device_kind, importance_at
 from hvdqn.replay import Batch
+from hvdqn.replay.frames import DeviceFrames
 from hvdqn.resume import Progress, begin, best_evaluation, contents, find_checkpoint, restore
 from hvdqn.seeds import rank_seeds
 
@@ -124,10 +125,14 @@ class Training:
     def introduce(self) -> None:
         """Say what is about to run."""
         ranks = f"{self.comm.size} rank" + "s" * (self.comm.size > 1)
-        megabytes = self.replay.ring.nbytes / 1e6
+        ring = self.replay.ring
+        megabytes = ring.nbytes / 1e6
         update_every = self.clock.global_batch / self.config.replay.replay_ratio
         self.metrics.say(f"hvdqn {__version__}: {ranks}, comm {self.comm.name} ({self.comm.why})")
-        self.metrics.say(f"each rank: {self.parts.envs.description}; replay {megabytes:,.3g} MB when full")
+        where = f", observations on {self.parts.device}" if isinstance(ring.observation, DeviceFrames) else ""
+        self.metrics.say(
+            f"each rank: {self.parts.envs.description}; replay {megabytes:,.3g} MB when full{where}"
+        )
         self.metrics.say(
             f"network: {self.learner.parameters.numel():,} parameters; global batch {self.clock.global_batch}, "
             f"an update every {update_every:g} env steps; {self.learner.sync.description}"

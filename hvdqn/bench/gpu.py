@@ -10,7 +10,8 @@ without TF32, each side taking its own steps on the same minibatches.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -32,6 +33,12 @@ PONG = (
     *WORKLOAD, "--precision", "bf16", "--envs-per-rank", "64", "--total-env-steps", "2000000", "--learning-starts",
     "20000", "--exploration-env-steps", "100000", "--replay-capacity", "500000", "--eval-episodes", "16",
 )  # fmt: skip
+WAYS: Mapping[str, Mapping[str, Any]] = {
+    "fp32": {"precision": "fp32"},
+    "bf16": {"precision": "bf16"},
+    "bf16, replay in the host's memory": {"precision": "bf16", "replay_device": "cpu"},
+    "bf16, CUDA graphs": {"precision": "bf16", "cuda_graphs": True},
+}
 UPDATES_COMPARED = 100
 REPORT = (0.0,) * len(REPORTED)
 
@@ -68,7 +75,7 @@ def samples_per_second(config: Config, updates: int) -> float:
 def largest_errors(config: Config, updates: int) -> tuple[float, float]:
     """Relative errors of loss and gradient against the CPU: the largest of so many updates."""
     config = config.replace(precision="fp32")
-    sides = [built(config.replace(device="cpu")), built(config)]
+    sides = [built(config.replace(device="cpu", cuda_graphs=False)), built(config)]
     replay = sides[0].replay
     loss_error = gradient_error = 0.0
     for _ in range(updates):
@@ -90,21 +97,24 @@ def largest_errors(config: Config, updates: int) -> tuple[float, float]:
 
 def measure(config: Config, updates: int) -> list[Row]:
     """What one GPU is to reach, Pong aside."""
-    batch = config.replay.batch_per_rank
+    batch, on_gpu = config.replay.batch_per_rank, device_kind(config) == "cuda"
+    rates = [
+        Row(f"samples/s learned, batch {batch}, {name}", "",
+            (samples_per_second(config.replace(**settings), updates),), 80_000)
+        for name, settings in WAYS.items()
+        if on_gpu or not settings.get("cuda_graphs")
+    ]  # fmt: skip
+    errors = []
     allowed = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
-    loss, gradient = largest_errors(config, min(updates, UPDATES_COMPARED))
+    for name, graphs in (("", False), (", CUDA graphs", True))[: 1 + on_gpu]:
+        found = largest_errors(config.replace(cuda_graphs=graphs), min(updates, UPDATES_COMPARED))
+        errors += [
+            Row(f"{what}, relative error against the CPU{name}", "", (error,), 1e-3, at_most=True)
+            for what, error in zip(("loss", "gradient"), found, strict=True)
+        ]
     torch.backends.cudnn.allow_tf32 = allowed
-    rates = [
-        Row(f"samples/s learned, batch {batch}, {precision}", "",
-            (samples_per_second(config.replace(precision=precision), updates),), 80_000)
-        for precision in ("fp32", "bf16")
-    ]  # fmt: skip
-    return [
-        *rates,
-        Row("loss, relative error against the CPU", "", (loss,), 1e-3, at_most=True),
-        Row("gradient, relative error against the CPU", "", (gradient,), 1e-3, at_most=True),
-    ]
+    return rates + errors
 
 
 def pong() -> Row:

@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from hvdqn.replay.dealing import deal
+from hvdqn.replay.frames import Rows
 from hvdqn.replay.sampling import UNCORRECTED, Batch, Importance, PrioritizedSampler, Sampler, UniformSampler
-from hvdqn.replay.storage import Observations, Ring, Rows, State, Step
+from hvdqn.replay.storage import Observations, Ring, State, Step
 
 __all__ = [
     "Batch",

@@ -8,7 +8,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from hvdqn.replay.storage import BOUNDARY, Ring, Rows, State
+from hvdqn.replay.frames import Rows
+from hvdqn.replay.storage import BOUNDARY, Ring, State
 
 Array: TypeAlias = npt.NDArray[Any]
 

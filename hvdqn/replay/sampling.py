@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from hvdqn.replay.storage import BOUNDARY, TERMINATED, Observations, Ring, Rows, State, reached
+from hvdqn.replay.frames import Rows, Stacks
+from hvdqn.replay.storage import BOUNDARY, TERMINATED, Ring, State, reached
 from hvdqn.replay.sum_tree import Mass, SumTree
 
 Floats = npt.NDArray[np.float32]
@@ -24,13 +25,13 @@ _NOTHING = "replay holds no transition to learn from yet: learning must start af
 class Batch:
     """A minibatch of n-step transitions. Overwritten by the second next sample."""
 
-    observation: Observations
-    """[batch, *shape], or [batch, frame_stack, *shape], oldest frame first."""
+    observation: Stacks
+    """[batch, *shape], or [batch, frame_stack, *shape], oldest frame first; on a device if its frames are there."""
     action: npt.NDArray[np.int64]
     """[batch]."""
     reward: Floats
     """Discounted sum of the rewards up to `next_observation` [batch]."""
-    next_observation: Observations
+    next_observation: Stacks
     """n_step steps later, or where the episode ended if that came first; as `observation`."""
     discount: Floats
     """What the value of `next_observation` counts: gamma ** steps, 0 where terminated [batch]."""
@@ -42,17 +43,19 @@ class Batch:
     @classmethod
     def empty(cls, ring: Ring, batch_size: int) -> Batch:
         """Buffers for `batch_size` transitions of this ring, with weights of one."""
-        stack = (ring.frame_stack,) if ring.frame_stack > 1 else ()
-        shape = (batch_size, *stack, *ring.observation.shape[1:])
-        return cls(
-            observation=np.empty(shape, ring.observation.dtype),
-            action=np.empty(batch_size, np.int64),
-            reward=np.empty(batch_size, np.float32),
-            next_observation=np.empty(shape, ring.observation.dtype),
-            discount=np.empty(batch_size, np.float32),
-            weight=np.ones(batch_size, np.float32),
+        frames, batch = ring.observation, (batch_size,)
+        stacks = (batch_size, ring.frame_stack) if ring.frame_stack > 1 else batch
+        made = cls(
+            observation=frames.stacks(stacks),
+            action=frames.empty(batch, np.int64),
+            reward=frames.empty(batch, np.float32),
+            next_observation=frames.stacks(stacks),
+            discount=frames.empty(batch, np.float32),
+            weight=frames.empty(batch, np.float32),
             rows=np.empty(batch_size, np.int64),
         )
+        made.weight.fill(1.0)
+        return made
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,9 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from hvdqn.replay.frames import HostFrames, MakeFrames, Rows, Stacks
+
 Observations: TypeAlias = npt.NDArray[Any]  # uint8, bool or float32, as the environment gives them
-Rows: TypeAlias = npt.NDArray[np.int64]
 Mask: TypeAlias = npt.NDArray[np.bool_]
 State: TypeAlias = dict[str, npt.NDArray[Any]]
 
@@ -73,6 +74,7 @@ class Ring:
         frame_stack: consecutive frames that make one network input; 1: the observation itself.
         n_step: rewards summed before bootstrapping.
         gamma: discount of one step.
+        frames: makes what keeps the observations, given rows, shape and dtype.
 
     Raises:
         ValueError: a ring would be too short to hold one frame stack and one n-step path.
@@ -89,6 +91,7 @@ class Ring:
         frame_stack: int = 1,
         n_step: int = 1,
         gamma: float = 0.99,
+        frames: MakeFrames = HostFrames,
     ) -> None:
         shortest = frame_stack + n_step - 1
         if min(envs, frame_stack, n_step) < 1 or frame_stack > 255:
@@ -107,7 +110,7 @@ class Ring:
         self.n_step = n_step
         self.gamma = gamma
         rows = envs * self.rows_per_env
-        self.observation: Observations = np.empty((rows, *observation_shape), observation_dtype)
+        self.observation = frames(rows, observation_shape, observation_dtype)
         self.action: npt.NDArray[np.int64] = np.empty(rows, np.int64)
         self.reward: npt.NDArray[np.float32] = np.empty(rows, np.float32)
         self.kind: npt.NDArray[np.uint8] = np.full(rows, BOUNDARY, np.uint8)
@@ -178,7 +181,7 @@ class Ring:
         """The `n_step` rows that an n-step return may run through. [batch] -> [n_step, batch]."""
         return self.shift(rows, self._look_ahead)
 
-    def frames(self, rows: Rows, out: Observations) -> None:
+    def frames(self, rows: Rows, out: Stacks) -> None:
         """Read network inputs into `out`; the first frame of an episode is repeated where the stack is short.
 
         Args:
@@ -188,9 +191,7 @@ class Ring:
         if self.frame_stack > 1:
             back = np.minimum(self._look_back, self.reach.take(rows)[:, None])
             rows = self.shift(rows[:, None], -back)
-        self.observation.take(
-            rows, axis=0, out=out, mode="clip"
-        )  # rows are in range; "clip" avoids a hidden copy
+        self.observation.read(rows, out)
 
     def is_start(self, rows: Rows) -> Mask:
         """Which rows a transition can be built from. [batch] -> [batch].
@@ -228,7 +229,7 @@ class Ring:
         return self._base.take(env) + serial % self.rows_per_env, held
 
     def state(self) -> State:
-        """All that is held, as views into the rings: `serial` [envs], and `{env}/{field}` for each."""
+        """All that is held: `serial` [envs], and `{env}/{field}` for each, as views of what the host has."""
         state: State = {"serial": self._serial}
         for env, rows in self.in_use():
             state.update({f"{env}/{field}": getattr(self, field)[rows] for field in self.FIELDS})
@@ -247,13 +248,14 @@ class Ring:
         self.kind[:] = BOUNDARY
         for env, rows in self.in_use():
             for field in self.FIELDS:
-                mine, theirs = getattr(self, field)[rows], state[f"{env}/{field}"]
-                if theirs.shape != mine.shape or theirs.dtype != mine.dtype:
+                mine, theirs = getattr(self, field), state[f"{env}/{field}"]
+                shape = (rows.stop - rows.start, *mine.shape[1:])
+                if theirs.shape != shape or theirs.dtype != mine.dtype:
                     raise ValueError(
                         f"replay state {env}/{field} is {theirs.dtype}{list(theirs.shape)}, "
-                        f"this ring holds {mine.dtype}{list(mine.shape)}"
+                        f"this ring holds {mine.dtype}{list(shape)}"
                     )
-                mine[:] = theirs
+                mine[rows] = theirs
 
     def in_use(self) -> Iterator[tuple[int, slice]]:
         """Each env with the flat rows of its ring that were ever written."""

@@ -140,9 +140,14 @@ def moments(observations: np.ndarray) -> list[Moment]:
 
 
 def ring_for(
-    envs: ScriptedEnvs, capacity: int, frame_stack: int = 1, n_step: int = 1, gamma: float = 0.9
+    envs: ScriptedEnvs,
+    capacity: int,
+    frame_stack: int = 1,
+    n_step: int = 1,
+    gamma: float = 0.9,
+    **others: Any,
 ) -> Ring:
-    return Ring(envs.envs, capacity, (3,), np.float32, frame_stack, n_step, gamma)
+    return Ring(envs.envs, capacity, (3,), np.float32, frame_stack, n_step, gamma, **others)
 
 
 def check_batch(batch: Any, envs: ScriptedEnvs, ring: Ring) -> None:

@@ -14,7 +14,7 @@ LAYERS = (
     {"hvdqn"},
     {"presets"},
     {"config"},
-    {"clock", "comm", "losses", "metrics", "optimizers", "replay", "seeds", "trailer"},
+    {"clock", "comm", "graphs", "losses", "metrics", "optimizers", "replay", "seeds", "trailer"},
     {"envs", "networks", "plot"},
     {"checkpoint", "faults", "sync"},
     {"acting", "learner"},

@@ -173,7 +173,7 @@ written = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3 - before
 shard, empty, before = read_part(path), ring(), anonymous_megabytes()
 empty.load_state(shard["replay"])
 read = anonymous_megabytes() - before - empty.nbytes / 1e6
-assert (empty.observation == full.observation).all()
+assert (empty.observation[:] == full.observation[:]).all()
 print(written, read)
 """
 

@@ -37,7 +37,7 @@ def make_batch(size=16, inputs=4, actions=3, seed=0, dtype=np.float32):
     )
 
 
-def make_learner(dtype=torch.float32, comm=None, network=None, autocast=False, **settings):
+def make_learner(dtype=torch.float32, comm=None, network=None, autocast=False, record=None, **settings):
     torch.manual_seed(3)
     parts = network or NetworkConfig(hidden=(32,))
     loss = settings.get("loss", "huber")
@@ -53,6 +53,7 @@ def make_learner(dtype=torch.float32, comm=None, network=None, autocast=False, *
         PhaseTimer(),
         torch.device("cpu"),
         autocast,
+        record,
     )
 
 

@@ -307,7 +307,7 @@ def test_the_state_holds_views_of_the_rows_in_use_and_no_more() -> None:
     state = ring.state()
     rows = {len(state[f"{env}/{field}"]) for env in range(3) for field in Ring.FIELDS}
     assert max(rows) <= 2 * 10 + 1
-    assert np.shares_memory(state["1/observation"], ring.observation)
+    assert np.shares_memory(state["1/observation"], ring.observation[:])
     assert all(array.flags.c_contiguous for array in state.values())
 
 
