@@ -263,7 +263,7 @@ def test_joined_presets_take_what_is_tuned_for_the_two():
 @pytest.mark.parametrize("first", [True, False])
 def test_algorithms_join_environments_in_any_order(algorithm, first):
     """Neither touches what the other is about: the parts are the algorithm's, but for what both together name."""
-    for environment in ("cartpole", "acrobot", "mountaincar", "lunarlander", "minatar", "atari"):
+    for environment in ("cartpole", "acrobot", "mountaincar", "lunarlander", "minatar", "atari", "pong"):
         names = [algorithm, environment] if first else [environment, algorithm]
         config = parse(["--preset", ",".join(names)])
         due = {**PRESETS[algorithm], **JOINED.get((environment, algorithm), {})}

@@ -12,7 +12,13 @@ from hvdqn.metrics import PhaseTimer
 from hvdqn.parts import build_parts
 from hvdqn.presets import PRESETS
 
-NEEDS = {"lunarlander": "Box2D", "minatar": "minatar", "atari": "ale_py", "bench-pong": "ale_py"}
+NEEDS = {
+    "lunarlander": "Box2D",
+    "minatar": "minatar",
+    "atari": "ale_py",
+    "pong": "ale_py",
+    "bench-pong": "ale_py",
+}
 
 
 @pytest.mark.parametrize("name", PRESETS)
