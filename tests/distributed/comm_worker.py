@@ -66,6 +66,19 @@ def same_name_again(comm: Comm) -> list[str]:
     return bits
 
 
+def ranks_that_take_turns_to_be_late(comm: Comm) -> list[str]:
+    """Nobody reads a message that is older or newer than its own."""
+    bits = []
+    for update in range(300):
+        tensor = part(comm.rank, 1000, torch.float32, salt=update)
+        time.sleep(0.002 * (update // 3 % comm.size == comm.rank and update % 3 > 0))
+        pending = comm.allreduce_mean_async(tensor, "late")
+        time.sleep(0.002 * (update // 5 % comm.size == comm.rank and update % 5 > 2))
+        pending.wait()
+        bits.append(check_mean(comm, tensor, salt=update))
+    return bits
+
+
 def two_in_flight(comm: Comm) -> list[str]:
     first, second = (part(comm.rank, size, torch.float32) for size in (17_003, 1000))
     pending_first = comm.allreduce_mean_async(first, "first")
@@ -158,6 +171,7 @@ CHECKS: tuple[Callable[[Comm], list[str] | None], ...] = (
     world,
     mean,
     same_name_again,
+    ranks_that_take_turns_to_be_late,
     two_in_flight,
     again_the_same_bits,
     waiting_again_changes_nothing,
