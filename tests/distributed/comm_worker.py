@@ -12,10 +12,12 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from hvdqn.comm import Comm, LaunchError, connect, launcher_rank
+from hvdqn.comm.shared import SharedMean
 
 SIZES = (1, 2, 3, 7, 1000, 17_003, 134_002, 1_310_720)  # up to 10 MB of float64
 DTYPES = (torch.float32, torch.float64)
@@ -166,6 +168,26 @@ def barrier(comm: Comm) -> None:
     assert max(came for came, _ in times) <= min(went for _, went in times)
 
 
+def one_rank_has_no_memory_to_share(comm: Comm) -> None:
+    """All of them do without from then on."""
+    if comm.name != "mpi" or comm.size == 1:
+        return
+    from hvdqn.comm import mpi as engine
+
+    def refused_on_rank_1(mpi: Any, host: Any, like: torch.Tensor) -> SharedMean:
+        made = SharedMean(mpi, host, like)
+        if comm.rank == 1:
+            raise mpi.Exception(mpi.ERR_NO_MEM)
+        return made
+
+    engine.SharedMean = refused_on_rank_1
+    for update in range(3):
+        tensor = part(comm.rank, 500, torch.float32, salt=update)
+        comm.allreduce_mean_async(tensor, "refused").wait()
+        check_mean(comm, tensor, salt=update)
+    engine.SharedMean = SharedMean
+
+
 # Each raises, or returns hashes that must be the same on every rank.
 CHECKS: tuple[Callable[[Comm], list[str] | None], ...] = (
     world,
@@ -181,6 +203,7 @@ CHECKS: tuple[Callable[[Comm], list[str] | None], ...] = (
     broadcast,
     objects,
     barrier,
+    one_rank_has_no_memory_to_share,
 )
 
 
