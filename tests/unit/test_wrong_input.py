@@ -111,7 +111,7 @@ HERE = {
     "wrong value in config": wrong("--config {tmp}/c.yaml", "--gamma is 1.5", files={"c.yaml": "gamma: 1.5"}),
     "wrong type in config": wrong("--config {tmp}/c.yaml", "--lr", "fast", files={"c.yaml": "lr: fast"}),
     "wrong preset in config": wrong(
-        "--preset= --config {tmp}/c.yaml", "unknown preset 'pong'", files={"c.yaml": "preset: pong"}
+        "--preset= --config {tmp}/c.yaml", "unknown preset 'mspacman'", files={"c.yaml": "preset: mspacman"}
     ),
     "run directory below a file": wrong(
         "--run-dir {tmp}/file/run", "cannot write", "file/run", "Not a directory", "--run-dir", files={"file": ""}
