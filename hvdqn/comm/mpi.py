@@ -105,6 +105,8 @@ class MpiComm(Comm):
         super().__init__(self._world.rank, self._world.size, host.rank, host.size)
         self._host: Any = host if 1 < host.size == self._world.size else None
         """All ranks, if they share memory."""
+        if self._host is None:
+            host.Free()
         self._shared: dict[tuple[str, int, torch.dtype], SharedMean] = {}
         self._staged: dict[str, _Staged] = {}
 
@@ -190,4 +192,5 @@ class MpiComm(Comm):
         if self._host is not None:
             for shared in self._shared.values():
                 shared.close()
+            self._host.Free()
         self._world.Free()

@@ -7,7 +7,6 @@ others there and sums up, in the order of ranks, so that all have the same bits.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -55,11 +54,11 @@ class SharedMean:
         self._window.Sync()  # the message before the number
         self._posted[self._rank][0] = self._count
 
-    def mean_(self, tensor: Tensor, pause: Callable[[], None] = os.sched_yield) -> Tensor:
+    def mean_(self, tensor: Tensor) -> Tensor:
         """Overwrite `tensor` [n] by the mean of what all ranks posted, once they have."""
         for posted in self._others:
             while posted[0] < self._count:
-                pause()
+                os.sched_yield()
         self._window.Sync()
         first, second, *others = self._slots[self._count % 2]
         torch.add(first, second, out=tensor)

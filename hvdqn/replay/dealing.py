@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
-from hvdqn.replay.frames import Rows
+from hvdqn.replay.frames import Array, Rows
 from hvdqn.replay.storage import BOUNDARY, Ring, State
-
-Array: TypeAlias = npt.NDArray[Any]
 
 
 def deal(states: Sequence[Mapping[str, Array]], ring: Ring, rank: int, size: int) -> State:
