@@ -129,7 +129,7 @@ class Learner:
         ):
             parameter.grad = view
         # Autocast casts weights to and fro, which the derivative by hand leaves out.
-        by_hand = network.dense is not None and not autocast
+        by_hand = network.dense is not None and not autocast and device.type == "cpu"
         self.differentiable = network.by_hand if by_hand else network.by_autograd
         # It makes every operation a little shorter, but autograd takes nothing that was made in it.
         self.no_grad: type[torch.inference_mode | torch.no_grad] = (

@@ -9,6 +9,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 
 from hvdqn.acting import Actor, Epsilons
 from hvdqn.clock import Clock, ReportedClock
@@ -67,7 +68,7 @@ def build_parts(config: Config, comm: Comm, timer: PhaseTimer, env_steps: int = 
     torch.manual_seed(config.run.seed)
     network = together(comm, lambda: network_for(config, envs), timer)
     small = sum(p.numel() for p in network.parameters()) < PARAMETERS_WORTH_THREADS
-    torch.set_num_threads(1 if small else threads)
+    set_threads(1 if small else threads)
     torch.manual_seed(seeds.noise)  # from here on ranks draw different numbers
     clock = make_clock(config, comm)
     return Parts(
@@ -229,6 +230,12 @@ def choose_device(config: Config, comm: Comm) -> torch.device:
     device = torch.device("cuda", comm.local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
+
+
+def set_threads(threads: int) -> None:
+    """How many threads torch and NumPy may use, from now on."""
+    torch.set_num_threads(threads)
+    threadpool_limits(threads, user_api="blas")
 
 
 def share_of_cores(config: Config, comm: Comm) -> int:

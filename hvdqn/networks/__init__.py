@@ -58,7 +58,7 @@ class QNetwork(nn.Module):
         return output.detach(), pull_back
 
     def by_hand(self, observation: Tensor) -> tuple[Tensor, PullBack]:
-        """As `by_autograd`, for a network that is `dense`; to be called in inference mode."""
+        """As `by_autograd`, for a network that is `dense`; on the host, to be called in inference mode."""
         assert self.dense is not None
         activations = self.dense.activations(self._scaled(observation))
         return activations[-1], partial(self.dense.backward, activations)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
 
 from hvdqn.config import NetworkConfig
+from hvdqn.learner import flatten_parameters
 from hvdqn.networks import make_network
 from hvdqn.networks.dense import Dense
 
@@ -54,7 +58,7 @@ def test_the_derivative_by_hand_is_that_of_autograd(settings, shape, stack):
     with torch.inference_mode():
         output, by_hand = gradients_of(made, type(made).by_hand, observation, slope)
     expected, by_autograd = gradients_of(made, type(made).by_autograd, observation, slope)
-    torch.testing.assert_close(output, expected, rtol=0, atol=0)
+    torch.testing.assert_close(output, expected)  # products of another library: not bit for bit
     torch.testing.assert_close(by_hand, by_autograd)
 
 
@@ -107,6 +111,32 @@ def test_a_copy_looks_at_its_own_parameters():
         )
         for copied, parameter in zip((weight, bias), parameters, strict=True)
     )
+
+
+def test_weights_are_found_where_they_were_moved_to():
+    made = network(hidden=(4,))
+    observation = torch.randn(5, 6).double()
+    with torch.inference_mode():
+        made.q_values(observation)
+    flatten_parameters(made, torch.device("cpu")).mul_(2)
+    with torch.inference_mode():
+        found = made.q_values(observation)
+    torch.testing.assert_close(found, made.head(made.torso(observation)))
+
+
+def test_what_is_not_finite_comes_out_without_a_warning():
+    # Pytest has filters of its own, hence another process.
+    code = """
+import torch
+from tests.unit.test_dense import network, with_gradients
+made = with_gradients(network(hidden=(4,)))
+with torch.inference_mode():
+    output, pull_back = made.by_hand(torch.full((5, 6), torch.inf).double())
+    pull_back(torch.full_like(output, torch.nan))
+assert all(parameter.grad.isnan().any() for parameter in made.parameters())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
 
 
 @pytest.mark.parametrize("loss", ["huber", "mse"])

@@ -11,6 +11,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from threadpoolctl import ThreadpoolController, threadpool_limits
 
 import hvdqn.networks.torsos
 from hvdqn import train
@@ -273,6 +274,16 @@ def test_algorithms_join_environments_in_any_order(algorithm, first):
 
 
 # Prioritized replay
+
+
+@pytest.mark.parametrize(("hidden", "threads"), [("8", 1), ("800 800", 2)], ids=["small", "large"])
+def test_torch_and_numpy_use_as_many_threads_as_a_rank_has(hidden, threads):
+    config = parse(["--preset", "smoke", "--threads-per-rank", "2", "--hidden", *hidden.split()])
+    with threadpool_limits():  # puts back what was
+        build_parts(config, LocalComm(), PhaseTimer())
+        blas = ThreadpoolController().select(user_api="blas").info()
+        assert torch.get_num_threads() == threads
+        assert [library["num_threads"] for library in blas] == [threads] * len(blas)
 
 
 def test_beta_rises_to_one_over_global_env_steps():
