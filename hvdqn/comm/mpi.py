@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from hvdqn.comm.base import Comm, LaunchError
+from hvdqn.comm.base import Comm, Handle, LaunchError
 from hvdqn.comm.shared import SharedMean
 from hvdqn.comm.tensors import as_bytes, check_reducible
 
@@ -63,21 +63,17 @@ class _Pending:
     host, 1.7e4 to 1.7e6 floats).
     """
 
-    __slots__ = ("_comm", "_shared", "_staged", "_tensor")
+    __slots__ = ("_comm", "_staged", "_tensor")
 
-    def __init__(
-        self, comm: MpiComm, tensor: Tensor, staged: _Staged | None = None, shared: SharedMean | None = None
-    ) -> None:
+    def __init__(self, comm: MpiComm, tensor: Tensor, staged: _Staged | None = None) -> None:
         self._comm: MpiComm | None = comm
-        self._tensor, self._staged, self._shared = tensor, staged, shared
+        self._tensor, self._staged = tensor, staged
 
     def wait(self) -> Tensor:
         comm, self._comm = self._comm, None
         if comm is None:  # waited for before
             return self._tensor
-        if self._shared is not None:
-            self._shared.mean_(self._tensor)
-        elif self._staged is None:
+        if self._staged is None:
             comm.mean_(self._tensor)
         else:
             self._tensor.copy_(comm.mean_(self._staged.arrived()), non_blocking=True)
@@ -107,17 +103,15 @@ class MpiComm(Comm):
         """All ranks, if they share memory."""
         if self._host is None:
             host.Free()
-        self._shared: dict[tuple[str, int, torch.dtype], SharedMean] = {}
+        self._shared: dict[str, SharedMean] = {}
         self._staged: dict[str, _Staged] = {}
 
-    def allreduce_mean_async(self, tensor: Tensor, name: str) -> _Pending:
+    def allreduce_mean_async(self, tensor: Tensor, name: str) -> Handle:
         """See `Comm`."""
         check_reducible(tensor)
         if not tensor.is_cuda:
             shared = self._sharing(tensor, name)
-            if shared is not None:
-                shared.post(tensor)
-            return _Pending(self, tensor, shared=shared)
+            return _Pending(self, tensor) if shared is None else shared.post(tensor)
         staged = self._staged.get(name)
         if staged is None or staged.host.shape != tensor.shape or staged.host.dtype != tensor.dtype:
             staged = self._staged[name] = _Staged(tensor)
@@ -125,21 +119,24 @@ class MpiComm(Comm):
         return _Pending(self, tensor, staged)
 
     def _sharing(self, tensor: Tensor, name: str) -> SharedMean | None:
-        """What is shared for such messages; None: they are not for shared memory."""
+        """What is shared for messages of this name; None: they are not for shared memory."""
+        shared = self._shared.get(name)
+        if shared is not None and shared.fits(tensor):
+            return shared
         if self._host is None or self.size * tensor.nbytes > SHARED_UP_TO:
             return None
-        key = name, tensor.numel(), tensor.dtype
-        if key not in self._shared:
-            try:
-                made = SharedMean(self._mpi, self._host, tensor)
-            except self._mpi.Exception:  # no room in the memory that a container may share, say
-                made = None
-            everywhere = all(self._host.allgather(made is not None))
-            if made is None or not everywhere:
-                self._host = None
-                return None
-            self._shared[key] = made
-        return self._shared[key]
+        if shared is not None:
+            self._shared.pop(name).close()
+        try:
+            shared = SharedMean(self._mpi, self._host, tensor)
+        except self._mpi.Exception:  # no room in the memory that a container may share, say
+            shared = None
+        everywhere = all(self._host.allgather(shared is not None))
+        if shared is None or not everywhere:
+            self._host = None
+            return None
+        self._shared[name] = shared
+        return shared
 
     def mean_(self, tensor: Tensor) -> Tensor:
         """Replace a host tensor by its mean over all ranks, now, and return it."""

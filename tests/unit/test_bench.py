@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,7 +18,9 @@ from hvdqn.bench.projection import Line, Work, allreduce_seconds, efficiency, fi
 from hvdqn.bench.report import Row
 from hvdqn.comm.local import LocalComm
 from hvdqn.config import UserError, parse
+from hvdqn.faults import StopSignal
 from hvdqn.learner import learning_rate
+from hvdqn.metrics import PhaseTimer
 
 US = 1e-6
 
@@ -247,6 +250,20 @@ def test_loop(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert found.iteration_seconds == pytest.approx(8 / found.env_steps_per_second, rel=0.2)
     assert found.seconds_per_iteration["comm_hidden"] == 0.0
     assert "env steps/s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", ["", "--exploration softmax", "--exploration ladder"])
+def test_a_loop_plays_at_random_and_a_whole_run_does_not(flags, monkeypatch: pytest.MonkeyPatch):
+    chosen: list[float] = []
+    monkeypatch.setattr(
+        "hvdqn.acting.RandomActions.replace",
+        lambda self, greedy, epsilon: chosen.append(float(np.mean(epsilon))) or greedy,
+    )
+    config = parse(["--preset", "smoke", "--total-env-steps", "400", *flags.split()])
+    for whole in (False, True):
+        loop.built_and_timed(0.1, whole, config, LocalComm(), StopSignal(), PhaseTimer())
+        assert (set(chosen) == {1.0}) is not whole
+        chosen.clear()
 
 
 def test_a_loop_outlives_its_schedules():
