@@ -30,18 +30,20 @@ class QNetwork(nn.Module):
             list(self.parameters()),
         )  # looked up once; in a tuple, or they would be registered twice
         self.dense = Dense.of(torso, head.streams) if head.is_streams else None
-        """All of the network, where that is a row of fully connected layers."""
+        """All of the network, where that is fully connected layers and nothing else."""
 
     def forward(self, observation: Tensor) -> Tensor:
         """Raw observation `[batch, ...]` to the head's output `[batch, actions, ...]`, which losses are about."""
         scaled = self._scaled(observation)
-        output: Tensor = self.dense(scaled) if self.dense else self.head(self.torso(scaled))
+        dense = self._dense_for(scaled)
+        output: Tensor = dense(scaled) if dense else self.head(self.torso(scaled))
         return output.to(scaled.dtype)  # no loss is worked out in bf16
 
     def q_values(self, observation: Tensor) -> Tensor:
         """Expected return of each action, `[batch, actions]`, as actions are chosen by it."""
         scaled = self._scaled(observation)
-        output = self.dense(scaled) if self.dense else self.head.act(self.torso(scaled))
+        dense = self._dense_for(scaled)
+        output = dense(scaled) if dense else self.head.act(self.torso(scaled))
         return self.head.q_values(output.to(scaled.dtype))
 
     def by_autograd(self, observation: Tensor) -> tuple[Tensor, PullBack]:
@@ -60,14 +62,19 @@ class QNetwork(nn.Module):
     def by_hand(self, observation: Tensor) -> tuple[Tensor, PullBack]:
         """As `by_autograd`, for a network that is `dense`; on the host, to be called in inference mode."""
         assert self.dense is not None
-        activations = self.dense.activations(self._scaled(observation))
-        return activations[-1], partial(self.dense.backward, activations)
+        output, tapes = self.dense.forward(self._scaled(observation))
+        return output, partial(self.dense.backward, tapes)
 
     def target_copy(self) -> QNetwork:
         """A copy with parameters of its own, which wants no gradients: the target network."""
         target = copy.deepcopy(self).requires_grad_(False)
         target.head.becomes_target()
         return target
+
+    def _dense_for(self, scaled: Tensor) -> Dense | None:
+        if not scaled.is_cpu or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            return None
+        return self.dense
 
     def _scaled(self, observation: Tensor) -> Tensor:
         dtype = self._own[0][0].dtype

@@ -12,115 +12,198 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional
+
+from hvdqn.networks.layers import Dueling
 
 # The learner looks itself whether what comes out is finite, and `np.errstate` takes as long as a small product.
 warnings.filterwarnings("ignore", ".* encountered in matmul", RuntimeWarning, r"hvdqn\.networks\.dense")
 
+# Of each layer what enters it, what its weights make of that, its mean and 1 / deviation, and what it gives.
+Tape: TypeAlias = list[tuple[Tensor, Tensor, tuple[Tensor, ...], Tensor]]
 
-class Dense:
-    """Fully connected layers, each with ReLU or without, in a row.
 
-    h_0 = x,   h_l = relu(W_l h_{l-1} + b_l)
+class Norm(NamedTuple):
+    """What a `nn.LayerNorm` holds."""
+
+    gain: Tensor
+    bias: Tensor
+    units: tuple[int, ...]
+    eps: float
+
+
+class Layer(NamedTuple):
+    """A fully connected layer. A module's attributes are looked up slowly; parameters stay, when their data moves."""
+
+    weight: Tensor
+    bias: Tensor
+    norm: Norm | None = None
+    relu: bool = False
+
+
+class Row:
+    """Fully connected layers in a row, each normalised or not, with ReLU or without.
+
+        z_l = W_l h_{l-1} + b_l,   h_l = relu(g_l (z_l - mean z_l) / deviation z_l + c_l)
 
     Args:
-        layers: the linear ones, whose parameters it looks at and does not own.
-        rectified: whether ReLU follows, of each.
+        layers: whose parameters it looks at and does not own.
         shape: of what is given for each row, where it is not flat.
     """
 
-    def __init__(self, layers: Sequence[nn.Linear], rectified: Sequence[bool], shape: Sequence[int]) -> None:
-        # A module's attributes are looked up slowly. Parameters stay the same objects when their data moves.
-        self.layers = [
-            (layer.weight, layer.bias, relu) for layer, relu in zip(layers, rectified, strict=True)
-        ]
-        self.shape = tuple(shape)
+    def __init__(self, layers: Sequence[Layer], shape: Sequence[int] = ()) -> None:
+        self.layers, self.shape = list(layers), tuple(shape)
         self._addresses: list[int] = []
         self._weights: list[NDArray[Any]] = []
 
     @classmethod
-    def of(cls, *modules: nn.Module) -> Dense | None:
+    def of(cls, *modules: nn.Module) -> Row | None:
         """These modules in a row, or None where anything else than such layers is among them."""
-        layers: list[nn.Linear] = []
-        rectified: list[bool] = []
+        layers: list[Layer] = []
         shape: tuple[int, ...] = ()
         for module in _leaves(modules):
+            last = layers[-1] if layers else None
             if type(module) is nn.Linear and module.bias is not None and not shape:
-                layers.append(module)
-                rectified.append(False)
-            elif type(module) is nn.ReLU and layers and not rectified[-1]:
-                rectified[-1] = True
-            elif type(module) is nn.Unflatten and not shape:
+                layers.append(Layer(module.weight, module.bias))
+            elif type(module) is nn.LayerNorm and last and last.norm is None and not last.relu:
+                norm = Norm(module.weight, module.bias, module.normalized_shape, module.eps)
+                layers[-1] = last._replace(norm=norm)
+            elif type(module) is nn.ReLU and last and not last.relu:
+                layers[-1] = last._replace(relu=True)
+            elif type(module) is nn.Unflatten and last and not shape:
                 shape = tuple(module.unflattened_size)
             elif type(module) is not nn.Flatten or layers:
                 return None
-        return cls(layers, rectified, shape) if layers else None
+        return cls(layers, shape)
 
-    def __call__(self, inputs: Tensor) -> Tensor:
-        """`[rows, ...]` to `[rows, *shape]`. With or without autograd, in bf16 if that is on."""
-        if inputs.is_cpu and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")):
-            return self.activations(inputs)[-1]
-        h = inputs.flatten(1)
-        for weight, bias, relu in self.layers:
-            h = functional.linear(h, weight, bias)
+    def forward(self, inputs: Tensor) -> tuple[Tensor, Tape]:
+        """`[rows, units]` to `[rows, *shape]`, and what `backward` will want."""
+        h, tape = inputs, []
+        for weights, (_, bias, norm, relu) in zip(self.weights(), self.layers, strict=True):
+            out = z = torch.from_numpy(np.matmul(h.numpy(), weights.T)).add_(bias)
+            moments: tuple[Tensor, ...] = ()
+            if norm:
+                out, *found = torch.native_layer_norm(z, norm.units, norm.gain, norm.bias, norm.eps)
+                moments = tuple(found)
             if relu:
-                h.relu_()
-        return h.view(-1, *self.shape) if self.shape else h
+                out.relu_()
+            tape.append((h, z, moments, out))
+            h = out
+        return h.view(-1, *self.shape) if self.shape else h, tape
 
-    def activations(self, inputs: Tensor) -> list[Tensor]:
-        """What enters each layer, `[rows, units]`, and last of all what it gives, `[rows, *shape]`.
-
-        On the host, with autograd off.
-        """
-        h = inputs if inputs.ndim == 2 else inputs.flatten(1)
-        found = [h]
-        for weights, (_, bias, relu) in zip(self.weights(), self.layers, strict=True):
-            h = torch.from_numpy(np.matmul(h.numpy(), weights.T)).add_(bias)
-            if relu:
-                h.relu_()
-            found.append(h)
-        if self.shape:
-            found[-1] = h.view(-1, *self.shape)
-        return found
-
-    def weights(self) -> list[NDArray[Any]]:
-        """The weights of each layer as NumPy sees them, `[outputs, inputs]`."""
-        addresses = [weight.data_ptr() for weight, _, _ in self.layers]
-        if addresses != self._addresses:
-            self._addresses = addresses
-            self._weights = [weight.detach().numpy() for weight, _, _ in self.layers]
-        return self._weights
-
-    def backward(self, activations: Sequence[Tensor], slope: Tensor) -> None:
+    def backward(self, tape: Tape, slope: Tensor, further: bool = False) -> Tensor:
         """Leave in every parameter's `.grad` what autograd would add to it (Rumelhart et al. 1986).
 
-            d_L = dloss/dh_L,   d_l' = d_l where h_l > 0 else 0,
-            dloss/dW_l = d_l'^T h_{l-1},   dloss/db_l = sum over rows of d_l',   d_{l-1} = d_l' W_l
+            dloss/dW_l = d_l^T h_{l-1},   dloss/db_l = sum over rows of d_l,   dloss/dh_{l-1} = d_l W_l
 
-        On the host, with autograd off.
+        where d_l = dloss/dz_l.
 
         Args:
-            activations: what `activations` gave.
-            slope: of the loss, with regard to the last of them `[rows, *shape]`.
+            tape: of `forward`.
+            slope: of the loss, with regard to what `forward` gave `[rows, *shape]`.
+            further: whether the slope with regard to the inputs is wanted.
+
+        Returns:
+            That slope, if wanted `[rows, units]`.
         """
         slope = slope.flatten(1) if self.shape else slope
         weights = self.weights()
         for index in range(len(self.layers) - 1, -1, -1):
-            weight, bias, relu = self.layers[index]
+            weight, bias, norm, relu = self.layers[index]
+            h, z, moments, out = tape[index]
             if relu:
-                slope = slope * activations[index + 1].sign()  # what ReLU gives is never negative
-            assert weight.grad is not None, "where the gradient is to be left"
+                slope = slope * out.sign()  # what ReLU gives is never negative
+            if norm:
+                slope = _normalised_backward(slope, z, moments, norm)
             slopes = slope.numpy()
-            np.matmul(slopes.T, activations[index].numpy(), out=weight.grad.numpy())
-            torch.sum(slope, 0, out=bias.grad)
-            if index:
+            np.matmul(slopes.T, h.numpy(), out=_grad(weight).numpy())
+            torch.sum(slope, 0, out=_grad(bias))
+            if index or further:
                 slope = torch.from_numpy(np.matmul(slopes, weights[index]))
+        return slope
+
+    def weights(self) -> list[NDArray[Any]]:
+        """The weights of each layer as NumPy sees them, `[outputs, inputs]`."""
+        addresses = [layer.weight.data_ptr() for layer in self.layers]
+        if addresses != self._addresses:
+            self._addresses = addresses
+            self._weights = [layer.weight.detach().numpy() for layer in self.layers]
+        return self._weights
+
+
+class Dense:
+    """A network that is one row of layers, or a row that two others duel after. On the host, with autograd off.
+
+    Args:
+        trunk: what both have in common, or all there is.
+        streams: for advantages and for the value, `layers.Dueling`.
+    """
+
+    def __init__(self, trunk: Row, streams: tuple[Row, Row] | None = None) -> None:
+        self.trunk, self.streams = trunk, streams
+
+    @classmethod
+    def of(cls, *modules: nn.Module) -> Dense | None:
+        """These modules in a row, or None where they are no such network."""
+        *first, last = _leaves(modules) if modules else [None]
+        if not isinstance(last, Dueling):
+            row = Row.of(*modules)
+            return cls(row) if row and row.layers else None
+        trunk, advantage, value = Row.of(*first), Row.of(last.advantage), Row.of(last.value)
+        if not (trunk and advantage and value) or trunk.shape:
+            return None
+        return cls(trunk, (advantage, value))
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """`[rows, ...]` to `[rows, *shape]`."""
+        return self.forward(inputs)[0]
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, list[Tape]]:
+        """The same, and what `backward` will want."""
+        h, tape = self.trunk.forward(inputs if inputs.ndim == 2 else inputs.flatten(1))
+        if self.streams is None:
+            return h, [tape]
+        (advantage, of_advantage), (value, of_value) = (row.forward(h) for row in self.streams)
+        return value + advantage - advantage.mean(dim=1, keepdim=True), [tape, of_advantage, of_value]
+
+    def backward(self, tapes: Sequence[Tape], slope: Tensor) -> None:
+        """Leave in every parameter's `.grad` what autograd would add to it.
+
+        Args:
+            tapes: of `forward`.
+            slope: of the loss, with regard to what `forward` gave `[rows, *shape]`.
+        """
+        if self.streams is not None:
+            further = bool(self.trunk.layers)
+            slopes = slope - slope.mean(dim=1, keepdim=True), slope.sum(dim=1, keepdim=True)
+            of_advantage, of_value = (
+                row.backward(tape, mine, further)
+                for row, tape, mine in zip(self.streams, tapes[1:], slopes, strict=True)
+            )
+            if not further:
+                return
+            slope = of_advantage.add_(of_value)
+        self.trunk.backward(tapes[0], slope)
+
+
+def _normalised_backward(slope: Tensor, z: Tensor, moments: Sequence[Tensor], norm: Norm) -> Tensor:
+    """The slope with regard to `z`, from that with regard to what `norm` made of it; leaves that of its parameters."""
+    slope, gain, bias = torch.ops.aten.native_layer_norm_backward(
+        slope, z, norm.units, *moments, norm.gain, norm.bias, (True, True, True)
+    )
+    _grad(norm.gain).copy_(gain)
+    _grad(norm.bias).copy_(bias)
+    return slope
+
+
+def _grad(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None, "where the gradient is to be left"
+    return parameter.grad
 
 
 def _leaves(modules: Sequence[nn.Module]) -> Iterator[nn.Module]:

@@ -20,13 +20,12 @@ DENSE = {
     "three": {"hidden": (16, 8, 5)},
     "c51": {"hidden": (16,), "head": "c51", "atoms": 7},
     "qr": {"hidden": (16, 8), "head": "qr", "quantiles": 5},
+    "layer norm": {"hidden": (16, 8), "layer_norm": True},
+    "dueling": {"hidden": (16, 8), "dueling": True},
+    "dueling at once": {"hidden": (), "dueling": True},
+    "dueling c51": {"hidden": (16, 8), "dueling": True, "head": "c51", "atoms": 7, "layer_norm": True},
 }
-NOT_DENSE = {
-    "dueling": {"dueling": True},
-    "noisy": {"noisy": True},
-    "layer norm": {"layer_norm": True},
-    "iqn": {"head": "iqn"},
-}
+NOT_DENSE = {"noisy": {"noisy": True}, "iqn": {"head": "iqn"}}
 
 
 def network(shape=(6,), stack=1, is_image=False, loss="huber", **settings):
@@ -66,12 +65,15 @@ def test_the_derivative_by_hand_is_that_of_autograd(settings, shape, stack):
 def test_a_network_as_one_piece_is_its_modules(settings):
     made = network(**settings).eval()
     observation = torch.randn(5, 6).double()
-    torch.manual_seed(1)
-    modules = made.head(made.torso(observation))
-    torch.manual_seed(1)
-    torch.testing.assert_close(made(observation), modules, rtol=0, atol=0)
-    actions = made.head.q_values(made.head.act(made.torso(observation)))
-    torch.testing.assert_close(made.q_values(observation), actions, rtol=0, atol=0)
+    with torch.no_grad():
+        torch.manual_seed(1)
+        modules = made.head(made.torso(observation))
+        torch.manual_seed(1)
+        torch.testing.assert_close(made(observation), modules)
+        torch.manual_seed(1)
+        actions = made.head.q_values(made.head.act(made.torso(observation)))
+        torch.manual_seed(1)
+        torch.testing.assert_close(made.q_values(observation), actions)
 
 
 @pytest.mark.parametrize("settings", NOT_DENSE.values(), ids=NOT_DENSE.keys())
@@ -104,13 +106,8 @@ def test_what_is_no_row_of_linear_layers():
 def test_a_copy_looks_at_its_own_parameters():
     made = network(hidden=(4,))
     target = made.target_copy()
-    assert all(
-        copied is parameter
-        for (weight, bias, _), parameters in zip(
-            target.dense.layers, zip(*[iter(target.parameters())] * 2, strict=True), strict=True
-        )
-        for copied, parameter in zip((weight, bias), parameters, strict=True)
-    )
+    mine = [tensor for layer in target.dense.trunk.layers for tensor in (layer.weight, layer.bias)]
+    assert all(copied is own for copied, own in zip(mine, target.parameters(), strict=True))
 
 
 def test_weights_are_found_where_they_were_moved_to():
