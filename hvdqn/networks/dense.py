@@ -208,7 +208,7 @@ def _grad(parameter: Tensor) -> Tensor:
 
 def _leaves(modules: Sequence[nn.Module]) -> Iterator[nn.Module]:
     for module in modules:
-        if isinstance(module, nn.Sequential):
+        if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
             yield from _leaves(list(module))
         else:
             yield module

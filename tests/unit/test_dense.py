@@ -13,6 +13,7 @@ from hvdqn.config import NetworkConfig
 from hvdqn.learner import flatten_parameters
 from hvdqn.networks import make_network
 from hvdqn.networks.dense import Dense
+from hvdqn.networks.layers import Dueling
 
 DENSE = {
     "none": {"hidden": ()},
@@ -98,6 +99,11 @@ def test_what_is_no_row_of_linear_layers():
         (one, nn.Unflatten(1, (2, 1)), one),
         (nn.Linear(2, 2, bias=False),),
         (type("Own", (nn.Linear,), {})(2, 2),),
+        (type("Own", (nn.Sequential,), {"forward": lambda self, x: -x})(one),),
+        (nn.LayerNorm(2), one),
+        (one, nn.ReLU(), nn.LayerNorm(2)),
+        (one, nn.Unflatten(1, (1, 2)), Dueling(one, one)),
+        (Dueling(one, nn.Tanh()),),
     ]:
         assert Dense.of(*modules) is None
     assert Dense.of(nn.Flatten(), nn.Sequential(one, nn.ReLU()), one) is not None
