@@ -120,10 +120,12 @@ class MpiComm(Comm):
 
     def _sharing(self, tensor: Tensor, name: str) -> SharedMean | None:
         """What is shared for messages of this name; None: they are not for shared memory."""
+        if self._host is None:
+            return None
         shared = self._shared.get(name)
         if shared is not None and shared.fits(tensor):
             return shared
-        if self._host is None or self.size * tensor.nbytes > SHARED_UP_TO:
+        if self.size * tensor.nbytes > SHARED_UP_TO:
             return None
         if shared is not None:
             self._shared.pop(name).close()
