@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import numpy as np
 import torch
@@ -70,7 +70,7 @@ class Row:
             last = layers[-1] if layers else None
             if type(module) is nn.Linear and module.bias is not None and not shape:
                 layers.append(Layer(module.weight, module.bias))
-            elif type(module) is nn.LayerNorm and last and last.norm is None and not last.relu:
+            elif _is_affine_norm(module) and last and last.norm is None and not last.relu:
                 norm = Norm(module.weight, module.bias, module.normalized_shape, module.eps)
                 layers[-1] = last._replace(norm=norm)
             elif type(module) is nn.ReLU and last and not last.relu:
@@ -150,11 +150,12 @@ class Dense:
     @classmethod
     def of(cls, *modules: nn.Module) -> Dense | None:
         """These modules in a row, or None where they are no such network."""
-        *first, last = _leaves(modules) if modules else [None]
-        if not isinstance(last, Dueling):
-            row = Row.of(*modules)
+        leaves = list(_leaves(modules))
+        last = leaves[-1] if leaves else None
+        if last is None or type(last) is not Dueling:
+            row = Row.of(*leaves)
             return cls(row) if row and row.layers else None
-        trunk, advantage, value = Row.of(*first), Row.of(last.advantage), Row.of(last.value)
+        trunk, advantage, value = Row.of(*leaves[:-1]), Row.of(last.advantage), Row.of(last.value)
         if not (trunk and advantage and value) or trunk.shape:
             return None
         return cls(trunk, (advantage, value))
@@ -199,6 +200,11 @@ def _normalised_backward(slope: Tensor, z: Tensor, moments: Sequence[Tensor], no
     _grad(norm.gain).copy_(gain)
     _grad(norm.bias).copy_(bias)
     return slope
+
+
+def _is_affine_norm(module: nn.Module) -> TypeGuard[nn.LayerNorm]:
+    """Whether it is a layer norm with gain and bias, which both may be left out of one."""
+    return type(module) is nn.LayerNorm and module.weight is not None and module.bias is not None
 
 
 def _grad(parameter: Tensor) -> Tensor:

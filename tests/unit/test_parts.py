@@ -273,7 +273,7 @@ def test_algorithms_join_environments_in_any_order(algorithm, first):
         assert config.environment.env == PRESETS[environment]["env"]
 
 
-# Prioritized replay
+# Threads
 
 
 @pytest.mark.parametrize(("hidden", "threads"), [("8", 1), ("800 800", 2)], ids=["small", "large"])
@@ -284,6 +284,9 @@ def test_torch_and_numpy_use_as_many_threads_as_a_rank_has(hidden, threads):
         blas = ThreadpoolController().select(user_api="blas").info()
         assert torch.get_num_threads() == threads
         assert [library["num_threads"] for library in blas] == [threads] * len(blas)
+
+
+# Prioritized replay
 
 
 def test_beta_rises_to_one_over_global_env_steps():
