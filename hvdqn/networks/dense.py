@@ -152,6 +152,8 @@ class Dense:
         """These modules in a row, or None where they are no such network."""
         leaves = list(_leaves(modules))
         last = leaves[-1] if leaves else None
+        if _share_parameters(leaves):
+            return None
         if last is None or type(last) is not Dueling:
             row = Row.of(*leaves)
             return cls(row) if row and row.layers else None
@@ -205,6 +207,12 @@ def _normalised_backward(slope: Tensor, z: Tensor, moments: Sequence[Tensor], no
 def _is_affine_norm(module: nn.Module) -> TypeGuard[nn.LayerNorm]:
     """Whether it is a layer norm with gain and bias, which both may be left out of one."""
     return type(module) is nn.LayerNorm and module.weight is not None and module.bias is not None
+
+
+def _share_parameters(modules: Sequence[nn.Module]) -> bool:
+    """Whether they share a parameter, whose gradient is a sum, of which `backward` would leave the last summand."""
+    each = [id(p) for module in modules for _, p in module.named_parameters(remove_duplicate=False)]
+    return len(set(each)) < len(each)
 
 
 def _grad(parameter: Tensor) -> Tensor:

@@ -89,7 +89,8 @@ def test_anything_else_is_left_to_autograd(settings):
 
 
 def test_what_is_no_row_of_linear_layers():
-    one = nn.Linear(2, 2)
+    one, tied = nn.Linear(2, 2), nn.Linear(2, 2)
+    tied.weight = one.weight
     for modules in [
         (),
         (nn.ReLU(), one),
@@ -108,9 +109,12 @@ def test_what_is_no_row_of_linear_layers():
         (one, nn.ReLU(), nn.LayerNorm(2)),
         (one, nn.Unflatten(1, (1, 2)), Dueling(one, one)),
         (Dueling(one, nn.Tanh()),),
+        (Dueling(one, one),),
+        (one, nn.ReLU(), one),
+        (one, nn.ReLU(), tied),
     ]:
         assert Dense.of(*modules) is None
-    assert Dense.of(nn.Flatten(), nn.Sequential(one, nn.ReLU()), one) is not None
+    assert Dense.of(nn.Flatten(), nn.Sequential(one, nn.ReLU()), nn.Linear(2, 2)) is not None
 
 
 def test_a_copy_looks_at_its_own_parameters():
