@@ -30,13 +30,14 @@ class Images(nn.Module):
     """Raw image observations as the float planes that convolutions take.
 
     Frames `[batch, (stack,) H, W]`, `[batch, (stack,) H, W, C]` or `[batch, (stack,) C, H, W]`, the last two told
-    apart by which end is smaller, become `[batch, stack x C, H, W]`; uint8 is scaled to [0, 1].
+    apart by which end is smaller (Gymnasium's `[H, W, C]` where both are alike), become `[batch, stack x C, H, W]`;
+    uint8 is scaled to [0, 1].
     """
 
     def __init__(self, frame_shape: Sequence[int], frame_stack: int) -> None:
         super().__init__()
         shape = tuple(frame_shape)
-        self.channels_last = len(shape) == 3 and shape[2] < shape[0]
+        self.channels_last = len(shape) == 3 and shape[2] <= shape[0]
         height_width = shape if len(shape) == 2 else shape[:2] if self.channels_last else shape[1:]
         self.channels_per_frame = 1 if len(shape) == 2 else shape[2] if self.channels_last else shape[0]
         self.planes = (frame_stack * self.channels_per_frame, *height_width)

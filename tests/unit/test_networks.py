@@ -37,12 +37,13 @@ def test_each_image_is_centered_by_its_own_mean():
     assert Centered()(images).tolist() == [[[-2, -1], [0, 3]], [[-1, -1], [-1, 3]]]
 
 
-def test_channels_last_pixels_land_in_their_plane():
-    """Stack of two 8 x 8 x 2 frames: plane = frame x channels + channel."""
-    frames = torch.zeros(1, 2, 8, 8, 2)
+@pytest.mark.parametrize("channels", [2, 8], ids=["fewer", "as many as rows, as MinAtar's Seaquest"])
+def test_channels_last_pixels_land_in_their_plane(channels):
+    """Stack of two 8 x 8 x C frames: plane = frame x channels + channel."""
+    frames = torch.zeros(1, 2, 8, 8, channels)
     frames[0, 1, 3, 4, 0] = 1.0
-    planes = Images((8, 8, 2), 2)(frames)
-    assert planes.nonzero().tolist() == [[0, 2, 3, 4]]
+    planes = Images((8, 8, channels), 2)(frames)
+    assert planes.nonzero().tolist() == [[0, channels, 3, 4]]
 
 
 @pytest.mark.parametrize(
