@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, ClassVar
 
 
 @dataclass
@@ -67,11 +67,11 @@ class Clock:
         """Env steps of this rank, in a job of `size` ranks."""
         return self.env_steps / size
 
-    def own_state(self) -> dict[str, int | None]:
+    def own_state(self) -> dict[str, Any]:
         """What a checkpoint keeps for each rank: ranks that step together have nothing of their own."""
         return {}
 
-    def load_own_state(self, state: Mapping[str, int | None]) -> None:
+    def load_own_state(self, state: Mapping[str, Any]) -> None:
         """Put back what `own_state` gave."""
 
     def due(self, every: int) -> bool:
@@ -143,6 +143,8 @@ class ReportedClock(Clock):
     learning_since: int | None = None  # own env steps
     met: bool = False
 
+    _OWN: ClassVar = ("own_env_steps", "own_updates", "learning_since")
+
     def update_due(self) -> bool:
         """Whether this rank owes an update now."""
         if self.learning_since is None:
@@ -181,15 +183,17 @@ class ReportedClock(Clock):
         """Env steps of this rank."""
         return self.own_env_steps
 
-    def own_state(self) -> dict[str, int | None]:
-        """What is this rank's alone."""
-        return {name: getattr(self, name) for name in ("own_env_steps", "own_updates", "learning_since")}
+    def own_state(self) -> dict[str, Any]:
+        """What is this rank's alone, and at which rate it was counted."""
+        return {**{name: getattr(self, name) for name in self._OWN}, **self._rate()}
 
-    def load_own_state(self, state: Mapping[str, int | None]) -> None:
-        """Put back what `own_state` gave, all of it reported."""
-        for name, value in state.items():
-            setattr(self, name, value)
+    def load_own_state(self, state: Mapping[str, Any]) -> None:
+        """Put back what `own_state` gave, all of it reported. At another rate, updates are owed from here on only."""
+        for name in self._OWN:
+            setattr(self, name, state[name])
         self.told_env_steps = self.own_env_steps
+        if self.learning_since is not None and any(state[name] != v for name, v in self._rate().items()):
+            self.learning_since, self.own_updates = self.own_env_steps, 0
 
     def resume(self, state: Mapping[str, Any], refill: bool = False) -> None:
         """Go on from a checkpoint, which all ranks wrote together."""

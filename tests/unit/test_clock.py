@@ -77,7 +77,9 @@ def test_resume_with_a_smaller_batch_owes_nothing_for_the_past():
 
 def make_reported(**settings):
     """4 environments, batches of 32 at replay ratio 8: an update every 4 own env steps, one every iteration."""
-    return ReportedClock(4, 32, 8.0, **{"learning_starts": 100, "own_earliest": 16, **settings})
+    return ReportedClock(
+        4, replay_ratio=8.0, **{"global_batch": 32, "learning_starts": 100, "own_earliest": 16, **settings}
+    )
 
 
 def test_own_env_steps_decide_when_the_next_update_is_due():
@@ -134,6 +136,24 @@ def test_before_learning_it_asks_at_every_turn_how_far_the_job_is():
     clock = make_reported()
     clock.tick()
     assert clock.poll_due(4)
+
+
+@pytest.mark.parametrize(("batch", "updates"), [(32, 10), (16, 20), (64, 5)])
+def test_a_rank_that_resumes_with_another_batch_owes_nothing_for_the_past(batch, updates):
+    before = make_reported(learning_since=0)
+    for _ in range(100):
+        before.tick()
+        before.count_update()
+    clock = make_reported(global_batch=batch)
+    clock.load_own_state(before.own_state())
+    assert not clock.update_due()
+    taken = 0
+    for _ in range(10):
+        clock.tick()
+        while clock.update_due():
+            clock.count_update()
+            taken += 1
+    assert taken == updates
 
 
 def test_what_is_a_ranks_own_goes_on_and_is_not_reported_twice():
