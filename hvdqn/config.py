@@ -17,15 +17,16 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 import yaml
 from tyro import MISSING_NONPROP
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from hvdqn.presets import ALGORITHMS, JOINED, PRESETS
 
@@ -252,17 +253,22 @@ class RunConfig:
     checkpoint_keep: int = 3
     """Newest checkpoints kept; the weights of the best evaluation are kept besides."""
     checkpoint_replay: Literal["auto", "yes", "no"] = "auto"
-    """Keep replay in checkpoints, for an exact resume; `auto`: if twice its size is free on the disk."""
+    """Keep replay in checkpoints, for an exact resume. `auto`: if twice of what all that are kept will take is free."""
     log_every: int = 1_000
     """Between lines of metrics.jsonl."""
+
+
+PRESET_HELP = (
+    "Tuned settings of an environment or an algorithm, or of both joined by a comma, as atari,rainbow; "
+    f"--help beside it shows what they set. There are {', '.join(PRESETS)}."
+)
 
 
 @dataclass(frozen=True)
 class Config:
     """Train one deep Q-network on all ranks of the job."""
 
-    preset: str = ""
-    """Tuned settings by name, several joined by commas, as `atari,rainbow`: later ones win."""
+    preset: Annotated[str, tyro.conf.arg(help=PRESET_HELP)] = ""
     config: str = ""
     """YAML file with the same keys as the flags."""
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
@@ -331,6 +337,8 @@ def import_module(module: str, flag: str) -> ModuleType:
     Raises:
         UserError: it cannot be imported.
     """
+    if not all(part.isidentifier() for part in module.split(".")):
+        raise UserError(f"{flag}: '{module}' is no module's name; write package.module, without path and .py")
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -367,15 +375,51 @@ def parse(argv: Sequence[str], prog: str = "python -m hvdqn.train") -> Config:
     with contextlib.suppress(argparse.ArgumentError):  # a flag without its value: tyro says it better
         names, _ = early.parse_known_args(list(argv))
         file_settings = read_config_file(names.config) if names.config else {}
-        preset = names.preset or str(file_settings.pop("preset", ""))
-        default = preset_config(preset)
+        default = preset_config(names.preset or str(file_settings.pop("preset", "")))
         if any(word.split("=")[0] == "--wrapper" for word in argv):
             file_settings.pop("wrapper", None)  # flags win over the file; tyro alone would append
-        argv = [*_as_flags(file_settings), *argv]
+        if file_settings:
+            with _blaming(names.config):
+                default = parse_flags(Config, _as_flags(file_settings), prog, default)
         config = dataclasses.replace(parse_flags(Config, argv, prog, default), config="")
         check(config)
         return config
     return parse_flags(Config, argv, prog)
+
+
+@contextlib.contextmanager
+def _blaming(path: str) -> Iterator[None]:
+    """Say of what is wrong that it stands in this file."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"in the config file '{path}': {error}") from None
+
+
+_REGISTRY = ConstructorRegistry()
+
+
+@_REGISTRY.primitive_rule
+def _whole_numbers(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[int] | None:
+    """Whole numbers as people write large ones: 1000000, 1_000_000, 1e6."""
+    if info.type is not int:
+        return None
+
+    def read(words: Sequence[str]) -> int:
+        with contextlib.suppress(ValueError, OverflowError):
+            number = float(words[0])
+            if "e" in words[0].lower() and number == int(number):
+                return int(number)
+            return int(words[0])
+        raise ValueError(f"'{words[0]}' is no whole number")
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT",
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, int),
+        str_from_instance=lambda value: [str(value)],
+    )
 
 
 def parse_flags(kind: type[T], argv: Sequence[str], prog: str, default: T | None = None) -> T:
@@ -396,6 +440,7 @@ def parse_flags(kind: type[T], argv: Sequence[str], prog: str, default: T | None
                 default=MISSING_NONPROP if default is None else default,
                 return_unknown_args=True,
                 config=(tyro.conf.OmitArgPrefixes,),
+                registry=_REGISTRY,
             )
     except SystemExit as stop:
         if stop.code == 0:
@@ -430,18 +475,33 @@ def _one_line(boxed: str) -> str:
     rules = [i for i, line in enumerate(lines) if re.fullmatch(r"[-─]{4,}", line)]
     first = rules[0] + 1 if rules else 0
     body = lines[first : rules[1] if len(rules) > 1 else len(lines)]
-    return " ".join(" ".join(body).split()) or "the command line cannot be understood; see --help"
+    said = " ".join(" ".join(body).split()) or "the command line cannot be understood; see --help"
+    return said.replace(
+        "Could not find valid parse for arguments:", "give whole numbers with blanks between, as 64 64, not"
+    )
 
 
 def _as_flags(settings: Mapping[str, Any]) -> list[str]:
-    """Settings of a file as the flags that say the same, so that one parser checks both."""
+    """Settings of a file as the flags that say the same, so that one parser checks both.
+
+    Raises:
+        UserError: no flag says it.
+    """
     argv: list[str] = []
+    defaults = Config().flat()
     for name, value in settings.items():
         flag = "--" + name.replace("_", "-")
-        if isinstance(value, bool):
+        if isinstance(defaults.get(name), bool):
+            if not isinstance(value, bool):
+                raise UserError(f"{name} is {value!r}; it must be true or false")
             argv.append(flag if value else "--no-" + flag[2:])
+        elif isinstance(
+            value, bool
+        ):  # YAML takes yes and no for such, which are words of --checkpoint-replay
+            argv.append(f"{flag}={'yes' if value else 'no'}")
         elif name == "wrapper":
-            argv += [word for item in value for word in (flag, str(item))]
+            wrappers = [value] if isinstance(value, str) else value
+            argv += [word for item in wrappers for word in (flag, str(item))]
         elif isinstance(value, (list, tuple)):
             argv += [flag, *map(str, value)]
         elif isinstance(value, dict):
@@ -452,7 +512,7 @@ def _as_flags(settings: Mapping[str, Any]) -> list[str]:
 
 
 def read_config_file(path: str) -> dict[str, Any]:
-    """A YAML mapping of settings by flag name.
+    """A YAML mapping of settings by flag name; what it leaves empty stays as it was.
 
     Raises:
         UserError: unreadable, no mapping, or a key that is no setting.
@@ -473,39 +533,50 @@ def read_config_file(path: str) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise UserError(f"the config file '{path}' holds no mapping; write one 'key: value' a line")
     settings = {str(key).replace("-", "_"): value for key, value in loaded.items()}
-    for name in settings:
-        try:
+    with _blaming(path):
+        for name in settings:
             _section_of(name)
-        except UserError as error:
-            raise UserError(f"in the config file '{path}': {error}") from None
     settings.pop("config", None)
-    return settings
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def preset_config(names: str) -> Config:
-    """The defaults under one preset or several joined by commas; the last holds, but an algorithm over an environment.
+    """The defaults under one preset or several joined by commas, in whichever order they are named.
+
+    An algorithm's hold over an environment's, and those of `smoke` over both.
 
     Raises:
-        UserError: no such preset.
+        UserError: no such preset, or two that cannot both hold.
     """
-    settings: dict[str, Any] = {}
-    named = [name for name in names.split(",") if name]
+    named = list(dict.fromkeys(filter(None, map(str.strip, names.split(",")))))
     for name in named:
         if name not in PRESETS:
             raise UserError(
                 f"unknown preset '{name}'{did_you_mean(name, list(PRESETS))}; there are {', '.join(PRESETS)}"
             )
-    for name in sorted(named, key=ALGORITHMS.__contains__):
+    algorithms = [name for name in named if name in ALGORITHMS]
+    environments = [name for name in named if name not in (*algorithms, "smoke")]
+    for kind in (environments, algorithms):
+        if len(kind) > 1:
+            raise UserError(
+                f"--preset {names}: {kind[0]} and {kind[1]} cannot both hold; join an environment's with an "
+                "algorithm's, as atari,rainbow"
+            )
+    settings: dict[str, Any] = {}
+    for name in (*environments, *algorithms):
         settings.update(PRESETS[name])
     for pair, joined in JOINED.items():
         if set(pair) <= set(named):
             settings.update(joined)
-    return Config(preset=names).replace(**settings)
+    if "smoke" in named:
+        settings.update(PRESETS["smoke"])
+    return Config(preset=",".join(named)).replace(**settings)
 
 
 def write_config(config: Config, path: Path) -> None:
-    """Write all settings as YAML; fed back with `--config` they repeat the run."""
-    path.write_text(yaml.safe_dump(config.flat(), sort_keys=False), encoding="utf-8")
+    """Write all settings as YAML; fed back with `--config` they repeat the run, in a directory of its own."""
+    settings = {name: value for name, value in config.flat().items() if name not in ("run_dir", "resume")}
+    path.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
 
 
 _AT_LEAST_ONE = (
@@ -544,6 +615,8 @@ def check(config: Config) -> None:
         (_SHARES, lambda v: 0 <= v <= 1, "within [0, 1]"),
         (("gamma", "target_tau"), lambda v: 0 < v <= 1, "within (0, 1]"),
         (("outer_momentum",), lambda v: 0 <= v < 1, "within [0, 1)"),
+        (("frame_stack",), lambda v: v <= 255, "at most 255"),
+        (("seed",), lambda v: v < 1 << 63, "below 2^63"),
     )
     for names, holds, rule in rules:
         for name in names:
@@ -562,6 +635,11 @@ def check(config: Config) -> None:
         raise UserError(
             f"--replay-capacity {config.replay.replay_capacity} must be above --learning-starts "
             f"{config.replay.learning_starts}, or learning would never start"
+        )
+    if config.run.total_env_steps <= config.replay.learning_starts:
+        raise UserError(
+            f"--total-env-steps {config.run.total_env_steps} must be above --learning-starts "
+            f"{config.replay.learning_starts}, or learning would never start; raise one or lower the other"
         )
 
 

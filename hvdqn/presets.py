@@ -62,9 +62,8 @@ ATARI: Mapping[str, Any] = {
 }
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    # Seconds, to see that everything is in place. It is not meant to learn.
+    # Seconds, to see that everything is in place, of any environment. It is not meant to learn.
     "smoke": {
-        "env": "CartPole-v1",
         "total_env_steps": 2_000,
         "replay_capacity": 2_000,
         "learning_starts": 200,
@@ -292,10 +291,10 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     },
 }  # fmt: skip
 
-# Whose parts hold over an environment's, in whichever order the two are named.
+# Whose parts hold over an environment's.
 ALGORITHMS = ("dqn", "double-dueling", "rainbow", "iqn", "m-iqn")
 
-# What holds where both are named, in whichever order: an algorithm's learning rate is another on every family.
+# What holds where both are named: an algorithm's learning rate is another on every family.
 JOINED: Mapping[tuple[str, str], Mapping[str, Any]] = {
     # Twice the batch of `minatar`, hence epsilon 0.01 / batch, rounded, and a larger lr, which falls. One seed each,
     # with noise as the only exploration: Asterix came to 11 after 400k frames with layer norm, to 3 without; on

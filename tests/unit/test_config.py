@@ -40,10 +40,51 @@ def test_every_setting_is_documented():
                 assert after.strip().startswith('"""'), f"--{setting.name} has no help text"
 
 
-def test_later_presets_win():
-    both = preset_config("cartpole,smoke")
-    assert both.run.total_env_steps == PRESETS["smoke"]["total_env_steps"]
-    assert both.network.hidden == PRESETS["cartpole"]["hidden"]
+@pytest.mark.parametrize("names", ["minatar,rainbow,smoke", "smoke, rainbow,minatar"])
+def test_an_algorithm_holds_over_an_environment_and_smoke_over_both(names):
+    joined = preset_config(names)
+    assert joined.preset == names.replace(" ", "")
+    assert joined.environment.env == PRESETS["minatar"]["env"]
+    assert joined.network.head == "c51"
+    assert joined.network.layer_norm, "what holds where both are named"
+    assert joined.run.total_env_steps == PRESETS["smoke"]["total_env_steps"]
+
+
+@pytest.mark.parametrize("preset", sorted(set(PRESETS) - {"smoke"}))
+def test_every_preset_can_be_tried_for_seconds(preset):
+    assert parse(["--preset", f"{preset},smoke"]).run.total_env_steps == 2_000
+
+
+def test_a_written_config_names_no_run_directory(tmp_path):
+    """Fed back, it would only resume the run that it was written in."""
+    write_config(parse(["--run-dir", "there", "--resume", "must"]), tmp_path / "config.yaml")
+    assert parse(["--config", str(tmp_path / "config.yaml")]) == Config()
+
+
+def test_help_names_the_presets(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    said = capsys.readouterr().out
+    assert all(name in said for name in PRESETS)
+
+
+@pytest.mark.parametrize("written", ["1000000", "1_000_000", "1e6", "1.0E6"])
+def test_whole_numbers_as_people_write_them(written, tmp_path):
+    assert parse(["--total-env-steps", written]).run.total_env_steps == 1_000_000
+    (tmp_path / "run.yaml").write_text(f"total_env_steps: {written}\nhidden: [{written}, 8]\n")
+    config = parse(["--config", str(tmp_path / "run.yaml")])
+    assert (config.run.total_env_steps, config.network.hidden) == (1_000_000, (1_000_000, 8))
+
+
+def test_a_file_as_people_write_it(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("wrapper: a:b\nrun_dir:\ncheckpoint_replay: no\ndouble: no\nlr: 1\n")
+    config = parse(["--config", str(file)])
+    assert config.environment.wrapper == ("a:b",)
+    assert config.run.run_dir == ""
+    assert config.run.checkpoint_replay == "no"
+    assert not config.learning.double
+    assert config.learning.lr == 1.0
 
 
 def test_flags_replace_the_files_wrappers(tmp_path):

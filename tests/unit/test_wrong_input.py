@@ -49,6 +49,12 @@ HERE = {
     "value of another type": wrong("--lr fast", "--lr", "fast"),
     "none of the choices": wrong("--optimizer lion", "lion", "adam", "rmsprop", "sgd"),
     "stray word": wrong("cartpole", "cartpole"),
+    "two environments' presets": wrong(
+        "--preset minatar,atari", "--preset minatar,atari", "cannot both hold", "atari,rainbow"
+    ),
+    "two algorithms' presets": wrong("--preset rainbow,iqn", "rainbow and iqn", "cannot both hold"),
+    "layers by commas": wrong("--hidden 64,64", "--hidden", "blanks between", "64 64"),
+    "no whole number": wrong("--total-env-steps 1.5e0", "--total-env-steps", "'1.5e0' is no whole number"),
     "unknown preset": wrong("--preset cartpol", "unknown preset 'cartpol'", "did you mean 'cartpole'", "atari"),
     "continuous actions": wrong(
         "--env Pendulum-v1", "'Pendulum-v1'", "action space Box", "needs Discrete", "--wrapper"
@@ -81,6 +87,11 @@ HERE = {
     "negative learning rate": wrong("--lr -0.1", "--lr is -0.1", "above 0"),
     "negative target period": wrong("--target-every -5", "--target-every is -5", "0 or more"),
     "negative checkpoint period": wrong("--checkpoint-every -1", "--checkpoint-every is -1", "0 or more"),
+    "too many frames": wrong("--frame-stack 256", "--frame-stack is 256", "at most 255"),
+    "a seed that no generator takes": wrong("--seed 9223372036854775808", "--seed is 92233", "below 2^63"),
+    "an end before learning starts": wrong(
+        "--total-env-steps 200", "--total-env-steps 200", "above --learning-starts 200", "never start"
+    ),
     "negative seed": wrong("--seed -1", "--seed is -1", "0 or more"),
     "an empty layer": wrong("--hidden 64 0", "--hidden is 64 0", "at least 1 unit"),
     "no updates between averages": wrong("--sync-every 0", "--sync-every is 0", "at least 1"),
@@ -109,7 +120,12 @@ HERE = {
         files={"c.yaml": "total_steps: 5"},
     ),
     "wrong value in config": wrong("--config {tmp}/c.yaml", "--gamma is 1.5", files={"c.yaml": "gamma: 1.5"}),
-    "wrong type in config": wrong("--config {tmp}/c.yaml", "--lr", "fast", files={"c.yaml": "lr: fast"}),
+    "wrong type in config": wrong(
+        "--config {tmp}/c.yaml", "config file", "c.yaml", "--lr", "fast", files={"c.yaml": "lr: fast"}
+    ),
+    "neither true nor false in config": wrong(
+        "--config {tmp}/c.yaml", "c.yaml", "double is 'maybe'", "true or false", files={"c.yaml": "double: maybe"}
+    ),
     "wrong preset in config": wrong(
         "--preset= --config {tmp}/c.yaml", "unknown preset 'mspacman'", files={"c.yaml": "preset: mspacman"}
     ),
@@ -125,6 +141,9 @@ HERE = {
         '--env-kwargs {{"gravity":1}}', "--env-kwargs", "does not suit 'CartPole-v1'", "gravity"
     ),
     "wrapper without attribute": wrong("--wrapper gymnasium", "--wrapper 'gymnasium'", "module:attribute"),
+    "wrapper by its file": wrong("--wrapper ./wrap.py:Mine", "'./wrap.py'", "no module's name", "without path"),
+    "environment by its file": wrong("--env ./mine.py:Mine-v0", "'./mine.py'", "no module's name"),
+    "torso by its file": wrong("--torso ./wide.py:Wide", "'./wide.py'", "no module's name"),
     "wrapper unknown": wrong("--wrapper gymnasium.wrappers:Flatten", "has no 'Flatten'"),
     "lives without Atari": wrong("--episodic-life", "--episodic-life needs an Atari environment", "ALE/Pong-v5"),
     "native where there is none": wrong(
