@@ -24,10 +24,11 @@ from hvdqn.parts import Parts
 from hvdqn.replay import deal
 from hvdqn.seeds import load_torch_state, torch_state
 
-# What a network and its optimizer are made of cannot change between the attempts of one run.
+# What a run is of cannot change between its attempts: its seed, its environment, its network and its optimizer.
 FIXED = (
-    "env", "env_kwargs", "wrapper", "frame_stack", "torso", "hidden", "head", "dueling", "noisy", "layer_norm", "atoms",
-    "v_min", "v_max", "quantiles", "iqn_embedding", "optimizer", "replay", "sync", "outer_lr", "outer_momentum",
+    "seed", "env", "env_kwargs", "wrapper", "frame_stack", "torso", "hidden", "head", "dueling", "noisy", "layer_norm",
+    "center_images", "atoms", "v_min", "v_max", "quantiles", "iqn_embedding", "optimizer", "replay", "sync", "outer_lr",
+    "outer_momentum",
 )  # fmt: skip
 # Nor can these, if it is to go on bit for bit.
 SHAPES = ("envs_per_rank", "replay_capacity", "vectorization")
@@ -180,10 +181,10 @@ def _restore_shard(
         place = acting_place(config, comm.rank), acting_ranks(config, comm.size)
         dealt = deal([shard["replay"] for shard in shards], parts.replay.ring, *place)
         parts.replay.load_state(dealt)
-    exact = same_shapes and kept and parts.actor.load_state(shards[0]["actor"])
-    if exact:
-        load_torch_state(shards[0]["torch"], parts.device)
-    return kept, exact
+    if not (kept and same_shapes):
+        return kept, False
+    load_torch_state(shards[0]["torch"], parts.device)
+    return kept, parts.actor.load_state(shards[0]["actor"])
 
 
 def _changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

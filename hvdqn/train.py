@@ -118,6 +118,12 @@ class Training:
         self.introduce()
         for line in (*said, *changed):
             self.metrics.say(line)
+        total = self.config.run.total_env_steps
+        if self.clock.env_steps >= total:
+            self.metrics.say(
+                f"this run has had its {total:,} env steps: raise --total-env-steps to go on, or choose another "
+                f"--run-dir for another run"
+            )
         self.decide_on_replay()
         if self.clock.env_steps and self.clock.due(self.config.run.eval_every):
             self.evaluate()  # where a signal cut it short
@@ -401,7 +407,8 @@ class Training:
             )
         if self.learner.stop_voted:
             self.metrics.say(
-                f"stopped by a signal at env step {self.clock.env_steps:,}: start it again to resume"
+                f"stopped by a signal at env step {self.clock.env_steps:,}: start it again with "
+                f"--run-dir {self.run_dir} to resume"
             )
         self.metrics.say(
             f"run directory: {self.run_dir}   checkpoint: {self.run_dir / 'checkpoints' / 'latest'}"
@@ -409,36 +416,47 @@ class Training:
 
 
 def open_run_dir(config: Config, comm: Comm) -> Path:
-    """The run directory, made by rank 0.
+    """The run directory, made by rank 0; where the user names none, one that no other run has.
 
     Raises:
         UserError: it cannot be written.
     """
-    named = config.run.run_dir or "runs/" + "-".join(
-        re.sub(r"[^\w.]+", "_", part)
-        for part in (
-            config.environment.env,
-            config.preset,
-            f"seed{config.run.seed}",
-            time.strftime("%Y%m%d-%H%M%S"),
-        )
-        if part
+    named = config.run.run_dir
+    words = (
+        config.environment.env,
+        config.preset,
+        f"seed{config.run.seed}",
+        time.strftime("%Y%m%d-%H%M%S"),
     )
-    path = Path(comm.broadcast_object(named))
+    path = Path(named or "runs/" + "-".join(re.sub(r"[^\w.]+", "_", word) for word in words if word))
 
-    def make() -> Path:
-        if comm.rank == 0:
-            try:
-                path.mkdir(parents=True, exist_ok=True)
-                (path / ".writable").touch()
-                (path / ".writable").unlink()
-            except OSError as error:
-                raise UserError(
-                    f"cannot write to the run directory '{path}': {error.strerror}; choose another with --run-dir"
-                ) from None
-        return path
+    def make() -> str:
+        if comm.rank > 0:
+            return ""
+        try:
+            made = path if named else _new_directory(path)
+            made.mkdir(parents=True, exist_ok=True)
+            (made / ".writable").touch()
+            (made / ".writable").unlink()
+        except OSError as error:
+            raise UserError(
+                f"cannot write to the run directory '{path}': {error.strerror}; choose another with --run-dir"
+            ) from None
+        return str(made)
 
-    return together(comm, make)
+    return Path(comm.broadcast_object(together(comm, make)))
+
+
+def _new_directory(path: Path) -> Path:
+    """Make it, or one beside it where it is that of another run, which began in the same second."""
+    made, number = path, 1
+    while True:
+        try:
+            made.mkdir(parents=True)
+            return made
+        except FileExistsError:
+            number += 1
+            made = path.with_name(f"{path.name}-{number}")
 
 
 def check_same_config(config: Config, comm: Comm) -> None:

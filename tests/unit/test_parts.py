@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 import textwrap
+from contextlib import closing
 from pathlib import Path
 
 import gymnasium as gym
@@ -15,13 +16,17 @@ from threadpoolctl import ThreadpoolController, threadpool_limits
 
 import hvdqn.networks.torsos
 from hvdqn import train
+from hvdqn.acting import Actor
+from hvdqn.checkpoint import open_checkpoint, rank_part
 from hvdqn.comm.local import LocalComm
-from hvdqn.config import UserError, parse, preset_config
+from hvdqn.config import Config, UserError, parse, preset_config
 from hvdqn.learner import REPORTED
 from hvdqn.metrics import PhaseTimer
 from hvdqn.parts import build_parts, importance_at
 from hvdqn.presets import JOINED, PRESETS
 from hvdqn.replay import PrioritizedSampler
+from hvdqn.resume import restore
+from hvdqn.seeds import torch_state
 from tests.unit.test_train import run
 
 VECTOR = ["--env", "CartPole-v1"]
@@ -347,3 +352,17 @@ def test_a_resumed_run_ends_with_the_same_bits(flags, tmp_path: Path):
     assert run(tmp_path, *flags)["param_sha256"] == whole["param_sha256"]
     other_network = ("--dueling", "--preset", "smoke", "--run-dir", str(tmp_path))
     assert train.main([*flags, *other_network]) == 2
+
+
+def test_noise_goes_on_where_environments_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run(tmp_path, "--noisy", "--total-env-steps", "320")
+    checkpoint = open_checkpoint(tmp_path / "checkpoints" / "latest")
+    config = Config().replace(**checkpoint.manifest["config"])
+    monkeypatch.setattr(Actor, "load_state", lambda self, state: False)
+    parts = build_parts(config, LocalComm(), PhaseTimer())
+    with closing(parts.envs):
+        _, lines = restore(parts, checkpoint, config, LocalComm())
+    assert any("not bit for bit" in line for line in lines)
+    np.testing.assert_array_equal(
+        torch_state(parts.device)["cpu"], checkpoint.read(rank_part(0))["torch"]["cpu"]
+    )

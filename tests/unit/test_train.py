@@ -16,6 +16,8 @@ import yaml
 
 from hvdqn import train
 from hvdqn.checkpoint import open_checkpoint
+from hvdqn.comm.local import LocalComm
+from hvdqn.config import Config
 from tests.launchers import clean_environment
 
 SMALL = ["--preset", "smoke", "--total-env-steps", "600", "--eval-episodes", "2"]
@@ -79,6 +81,32 @@ def test_config_yaml_repeats_the_run(first: tuple[Path, dict[str, Any]], tmp_pat
     again = json.loads((tmp_path / "summary.json").read_text())
     for name in ("param_sha256", "eval_return_mean", "updates"):
         assert again[name] == summary[name]
+
+
+def test_a_finished_run_that_is_started_again_says_so_and_stays_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finished = run(tmp_path)
+    assert "env steps: raise" not in capsys.readouterr().out
+    again = run(tmp_path)
+    assert "this run has had its 600 env steps: raise --total-env-steps" in capsys.readouterr().out
+    for name in ("param_sha256", "eval_return_mean", "updates"):
+        assert again[name] == finished[name]
+    before = (tmp_path / "config.yaml").read_bytes()
+    assert train.main([*SMALL, "--run-dir", str(tmp_path), "--seed", "2"]) == 2
+    assert "was begun with --seed 1, not 2" in capsys.readouterr().err
+    assert (tmp_path / "config.yaml").read_bytes() == before
+
+
+def test_runs_that_begin_in_the_same_second_do_not_share_a_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train.time, "strftime", lambda _: "now")
+    made = [train.open_run_dir(Config(), LocalComm()).name for _ in range(3)]
+    assert made == ["CartPole_v1-seed1-now", "CartPole_v1-seed1-now-2", "CartPole_v1-seed1-now-3"]
+    named = Config().replace(run_dir="mine")
+    assert train.open_run_dir(named, LocalComm()) == train.open_run_dir(named, LocalComm()) == Path("mine")
 
 
 def test_the_same_seed_ends_with_the_same_parameters(
