@@ -86,8 +86,7 @@ class ElasticTraining(Training):
     ) -> None:
         super().__init__(config, comm, run_dir, stop, parts, checkpoints)
         self.world = world
-        if not isinstance(self.learner.sync, Gradients):
-            raise UserError(f"--sync {config.parallel.sync} cannot lose ranks; use --sync gradients")
+        assert isinstance(self.learner.sync, Gradients), "elastic_config refuses all others"
         self.sync = self.learner.sync
         self.filling_env_steps = 0  # left until this rank's replay counts as filled
         self.logged_at_env_steps = -1
@@ -341,6 +340,8 @@ def elastic_config(argv: Sequence[str], max_np: int) -> Config:
         raise UserError(
             "--device cuda: NCCL does not survive the loss of a rank; drop it, elastic runs use CPUs"
         )
+    if config.parallel.sync != "gradients":
+        raise UserError(f"--sync {config.parallel.sync} cannot lose ranks; use --sync gradients")
     # However the world shrinks: when a rank counts as filled, there must be something to draw in its replay.
     earliest = 2 * (config.replay.n_step + 1) * max_np * config.environment.envs_per_rank
     return config.replace(device="cpu", learning_starts=max(config.replay.learning_starts, earliest))

@@ -149,10 +149,9 @@ def _make_vector(build: _Build, envs: int, threads: int) -> tuple[VectorEnv[Any,
         if asked == "native":
             raise UserError(f"the native vector of '{config.env}' has no Box observations; use sync or async")
     makers = [functools.partial(_make_single, build, index, os.getpid()) for index in range(envs)]
-    with _construction(config):
-        if asked == "async":
-            return AsyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP), "async"
-        return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP), "sync"
+    if asked == "async":
+        return AsyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP), "async"
+    return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP), "sync"
 
 
 def _make_native(build: _Build, envs: int, threads: int) -> VectorEnv[Any, Any, Any]:
@@ -176,10 +175,11 @@ def _make_single(build: _Build, index: int, owner: int) -> gym.Env[Any, Any]:
             signal.signal(number, signal.SIG_IGN)
     config = build.config
     env: gym.Env[Any, Any]
-    if is_atari(build.spec):
-        env = AtariGame(build.episodic_life, build.kwargs)
-    else:
-        env = gym.make(build.spec, disable_env_checker=True, **build.kwargs)
+    with _construction(config):
+        if is_atari(build.spec):
+            env = AtariGame(build.episodic_life, build.kwargs)
+        else:
+            env = gym.make(build.spec, disable_env_checker=True, **build.kwargs)
     for path in config.wrapper:
         env = _wrap(env, path)
     _check_observations(env.observation_space, config.env)

@@ -327,7 +327,7 @@ _REHEARSAL_SECONDS = 15.0
 
 
 def _continues_exactly(twin: Callable[[int], Environments]) -> bool:
-    """Whether a state saved after some steps makes other environments go on with the very same steps.
+    """Whether a state saved after some steps makes other environments go on with the very same steps and episodes.
 
     Environments too slow to show it within `_REHEARSAL_SECONDS` count as not exact.
     """
@@ -344,10 +344,12 @@ def _continues_exactly(twin: Callable[[int], Environments]) -> bool:
         if state is None:
             return False
         fresh.load_state(state)
-        return all(
+        steps_alike = all(
             time.monotonic() <= deadline and _same(played.step(a), fresh.step(a))
             for a in actions[_REHEARSED_STEPS:]
         )
+        # No episode may have ended in them, and what a reset draws from may lie elsewhere.
+        return steps_alike and np.array_equal(played.reset(), fresh.reset(), equal_nan=True)
 
 
 def _same(one: Step, other: Step) -> bool:

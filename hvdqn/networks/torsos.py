@@ -11,7 +11,7 @@
             super().__init__(nn.Conv2d(channels, 64, 3), nn.ReLU(), nn.Flatten())
 
 The layers of `--hidden` follow it, then the head. Anything may be in it but batch norm, whose statistics would differ
-between ranks.
+between ranks, and what else changes in a forward pass; what is not learned is a buffer, the same on every rank.
 """
 
 from __future__ import annotations
@@ -211,7 +211,18 @@ def _users(path: str, frame_shape: Sequence[int], frame_stack: int, is_image: bo
         raise UserError(
             f"--torso '{path}' has batch norm, whose statistics would differ between ranks; use LayerNorm or GroupNorm"
         )
-    return Torso(_width(module, shape, path), *images, module)
+    if not all(parameter.requires_grad for parameter in module.parameters()):
+        raise UserError(
+            f"--torso '{path}' has parameters that want no gradient, and all are trained; make them buffers"
+        )
+    before = [buffer.clone() for buffer in module.buffers()]
+    features = _width(module, shape, path)
+    if not all(map(torch.equal, before, module.buffers())):
+        raise UserError(
+            f"--torso '{path}' has buffers that a forward pass changes: ranks would differ, and checkpoints hold "
+            "learned parameters alone; leave them out"
+        )
+    return Torso(features, *images, module)
 
 
 def _width(module: nn.Module, shape: tuple[int, ...], path: str) -> int:

@@ -83,6 +83,19 @@ class Forgetful(Scripted):
         return observation, float(next(self.stream)), terminated, truncated, info
 
 
+class BeginsAnywhere(Scripted):
+    """One long episode after the other, each of which begins where a stream says that its attributes do not show."""
+
+    stream = iter(range(1_000_000))
+
+    def __init__(self) -> None:
+        super().__init__([([0.0] * 500, "terminated")])
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
+        observation, info = super().reset(seed=seed)
+        return observation + next(self.stream), info
+
+
 class Broken(Scripted):
     """An environment with a bug of its own."""
 
@@ -116,6 +129,7 @@ OBSERVED = {
 
 gym.register("Scripted-v0", Scripted)
 gym.register("Forgetful-v0", Forgetful)
+gym.register("BeginsAnywhere-v0", BeginsAnywhere)
 gym.register("Broken-v0", Broken)
 for _name, _space in OBSERVED.items():
     gym.register(f"Observes{_name}-v0", Observing, kwargs={"observation_space": _space})
@@ -134,6 +148,11 @@ gym.register(
 def doubled(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
     """A wrapper: rewards times two."""
     return gym.wrappers.TransformReward(env, lambda reward: 2 * reward)
+
+
+def broken(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
+    """A wrapper with a bug of its own."""
+    raise ValueError("a bug in the wrapper")
 
 
 def plus_ten(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:

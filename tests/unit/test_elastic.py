@@ -217,7 +217,16 @@ def test_options_are_checked(flags, wrong):
         elastic_options(flags)
 
 
-@pytest.mark.parametrize("flags", [("--comm", "mpi"), ("--device", "cuda"), ("--nonsense", "1")])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--comm", "mpi"),
+        ("--device", "cuda"),
+        ("--sync", "server"),
+        ("--sync", "parameters"),
+        ("--nonsense", "1"),
+    ],
+)
 def test_what_cannot_be_elastic_is_refused(flags):
     with pytest.raises(UserError, match=flags[0]):
         elastic_config(flags, max_np=2)

@@ -439,8 +439,9 @@ def test_a_saved_state_is_no_window_on_the_living_one():
     assert json.dumps(saved, default=lambda array: array.tolist()) == before
 
 
-def test_state_that_no_attribute_shows_is_found_out_by_the_rehearsal():
-    environments = make("Forgetful-v0")
+@pytest.mark.parametrize("env", ["Forgetful-v0", "BeginsAnywhere-v0"])
+def test_state_that_no_attribute_shows_is_found_out_by_the_rehearsal(env: str):
+    environments = make(env)
     environments.reset()
     assert environments.state() is None
 
@@ -635,6 +636,15 @@ def test_a_missing_dependency_is_named(monkeypatch: pytest.MonkeyPatch):
 def test_a_bug_in_the_environment_keeps_its_traceback():
     with pytest.raises(ValueError, match="a bug in the environment") as raised:
         make("Broken-v0")
+    assert not isinstance(raised.value, UserError)
+
+
+def test_a_wrappers_own_bug_is_not_blamed_on_the_environments_settings():
+    config = EnvironmentConfig(
+        env_kwargs='{"sutton_barto_reward": true}', wrapper=("tests.unit.scripted_envs:broken",)
+    )
+    with pytest.raises(ValueError, match="a bug in the wrapper") as raised:
+        make_environments(config, 2, 1, True)
     assert not isinstance(raised.value, UserError)
 
 

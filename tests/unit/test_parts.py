@@ -213,6 +213,16 @@ class Pixels(torch.nn.Conv2d):
         super().__init__(channels, 4, 3)
 
 
+class Frozen(torch.nn.Sequential):
+    def __init__(self, shape):
+        super().__init__(torch.nn.Linear(shape[0], 8).requires_grad_(False), torch.nn.ReLU())
+
+
+class Spectral(torch.nn.Sequential):
+    def __init__(self, shape):
+        super().__init__(torch.nn.utils.parametrizations.spectral_norm(torch.nn.Linear(shape[0], 8)))
+
+
 def not_a_module(shape):
     return shape
 
@@ -225,6 +235,8 @@ def not_a_module(shape):
         ("tests.unit.test_parts:", "not of the form module:attribute"),
         ("tests.unit.test_parts:not_a_module", "gave a tuple; it must be a torch.nn.Module"),
         ("tests.unit.test_parts:Normalised", "batch norm, whose statistics would differ between ranks"),
+        ("tests.unit.test_parts:Frozen", "parameters that want no gradient"),
+        ("tests.unit.test_parts:Spectral", "buffers that a forward pass changes"),
         ("tests.unit.test_parts:Narrow", "does not take floats of shape [batch, 4]"),
         ("tests.unit.test_parts:Unflat", "gave (4,) for a batch of 2; it must give [batch, features]"),
         ("tests.unit.test_parts:Pixels", "cannot be made for observations of shape (4,)"),
