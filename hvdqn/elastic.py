@@ -176,6 +176,10 @@ class Alone(LocalComm):
     def __init__(self, comm: Comm) -> None:
         Comm.__init__(self, comm.rank, comm.size, comm.local_rank, comm.local_size)
 
+    def cores_of_host(self) -> list[set[int]]:
+        """As if the others of this host were bound as this rank is."""
+        return [os.sched_getaffinity(0)] * self.local_size
+
 
 class Member:
     """One process of an elastic job, through all worlds that it belongs to.

@@ -239,5 +239,10 @@ def set_threads(threads: int) -> None:
 
 
 def share_of_cores(config: Config, comm: Comm) -> int:
-    """Threads of this rank: its share of the cores it may use, so that ranks of one host do not fight."""
-    return config.parallel.threads_per_rank or max(1, len(os.sched_getaffinity(0)) // comm.local_size)
+    """Threads of this rank: its share of the cores it may use, so that ranks of one host do not fight.
+
+    A collective call: a launcher may have bound each rank to cores of its own, or all to the same.
+    """
+    mine = os.sched_getaffinity(0)
+    sharing = sum(not mine.isdisjoint(cores) for cores in comm.cores_of_host())
+    return config.parallel.threads_per_rank or max(1, len(mine) // sharing)

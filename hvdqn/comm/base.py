@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar, NoReturn, Protocol, TypeVar
@@ -72,6 +73,11 @@ class Comm(ABC):
     @abstractmethod
     def all_gather_object(self, obj: T) -> list[T]:
         """Return every rank's `obj`, ordered by rank; pickled as in `broadcast_object`."""
+
+    def cores_of_host(self) -> list[set[int]]:
+        """The cores that each rank of this host may use; a collective call."""
+        host, mine = socket.gethostname(), os.sched_getaffinity(0)
+        return [cores for name, cores in self.all_gather_object((host, mine)) if name == host]
 
     @abstractmethod
     def barrier(self) -> None:

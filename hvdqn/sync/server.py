@@ -176,6 +176,8 @@ class Worker(Star):
         self.clock.met = True
         with learner.timer.during("comm"):
             self._meet(learner, np.flatnonzero(self.reply.more).tolist())
+        # Rank 0's weights came with the meeting.
+        self.version, self.updates_since_pull = int(Reply(*self.reply.header.tolist()).version), 0
 
     def sync_target(self, learner: Learner) -> list[int]:
         """Rank 0's target comes with its weights."""

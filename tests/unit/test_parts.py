@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 import textwrap
+import threading
 from contextlib import closing
 from pathlib import Path
 
@@ -22,11 +23,12 @@ from hvdqn.comm.local import LocalComm
 from hvdqn.config import Config, UserError, parse, preset_config
 from hvdqn.learner import REPORTED
 from hvdqn.metrics import PhaseTimer
-from hvdqn.parts import build_parts, importance_at
+from hvdqn.parts import build_parts, importance_at, share_of_cores
 from hvdqn.presets import JOINED, PRESETS
 from hvdqn.replay import PrioritizedSampler
 from hvdqn.resume import restore
 from hvdqn.seeds import torch_state
+from tests.ranks import run_ranks
 from tests.unit.test_train import run
 
 VECTOR = ["--env", "CartPole-v1"]
@@ -304,6 +306,27 @@ def test_torch_and_numpy_use_as_many_threads_as_a_rank_has(hidden, threads):
 
 
 # Prioritized replay
+
+
+@pytest.mark.parametrize(
+    ("bound", "threads"),
+    [
+        ([{0, 1, 2, 3}] * 2, [2, 2]),
+        ([{0, 1, 2, 3}, {4, 5, 6, 7}], [4, 4]),
+        ([{0, 1}, {0, 1}, {2}], [1, 1, 1]),
+        ([{0}] * 3, [1, 1, 1]),
+    ],
+    ids=["free", "each to its own", "in part", "more ranks than cores"],
+)
+def test_cores_are_shared_among_the_ranks_that_may_use_them(bound, threads, monkeypatch: pytest.MonkeyPatch):
+    mine = threading.local()
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: mine.cores)
+
+    def body(comm):
+        mine.cores = bound[comm.rank]
+        return share_of_cores(Config(), comm)
+
+    assert run_ranks(len(bound), body) == threads
 
 
 def test_beta_rises_to_one_over_global_env_steps():

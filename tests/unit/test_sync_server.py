@@ -152,6 +152,20 @@ def test_env_steps_are_counted_as_they_are_reported():
     assert learner.sync.clock.updates == 1
 
 
+def test_weights_that_came_with_a_meeting_are_fresh():
+    def body(comm):
+        learner = make_learner(comm, pull_every=10)
+        for until in (3, 6):
+            if comm.rank:
+                push_all(learner, range(3))
+            else:
+                serve(learner, until)
+        return learner
+
+    server, _ = run_ranks(2, body)
+    assert server.sync.staleness == {0: 2, 1: 2, 2: 2}
+
+
 def test_too_stale_a_gradient_is_dropped_and_counted():
     learner = make_server(max_staleness=2)
     ones = torch.ones(learner.gradient.shape)
