@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,8 @@ import tyro
 
 from hvdqn.acting import Actor
 from hvdqn.checkpoint import LEARNER, BrokenCheckpointError, Checkpoint, open_checkpoint
-from hvdqn.comm import Comm, connect
+from hvdqn.comm import Comm
+from hvdqn.comm.local import LocalComm
 from hvdqn.config import Config, EnvironmentConfig, UserError, parse_flags
 from hvdqn.envs import Environments, make_environments
 from hvdqn.metrics import PhaseTimer
@@ -138,7 +139,7 @@ class EvalOptions:
     """Play a trained network greedily and print its returns."""
 
     path: Annotated[Path, tyro.conf.Positional]
-    """A run directory, its `checkpoints/best`, or any checkpoint."""
+    """A run directory, of which the newest checkpoint is played; its `checkpoints/best`; or any checkpoint."""
     episodes: int = 100
     """Episodes to play."""
     epsilon: float = 0.0
@@ -179,16 +180,29 @@ def load_network(checkpoint: Checkpoint, config: Config, envs: Environments) -> 
     return network
 
 
-def evaluate(options: EvalOptions) -> Evaluation:
-    """Play in this process.
+def check_options(options: EvalOptions) -> None:
+    """Whatever can be refused before anything is played.
 
     Raises:
-        UserError: no such checkpoint, or its environment cannot be made here.
+        UserError: a value that cannot be right.
     """
     if options.episodes < 1:
         raise UserError(f"--episodes is {options.episodes}; it must be at least 1")
+    if not 0.0 <= options.epsilon <= 1.0:
+        raise UserError(f"--epsilon is {options.epsilon}; it must be within [0, 1]")
+    if not 0 <= options.seed < 1 << 63:
+        raise UserError(f"--seed is {options.seed}; it must be 0 or more, and below 2^63")
     if options.video is not None:
         check_video(options.video)
+
+
+def evaluate(options: EvalOptions) -> Iterator[str]:
+    """Play in this process, whatever started it; yield a line for people on each thing that is done.
+
+    Raises:
+        UserError: no such checkpoint, or its environment cannot be made or drawn here.
+    """
+    check_options(options)
     checkpoint = find_checkpoint(options.path)
     config = Config().replace(**checkpoint.manifest["config"])
     probe = make_environments(config.environment, 1, options.seed, training=False)
@@ -196,7 +210,7 @@ def evaluate(options: EvalOptions) -> Evaluation:
     probe.close()
     evaluator = Evaluator(
         config.environment,
-        connect("local"),
+        LocalComm(),
         options.episodes,
         options.epsilon,
         rank_seeds(options.seed, 0).evaluation,
@@ -205,18 +219,18 @@ def evaluate(options: EvalOptions) -> Evaluation:
     )
     evaluation = evaluator.run(network)
     assert evaluation is not None  # nobody asked to leave off
+    yield f"{options.path}: {evaluation}"
     if options.video is not None:
         record(network, config.environment, options.video, options.seed, options.epsilon)
-    return evaluation
+        yield f"one episode: {options.video}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The `hvdqn eval` command; returns the exit code."""
     try:
         options = parse_flags(EvalOptions, sys.argv[1:] if argv is None else argv, prog="hvdqn eval")
-        print(f"{options.path}: {evaluate(options)}")
-        if options.video is not None:
-            print(f"one episode: {options.video}")
+        for line in evaluate(options):
+            print(line, flush=True)
     except UserError as error:
         print(f"hvdqn eval: error: {error}", file=sys.stderr)
         return 2

@@ -161,7 +161,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         print(plot(parse_flags(PlotOptions, argv, "hvdqn plot")))
     except UserError as error:
-        print(f"hvdqn plot: {error}", file=sys.stderr)
+        print(f"hvdqn plot: error: {error}", file=sys.stderr)
         return 2
     return 0
 

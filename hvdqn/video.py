@@ -36,6 +36,15 @@ def check_video(path: Path) -> None:
         raise UserError(f"--video '{path}' must end in {' or '.join(FORMATS)}")
     if not path.absolute().parent.is_dir():
         raise UserError(f"--video '{path}': there is no folder '{path.parent}'; make it first")
+    new = not path.exists()
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        raise UserError(
+            f"--video '{path}' cannot be written: {error.strerror}; choose another place"
+        ) from None
+    if new:
+        path.unlink()
     try:
         import imageio_ffmpeg  # noqa: F401
     except ImportError:

@@ -8,7 +8,7 @@
     hvdqn bench replay | startup [...]      whether a large replay is slower; seconds until the first env step
     hvdqn bench gpu [...]                   all that is promised of a GPU; never run on one
 
-Each prints a table and writes JSON; --help says more. Imports lazily: only what the command named needs.
+Each prints a table and writes JSON; --help says more.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from hvdqn.config import UserError
+from hvdqn.config import UserError, did_you_mean
 
 COMMANDS = ("allreduce", "gpu", "loop", "peers", "replay", "scaling", "solve", "startup")
 
@@ -25,6 +25,13 @@ COMMANDS = ("allreduce", "gpu", "loop", "peers", "replay", "scaling", "solve", "
 def main(argv: Sequence[str] | None = None) -> int:
     """The `hvdqn bench` command; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] not in COMMANDS and not words[0].startswith("-"):
+        near = did_you_mean(words[0], COMMANDS)
+        print(
+            f"hvdqn bench: error: there is no benchmark '{words[0]}'{near or '; there are ' + ', '.join(COMMANDS)}",
+            file=sys.stderr,
+        )
+        return 2
     name = words.pop(0) if words and words[0] in COMMANDS else "costs"
     command = importlib.import_module(f"hvdqn.bench.{name}")
     try:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from hvdqn.bench import ranks
-from hvdqn.bench.report import Parser, print_table, write_json
+from hvdqn.bench.report import Parser, above_zero, print_table, write_json
 from hvdqn.comm import Comm
 from hvdqn.config import Config
 from hvdqn.faults import EXIT_FINISHED, StopSignal
@@ -142,5 +142,5 @@ def time_allreduce(
 def main(argv: Sequence[str]) -> int:
     """Entry point of every rank; returns the exit code."""
     parser = Parser(PROG, __doc__, "bench-allreduce.json")
-    parser.add_argument("--seconds", type=float, default=0.5, help="for each size")
+    parser.add_argument("--seconds", type=above_zero, default=0.5, help="for each size")
     return ranks.run(parser, argv, lambda own, _: partial(time_allreduce, own.seconds, own.json))

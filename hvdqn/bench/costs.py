@@ -15,7 +15,7 @@ import hvdqn.bench
 from hvdqn.bench import allreduce, loop, ranks
 from hvdqn.bench.allreduce import Allreduce
 from hvdqn.bench.jobs import available, bench
-from hvdqn.bench.report import Parser, write_json
+from hvdqn.bench.report import Parser, above_zero, one_or_more, write_json
 from hvdqn.comm import Comm
 from hvdqn.config import Config, UserError
 from hvdqn.faults import EXIT_FINISHED, StopSignal
@@ -65,7 +65,7 @@ def engines(options: Namespace, flags: Sequence[str]) -> list[Allreduce]:
 def main(argv: Sequence[str]) -> int:
     """Entry point of every rank; returns the exit code."""
     parser = Parser(PROG, f"{__doc__}\n{hvdqn.bench.__doc__}", "bench.json")
-    parser.add_argument("--seconds", type=float, default=8.0, help="how long to run the loop")
-    parser.add_argument("--allreduce-seconds", type=float, default=0.5, help="for each message size")
-    parser.add_argument("--np", type=int, default=2, help="ranks of the jobs that time the engines")
+    parser.add_argument("--seconds", type=above_zero, default=8.0, help="how long to run the loop")
+    parser.add_argument("--allreduce-seconds", type=above_zero, default=0.5, help="for each message size")
+    parser.add_argument("--np", type=one_or_more, default=2, help="ranks of the jobs that time the engines")
     return ranks.run(parser, argv, lambda own, flags: partial(costs, own, flags))

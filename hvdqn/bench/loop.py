@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hvdqn.bench import ranks
-from hvdqn.bench.report import Parser, print_table, write_json
+from hvdqn.bench.report import Parser, above_zero, print_table, write_json
 from hvdqn.comm import Comm
 from hvdqn.config import Config, UserError, check_world
 from hvdqn.faults import EXIT_FINISHED, StopSignal
@@ -272,7 +272,7 @@ _LOCAL_RANK = ("HOROVOD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "LOCAL_RANK",
 def main(argv: Sequence[str]) -> int:
     """Entry point of every rank; returns the exit code."""
     parser = Parser(PROG, __doc__, "bench-loop.json")
-    parser.add_argument("--seconds", type=float, default=8.0, help="how long to measure")
+    parser.add_argument("--seconds", type=above_zero, default=8.0, help="how long to measure")
     parser.add_argument(
         "--whole-run", action="store_true", help="time all env steps of the run, filling replay too"
     )

@@ -19,7 +19,7 @@ from typing import Any
 
 from hvdqn.bench.jobs import available, bench, run
 from hvdqn.bench.loop import Loop, from_json
-from hvdqn.bench.report import Parser, Row, has_bf16, print_goals, write_json
+from hvdqn.bench.report import Parser, Row, above_zero, has_bf16, one_or_more, print_goals, write_json
 from hvdqn.config import UserError
 
 PROG = "hvdqn bench peers"
@@ -188,12 +188,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--peer-python", default=sys.executable, metavar="PATH", help="which has Stable-Baselines3"
     )
-    parser.add_argument("--rounds", type=int, default=3, help="default: 3")
-    parser.add_argument("--seconds", type=float, default=8.0, help="of one measurement of a loop")
+    parser.add_argument("--rounds", type=one_or_more, default=3, help="default: 3")
+    parser.add_argument("--seconds", type=above_zero, default=8.0, help="of one measurement of a loop")
     options = parser.parse_args(argv)
     unknown = set(options.comparisons) - set(COMPARISONS)
-    if unknown or options.rounds < 1:
-        raise UserError(f"give comparisons of {', '.join(COMPARISONS)}, and at least 1 round")
+    if unknown:
+        raise UserError(f"give comparisons of {', '.join(COMPARISONS)}")
     cores = tuple(sorted(os.sched_getaffinity(0)))
     setting = Setting(options.peer_python, options.rounds, options.seconds, cores)
     compare(options.comparisons or list(COMPARISONS), setting, options.json)

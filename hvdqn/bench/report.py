@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -39,6 +40,22 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Refuse as hvdqn does, in one line."""
         raise UserError(message)
+
+
+def above_zero(text: str) -> float:
+    """A flag's number of seconds, or whatever else must be above zero."""
+    with contextlib.suppress(ValueError):
+        if (number := float(text)) > 0:
+            return number
+    raise argparse.ArgumentTypeError(f"'{text}' is no number above 0")
+
+
+def one_or_more(text: str) -> int:
+    """A flag's number of rounds, ranks, or whatever else there must be one of."""
+    with contextlib.suppress(ValueError):
+        if (number := int(text)) >= 1:
+            return number
+    raise argparse.ArgumentTypeError(f"'{text}' is no whole number of 1 or more")
 
 
 def machine() -> dict[str, Any]:

@@ -21,7 +21,7 @@ from hvdqn.bench.allreduce import Allreduce
 from hvdqn.bench.jobs import ENGINES, available, bench
 from hvdqn.bench.loop import Loop
 from hvdqn.bench.projection import ASSUMPTION, FORMULAS, MODELS, SOURCE, Line, Projected, Work, fit, project
-from hvdqn.bench.report import Parser, print_table, write_json
+from hvdqn.bench.report import Parser, above_zero, print_table, write_json
 from hvdqn.config import UserError, parse
 
 if TYPE_CHECKING:
@@ -244,7 +244,7 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(PROG, __doc__, "bench-scaling.json")
     parser.add_argument("--np", default="1,2", metavar="N,N,...")
     parser.add_argument("--engine", default=next(iter(available()), ""), help=", ".join(ENGINES))
-    parser.add_argument("--seconds", type=float, default=8.0, help="of one measurement of a loop")
+    parser.add_argument("--seconds", type=above_zero, default=8.0, help="of one measurement of a loop")
     parser.add_argument(
         "--read", type=Path, metavar="DIR", help="only print the table of what hvdqn bench loop wrote there"
     )

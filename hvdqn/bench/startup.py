@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 
 from hvdqn.bench.jobs import run
-from hvdqn.bench.report import Parser, print_table, write_json
+from hvdqn.bench.report import Parser, one_or_more, print_table, write_json
 from hvdqn.config import parse
 
 PROG = "hvdqn bench startup"
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
         UserError: the input is wrong, or a job failed.
     """
     parser = Parser(PROG, __doc__, "bench-startup.json")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=one_or_more, default=5)
     options, flags = parser.parse_known_args(argv)
     parse(flags, PROG)
     found = measure(options.rounds, flags)

@@ -283,6 +283,24 @@ def test_a_whole_run_counts_all_env_steps(tmp_path: Path):
     assert (found["env_steps"], found["updates"]) == (504, 74)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--seconds -1", "hvdqn: error: argument --seconds: '-1' is no number above 0"),
+        ("scaling --seconds 0", "argument --seconds: '0' is no number above 0"),
+        ("startup --rounds 0", "argument --rounds: '0' is no whole number of 1 or more"),
+        ("--np two", "argument --np: 'two' is no whole number of 1 or more"),
+        ("scalin", "hvdqn bench: error: there is no benchmark 'scalin'; did you mean 'scaling'?"),
+        ("nosuch", "there is no benchmark 'nosuch'; there are allreduce, gpu"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(words: str, said: str, capsys: pytest.CaptureFixture[str]):
+    assert bench.main(words.split()) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
 def test_wrong_flags_are_one_line(capsys: pytest.CaptureFixture[str]):
     assert bench.main(["loop", "--preset", "smoke", "--seconds", "soon"]) == 2
     assert bench.main(["--preset", "smokey"]) == 2

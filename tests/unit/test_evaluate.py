@@ -15,7 +15,7 @@ from gymnasium import spaces
 
 from hvdqn import __main__, evaluate, train
 from hvdqn.comm.local import LocalComm
-from hvdqn.config import Config, EnvironmentConfig
+from hvdqn.config import Config, EnvironmentConfig, UserError
 from hvdqn.envs import make_environments
 from hvdqn.evaluate import Evaluation, Evaluator
 from hvdqn.metrics import PhaseTimer
@@ -176,6 +176,26 @@ def test_eval_plays_what_the_run_ended_with(run_dir, capsys):
         assert float(numbers[3]) <= float(numbers[1]) <= float(numbers[4])
 
 
+def test_eval_plays_in_this_process_whatever_started_it(run_dir, capsys, monkeypatch):
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "1")
+    assert __main__.main(["eval", str(run_dir), "--episodes", "2"]) == 0
+    assert "2 episodes" in capsys.readouterr().out
+
+
+def test_what_was_played_is_said_before_a_video_fails(run_dir, capsys, monkeypatch, tmp_path):
+    def cannot(*_):
+        raise UserError("it cannot be drawn")
+
+    monkeypatch.setattr(evaluate, "record", cannot)
+    assert (
+        __main__.main(["eval", str(run_dir), "--episodes", "2", "--video", str(tmp_path / "film.gif")]) == 2
+    )
+    said = capsys.readouterr()
+    assert "2 episodes" in said.out
+    assert "it cannot be drawn" in said.err
+
+
 def test_eval_plays_the_best_weights(run_dir, capsys):
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     best = max(row["eval_return_mean"] for row in rows if "eval_return_mean" in row)
@@ -189,6 +209,8 @@ def test_eval_plays_the_best_weights(run_dir, capsys):
         (["{tmp}/nowhere"], ["nowhere", "no checkpoint", "run directory"]),
         (["{tmp}"], ["no checkpoint", "run directory"]),
         (["{run}", "--episodes", "0"], ["--episodes is 0", "at least 1"]),
+        (["{run}", "--epsilon", "3"], ["--epsilon is 3.0", "within [0, 1]"]),
+        (["{run}", "--seed", "-1"], ["--seed is -1", "0 or more"]),
         (["{run}", "--episode", "3"], ["'--episode'", "--episodes"]),
         (["{broken}"], ["manifest.json", "another checkpoint"]),
         ([], ["PATH"]),

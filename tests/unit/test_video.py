@@ -43,7 +43,7 @@ def test_an_episode_becomes_a_film(env, moving, suffix, tmp_path, monkeypatch):
 
 
 def test_eval_records_the_episode_that_it_was_asked_for(tmp_path, capsys):
-    smoke = ["--preset", "smoke", "--total-env-steps", "64", "--eval-episodes", "1"]
+    smoke = ["--preset", "smoke", "--total-env-steps", "208", "--eval-episodes", "1"]
     assert train.main([*smoke, "--run-dir", str(tmp_path / "run")]) == 0
     path = tmp_path / "film.gif"
     assert __main__.main(["eval", str(tmp_path / "run"), "--episodes", "1", "--video", str(path)]) == 0
@@ -53,13 +53,26 @@ def test_eval_records_the_episode_that_it_was_asked_for(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("path", "words"),
-    [("film.avi", [".mp4", ".gif"]), ("nowhere/film.gif", ["no folder", "nowhere"])],
+    [
+        ("film.avi", [".mp4", ".gif"]),
+        ("nowhere/film.gif", ["no folder", "nowhere"]),
+        ("folder.mp4", ["folder.mp4' cannot be written", "Is a directory", "another place"]),
+    ],
 )
 def test_a_video_that_cannot_be_written_is_refused(path, words, tmp_path):
+    (tmp_path / "folder.mp4").mkdir()
     with pytest.raises(UserError) as raised:
         video.check_video(tmp_path / path)
     for word in words:
         assert word in str(raised.value)
+
+
+def test_looking_whether_it_can_be_written_leaves_nothing_and_loses_nothing(tmp_path):
+    (tmp_path / "old.gif").write_text("a film")
+    for name in ("old.gif", "new.gif"):
+        video.check_video(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["old.gif"]
+    assert (tmp_path / "old.gif").read_text() == "a film"
 
 
 def test_the_missing_extra_is_named(tmp_path, monkeypatch):
