@@ -90,7 +90,7 @@ class HorovodComm(Comm):
         self._hvd: Any = _import_horovod()
         if device.startswith("cuda") and not self._hvd.nccl_built():
             raise LaunchError(
-                "Horovod was built without NCCL, which --device cuda needs; run launch/install_horovod.sh where "
+                "Horovod was built without NCCL, which --device cuda needs; run launch/install_horovod.sh --gpu where "
                 "nvcc and NCCL are found, or choose --comm mpi, or start with torchrun"
             )
         self._hvd.init()
