@@ -33,7 +33,8 @@ IMAGE, BASE = "hvdqn", "hvdqn-test-base"
 DEBIAN = "bookworm"
 TRAIN = "python -m hvdqn.train --preset smoke --total-env-steps 1000 --eval-episodes 2"
 DOCKER_RUN = (
-    "docker run --rm --gpus all --shm-size 1g hvdqn horovodrun -np 8 python -m hvdqn.train --preset atari"
+    'docker run --rm --gpus all --shm-size 1g -v "$PWD/runs:/workspace/runs" --user "$(id -u):$(id -g)"'
+    " hvdqn horovodrun -np 8 python -m hvdqn.train --preset atari"
 )
 SIZE_LIMIT_GB = 2.0
 COMPILERS = "cc c++ gcc g++ clang clang++ cpp nvcc ld as make cmake ninja"

@@ -58,6 +58,7 @@ HERE = {line: of_results(line) for line in commands() if re.fullmatch(RESULTS, l
     ),
     "source .venv/bin/activate": Here(r"/bin/python\n", {"activate": "activate && command -v python"}),
     "python -m hvdqn.train --help": Here("--total-env-steps"),
+    "mkdir -p runs": Here(""),
     "hvdqn eval RUN_OR_CHECKPOINT --episodes 100": Here(
         r"3 episodes: mean \d+", {"RUN_OR_CHECKPOINT": "runs/short", "100": "3"}
     ),
@@ -92,7 +93,8 @@ ELSEWHERE = {
     ),
     "tests/launch/test_container.py": (
         "docker build -t hvdqn .",
-        "docker run --rm --gpus all --shm-size 1g hvdqn horovodrun -np 8 python -m hvdqn.train --preset atari",
+        'docker run --rm --gpus all --shm-size 1g -v "$PWD/runs:/workspace/runs" --user "$(id -u):$(id -g)"'
+        " hvdqn horovodrun -np 8 python -m hvdqn.train --preset atari",
     ),
     "tests/launch/test_hosts.py": (
         "launch/horovodrun.sh --hosts h1:4,h2:4 --interfaces eth0 -- --preset atari --run-dir /shared/runs/pong",
@@ -121,6 +123,7 @@ NOT_RUN = {
     "./launch/test.sh": "it is what runs this test",
     "./launch/test.sh tests/launch/test_container.py": "it is what runs those tests",
     "apt install g++": "it changes the machine",
+    "pip install -e '.[all]'": "it would change the environment that runs this test; setup.sh does the same",
     "ssh cluster": "there is no cluster to log in to",
     "module load gcc": "there are no modules",
     "docker stop": "there is no Docker daemon; test_container.py sends its signal",
