@@ -40,6 +40,7 @@ from hvdqn.faults import (
     DriftError,
     StopSignal,
     Watchdog,
+    sole_job,
 )
 from hvdqn.learner import NonFiniteError
 from hvdqn.metrics import PhaseTimer
@@ -196,6 +197,7 @@ class Member:
         self.timer = PhaseTimer()
         self.training: ElasticTraining | None = None  # in the last world that this rank was whole in
         self.comm: Comm = LocalComm()
+        self.held = contextlib.ExitStack()  # to the end, whichever worlds there are: the run directory
 
     def serve(self) -> int:
         """Train in one world after the other; return the exit code.
@@ -203,18 +205,19 @@ class Member:
         Raises:
             UserError: the input is wrong, the same on every rank.
         """
-        while True:
-            with self.timer.during("comm"):
-                comm = self.world.connect()
-            if comm is None:
-                give_up(f"host {os.environ['HOROVOD_HOSTNAME']} was taken from the job")
-            self.comm = comm
-            try:
-                return self.live()
-            except HostsChangedError:
-                continue
-            except self.world.peer_lost:
-                self.world.cut()
+        with self.held:
+            while True:
+                with self.timer.during("comm"):
+                    comm = self.world.connect()
+                if comm is None:
+                    give_up(f"host {os.environ['HOROVOD_HOSTNAME']} was taken from the job")
+                self.comm = comm
+                try:
+                    return self.live()
+                except HostsChangedError:
+                    continue
+                except self.world.peer_lost:
+                    self.world.cut()
 
     def live(self) -> int:
         """Train in this world to the end; return the exit code."""
@@ -252,6 +255,7 @@ class Member:
         """The first world: begin the run, or go on from its newest checkpoint, as `hvdqn.train` does."""
         comm, config = self.comm, self.sized(self.comm.size)
         check_world(config, comm.size)
+        self.held.enter_context(sole_job(run_dir, comm))
         training = start(partial(ElasticTraining, self.world), config, comm, run_dir, self.stop, self.timer)
         if comm.rank == 0:
             write_config(self.config, run_dir / "config.yaml")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import fcntl
 import json
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -103,7 +104,7 @@ def together(comm: Comm, build: Callable[[], T], timer: PhaseTimer | None = None
     Raises:
         UserError: the first rank's that raised one.
     """
-    result, error = None, None
+    error = None
     try:
         result = build()
     except UserError as refused:
@@ -112,8 +113,55 @@ def together(comm: Comm, build: Callable[[], T], timer: PhaseTimer | None = None
         errors = [text for text in comm.all_gather_object(error) if text is not None]
     if errors:
         raise UserError(errors[0])
-    assert result is not None
     return result
+
+
+@contextlib.contextmanager
+def sole_job(run_dir: Path, comm: Comm, patience_seconds: float = 10.0) -> Iterator[None]:
+    """Keep other jobs out of a run directory. However this one ends, the kernel gives it free.
+
+    Args:
+        run_dir: on a file system without locks, nobody is kept out.
+        comm: the ranks of this job.
+        patience_seconds: how long to wait for a job that may be ending.
+
+    Raises:
+        UserError: another job trains there.
+    """
+    path = run_dir / "lock"
+    descriptor = together(comm, lambda: _lock(path, patience_seconds) if comm.rank == 0 else None)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            with contextlib.suppress(OSError):
+                path.unlink()
+            os.close(descriptor)
+
+
+def _lock(path: Path, patience_seconds: float) -> int | None:
+    """The descriptor of a file that this process alone holds; None where that cannot be had."""
+    deadline = time.monotonic() + patience_seconds
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError:
+            return None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(descriptor).st_nlink:  # else who held it took it away
+                return descriptor
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                os.close(descriptor)
+                raise UserError(
+                    f"another job trains in '{path.parent}'; wait for its end, or choose another --run-dir"
+                ) from None
+            time.sleep(0.1)
+        except OSError:
+            os.close(descriptor)
+            return None
+        os.close(descriptor)
 
 
 @dataclass(frozen=True)

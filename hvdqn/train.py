@@ -43,6 +43,7 @@ from hvdqn.faults import (
     StopSignal,
     Watchdog,
     check_replicas,
+    sole_job,
     together,
 )
 from hvdqn.learner import NonFiniteError
@@ -488,7 +489,8 @@ def train(config: Config, comm: Comm, stop: StopSignal, timer: PhaseTimer) -> in
     run_dir = open_run_dir(config, comm)
     try:
         seconds = config.parallel.stall_timeout
-        with closing(Watchdog(run_dir / "heartbeats", comm, timer, seconds, stop=stop)):
+        heartbeats = run_dir / "heartbeats"
+        with sole_job(run_dir, comm), closing(Watchdog(heartbeats, comm, timer, seconds, stop=stop)):
             training = start(Training, config, comm, run_dir, stop, timer)
             training.complete()
     except UserError:

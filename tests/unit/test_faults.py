@@ -13,8 +13,9 @@ from types import SimpleNamespace
 import pytest
 
 from hvdqn.comm import connect
+from hvdqn.comm.local import LocalComm
 from hvdqn.config import UserError
-from hvdqn.faults import DriftError, Heartbeat, Watchdog, check_replicas, together, why_stalled
+from hvdqn.faults import DriftError, Heartbeat, Watchdog, check_replicas, sole_job, together, why_stalled
 from hvdqn.metrics import PhaseTimer
 
 PATIENCE_SECONDS = 8.0
@@ -180,3 +181,30 @@ def test_wrong_input_of_one_rank_is_refused_on_all():
     with pytest.raises(UserError, match="rank 1 found no such environment"):
         together(Second(), lambda: 1, timer)
     assert together(connect("local"), lambda: 1) == 1
+
+
+def test_two_jobs_do_not_train_in_one_directory(tmp_path):
+    with sole_job(tmp_path, LocalComm()):
+        assert (tmp_path / "lock").exists()
+        with (
+            pytest.raises(UserError, match=f"another job trains in '{tmp_path}'; .* another --run-dir"),
+            sole_job(tmp_path, LocalComm(), patience_seconds=0.0),
+        ):
+            raise AssertionError("it was let in")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_job_waits_a_moment_for_one_that_is_ending(tmp_path):
+    """A process that is killed while it holds the directory."""
+    code = (
+        "import sys, time, pathlib; from hvdqn.comm.local import LocalComm; from hvdqn.faults import sole_job\n"
+        "with sole_job(pathlib.Path(sys.argv[1]), LocalComm()): print('held', flush=True); time.sleep(60)"
+    )
+    words = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        threading.Timer(0.5, other.kill).start()
+        with sole_job(tmp_path, LocalComm()):
+            assert other.wait(timeout=10) == -signal.SIGKILL
+    assert not list(tmp_path.iterdir())

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from hvdqn import train
 from hvdqn.checkpoint import open_checkpoint
 from hvdqn.comm.local import LocalComm
 from hvdqn.config import Config
+from hvdqn.faults import sole_job
 from tests.launchers import clean_environment
 
 SMALL = ["--preset", "smoke", "--total-env-steps", "600", "--eval-episodes", "2"]
@@ -107,6 +109,16 @@ def test_runs_that_begin_in_the_same_second_do_not_share_a_directory(
     assert made == ["CartPole_v1-seed1-now", "CartPole_v1-seed1-now-2", "CartPole_v1-seed1-now-3"]
     named = Config().replace(run_dir="mine")
     assert train.open_run_dir(named, LocalComm()) == train.open_run_dir(named, LocalComm()) == Path("mine")
+
+
+def test_a_second_job_in_one_directory_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train, "sole_job", partial(sole_job, patience_seconds=0.0))
+    with sole_job(tmp_path, LocalComm()):
+        assert train.main([*SMALL, "--run-dir", str(tmp_path)]) == 2
+        assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+    assert "another job trains in" in capsys.readouterr().err
 
 
 def test_the_same_seed_ends_with_the_same_parameters(
