@@ -45,6 +45,17 @@ except ChildFailedError as error:
 # How long the torchruns of other hosts may go on after one has failed: their ranks notice by their broken connections.
 readonly grace_seconds=30
 
+# Leaves the hosts out of `names` that -np has no rank for: the others would wait for them for ever.
+leave_out_idle_hosts() {
+    local busy=0 left=$np
+    while ((left > 0 && busy < ${#names[@]})); do
+        left=$((left - slots[busy]))
+        busy=$((busy + 1))
+    done
+    names=("${names[@]:0:busy}")
+    find_remote_hosts
+}
+
 # Starts the torchrun of one host, here or over ssh. There it ends when its input does: when this script is gone.
 start_on() { # start_on HOST RANKS NODE
     local words=(env -i "${rank_env[@]}" "$python" -c "$torchrun" "${launcher_args[@]}"
@@ -73,7 +84,7 @@ start_on_hosts() {
     local node left=$np ranks
     for ((node = 0; node < ${#names[@]}; node++)); do
         ranks=$((left < slots[node] ? left : slots[node]))
-        ((ranks == 0)) || start_on "${names[node]}" "$ranks" "$node"
+        start_on "${names[node]}" "$ranks" "$node"
         left=$((left - ranks))
     done
 }
@@ -108,6 +119,7 @@ await_hosts() {
 main() {
     port=$((20000 + RANDOM % 10000))
     prepare "$@"
+    leave_out_idle_hosts
     need_module torch "run launch/setup.sh"
     check_hosts "$python"
     wrap_command

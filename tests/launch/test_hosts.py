@@ -180,6 +180,25 @@ def test_three_hosts(cluster: Cluster, tmp_path: Path) -> None:
     assert training.summary["world_size"] == 3
 
 
+@pytest.mark.parametrize(
+    ("hosts", "ranks"),
+    [("h1:1,h2:2,h3:1", "0 of 1 on h1, 0 of 1 on h2"), ("h2:2,h3:1", "0 of 2 on h2, 1 of 2 on h2")],
+)
+def test_torchrun_waits_for_no_host_without_ranks(
+    hosts: str, ranks: str, cluster: Cluster, tmp_path: Path
+) -> None:
+    program = (
+        "import os; import torch.distributed as group; group.init_process_group('gloo'); "
+        "print(os.environ['LOCAL_RANK'], 'of', os.environ['LOCAL_WORLD_SIZE'], 'on', os.uname().nodename)"
+    )
+    words = [f"{REPOSITORY}/launch/torchrun.sh", "--hosts", hosts, "--interfaces", "eth0", "-np", "2"]
+    with cluster.start([*words, "--", sys.executable, "-c", program], environment(), 60, tmp_path) as job:
+        result = job.wait()
+    assert result.returncode == 0, result
+    assert ", ".join(sorted(result.stdout.splitlines())) == ranks, result
+    assert cluster.left_behind() == []
+
+
 def test_the_slow_network_is_slow(slow_cluster: Cluster) -> None:
     """The link itself, before what trains over it is judged."""
     here = slow_cluster.hosts[0]

@@ -162,3 +162,11 @@ def test_a_whole_command_and_a_variable() -> None:
     result = run(*words, COLOUR="dark blue", EDITOR="ed")
     assert result.returncode == 0, result
     assert result.stdout == "a 'b' \"c\" dark blue False\n"
+
+
+def test_torchrun_asks_nothing_of_hosts_without_ranks() -> None:
+    program = "import os; print(os.environ['WORLD_SIZE'], 'rank')"
+    hosts = ["--hosts", "localhost:1,nowhere.invalid:1", "-np", "1"]
+    result = run("torchrun.sh", *hosts, "--", sys.executable, "-c", program)
+    assert result.returncode == 0, result
+    assert result.stdout == "1 rank\n"
