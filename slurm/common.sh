@@ -29,11 +29,24 @@ load_site() {
     elif [[ -n ${HVDQN_SITE_ENV:-} ]]; then
         die "HVDQN_SITE_ENV names $site, which is not there"
     fi
-    # One folder a job, so that a requeued job finds its checkpoints again.
-    run_dir=${HVDQN_RUNS:-$PWD/runs}/$job
     export OMP_NUM_THREADS=$cpus # ranks of one node share it: a rank has one thread for each core it was given
     export PYTHONUNBUFFERED=1    # output as it comes, into a file too
     count_gpus
+}
+
+# Sets `run_dir`, absolute: what the arguments name last. Else there is one folder a job, so that a requeued job finds its
+# checkpoints again.
+choose_run_dir() { # choose_run_dir ARGUMENT...
+    run_dir=
+    while (($#)); do
+        case $1 in
+            --run[-_]dir) run_dir=${2:-} ;;
+            --run[-_]dir=*) run_dir=${1#*=} ;;
+        esac
+        shift
+    done
+    run_dir=${run_dir:-${HVDQN_RUNS:-runs}/$job}
+    [[ $run_dir == /* ]] || run_dir=$PWD/$run_dir
 }
 
 # Two ranks on one GPU end inside NCCL, which says little; a GPU without a rank is paid for and idle.

@@ -173,6 +173,7 @@ def test_two_nodes_train_and_arguments_arrive_whole(cluster: Cluster, clone: Pat
     config = yaml.safe_load((Path(named) / "config.yaml").read_text())
     assert config["env_kwargs"] == kwargs
     assert config["threads_per_rank"] == 1
+    assert f"run directory: {named}; restarts: 0\n" in job.output()
     assert not run_dir(clone, job).exists()
 
 

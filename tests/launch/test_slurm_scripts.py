@@ -1,0 +1,149 @@
+"""slurm/*.sbatch without Slurm: with an srun and a scontrol that only note what they were told."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+pytestmark = pytest.mark.launch
+
+SRUN = """#!/bin/sh
+[ "$1" != --help ] || exec echo '      --container-image=[USER@][REGISTRY#]IMAGE[:TAG]|PATH'
+printf '%s\\n' "$@" >>"$TOLD/srun"
+exit "${SRUN_CODE:-0}"
+"""
+SCONTROL = """#!/bin/sh
+printf '%s\\n' "$*" >>"$TOLD/scontrol"
+[ "$1" != show ] || printf '%s\\n' "$JOB_RECORD"
+"""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch script that has ended."""
+
+    code: int
+    output: str
+    srun: list[str]  # its words
+    scontrol: list[str]  # its command lines
+
+    def ran_in(self) -> str:
+        """The run directory that the ranks were given, which the script must have named."""
+        assert self.code == 0, self
+        given = self.srun[len(self.srun) - self.srun[::-1].index("--run-dir")]
+        assert f"run directory: {given}; restarts: 0\n" in self.output, self
+        return given
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Where sbatch was called, with the programs above."""
+    (tmp_path / "programs").mkdir()
+    for name, text in {"srun": SRUN, "scontrol": SCONTROL, "apptainer": "#!/bin/sh\n"}.items():
+        (tmp_path / "programs" / name).write_text(text)
+        (tmp_path / "programs" / name).chmod(0o755)
+    (tmp_path / "image.sif").touch()
+    (tmp_path / "list.txt").write_text("--seed 1\n--seed 2 --run-dir second\n")
+    return tmp_path
+
+
+def batch(folder: Path, script: str, *arguments: str, **environment: str) -> Batch:
+    """Run a batch script as job 7, on its first node."""
+    outer = {name: value for name, value in os.environ.items() if not name.startswith(("HVDQN_", "SLURM_"))}
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "n1"}
+    ours = {
+        "HVDQN_HOME": str(REPOSITORY),
+        "HVDQN_VENV": sys.prefix,
+        "HVDQN_SITE_ENV": os.devnull,
+        "PATH": f"{folder}/programs:{os.environ['PATH']}",
+        "TOLD": str(folder),
+    }
+    done = subprocess.run(
+        ["bash", REPOSITORY / "slurm" / script, *arguments],
+        cwd=folder,
+        env=outer | job | ours | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    told = [(folder / name) for name in ("srun", "scontrol")]
+    srun, scontrol = (path.read_text().splitlines() if path.exists() else [] for path in told)
+    return Batch(done.returncode, done.stdout, srun, scontrol)
+
+
+@pytest.mark.parametrize("image", ["", "image.sif", "image.sqsh"])
+@pytest.mark.parametrize(
+    ("arguments", "runs", "expected"),
+    [
+        ([], "", "{folder}/runs/7"),
+        ([], "scratch", "{folder}/scratch/7"),
+        (["--run-dir", "{folder}/my run"], "/scratch", "{folder}/my run"),
+        (["--run-dir=mine", "--seed", "1"], "", "{folder}/mine"),
+        (["--run-dir", "not/this", "--run_dir=mine"], "", "{folder}/mine"),
+        (["--run-dir="], "", "{folder}/runs/7"),
+    ],
+)
+def test_the_run_directory_is_the_one_that_is_named(
+    folder: Path, arguments: list[str], runs: str, expected: str, image: str
+) -> None:
+    script = "train_container.sbatch" if image else "train.sbatch"
+    arguments = [word.format(folder=folder) for word in arguments]
+    done = batch(folder, script, *arguments, HVDQN_RUNS=runs, HVDQN_IMAGE=image)
+    run_dir = expected.format(folder=folder)
+    assert done.ran_in() == run_dir
+    if image == "image.sif":
+        assert done.srun[done.srun.index("--bind") + 1] == run_dir
+    elif image:
+        assert f"--container-mounts={run_dir}:{run_dir},{folder}:{folder}" in done.srun
+    assert Path(run_dir).is_dir() == bool(image)
+
+
+@pytest.mark.parametrize(
+    ("task", "tasks", "arguments", "expected"),
+    [
+        ("1", "2", [], "runs/7_1"),
+        ("2", "2", [], "second"),
+        ("2", "2", ["--run-dir", "all"], "second"),
+        ("1", "1", ["--run-dir", "runs/5_1"], "runs/5_1"),  # as a run that was not requeued is gone on with
+    ],
+)
+def test_a_run_of_a_sweep_has_its_own_run_directory(
+    folder: Path, task: str, tasks: str, arguments: list[str], expected: str
+) -> None:
+    array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": task, "SLURM_ARRAY_TASK_COUNT": tasks}
+    done = batch(folder, "sweep.sbatch", "list.txt", *arguments, **array)
+    assert done.ran_in() == f"{folder}/{expected}"
+
+
+def test_runs_of_a_sweep_may_not_share_a_run_directory(folder: Path) -> None:
+    array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "2"}
+    done = batch(folder, "sweep.sbatch", "list.txt", "--run-dir", "all", **array)
+    assert done.code == 2, done
+    assert (
+        f"all runs would write into --run-dir {folder}/all; name one in each line of 'list.txt'"
+        in done.output
+    )
+    assert done.srun == []
+
+
+def test_scaling_writes_where_it_is_told(folder: Path) -> None:
+    done = batch(folder, "scaling.sbatch", "--run-dir", "table", SLURM_NTASKS="2")
+    assert [word for word in done.srun if word.endswith("-ranks.json")] == [
+        f"{folder}/table/1-ranks.json",
+        f"{folder}/table/2-ranks.json",
+    ]
+
+
+def test_what_a_stopped_job_says_names_the_run_directory(folder: Path) -> None:
+    job = {"SRUN_CODE": "75", "JOB_RECORD": "JobState=RUNNING", "HVDQN_MAX_RESTARTS": "0"}
+    done = batch(folder, "train.sbatch", "--run-dir", "mine", **job)
+    assert done.code == 75, done
+    assert f"to go on, submit again with --run-dir {folder}/mine\n" in done.output
