@@ -100,6 +100,11 @@ finish() { # finish CODE
     state=$(scontrol show job "$job")
     if [[ $state != *JobState=RUNNING* && $state != *Reason=TimeLimit* ]]; then
         say "stopped because Slurm ends this job (scancel, or a requeue of its own); its run directory is $run_dir"
+    # A signal that comes with the start comes with every start. Slurm sends that of --signal up to 60 s early: where
+    # --time is at most 300 + 60 s it was that one, unless Slurm wants the nodes for another job, which it notes.
+    elif ((SECONDS < 60)) && [[ $state == *TimeLimit=00:0[0-6]:* && $state == *PreemptTime=None* ]]; then
+        say "stopped by a signal after $SECONDS s, and not requeued: --time must be well above the 300 s of --signal;" \
+            "give --time=0:30:00 or --signal=USR2@60, and --run-dir $run_dir to go on"
     elif ((restarts >= most)); then
         say "stopped by a signal, and not requeued after $restarts restarts (HVDQN_MAX_RESTARTS=$most);" \
             "to go on, submit again with --run-dir $run_dir"

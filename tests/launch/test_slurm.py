@@ -52,6 +52,15 @@ def always_stopped(env):
     os.kill(os.getpid(), signal.SIGUSR2)
     return env
 """
+
+# A rank that is there at once, however busy the machine.
+INSTANT = """\
+#!/bin/bash
+[[ $1 != -c && -z ${SLURM_RESTART_COUNT:-} ]] || exit 0
+trap 'exit 75' USR2 TERM
+echo training
+while true; do sleep 0.1; done
+"""
 STOPPABLE = [*WORKLOAD, "--wrapper", "environments:SlowAtFirst", "--total-env-steps", str(TOTAL)]
 
 
@@ -86,14 +95,29 @@ def folder(clone: Path) -> Path:
     folder = clone.parents[1] / "experiments"
     folder.mkdir()
     (folder / "environments.py").write_text(ENVIRONMENTS)
+    (folder / "instant" / "bin").mkdir(parents=True)
+    (folder / "instant" / "bin" / "python").write_text(INSTANT)
+    (folder / "instant" / "bin" / "python").chmod(0o755)
+    (folder / "instant.env").write_text(f"HVDQN_VENV={folder}/instant\n")
     return folder
 
 
 @pytest.fixture(scope="module", autouse=True)
 def limited(cluster: Cluster, clone: Path, folder: Path) -> Job:
     """A job that runs into its time limit. Submitted first: Slurm looks at limits twice a minute."""
-    limits = ["--time=2", "--signal=USR2@40"]
+    limits = ["--time=2", "--signal=USR2@20"]
     return cluster.sbatch(*TWO_NODES, *limits, f"{clone}/slurm/train.sbatch", *STOPPABLE, cwd=folder)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def too_short(cluster: Cluster, clone: Path, folder: Path, limited: Job) -> Job:
+    """A job that Slurm stops when it next looks at limits."""
+    return instant(cluster, clone, folder, "--time=5")
+
+
+def instant(cluster: Cluster, clone: Path, folder: Path, *limits: str) -> Job:
+    env = {"HVDQN_SITE_ENV": "./instant.env", "HVDQN_MPI": "none"}
+    return cluster.sbatch(*ONE_NODE, *limits, f"{clone}/slurm/train.sbatch", cwd=folder, env=env)
 
 
 def run_dir(clone: Path, job: Job) -> Path:
@@ -194,6 +218,20 @@ def test_preempted_job_goes_on_afterwards(cluster: Cluster, clone: Path, folder:
     job.wait_for("env steps ", timeout=180)
     urgent = cluster.sbatch("--partition=urgent", *exclusive, "--wrap=sleep 1", cwd=folder)
     check_went_on(clone, job, job.wait(timeout=180))
+    assert urgent.wait(timeout=1)["JobState"] == "COMPLETED"
+
+
+def test_a_short_job_that_is_preempted_at_once_is_requeued(
+    cluster: Cluster, clone: Path, folder: Path
+) -> None:
+    """Its limit is within reach of --signal, but that is not what stopped it."""
+    limits = ["--nodelist=n2", "--exclusive", "--time=5", "--signal=USR2@10"]
+    job = instant(cluster, clone, folder, *limits)
+    job.wait_for("training", timeout=180)
+    urgent = cluster.sbatch("--partition=urgent", *limits[:2], "--wrap=sleep 1", cwd=folder)
+    info = job.wait(timeout=180)
+    assert (info["JobState"], info["Restarts"]) == ("COMPLETED", "1"), job.output()
+    assert "stopped by a signal; requeued, restart 1 of at most 20" in job.output()
     assert urgent.wait(timeout=1)["JobState"] == "COMPLETED"
 
 
@@ -363,3 +401,13 @@ def test_a_script_from_nowhere_asks_for_its_repository(cluster: Cluster, clone: 
 
 def test_time_limit_checkpoints_requeues_and_resumes(limited: Job, clone: Path) -> None:
     check_went_on(clone, limited, limited.wait(timeout=180))
+
+
+def test_a_time_limit_within_reach_of_the_signal_is_named(too_short: Job) -> None:
+    info = too_short.wait(timeout=180)
+    assert (info["JobState"], info["Restarts"]) == ("FAILED", "0"), too_short.output()
+    assert info["ExitCode"] == "75:0"
+    assert (
+        "not requeued: --time must be well above the 300 s of --signal; give --time=0:30:00"
+        in too_short.output()
+    )

@@ -142,6 +142,36 @@ def test_scaling_writes_where_it_is_told(folder: Path) -> None:
     ]
 
 
+RUNNING = "JobState=RUNNING Reason=None\n   RunTime=00:00:20 TimeLimit={limit} TimeMin=N/A\n   PreemptTime={preempted}"
+
+
+@pytest.mark.parametrize("code", ["75", "140"])
+@pytest.mark.parametrize(
+    ("limit", "preempted", "seconds", "goes_on"),
+    [
+        ("00:01:00", "None", "10", False),
+        ("00:05:00", "None", "50", False),
+        ("00:06:00", "None", "50", False),
+        ("00:05:00", "None", "60", True),  # --signal=USR2@60, say
+        ("00:05:00", "2024-01-31T12:00:00", "10", True),  # whose nodes another job needs
+        ("00:07:00", "None", "10", True),  # by the user: that of --signal comes later
+        ("00:30:00", "None", "10", True),
+        ("1-00:00:00", "None", "10", True),
+        ("UNLIMITED", "None", "10", True),
+    ],
+)
+def test_a_job_that_its_time_limit_stops_at_once_is_not_requeued(
+    folder: Path, limit: str, preempted: str, seconds: str, goes_on: bool, code: str
+) -> None:
+    record = RUNNING.format(limit=limit, preempted=preempted)
+    done = batch(folder, "train.sbatch", SRUN_CODE=code, JOB_RECORD=record, SECONDS=seconds)
+    assert done.code == int(code), done
+    assert done.scontrol == ["show job 7", *["requeue 7"] * goes_on], done
+    assert ("stopped by a signal; requeued, restart 1 of at most 20" in done.output) == goes_on
+    remedy = "give --time=0:30:00 or --signal=USR2@60, and --run-dir"
+    assert (f"{remedy} {folder}/runs/7 to go on\n" in done.output) == (not goes_on), done
+
+
 def test_what_a_stopped_job_says_names_the_run_directory(folder: Path) -> None:
     job = {"SRUN_CODE": "75", "JOB_RECORD": "JobState=RUNNING", "HVDQN_MAX_RESTARTS": "0"}
     done = batch(folder, "train.sbatch", "--run-dir", "mine", **job)
