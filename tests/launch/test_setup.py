@@ -147,6 +147,33 @@ def test_the_mpi_of_the_system_must_be_there(tmp_path: Path) -> None:
     assert "no mpicxx in PATH" in one_line(result.stderr)
 
 
+def test_what_site_env_sets_reaches_set_up(tmp_path: Path) -> None:
+    """All lines of the example at once, sourced as in a login shell."""
+    example = (REPO / "slurm" / "site.env.example").read_text()
+    set_up = (REPO / "launch" / "setup.sh").read_text()
+    site = tmp_path / "site.env"
+    site.write_text(re.sub(r"^# (?=(export )?[A-Z]\w+=|module )", "", example, flags=re.MULTILINE))
+    exported = subprocess.run(
+        [
+            "bash",
+            "-ec",
+            'module() { test -n "$2" || test "$1" = purge; }; source "$1"; exec env',
+            "bash",
+            site,
+        ],
+        env={"PATH": os.environ["PATH"], "HOME": "/home/me", "SCRATCH": "/scratch"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    ).stdout
+    read = set(re.findall(r"^#   (HVDQN_\w+)", set_up, re.MULTILINE)) & set(re.findall(r"HVDQN_\w+", example))
+    assert read >= {"HVDQN_TORCH", "HVDQN_SYSTEM_MPI"}
+    assert read <= set(re.findall(r"^(\w+)=.", exported, re.MULTILINE))
+    (torch,) = re.findall(r"^readonly default_torch=(\d+\.\d+)", set_up, re.MULTILINE)
+    assert f"The default, torch {torch}, is for CUDA 13:\n# module load cuda/13." in example
+
+
 def test_a_moved_environment_is_refused(tmp_path: Path) -> None:
     """Its scripts would run the Python of the place that it was made in."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True, timeout=60)
