@@ -120,6 +120,9 @@ main() {
     port=$((20000 + RANDOM % 10000))
     prepare "$@"
     leave_out_idle_hosts
+    if ((${#remote[@]})) && [[ ${names[0]} == localhost || ${names[0]} == 127.* ]]; then
+        die 2 "--hosts: the others cannot find the first one as '${names[0]}'; give the name that it has for them"
+    fi
     need_module torch "run launch/setup.sh"
     check_hosts "$python"
     wrap_command

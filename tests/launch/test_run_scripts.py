@@ -170,3 +170,9 @@ def test_torchrun_asks_nothing_of_hosts_without_ranks() -> None:
     result = run("torchrun.sh", *hosts, "--", sys.executable, "-c", program)
     assert result.returncode == 0, result
     assert result.stdout == "1 rank\n"
+
+
+def test_torchrun_wants_a_first_host_that_the_others_can_find() -> None:
+    result = run("torchrun.sh", "--hosts", "localhost:1,nowhere.invalid:1", "--", "true")
+    assert result.returncode == 2, result
+    assert "cannot find the first one as 'localhost'; give the name" in result.stderr
