@@ -197,7 +197,6 @@ class Member:
         self.timer = PhaseTimer()
         self.training: ElasticTraining | None = None  # in the last world that this rank was whole in
         self.comm: Comm = LocalComm()
-        self.held = contextlib.ExitStack()  # to the end, whichever worlds there are: the run directory
 
     def serve(self) -> int:
         """Train in one world after the other; return the exit code.
@@ -205,19 +204,18 @@ class Member:
         Raises:
             UserError: the input is wrong, the same on every rank.
         """
-        with self.held:
-            while True:
-                with self.timer.during("comm"):
-                    comm = self.world.connect()
-                if comm is None:
-                    give_up(f"host {os.environ['HOROVOD_HOSTNAME']} was taken from the job")
-                self.comm = comm
-                try:
-                    return self.live()
-                except HostsChangedError:
-                    continue
-                except self.world.peer_lost:
-                    self.world.cut()
+        while True:
+            with self.timer.during("comm"):
+                comm = self.world.connect()
+            if comm is None:
+                give_up(f"host {os.environ['HOROVOD_HOSTNAME']} was taken from the job")
+            self.comm = comm
+            try:
+                return self.live()
+            except HostsChangedError:
+                continue
+            except self.world.peer_lost:
+                self.world.cut()
 
     def live(self) -> int:
         """Train in this world to the end; return the exit code."""
@@ -231,7 +229,8 @@ class Member:
         run_dir = Path(memento["run_dir"]) if memento else self.open()
         stall_timeout = self.config.parallel.stall_timeout
         heartbeats = run_dir / "heartbeats"
-        with closing(Watchdog(heartbeats, comm, self.timer, stall_timeout, EXIT_JOB_FAILED)):
+        watchdog = Watchdog(heartbeats, comm, self.timer, stall_timeout, EXIT_JOB_FAILED)
+        with closing(watchdog), sole_job(run_dir, comm):
             training = self.join(run_dir, memento) if memento else self.begin(run_dir)
             self.training = training
             try:
@@ -255,7 +254,6 @@ class Member:
         """The first world: begin the run, or go on from its newest checkpoint, as `hvdqn.train` does."""
         comm, config = self.comm, self.sized(self.comm.size)
         check_world(config, comm.size)
-        self.held.enter_context(sole_job(run_dir, comm))
         training = start(partial(ElasticTraining, self.world), config, comm, run_dir, self.stop, self.timer)
         if comm.rank == 0:
             write_config(self.config, run_dir / "config.yaml")

@@ -128,8 +128,19 @@ def sole_job(run_dir: Path, comm: Comm, patience_seconds: float = 10.0) -> Itera
     Raises:
         UserError: another job trains there.
     """
-    path = run_dir / "lock"
-    descriptor = together(comm, lambda: _lock(path, patience_seconds) if comm.rank == 0 else None)
+    with contextlib.ExitStack() as held:
+
+        def lock() -> None:
+            if comm.rank == 0:
+                held.enter_context(_locked(run_dir / "lock", patience_seconds))
+
+        together(comm, lock)
+        yield
+
+
+@contextlib.contextmanager
+def _locked(path: Path, patience_seconds: float) -> Iterator[None]:
+    descriptor = _lock(path, patience_seconds)
     try:
         yield
     finally:

@@ -194,6 +194,18 @@ def test_two_jobs_do_not_train_in_one_directory(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_job_whose_ranks_were_lost_while_they_met_holds_nothing(tmp_path, monkeypatch):
+    def lost(_):
+        raise ConnectionError
+
+    comm = LocalComm()
+    monkeypatch.setattr(comm, "all_gather_object", lost)
+    with pytest.raises(ConnectionError), sole_job(tmp_path, comm):
+        raise AssertionError("it went on")
+    with sole_job(tmp_path, LocalComm(), patience_seconds=0.0):
+        pass
+
+
 def test_a_job_waits_a_moment_for_one_that_is_ending(tmp_path):
     """A process that is killed while it holds the directory."""
     code = (
