@@ -495,9 +495,8 @@ def _as_flags(settings: Mapping[str, Any]) -> list[str]:
             if not isinstance(value, bool):
                 raise UserError(f"{name} is {value!r}; it must be true or false")
             argv.append(flag if value else "--no-" + flag[2:])
-        elif isinstance(
-            value, bool
-        ):  # YAML takes yes and no for such, which are words of --checkpoint-replay
+        elif isinstance(value, bool):
+            # YAML takes for such what are words of --checkpoint-replay.
             argv.append(f"{flag}={'yes' if value else 'no'}")
         elif name == "wrapper":
             wrappers = [value] if isinstance(value, str) else value
