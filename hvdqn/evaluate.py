@@ -22,7 +22,7 @@ from hvdqn.config import Config, EnvironmentConfig, UserError, parse_flags
 from hvdqn.envs import Environments, make_environments
 from hvdqn.metrics import PhaseTimer
 from hvdqn.networks import QNetwork
-from hvdqn.parts import network_for
+from hvdqn.parts import network_for, use_threads
 from hvdqn.seeds import rank_seeds
 from hvdqn.video import check_video, record
 
@@ -208,6 +208,7 @@ def evaluate(options: EvalOptions) -> Iterator[str]:
     probe = make_environments(config.environment, 1, options.seed, training=False)
     network = load_network(checkpoint, config, probe)
     probe.close()
+    use_threads(network, torch.get_num_threads())
     evaluator = Evaluator(
         config.environment,
         LocalComm(),

@@ -67,8 +67,7 @@ def build_parts(config: Config, comm: Comm, timer: PhaseTimer, env_steps: int = 
     )
     torch.manual_seed(config.run.seed)
     network = together(comm, lambda: network_for(config, envs), timer)
-    small = sum(p.numel() for p in network.parameters()) < PARAMETERS_WORTH_THREADS
-    set_threads(1 if small else threads)
+    use_threads(network, threads)
     torch.manual_seed(seeds.noise)  # from here on ranks draw different numbers
     clock = make_clock(config, comm)
     return Parts(
@@ -232,8 +231,10 @@ def choose_device(config: Config, comm: Comm) -> torch.device:
     return device
 
 
-def set_threads(threads: int) -> None:
-    """How many threads torch and NumPy may use, from now on."""
+def use_threads(network: QNetwork, most: int) -> None:
+    """Let torch and NumPy work with so many threads, from now on, or with one where the network is small."""
+    small = sum(p.numel() for p in network.parameters()) < PARAMETERS_WORTH_THREADS
+    threads = 1 if small else most
     torch.set_num_threads(threads)
     threadpool_limits(threads, user_api="blas")
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from threadpoolctl import ThreadpoolController, threadpool_limits
 
 from hvdqn import __main__, evaluate, train
 from hvdqn.comm.local import LocalComm
@@ -181,6 +182,13 @@ def test_eval_plays_in_this_process_whatever_started_it(run_dir, capsys, monkeyp
     monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "1")
     assert __main__.main(["eval", str(run_dir), "--episodes", "2"]) == 0
     assert "2 episodes" in capsys.readouterr().out
+
+
+def test_eval_plays_a_small_network_with_one_thread(run_dir):
+    with threadpool_limits():  # puts back what was
+        assert __main__.main(["eval", str(run_dir), "--episodes", "2"]) == 0
+        blas = ThreadpoolController().select(user_api="blas").info()
+        assert [library["num_threads"] for library in blas] == [1] * len(blas)
 
 
 def test_what_was_played_is_said_before_a_video_fails(run_dir, capsys, monkeypatch, tmp_path):
