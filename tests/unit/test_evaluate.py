@@ -185,7 +185,7 @@ def test_eval_plays_in_this_process_whatever_started_it(run_dir, capsys, monkeyp
 
 
 def test_eval_plays_a_small_network_with_one_thread(run_dir):
-    with threadpool_limits():  # puts back what was
+    with threadpool_limits(2):  # puts back what was
         assert __main__.main(["eval", str(run_dir), "--episodes", "2"]) == 0
         blas = ThreadpoolController().select(user_api="blas").info()
         assert [library["num_threads"] for library in blas] == [1] * len(blas)
