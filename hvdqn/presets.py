@@ -298,7 +298,8 @@ ALGORITHMS = ("dqn", "double-dueling", "rainbow", "iqn", "m-iqn")
 JOINED: Mapping[tuple[str, str], Mapping[str, Any]] = {
     # Twice the batch of `minatar`, hence epsilon 0.01 / batch, rounded, and a larger lr, which falls. One seed each,
     # with noise as the only exploration: Asterix came to 11 after 400k frames with layer norm, to 3 without; on
-    # Seaquest the noise died out before anything was found, so a few random actions stay beside it.
+    # Seaquest, whose image was then read along the wrong axes, the noise died out before anything was found, so a few
+    # random actions stay beside it.
     ("minatar", "rainbow"): {
         "batch_per_rank": 64,
         "lr": 5e-4,
