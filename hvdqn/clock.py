@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, ClassVar
+from typing import Any
 
 
 @dataclass
@@ -143,8 +143,6 @@ class ReportedClock(Clock):
     learning_since: int | None = None  # own env steps
     met: bool = False
 
-    _OWN: ClassVar = ("own_env_steps", "own_updates", "learning_since")
-
     def update_due(self) -> bool:
         """Whether this rank owes an update now."""
         if self.learning_since is None:
@@ -185,14 +183,17 @@ class ReportedClock(Clock):
 
     def own_state(self) -> dict[str, Any]:
         """What is this rank's alone, and at which rate it was counted."""
-        return {**{name: getattr(self, name) for name in self._OWN}, **self._rate()}
+        own = {name: getattr(self, name) for name in ("own_env_steps", "own_updates", "learning_since")}
+        return {**own, **self._rate()}
 
     def load_own_state(self, state: Mapping[str, Any]) -> None:
         """Put back what `own_state` gave, all of it reported. At another rate, updates are owed from here on only."""
-        for name in self._OWN:
+        rate = self._rate()
+        for name in state.keys() - rate.keys():
             setattr(self, name, state[name])
         self.told_env_steps = self.own_env_steps
-        if self.learning_since is not None and any(state[name] != v for name, v in self._rate().items()):
+        same_rate = all(state.get(name, value) == value for name, value in rate.items())
+        if self.learning_since is not None and not same_rate:
             self.learning_since, self.own_updates = self.own_env_steps, 0
 
     def resume(self, state: Mapping[str, Any], refill: bool = False) -> None:

@@ -156,6 +156,13 @@ def test_a_rank_that_resumes_with_another_batch_owes_nothing_for_the_past(batch,
     assert taken == updates
 
 
+def test_a_checkpoint_that_names_no_rate_was_counted_at_this_one():
+    clock = make_reported()
+    clock.load_own_state({"own_env_steps": 400, "own_updates": 90, "learning_since": 0})
+    assert (clock.own_updates, clock.learning_since, clock.told_env_steps) == (90, 0, 400)
+    make_reported().load_own_state({})
+
+
 def test_what_is_a_ranks_own_goes_on_and_is_not_reported_twice():
     clock, again = make_reported(), make_reported()
     for _ in range(3):
