@@ -91,7 +91,7 @@ class Evaluator:
                     playing = True
                 votes = torch.tensor([float(playing), float(stop())])
                 with self.timer.during("comm"):  # ranks whose episodes were short wait here
-                    self.comm.allreduce_mean_async(votes, name="evaluation").wait()
+                    self.comm.allreduce_sum_async(votes, name="evaluation").wait()
                 if votes[1] > 0:
                     return None
                 playing = bool(votes[0] > 0)

@@ -210,7 +210,8 @@ class Learner:
             goal = self._goal(observation, action, reward, next_observation, discount)
             output, pull_back = self._cast(self.differentiable, observation)
             loss, td_errors, slope = head.slope(output, action, goal, weight)
-            pull_back(slope)
+            # Not the sum over ranks but the slope is divided by their number: it is shorter by far.
+            pull_back(slope if self.sync.gradient_share == 1.0 else slope * self.sync.gradient_share)
             return loss, td_errors.mean(), head.q_values(output).mean(), td_errors
 
     def _goal(
@@ -241,6 +242,7 @@ class Learner:
         largest = self.trailer.largest_weight
         norm = float(torch.linalg.vector_norm(self.gradient)) / largest
         finite = math.isfinite(norm) and not self.trailer.spoilt
+        self.trailer.learned *= self.sync.gradient_share
         self.trailer.learned[0] /= largest  # the loss
         self.hear(self.trailer.reported(), self.trailer.learned, int(finite))
         if not finite:

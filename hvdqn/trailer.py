@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Sums over ranks: votes and episodes since the last exchange, of all environments and of the greediest of a ladder...
+# Of each rank: votes and episodes since the last exchange, of all environments and of the greediest of a ladder...
 REPORTED = ("stop", "episodes", "return_sum", "length_sum", "greediest_episodes", "greediest_return_sum")
-# ...and means over ranks: what the update saw.
+# ...and what the update saw.
 LEARNED = ("loss", "td_error", "q_mean")
 
 
 class Trailer:
-    """Written before an exchange that averages it over all ranks, and read after.
+    """Written before an exchange that sums it over all ranks, and read after; what is read is then of all of them.
 
     Args:
         tensor: the last `length(size)` numbers of a message.
@@ -61,18 +61,18 @@ class Trailer:
             self._host.copy_(self.tensor)
 
     def reported(self) -> np.ndarray:
-        """`REPORTED` summed over ranks, float64."""
-        return self._reported.astype(np.float64) * self.size
+        """`REPORTED`, float64."""
+        return self._reported.astype(np.float64)
 
     @property
     def absent(self) -> int:
         """Ranks that had no minibatch."""
-        return round(float(self._absent[0]) * self.size)
+        return round(float(self._absent[0]))
 
     @property
     def largest_weight(self) -> float:
-        """Of all ranks: each slot was averaged with zeros."""
-        return float(max(self._weights.tolist())) * self.size
+        """Of all ranks: each has a slot, where the others bring zeros."""
+        return float(max(self._weights.tolist()))
 
     @property
     def spoilt(self) -> list[int]:

@@ -47,7 +47,7 @@ class Pending:
         self.comm, self.tensor, self.sent = comm, tensor, tensor.clone()
 
     def wait(self) -> Tensor:
-        return self.tensor.copy_(torch.stack(self.comm.all_gather_object(self.sent)).mean(dim=0))
+        return self.tensor.copy_(torch.stack(self.comm.all_gather_object(self.sent)).sum(dim=0))
 
 
 @dataclass
@@ -111,7 +111,7 @@ class ThreadComm(Comm):
         self.meeting.barrier.abort()
         raise SystemExit(code)
 
-    def allreduce_mean_async(self, tensor: Tensor, name: str) -> Pending:
+    def allreduce_sum_async(self, tensor: Tensor, name: str) -> Pending:
         self.names.append(name)
         return Pending(self, tensor)
 

@@ -83,7 +83,7 @@ def measure(comm: Comm, device: torch.device, network_floats: int, seconds: floa
 
 
 def _reduce(comm: Comm, message: torch.Tensor, name: str) -> None:
-    comm.allreduce_mean_async(message, name).wait()
+    comm.allreduce_sum_async(message, name).wait()
 
 
 def _raw_mpi(floats: int) -> Callable[[], object]:

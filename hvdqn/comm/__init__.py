@@ -1,7 +1,7 @@
 """The few collectives a rank needs, over whichever engine the launcher allows.
 
 comm = connect("auto")
-pending = comm.allreduce_mean_async(gradient, "gradient")
+pending = comm.allreduce_sum_async(gradient, "gradient")
 ...
 pending.wait()
 comm.close()

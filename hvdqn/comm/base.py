@@ -51,8 +51,8 @@ class Comm(ABC):
         self.local_size = local_size
 
     @abstractmethod
-    def allreduce_mean_async(self, tensor: Tensor, name: str) -> Handle:
-        """Begin to replace `tensor` by its mean over all ranks; leave it alone until `wait` returns.
+    def allreduce_sum_async(self, tensor: Tensor, name: str) -> Handle:
+        """Begin to replace `tensor` by its sum over all ranks; leave it alone until `wait` returns.
 
         All ranks end with the same bits, and equal inputs give equal bits in every run of the same size.
         Several may be under way under different names; wait for them in the order they were launched.

@@ -101,10 +101,10 @@ class HorovodComm(Comm):
         )
         self._sleeps = crowded and not over_mpi
 
-    def allreduce_mean_async(self, tensor: Tensor, name: str) -> _Pending:
+    def allreduce_sum_async(self, tensor: Tensor, name: str) -> _Pending:
         """See `Comm`."""
         check_reducible(tensor)
-        handle = self._hvd.allreduce_async_(tensor, name=name, op=self._hvd.Average)
+        handle = self._hvd.allreduce_async_(tensor, name=name, op=self._hvd.Sum)
         return _Pending(self._hvd, handle, tensor, pause=self._sleeps and not tensor.is_cuda)
 
     def broadcast_(self, tensor: Tensor, root: int = 0) -> None:

@@ -29,7 +29,7 @@ class LocalComm(Comm):
     def __init__(self) -> None:
         super().__init__(rank=0, size=1, local_rank=0, local_size=1)
 
-    def allreduce_mean_async(self, tensor: Tensor, name: str) -> _Done:
+    def allreduce_sum_async(self, tensor: Tensor, name: str) -> _Done:
         """See `Comm`."""
         return _Done(tensor)
 

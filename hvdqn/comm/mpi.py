@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hvdqn.comm.base import Comm, Handle, LaunchError
-from hvdqn.comm.shared import SharedMean
+from hvdqn.comm.shared import SharedSum
 from hvdqn.comm.tensors import as_bytes, check_reducible
 
 T = TypeVar("T")
@@ -56,7 +56,7 @@ class _Staged:
 
 
 class _Pending:
-    """A mean that is taken when it is waited for.
+    """A sum that is taken when it is waited for.
 
     Open MPI moves a nonblocking collective on only inside other MPI calls, and there are none while the
     environments step: MPI_Iallreduce hid nothing and cost 1.4 to 2.4 times the blocking call (2 ranks on one
@@ -74,9 +74,9 @@ class _Pending:
         if comm is None:  # waited for before
             return self._tensor
         if self._staged is None:
-            comm.mean_(self._tensor)
+            comm.sum_(self._tensor)
         else:
-            self._tensor.copy_(comm.mean_(self._staged.arrived()), non_blocking=True)
+            self._tensor.copy_(comm.sum_(self._staged.arrived()), non_blocking=True)
         return self._tensor
 
 
@@ -103,10 +103,10 @@ class MpiComm(Comm):
         """All ranks, if they share memory."""
         if self._host is None:
             host.Free()
-        self._shared: dict[str, SharedMean] = {}
+        self._shared: dict[str, SharedSum] = {}
         self._staged: dict[str, _Staged] = {}
 
-    def allreduce_mean_async(self, tensor: Tensor, name: str) -> Handle:
+    def allreduce_sum_async(self, tensor: Tensor, name: str) -> Handle:
         """See `Comm`."""
         check_reducible(tensor)
         if not tensor.is_cuda:
@@ -118,7 +118,7 @@ class MpiComm(Comm):
         staged.fetch(tensor)
         return _Pending(self, tensor, staged)
 
-    def _sharing(self, tensor: Tensor, name: str) -> SharedMean | None:
+    def _sharing(self, tensor: Tensor, name: str) -> SharedSum | None:
         """What is shared for messages of this name; None: they are not for shared memory."""
         if self._host is None:
             return None
@@ -130,7 +130,7 @@ class MpiComm(Comm):
         if shared is not None:
             self._shared.pop(name).close()
         try:
-            shared = SharedMean(self._mpi, self._host, tensor)
+            shared = SharedSum(self._mpi, self._host, tensor)
         except self._mpi.Exception:  # no room in the memory that a container may share, say
             shared = None
         everywhere = all(self._host.allgather(shared is not None))
@@ -140,10 +140,10 @@ class MpiComm(Comm):
         self._shared[name] = shared
         return shared
 
-    def mean_(self, tensor: Tensor) -> Tensor:
-        """Replace a host tensor by its mean over all ranks, now, and return it."""
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Replace a host tensor by its sum over all ranks, now, and return it."""
         self._world.Allreduce(self._mpi.IN_PLACE, tensor.detach().numpy())
-        return tensor.mul_(1.0 / self.size)
+        return tensor
 
     def broadcast_(self, tensor: Tensor, root: int = 0) -> None:
         """See `Comm`."""

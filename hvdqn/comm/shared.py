@@ -1,4 +1,4 @@
-"""Means between the ranks of one host, through memory that all of them see (MPI 3, section 11.2.3).
+"""Sums over the ranks of one host, through memory that all of them see (MPI 3, section 11.2.3).
 
 A rank writes what it brings the moment it has it, and says so with a number; whoever waits later finds that of the
 others there and sums up, in the order of ranks, so that all have the same bits. Nothing has to be moved on meanwhile.
@@ -16,7 +16,7 @@ from torch import Tensor
 LINE = 64  # bytes of a cache line: numbers that different ranks write share none
 
 
-class SharedMean:
+class SharedSum:
     """The messages of one name, one after the other; a handle of the one that was posted last.
 
     Two buffers take turns. Whoever writes message k + 2 has had message k + 1 from all, who had read message k by then.
@@ -45,7 +45,6 @@ class SharedMean:
         self._mine = [slots[host.rank].numpy() for slots in self._slots]
         self._counter = counters.pop(host.rank)
         self._counters_of_others = counters
-        self._scale = 1.0 / host.size
         self._count = self._counter[0] = 0
         self._tensor, self._waiting = like, False
 
@@ -53,7 +52,7 @@ class SharedMean:
         """Whether it is as long as these messages, and of their type."""
         return tensor.numel() == self._numbers and tensor.dtype == self._dtype
 
-    def post(self, tensor: Tensor) -> SharedMean:
+    def post(self, tensor: Tensor) -> SharedSum:
         """Let the others have this rank's next message, [n], which `wait` will overwrite."""
         self._count += 1
         np.copyto(self._mine[self._count % 2], tensor.detach().numpy())
@@ -63,7 +62,7 @@ class SharedMean:
         return self
 
     def wait(self) -> Tensor:
-        """The message that was posted, overwritten by the mean of those of all ranks, once they have posted theirs."""
+        """The message that was posted, overwritten by the sum of those of all ranks, once they have posted theirs."""
         tensor = self._tensor
         if not self._waiting:
             return tensor
@@ -76,7 +75,7 @@ class SharedMean:
         torch.add(first, second, out=tensor)
         for message in others:
             tensor.add_(message)
-        return tensor.mul_(self._scale)
+        return tensor
 
     def close(self) -> None:
         """Give the memory back; a collective call."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def check_reducible(tensor: Tensor) -> None:
-    """Assert what `Comm.allreduce_mean_async` promises its engines: [n], contiguous, float32 or float64."""
+    """Assert what `Comm.allreduce_sum_async` promises its engines: [n], contiguous, float32 or float64."""
     assert tensor.dim() == 1, f"allreduce takes a flat tensor, not {list(tensor.shape)}"
     assert tensor.is_contiguous(), "allreduce takes a contiguous tensor"
     assert tensor.dtype in (torch.float32, torch.float64), (

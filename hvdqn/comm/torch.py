@@ -27,13 +27,11 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 class _Pending:
     work: dist.Work | None
     tensor: Tensor
-    scale: float
 
     def wait(self) -> Tensor:
         if self.work is not None:
             self.work.wait()
             self.work = None
-            self.tensor.mul_(self.scale)  # Gloo can only sum
         return self.tensor
 
 
@@ -76,11 +74,11 @@ class TorchComm(Comm):
     def _group(self, tensor: Tensor) -> dist.ProcessGroup | None:
         return self._on_device if tensor.is_cuda else None
 
-    def allreduce_mean_async(self, tensor: Tensor, name: str) -> _Pending:
+    def allreduce_sum_async(self, tensor: Tensor, name: str) -> _Pending:
         """See `Comm`."""
         check_reducible(tensor)
         work = dist.all_reduce(tensor.detach(), group=self._group(tensor), async_op=True)
-        return _Pending(work, tensor, 1.0 / self.size)
+        return _Pending(work, tensor)
 
     def broadcast_(self, tensor: Tensor, root: int = 0) -> None:
         """See `Comm`."""

@@ -21,11 +21,13 @@ class Sync(ABC):
 
     Attributes:
         ranks_per_update: how many ranks' minibatches one step of the optimizer is of.
+        gradient_share: what the learner multiplies its gradient by, so that it need not be done once it is summed up.
         traffic: what it gave to the network so far.
     """
 
     def __init__(self, ranks_per_update: int) -> None:
         self.ranks_per_update = ranks_per_update
+        self.gradient_share = 1.0
         self.traffic = Traffic()
 
     @property

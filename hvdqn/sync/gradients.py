@@ -22,12 +22,13 @@ class Gradients(Sync):
 
     def __init__(self, comm: Comm) -> None:
         super().__init__(comm.size)
+        self.gradient_share = 1.0 / comm.size
         self.comm = comm
         self.handle: Handle | None = None
 
     def begin(self, learner: Learner) -> None:
         """Send this rank's gradient on its way."""
-        self.handle = self.comm.allreduce_mean_async(learner.message, name="gradient")
+        self.handle = self.comm.allreduce_sum_async(learner.message, name="gradient")
         self.traffic.updates += 1
         self.traffic.count(learner.message.nbytes)
 
@@ -44,7 +45,7 @@ class Gradients(Sync):
         """Send the trailer alone."""
         self.traffic.count(learner.trailer.tensor.nbytes)
         with learner.timer.during("comm"):
-            self.comm.allreduce_mean_async(learner.trailer.tensor, name="trailer").wait()
+            self.comm.allreduce_sum_async(learner.trailer.tensor, name="trailer").wait()
         learner.trailer.read()
         learner.hear(learner.trailer.reported(), learner.trailer.learned, 0)
 

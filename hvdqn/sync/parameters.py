@@ -152,9 +152,8 @@ class Parameters(Sync):
     def _step_alone(self, learner: Learner) -> None:
         trailer = learner.trailer
         trailer.read()  # on a GPU, the CPU waits here
-        mine = trailer.largest_weight / self.comm.size  # it counts on an average with zeros
-        self.largest_of_mine = max(self.largest_of_mine, mine)
-        largest = float(self.largest_weight) or mine
+        self.largest_of_mine = max(self.largest_of_mine, trailer.largest_weight)
+        largest = float(self.largest_weight) or trailer.largest_weight
         norm = float(torch.linalg.vector_norm(learner.gradient)) / largest
         self.told[: len(REPORTED)] += trailer.reported()
         if trailer.spoilt or not math.isfinite(norm):
@@ -170,12 +169,12 @@ class Parameters(Sync):
         for part, tensor in zip(self.parts, self.averaged, strict=True):
             part.copy_(tensor.reshape(-1))
         self._write_trailer()
-        self.handle = self.comm.allreduce_mean_async(self.message, name="parameters")
+        self.handle = self.comm.allreduce_sum_async(self.message, name="parameters")
         self.traffic.count(self.message.nbytes)
 
     def _launch_trailer(self) -> None:
         self._write_trailer()
-        self.handle = self.comm.allreduce_mean_async(self.trailer, name="trailer")
+        self.handle = self.comm.allreduce_sum_async(self.trailer, name="trailer")
         self.traffic.count(self.trailer.nbytes)
 
     def _write_trailer(self) -> None:
@@ -197,6 +196,7 @@ class Parameters(Sync):
 
     def _install(self, learner: Learner) -> None:
         """Take the average for this rank's own."""
+        torch._foreach_mul_(self.parts, 1.0 / self.comm.size)
         if self.outer is not None:
             self.parts[0].copy_(self.outer.step(self.parts[0]))
         for part, tensor in zip(self.parts, self.averaged, strict=True):
@@ -207,10 +207,9 @@ class Parameters(Sync):
         """Read the trailer that has come."""
         size = self.comm.size
         heard = self.trailer.double().cpu().numpy()
-        # The slots were averaged with zeros.
-        largest_weights, skipped, in_a_row = heard[TOLD:].reshape(3, size) * size
+        largest_weights, skipped, in_a_row = heard[TOLD:].reshape(3, size)
         taken = size * self.unsaid - round(skipped.sum())
-        learner.hear(heard[: len(REPORTED)], heard[len(REPORTED) : TOLD] * size, taken)
+        learner.hear(heard[: len(REPORTED)], heard[len(REPORTED) : TOLD], taken)
         self.unsaid = 0
         if largest_weights.max() > 0:
             self.largest_weight.fill_(float(largest_weights.max()))

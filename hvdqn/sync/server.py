@@ -194,12 +194,11 @@ class Worker(Star):
                 pull=pull,
                 env_steps=self.clock.unreported(),
                 done=learner.done,
-                # The slots of the trailer count on an average over ranks.
-                largest_weight=trailer.largest_weight / trailer.size,
+                largest_weight=trailer.largest_weight,
                 finite=not trailer.spoilt,
             )
         )
-        self.push.more[:] = np.concatenate((trailer.reported() / trailer.size, trailer.learned))
+        self.push.more[:] = np.concatenate((trailer.reported(), trailer.learned))
         self.pulling, self.agreed = pull, False
         sent = self.push.with_tensors(kind == GRADIENT)
         self.awaited = (self.channel.Irecv(self.reply.buffer, 0), self.channel.Isend(sent, 0))
@@ -285,8 +284,7 @@ class Server(Star):
 
     def exchange(self, learner: Learner) -> None:
         """Hear this rank's own report: workers' come with their pushes."""
-        trailer = learner.trailer
-        learner.hear(trailer.reported() / trailer.size, trailer.learned, 0)
+        learner.hear(learner.trailer.reported(), learner.trailer.learned, 0)
 
     def agree(self, learner: Learner) -> None:
         """Call a meeting, serve until all workers have come, and give everyone the same clock and weights."""

@@ -79,9 +79,10 @@ from hvdqn.comm import Comm, connect
 comm = connect("torch")
 while (asked := comm.broadcast_object(None)) is not None:
     floats, calls = asked
-    message = torch.ones(floats)
+    message = torch.zeros(floats)
     for _ in range(calls):
-        comm.allreduce_mean_async(message, "gradient").wait()
+        comm.allreduce_sum_async(message, "gradient").wait()
+    comm.allreduce_sum_async(message + 1.0, "gradient").wait()
 comm.close()
 """
 
@@ -113,8 +114,9 @@ def comm() -> Iterator[Comm]:
 def test_allreduce(benchmark: BenchmarkFixture, comm: Comm, floats: int) -> None:
     rounds, warm_up = 200, 20
     comm.broadcast_object((floats, rounds + warm_up))
-    message = torch.full((floats,), 3.0)  # the peer sends ones; after the first, both send the mean
+    message = torch.zeros(floats)  # the peer sends them, too: other sums of sums would grow without bounds
     benchmark.pedantic(
-        lambda: comm.allreduce_mean_async(message, "gradient").wait(), rounds=rounds, warmup_rounds=warm_up
+        lambda: comm.allreduce_sum_async(message, "gradient").wait(), rounds=rounds, warmup_rounds=warm_up
     )
-    assert torch.equal(message, torch.full((floats,), 2.0))
+    total = comm.allreduce_sum_async(message + 2.0, "gradient").wait()
+    assert torch.equal(total, torch.full((floats,), 3.0))

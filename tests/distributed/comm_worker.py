@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from hvdqn.comm import Comm, LaunchError, connect, launcher_rank
-from hvdqn.comm.shared import SharedMean
+from hvdqn.comm.shared import SharedSum
 
 SIZES = (1, 2, 3, 7, 1000, 17_003, 134_002, 1_310_720)  # up to 10 MB of float64
 DTYPES = (torch.float32, torch.float64)
@@ -29,11 +29,11 @@ def part(rank: int, size: int, dtype: torch.dtype, salt: int = 0) -> torch.Tenso
     return torch.randn(size, dtype=dtype, generator=generator)
 
 
-def check_mean(comm: Comm, result: torch.Tensor, salt: int = 0) -> str:
-    """Compare a mean with the float64 mean of all parts; return a hash of its bits."""
+def check_sum(comm: Comm, result: torch.Tensor, salt: int = 0) -> str:
+    """Compare a sum with the float64 sum of all parts; return a hash of its bits."""
     parts = [part(rank, len(result), result.dtype, salt).double() for rank in range(comm.size)]
-    expected = sum(parts) / comm.size
-    tolerance = 2 * comm.size * torch.finfo(result.dtype).eps * max(p.abs().max().item() for p in parts)
+    expected = sum(parts)
+    tolerance = 2 * comm.size**2 * torch.finfo(result.dtype).eps * max(p.abs().max().item() for p in parts)
     torch.testing.assert_close(result.double(), expected, rtol=0, atol=tolerance)
     return hashlib.sha256(result.numpy().tobytes()).hexdigest()
 
@@ -48,14 +48,14 @@ def world(comm: Comm) -> None:
         assert os.environ["HOROVOD_CYCLE_TIME"] == "0"  # hvdqn's choice over MPI on one host
 
 
-def mean(comm: Comm) -> list[str]:
+def total(comm: Comm) -> list[str]:
     bits = []
     for dtype in DTYPES:
         for size in SIZES:
             tensor = part(comm.rank, size, dtype)
-            result = comm.allreduce_mean_async(tensor, f"mean.{size}.{dtype}").wait()
-            assert result is tensor, "the mean is taken in place"
-            bits.append(check_mean(comm, result))
+            result = comm.allreduce_sum_async(tensor, f"sum.{size}.{dtype}").wait()
+            assert result is tensor, "the sum is taken in place"
+            bits.append(check_sum(comm, result))
     return bits
 
 
@@ -63,8 +63,8 @@ def same_name_again(comm: Comm) -> list[str]:
     bits = []
     for update in range(20):
         tensor = part(comm.rank, 1000, torch.float32, salt=update)
-        comm.allreduce_mean_async(tensor, "gradient").wait()
-        bits.append(check_mean(comm, tensor, salt=update))
+        comm.allreduce_sum_async(tensor, "gradient").wait()
+        bits.append(check_sum(comm, tensor, salt=update))
     return bits
 
 
@@ -74,55 +74,55 @@ def ranks_that_take_turns_to_be_late(comm: Comm) -> list[str]:
     for update in range(300):
         tensor = part(comm.rank, 1000, torch.float32, salt=update)
         time.sleep(0.002 * (update // 3 % comm.size == comm.rank and update % 3 > 0))
-        pending = comm.allreduce_mean_async(tensor, "late")
+        pending = comm.allreduce_sum_async(tensor, "late")
         time.sleep(0.002 * (update // 5 % comm.size == comm.rank and update % 5 > 2))
         pending.wait()
-        bits.append(check_mean(comm, tensor, salt=update))
+        bits.append(check_sum(comm, tensor, salt=update))
     return bits
 
 
 def two_in_flight(comm: Comm) -> list[str]:
     first, second = (part(comm.rank, size, torch.float32) for size in (17_003, 1000))
-    pending_first = comm.allreduce_mean_async(first, "first")
-    pending_second = comm.allreduce_mean_async(second, "second")
+    pending_first = comm.allreduce_sum_async(first, "first")
+    pending_second = comm.allreduce_sum_async(second, "second")
     time.sleep(0.01 * comm.rank)
     assert pending_first.wait() is first
     assert pending_second.wait() is second
-    return [check_mean(comm, first), check_mean(comm, second)]
+    return [check_sum(comm, first), check_sum(comm, second)]
 
 
 def again_the_same_bits(comm: Comm) -> None:
     """Whichever rank comes last. (Of several in flight, Horovod joins those that are ready: their sums may differ.)"""
     for size in (1000, 17_003, 134_002):
         tensor = part(comm.rank, size, torch.float32)
-        means = []
+        sums = []
         for last in range(comm.size):
             time.sleep(0.01 * (comm.rank == last))
-            means.append(comm.allreduce_mean_async(tensor.clone(), f"again.{size}").wait())
-        assert all(torch.equal(means[0], mean) for mean in means)
+            sums.append(comm.allreduce_sum_async(tensor.clone(), f"again.{size}").wait())
+        assert all(torch.equal(sums[0], one) for one in sums)
 
 
 def waiting_again_changes_nothing(comm: Comm) -> None:
     tensor = part(comm.rank, 1000, torch.float64)
-    pending = comm.allreduce_mean_async(tensor, "again")
+    pending = comm.allreduce_sum_async(tensor, "again")
     pending.wait()
     assert pending.wait() is tensor
-    check_mean(comm, tensor)
+    check_sum(comm, tensor)
 
 
 def part_of_a_larger_tensor(comm: Comm) -> None:
     larger = torch.full((1002,), 5.0)
     larger[1:-1] = part(comm.rank, 1000, torch.float32)
-    comm.allreduce_mean_async(larger[1:-1], "view").wait()
-    check_mean(comm, larger[1:-1].clone())
+    comm.allreduce_sum_async(larger[1:-1], "view").wait()
+    check_sum(comm, larger[1:-1].clone())
     assert larger[0] == larger[-1] == 5.0
 
 
 def parameters_that_want_gradients(comm: Comm) -> None:
     tensor = torch.nn.Parameter(torch.full((100,), float(comm.rank)))
     with torch.no_grad():
-        comm.allreduce_mean_async(tensor, "parameters").wait()
-        assert tensor.tolist() == [(comm.size - 1) / 2] * 100
+        comm.allreduce_sum_async(tensor, "parameters").wait()
+        assert tensor.tolist() == [comm.size * (comm.size - 1) / 2] * 100
         comm.broadcast_(tensor)
 
 
@@ -130,7 +130,7 @@ def nan_and_inf_reach_every_rank(comm: Comm) -> None:
     tensor = torch.zeros(4)
     if comm.rank == comm.size - 1:
         tensor[0], tensor[1] = float("nan"), float("inf")
-    comm.allreduce_mean_async(tensor, "poisoned").wait()
+    comm.allreduce_sum_async(tensor, "poisoned").wait()
     assert tensor[0].isnan()
     assert tensor[1].isinf()
     assert tensor[2:].tolist() == [0, 0]
@@ -174,24 +174,24 @@ def one_rank_has_no_memory_to_share(comm: Comm) -> None:
         return
     from hvdqn.comm import mpi as engine
 
-    def refused_on_rank_1(mpi: Any, host: Any, like: torch.Tensor) -> SharedMean:
-        made = SharedMean(mpi, host, like)
+    def refused_on_rank_1(mpi: Any, host: Any, like: torch.Tensor) -> SharedSum:
+        made = SharedSum(mpi, host, like)
         if comm.rank == 1:
             raise mpi.Exception(mpi.ERR_NO_MEM)
         return made
 
-    engine.SharedMean = refused_on_rank_1
+    engine.SharedSum = refused_on_rank_1
     for update in range(3):
         tensor = part(comm.rank, 500, torch.float32, salt=update)
-        comm.allreduce_mean_async(tensor, "refused").wait()
-        check_mean(comm, tensor, salt=update)
-    engine.SharedMean = SharedMean
+        comm.allreduce_sum_async(tensor, "refused").wait()
+        check_sum(comm, tensor, salt=update)
+    engine.SharedSum = SharedSum
 
 
 # Each raises, or returns hashes that must be the same on every rank.
 CHECKS: tuple[Callable[[Comm], list[str] | None], ...] = (
     world,
-    mean,
+    total,
     same_name_again,
     ranks_that_take_turns_to_be_late,
     two_in_flight,
@@ -218,7 +218,7 @@ def conformance(comm: Comm) -> None:
 def error_on_one_rank(comm: Comm) -> None:
     if comm.rank == 1:
         raise RuntimeError("the environment of this rank broke")
-    comm.allreduce_mean_async(torch.ones(1000), "gradient").wait()
+    comm.allreduce_sum_async(torch.ones(1000), "gradient").wait()
 
 
 def abort_by_watchdog(comm: Comm) -> None:
@@ -227,7 +227,7 @@ def abort_by_watchdog(comm: Comm) -> None:
         time.sleep(600)
     if comm.rank == 0:
         threading.Timer(0.3, give_up, [comm]).start()
-    comm.allreduce_mean_async(torch.ones(1000), "gradient").wait()
+    comm.allreduce_sum_async(torch.ones(1000), "gradient").wait()
 
 
 def give_up(comm: Comm) -> None:

@@ -35,7 +35,7 @@ class FragileComm(LocalComm):
         if (name, self.used[name]) == (self.fatal, self.nth):
             raise PeerLostError
 
-    def allreduce_mean_async(self, tensor, name):
+    def allreduce_sum_async(self, tensor, name):
         comm = self
 
         class Handle:

@@ -65,14 +65,14 @@ class Together(LocalComm):
         self.rank, self.size, self.peers, self.sent = rank, len(peers), peers, None
         peers[rank] = self
 
-    def allreduce_mean_async(self, tensor, name):
+    def allreduce_sum_async(self, tensor, name):
         self.sent = tensor
         if all(peer.sent is not None for peer in self.peers):
-            mean = torch.stack([peer.sent for peer in self.peers]).mean(dim=0)
+            total = torch.stack([peer.sent for peer in self.peers]).sum(dim=0)
             for peer in self.peers:
-                peer.sent.copy_(mean)
+                peer.sent.copy_(total)
                 peer.sent = None
-        return super().allreduce_mean_async(tensor, name)
+        return super().allreduce_sum_async(tensor, name)
 
 
 def make_ranks(size, **settings):
