@@ -190,7 +190,8 @@ class Learner:
     def backward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Leave the gradient of the batch in `gradient`; return loss, mean absolute TD error and mean q.
 
-        Importance weights enter as they are; `step` divides by the largest of all ranks.
+        It is multiplied by `Sync.gradient_share`: 1 / ranks where it is to be summed over them. Importance weights
+        enter as they are; `step` divides by the largest of all ranks.
         """
         loss, td_error, q_mean, self.td_errors = self.differentiate(*self._tensors(batch))
         return loss, td_error, q_mean

@@ -46,7 +46,8 @@ def true_gradient(comm: Comm, parts: Parts, starts: np.ndarray) -> tuple[torch.T
     batch = sampler._assembler.build(starts)
     assert (batch.weight == 1).all()
     parts.learner.backward(batch)
-    shares = comm.all_gather_object((parts.learner.gradient.double() * starts.size, starts.size))
+    gradient = parts.learner.gradient.double() * comm.size  # what it leaves there is to be summed over ranks
+    shares = comm.all_gather_object((gradient * starts.size, starts.size))
     total = sum(count for _, count in shares)
     return torch.stack([gradient for gradient, _ in shares]).sum(dim=0) / total, total
 
