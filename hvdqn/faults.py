@@ -121,7 +121,7 @@ def sole_job(run_dir: Path, comm: Comm, patience_seconds: float = 10.0) -> Itera
     """Keep other jobs out of a run directory. However this one ends, the kernel gives it free.
 
     Args:
-        run_dir: on a file system without locks, nobody is kept out.
+        run_dir: on a file system without locks nobody is kept out, which a line says.
         comm: the ranks of this job.
         patience_seconds: how long to wait for a job that may be ending.
 
@@ -141,6 +141,9 @@ def sole_job(run_dir: Path, comm: Comm, patience_seconds: float = 10.0) -> Itera
 @contextlib.contextmanager
 def _locked(path: Path, patience_seconds: float) -> Iterator[None]:
     descriptor = _lock(path, patience_seconds)
+    if descriptor is None:
+        say = f"hvdqn: warning: there are no locks in '{path.parent}': see to it that no second job trains there"
+        print(say, file=sys.stderr, flush=True)
     try:
         yield
     finally:

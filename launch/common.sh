@@ -38,7 +38,8 @@ repo=${here%/*}
 readonly passed='PATH|HOME|USER|LOGNAME|SHELL|LANG|LC_.*|TZ|TERM|COLUMNS|TMPDIR|XDG_CACHE_HOME|SSH_AUTH_SOCK|KRB5CCNAME'
 readonly passed_too='LD_LIBRARY_PATH|PYTHON.*|VIRTUAL_ENV|CONDA_PREFIX|(CUDA|NVIDIA|OMP|MKL|OPENBLAS)_.*'
 readonly passed_also='(HVDQN|HOROVOD|NCCL|GLOO|TORCH|PYTORCH|TORCHELASTIC|OMPI|OPAL|PMIX|PRTE|UCX|FI|SLURM|PBS|LSB)_.*'
-readonly secret='.*(KEY|TOKEN|SECRET|PASSW|CREDENTIAL).*'
+readonly secret='KEY|TOKEN|SECRET|PASSW|CREDENTIAL|JWT'
+is_secret() { [[ ${1^^} =~ $secret && $1 != *_IB_PKEY ]]; } # a partition of InfiniBand is none
 
 # BatchMode: a host that asks for a password is an error now, not a prompt that nobody sees.
 readonly ssh_options=(-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=15 -o ServerAliveCountMax=3)
@@ -90,7 +91,7 @@ read_flag() { # read_flag NAME VALUE
         --interfaces) interfaces=$2 ;;
         -x)
             [[ -n ${!2+set} ]] || die 2 "-x $2: there is no such variable; export it first"
-            [[ ! $2 =~ ^$secret$ ]] ||
+            ! is_secret "$2" ||
                 die 2 "-x $2 would show a secret in ps on every host; put it into a file and name that with --env-file"
             exported+=("$2")
             ;;
@@ -202,7 +203,7 @@ compose_environment() {
     rank_env=()
     local name
     while read -r name; do
-        if [[ $name =~ ^($passed|$passed_too|$passed_also)$ && ! $name =~ ^$secret$ ]]; then
+        if [[ $name =~ ^($passed|$passed_too|$passed_also)$ ]] && ! is_secret "$name"; then
             rank_env+=("$name=${!name}")
         fi
     done < <(compgen -e)

@@ -3,7 +3,7 @@
 #
 #   launch/install_horovod.sh          with NCCL where a GPU and a CUDA toolkit are found, else for CPU
 #   launch/install_horovod.sh --gpu    with NCCL; compiling needs the toolkit only (login node, image build)
-#   launch/install_horovod.sh --cpu    for CPU, even where there is a GPU
+#   launch/install_horovod.sh --cpu    for CPU, even where there is a GPU, or where --gpu was given before
 #
 # No Horovod release compiles against torch >= 2.1, so this patches the C++ standard of the last one (0.28.1).
 # The first build takes about 2 minutes on 2 cores. The wheel fits one Python, torch, MPI and CUDA only: it is
@@ -338,7 +338,13 @@ main() {
     find_mpi
     choose_device
     compose_key
-    if [[ $installed == "$version" && -f $stamp && $(<"$stamp") == "$key" ]]; then
+    local there=
+    [[ $installed != "$version" || ! -f $stamp ]] || there=$(<"$stamp")
+    # What --gpu once built on a login node, which has no GPU, stays until --cpu is asked for.
+    if [[ $wanted == auto && $device == cpu && $there == "${key%-cpu*}"-cuda*"${key##*-cpu}" ]]; then
+        key=$there
+    fi
+    if [[ $there == "$key" ]]; then
         say "$version is installed ($key)"
         return
     fi

@@ -26,8 +26,8 @@ read_flags() {
     local preset=
     while (($#)); do
         case $1 in
-            --run-dir) run_dir=${2:-} ;;
-            --run-dir=*) run_dir=${1#*=} ;;
+            --run[-_]dir) run_dir=${2:-} ;;
+            --run[-_]dir=*) run_dir=${1#*=} ;;
             --preset | --preset=*) preset=given judged= ;;
             --env | --env=* | --config | --config=*) judged= ;;
         esac

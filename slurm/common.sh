@@ -89,6 +89,16 @@ run_ranks() { # run_ranks [SRUN_FLAG...] COMMAND [ARGUMENT...]
     wait "$step"
 }
 
+# What Slurm knows of this job; nothing where its controller, which may be restarting, does not answer.
+job_record() {
+    local _
+    for _ in {1..6}; do
+        scontrol show job "$job" && return
+        sleep 5
+    done
+    return 0
+}
+
 # End the job with the ranks' exit code; where it says "stopped by a signal", have Slurm start the job again.
 finish() { # finish CODE
     local -r most=${HVDQN_MAX_RESTARTS:-20}
@@ -97,8 +107,8 @@ finish() { # finish CODE
     ((code != KILLED_BY_TERM)) || code=1
     ((code == STOPPED || code == KILLED_BY_USR2)) || exit "$code"
 
-    state=$(scontrol show job "$job")
-    if [[ $state != *JobState=RUNNING* && $state != *Reason=TimeLimit* ]]; then
+    state=$(job_record)
+    if [[ -n $state && $state != *JobState=RUNNING* && $state != *Reason=TimeLimit* ]]; then
         say "stopped because Slurm ends this job (scancel, or a requeue of its own); its run directory is $run_dir"
     # A signal that comes with the start comes with every start. Slurm sends that of --signal up to 60 s early: where
     # --time is at most 300 + 60 s it was that one, unless Slurm wants the nodes for another job, which it notes.

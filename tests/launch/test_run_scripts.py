@@ -76,11 +76,12 @@ def test_help_explains_every_flag(script: str) -> None:
         (["--hosts", "h1:4,h2:x"], "'h2:x' is no host; write them as h1:4,h2:4"),
         (["-np", "2", "-x", "NO_SUCH_VARIABLE"], "there is no such variable"),
         (["-np", "2", "-x", "WANDB_API_KEY"], "put it into a file and name that with --env-file"),
+        (["-np", "2", "-x", "SLURM_JWT"], "-x SLURM_JWT would show a secret in ps"),
         (["-np", "2", "--env-file", "/nowhere/env"], "--env-file /nowhere/env cannot be read"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_2(script: str, words: list[str], expected: str) -> None:
-    assert expected in refusal(run(script, *words, WANDB_API_KEY="x"))
+    assert expected in refusal(run(script, *words, WANDB_API_KEY="x", SLURM_JWT="x"))
 
 
 @pytest.mark.parametrize(
@@ -162,6 +163,14 @@ def test_a_whole_command_and_a_variable() -> None:
     result = run(*words, COLOUR="dark blue", EDITOR="ed")
     assert result.returncode == 0, result
     assert result.stdout == "a 'b' \"c\" dark blue False\n"
+
+
+def test_what_is_named_like_a_secret_is_kept_from_command_lines() -> None:
+    names = ("HVDQN_token", "SLURM_JWT", "HVDQN_COLOUR", "NCCL_IB_PKEY")
+    program = f"import os; print(*(name for name in {names} if name in os.environ))"
+    result = run("mpirun.sh", "-np", "1", "--", sys.executable, "-c", program, **dict.fromkeys(names, "x"))
+    assert result.returncode == 0, result
+    assert result.stdout == "HVDQN_COLOUR NCCL_IB_PKEY\n"
 
 
 def test_torchrun_asks_nothing_of_hosts_without_ranks() -> None:

@@ -92,6 +92,27 @@ def test_a_gpu_build_needs_a_torch_with_cuda(bare_venv: Path, tmp_path: Path) ->
     assert "has no CUDA" in one_line(result.stderr)
 
 
+def test_a_gpu_build_stays_where_there_is_no_gpu(bare_venv: Path, tmp_path: Path) -> None:
+    """A login node: what `--gpu` built there must outlive a plain set-up, under jobs that run on it."""
+    settings = {
+        "PATH": path_without(tmp_path / "programs", "c++", "g++", "clang", "nvidia-smi", "nvcc"),
+        "CXX": "",
+        "HVDQN_VENV": str(bare_venv),
+        "XDG_CACHE_HOME": str(tmp_path),
+    }
+    assert run("install_horovod.sh", **settings).returncode == 3  # it would build one for the CPU
+    (slot,) = (tmp_path / "hvdqn" / "wheels").iterdir()
+    assert "-cpu" in slot.name
+    built = slot.name.replace("-cpu", "-cuda13.0")
+    (bare_venv / ".hvdqn-horovod").write_text(f"{built}\n")
+    result = run("install_horovod.sh", **settings)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f"is installed ({built})" in result.stdout
+    assert run("install_horovod.sh", "--cpu", **settings).returncode == 3
+    (bare_venv / ".hvdqn-horovod").write_text(f"{built}\n".replace("-torch", "-torch1"))
+    assert run("install_horovod.sh", **settings).returncode == 3  # it is for another torch
+
+
 @pytest.fixture
 def python_3_8(tmp_path: Path) -> Path:
     """This Python, claiming to be 3.8."""
@@ -218,6 +239,17 @@ def test_quickstart_trains_and_says_where_all_lies(tmp_path: Path) -> None:
     """On an environment that is set up."""
     require_set_up()
     assert "Training on 2 ranks with horovodrun" in quickstart(tmp_path, HVDQN_VENV=str(VENV))
+
+
+def test_quickstart_judges_what_it_trains_by_itself(tmp_path: Path) -> None:
+    """Without a preset it is CartPole, which is not solved so soon."""
+    require_set_up()
+    script = command("./launch/quickstart.sh").removeprefix("./launch/")
+    few = ("--total-env-steps", "1500", "--eval-episodes", "2", "--run_dir", str(tmp_path))
+    result = run(script, *few, HVDQN_VENV=str(VENV))
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "is below 475, where CartPole-v1 counts as solved" in result.stderr
+    assert f"hvdqn eval {tmp_path}\n" in result.stdout
 
 
 def test_quickstart_without_a_compiler_trains_with_torchrun(bare_venv: Path, tmp_path: Path) -> None:

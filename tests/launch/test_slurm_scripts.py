@@ -20,6 +20,7 @@ exit "${SRUN_CODE:-0}"
 """
 SCONTROL = """#!/bin/sh
 printf '%s\\n' "$*" >>"$TOLD/scontrol"
+[ "$1" != show ] || [ -z "$NO_ANSWER" ] || exit 1
 [ "$1" != show ] || printf '%s\\n' "$JOB_RECORD"
 """
 
@@ -45,7 +46,13 @@ class Batch:
 def folder(tmp_path: Path) -> Path:
     """Where sbatch was called, with the programs above."""
     (tmp_path / "programs").mkdir()
-    for name, text in {"srun": SRUN, "scontrol": SCONTROL, "apptainer": "#!/bin/sh\n"}.items():
+    programs = {
+        "srun": SRUN,
+        "scontrol": SCONTROL,
+        "apptainer": "#!/bin/sh\n",
+        "sleep": "#!/bin/sh\n",
+    }
+    for name, text in programs.items():
         (tmp_path / "programs" / name).write_text(text)
         (tmp_path / "programs" / name).chmod(0o755)
     (tmp_path / "image.sif").touch()
@@ -177,3 +184,11 @@ def test_what_a_stopped_job_says_names_the_run_directory(folder: Path) -> None:
     done = batch(folder, "train.sbatch", "--run-dir", "mine", **job)
     assert done.code == 75, done
     assert f"to go on, submit again with --run-dir {folder}/mine\n" in done.output
+
+
+def test_a_stopped_job_is_requeued_though_slurm_does_not_say_how_it_stands(folder: Path) -> None:
+    """Its controller restarts, say: whether the job is about to be cancelled is for the requeue to find out."""
+    done = batch(folder, "train.sbatch", SRUN_CODE="75", NO_ANSWER="1")
+    assert done.code == 75, done
+    assert done.scontrol == [*["show job 7"] * 6, "requeue 7"], done
+    assert "stopped by a signal; requeued, restart 1 of at most 20" in done.output

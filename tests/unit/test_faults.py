@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -192,6 +194,19 @@ def test_two_jobs_do_not_train_in_one_directory(tmp_path):
         ):
             raise AssertionError("it was let in")
     assert not list(tmp_path.iterdir())
+
+
+def test_where_there_are_no_locks_a_line_says_so(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with sole_job(tmp_path, LocalComm()):
+        pass
+    warning = (
+        f"hvdqn: warning: there are no locks in '{tmp_path}': see to it that no second job trains there\n"
+    )
+    assert capsys.readouterr().err == warning
 
 
 def test_a_job_whose_ranks_were_lost_while_they_met_holds_nothing(tmp_path, monkeypatch):
