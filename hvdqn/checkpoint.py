@@ -45,8 +45,16 @@ _DTYPES = {
 _BLOCK_BYTES = 1 << 24
 
 
+# What is not there, or is no file. Other errors of a disk may pass, and say nothing of what was written.
+_MISSING = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+
+
 class BrokenCheckpointError(RuntimeError):
     """A checkpoint that is not what was written."""
+
+
+class OtherFormatError(BrokenCheckpointError):
+    """A checkpoint of another version of hvdqn, which nothing is wrong with."""
 
 
 def rank_part(rank: int) -> str:
@@ -78,11 +86,12 @@ class Checkpoint:
 
         Raises:
             BrokenCheckpointError: missing, of another length, or of another content.
+            OSError: it is there and cannot be read now.
         """
         expected = self.manifest["files"][name]
         try:
             found = _digest(self.path / name, alive)
-        except OSError as error:
+        except _MISSING as error:
             raise BrokenCheckpointError(f"{self.path / name}: {error.strerror}") from None
         if found != (expected["sha256"], expected["bytes"]):
             raise BrokenCheckpointError(
@@ -105,7 +114,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Read and check a manifest.
 
     Raises:
-        BrokenCheckpointError: it is missing, torn, altered, or of a format that is not known here.
+        BrokenCheckpointError: it is missing, torn or altered.
+        OtherFormatError: it is whole, and of a format that is not known here.
     """
     try:
         text = (path / MANIFEST).read_text(encoding="utf-8")
@@ -113,12 +123,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
         manifest.pop("sha256")
         whole = text == _manifest_text(manifest)
         version = manifest["format"]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+    except (*_MISSING, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise BrokenCheckpointError(f"{path / MANIFEST} is missing or torn") from None
     if not whole:
         raise BrokenCheckpointError(f"{path / MANIFEST} is not what was written (sha256 differs)")
     if version != FORMAT:
-        raise BrokenCheckpointError(f"{path} has format {version}, this version reads {FORMAT}")
+        raise OtherFormatError(f"{path} has format {version}, this version reads {FORMAT}")
     return Checkpoint(path, manifest)
 
 
@@ -169,7 +179,11 @@ class Checkpoints:
         return failure
 
     def newest_whole(self) -> tuple[Checkpoint | None, dict[str, str]]:
-        """The newest checkpoint that every rank finds whole, and the newer ones by name with what is wrong."""
+        """The newest checkpoint that every rank finds whole, and the newer ones by name with what is wrong.
+
+        Raises:
+            OtherFormatError: a newer one is of another version; on all ranks.
+        """
         broken: dict[str, str] = {}
         names = self.comm.broadcast_object(self._names() if self.comm.rank == 0 else [])
         for name in reversed(names):
@@ -180,12 +194,15 @@ class Checkpoints:
                 for file in files[self.comm.rank :: self.comm.size]:
                     found.verify(file, self.timer.alive)
             except BrokenCheckpointError as wrong:
-                error = str(wrong)
+                error = wrong
             with self.timer.during("comm"):
-                errors = [text for text in self.comm.all_gather_object(error) if text]
+                errors = [one for one in self.comm.all_gather_object(error) if one]
+            for one in errors:
+                if isinstance(one, OtherFormatError):
+                    raise one
             if found is not None and not errors:
                 return replace(found, verified=True), broken
-            broken[name] = errors[0]
+            broken[name] = str(errors[0])
         return None, broken
 
     def fall_back(self, found: Checkpoint | None, broken: Mapping[str, str]) -> None:

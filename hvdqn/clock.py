@@ -63,10 +63,6 @@ class Clock:
         """Whether so many iterations have passed since this was last so."""
         return self.due(iterations * self.envs)
 
-    def own_env_steps_of(self, size: int) -> float:
-        """Env steps of this rank, in a job of `size` ranks."""
-        return self.env_steps / size
-
     def own_state(self) -> dict[str, Any]:
         """What a checkpoint keeps for each rank: ranks that step together have nothing of their own."""
         return {}
@@ -176,10 +172,6 @@ class ReportedClock(Clock):
     def poll_due(self, iterations: int) -> bool:
         """Whether so many iterations have passed since this was last so; before learning always, not to be late."""
         return self.learning_since is None or self.own_env_steps // self.envs % iterations == 0
-
-    def own_env_steps_of(self, size: int) -> float:
-        """Env steps of this rank."""
-        return self.own_env_steps
 
     def own_state(self) -> dict[str, Any]:
         """What is this rank's alone, and at which rate it was counted."""

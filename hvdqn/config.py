@@ -499,12 +499,15 @@ def _as_flags(settings: Mapping[str, Any]) -> list[str]:
             # YAML takes for such what are words of --checkpoint-replay.
             argv.append(f"{flag}={'yes' if value else 'no'}")
         elif name == "wrapper":
-            wrappers = [value] if isinstance(value, str) else value
+            wrappers = value if isinstance(value, (list, tuple)) else [value]
             argv += [word for item in wrappers for word in (flag, str(item))]
         elif isinstance(value, (list, tuple)):
             argv += [flag, *map(str, value)]
         elif isinstance(value, dict):
-            argv.append(f"{flag}={json.dumps(value)}")
+            try:
+                argv.append(f"{flag}={json.dumps(value)}")
+            except TypeError as error:  # YAML reads a date as one
+                raise UserError(f"{name} holds what JSON cannot: {error}; put it in quotes") from None
         else:
             argv.append(f"{flag}={value}")
     return argv
@@ -572,10 +575,10 @@ def preset_config(names: str) -> Config:
     return Config(preset=",".join(named)).replace(**settings)
 
 
-def write_config(config: Config, path: Path) -> None:
-    """Write all settings as YAML; fed back with `--config` they repeat the run, in a directory of its own."""
+def as_yaml(config: Config) -> str:
+    """All settings; fed back with `--config` they repeat the run, in a directory of its own."""
     settings = {name: value for name, value in config.flat().items() if name not in ("run_dir", "resume")}
-    path.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    return yaml.safe_dump(settings, sort_keys=False)
 
 
 _AT_LEAST_ONE = (

@@ -26,13 +26,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
-
 from hvdqn.checkpoint import Checkpoints
 from hvdqn.comm import Comm, LaunchError
 from hvdqn.comm.horovod import ElasticWorld
 from hvdqn.comm.local import LocalComm
-from hvdqn.config import Config, UserError, check_world, parse, write_config
+from hvdqn.config import Config, UserError, check_world, parse
 from hvdqn.faults import (
     EXIT_FAILED,
     EXIT_FINISHED,
@@ -48,7 +46,15 @@ from hvdqn.parts import Parts, build_parts, make_clock, make_epsilons, make_lear
 from hvdqn.replay import Batch
 from hvdqn.resume import Progress, begin
 from hvdqn.sync.gradients import Gradients
-from hvdqn.train import Training, check_same_config, open_run_dir, refuse, refuse_unconnected, start
+from hvdqn.train import (
+    Training,
+    check_same_config,
+    open_run_dir,
+    record_config,
+    refuse,
+    refuse_unconnected,
+    start,
+)
 
 EXIT_JOB_FAILED = 70
 # Iterations between looks whether hosts came or went.
@@ -106,11 +112,10 @@ class ElasticTraining(Training):
 
     def memento(self) -> dict[str, Any]:
         """All that ranks have in common, for those that are behind."""
-        counters = self.learner.counters()
         return {
             "run_dir": str(self.run_dir),
             "learner": self.learner.state(),
-            "counters": {k: v.numpy() if isinstance(v, torch.Tensor) else v for k, v in counters.items()},
+            "counters": self.learner.counters(),
             "stop_voted": self.learner.stop_voted,
             "clock": self.clock.state(),
             "progress": asdict(self.progress),
@@ -255,8 +260,7 @@ class Member:
         comm, config = self.comm, self.sized(self.comm.size)
         check_world(config, comm.size)
         training = start(partial(ElasticTraining, self.world), config, comm, run_dir, self.stop, self.timer)
-        if comm.rank == 0:
-            write_config(self.config, run_dir / "config.yaml")
+        record_config(self.config, comm, run_dir)  # not that of a world
         training.agree_on_filling(len(training.replay) * comm.size >= training.clock.learning_starts)
         return training
 

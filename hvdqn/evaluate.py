@@ -55,7 +55,7 @@ class Evaluation:
 
 
 class Evaluator:
-    """Plays this rank's share of the episodes; environments are made at the first call and kept.
+    """Plays this rank's share of the episodes, each time in new environments.
 
     Args:
         config: the environment, as in training but for clipping and episodic life.
@@ -160,7 +160,7 @@ def find_checkpoint(path: Path) -> Checkpoint:
         if (place / "manifest.json").exists():
             try:
                 return open_checkpoint(place)
-            except BrokenCheckpointError as broken:
+            except (BrokenCheckpointError, OSError) as broken:
                 raise UserError(f"{broken}; choose another checkpoint") from None
     raise UserError(f"'{path}' holds no checkpoint; give a run directory or one of its checkpoints")
 
@@ -169,13 +169,19 @@ def load_network(checkpoint: Checkpoint, config: Config, envs: Environments) -> 
     """The online network of a checkpoint.
 
     Raises:
-        UserError: the file is broken.
+        UserError: the file is broken, or of another network.
     """
     network = network_for(config, envs)
     try:
         flat = torch.from_numpy(checkpoint.read(LEARNER)["learner"]["online"])
-    except BrokenCheckpointError as broken:
+    except (BrokenCheckpointError, OSError) as broken:
         raise UserError(f"{broken}; choose another checkpoint") from None
+    has = sum(parameter.numel() for parameter in network.parameters())
+    if flat.numel() != has:
+        raise UserError(
+            f"'{checkpoint.path}' holds {flat.numel():,} parameters, its settings now make {has:,}: the torso or the "
+            "environment is not what it was"
+        )
     torch.nn.utils.vector_to_parameters(flat, network.parameters())
     return network
 

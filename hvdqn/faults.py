@@ -25,6 +25,8 @@ T = TypeVar("T")
 
 EXIT_FINISHED, EXIT_FAILED, EXIT_USER_ERROR, EXIT_REQUEUE = 0, 1, 2, 75
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+
 # A rank that was told to stop waits so long for one that is silent. Schedulers kill 30 s after their signal.
 STOP_PATIENCE_SECONDS = 15.0
 
@@ -44,7 +46,7 @@ class StopSignal:
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
+        for number in STOP_SIGNALS:
             signal.signal(number, _leave_to_thread)
         threading.Thread(target=self._listen, args=(reader,), name="signals", daemon=True).start()
         atexit.register(_ignore_stop_signals)
@@ -62,7 +64,8 @@ class StopSignal:
                     interrupts += 1
                 if interrupts == 2:
                     os._exit(128 + signal.SIGINT)
-                self.name = signal.Signals(number).name
+                if number in STOP_SIGNALS:  # an environment may have handlers of others
+                    self.name = signal.Signals(number).name
 
 
 def _ignore_stop_signals() -> None:

@@ -63,7 +63,7 @@ def learning_rate(config: LearningConfig, global_batch: int, batch_per_rank: int
     k = batch_factor(config, global_batch, batch_per_rank)
     factor = {"none": 1.0, "sqrt": min(math.sqrt(k), 3.0), "linear": k}[config.lr_scaling]
     warm = min(done / config.lr_warmup, 1.0) if config.lr_warmup > 0 else 1.0
-    decayed = 1.0 + (config.lr_final - 1.0) * done
+    decayed = 1.0 + (config.lr_final - 1.0) * min(done, 1.0)  # a rank that steps by itself may go beyond
     return config.lr * (1.0 + (factor - 1.0) * warm) * decayed
 
 

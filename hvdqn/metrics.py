@@ -244,7 +244,7 @@ class JsonLines:
             if line.endswith(b"\n") and _env_steps_of(line) <= env_steps
         )
         if kept != text:
-            _replace(self._path, kept)
+            replace_file(self._path, kept)
 
     def write(self, record: Record) -> None:
         """Append one line."""
@@ -537,7 +537,7 @@ def write_summary(run_dir: Path, summary: Mapping[str, Any]) -> None:
         OSError: it cannot be written; a summary from before stays whole.
     """
     text = json.dumps(_finite(summary), allow_nan=False, indent=2)
-    _replace(run_dir / SUMMARY_FILE, text.encode() + b"\n")
+    replace_file(run_dir / SUMMARY_FILE, text.encode() + b"\n")
 
 
 def _env_steps_of(line: bytes) -> float:
@@ -569,8 +569,12 @@ def _append(path: Path, data: bytes) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
-def _replace(path: Path, data: bytes) -> None:
-    """Put `data` in place of a file in one step, on disk before it is seen."""
+def replace_file(path: Path, data: bytes) -> None:
+    """Put `data` in place of a file in one step, on disk before it is seen.
+
+    Raises:
+        OSError: it cannot be written; the file is as it was.
+    """
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with draft.open("wb") as file:

@@ -70,11 +70,13 @@ def build_parts(config: Config, comm: Comm, timer: PhaseTimer, env_steps: int = 
     use_threads(network, threads)
     torch.manual_seed(seeds.noise)  # from here on ranks draw different numbers
     clock = make_clock(config, comm)
+    frames = place_frames(config, comm, envs, device)
+    replay = together(comm, lambda: make_replay(config, comm.size, envs, seeds.replay, frames), timer)
     return Parts(
         envs=envs,
         clock=clock,
         learner=make_learner(config, comm, network, timer, device, clock),
-        replay=make_replay(config, comm.size, envs, seeds.replay, place_frames(config, comm, envs, device)),
+        replay=replay,
         actor=make_actor(config, envs, network, seeds.exploration, device),
         epsilons=make_epsilons(config, comm),
         timer=timer,
@@ -180,20 +182,28 @@ def place_frames(config: Config, comm: Comm, envs: Environments, device: torch.d
 def make_replay(
     config: Config, size: int, envs: Environments, rng: np.random.Generator, frames: MakeFrames = HostFrames
 ) -> Replay:
-    """This rank's shard of replay."""
-    ring = Ring(
-        envs=envs.envs,
-        capacity=config.replay.replay_capacity // acting_ranks(config, size),
-        observation_shape=envs.observation_shape,
-        observation_dtype=envs.observation_dtype,
-        frame_stack=config.environment.frame_stack,
-        n_step=config.replay.n_step,
-        gamma=config.learning.gamma,
-        frames=frames,
-    )
-    sampler: Sampler = UniformSampler(ring, rng)
-    if config.replay.replay == "prioritized":
-        sampler = PrioritizedSampler(ring, rng, config.replay.priority_alpha)
+    """This rank's shard of replay.
+
+    Raises:
+        UserError: it does not fit into the memory of this host.
+    """
+    capacity = config.replay.replay_capacity // acting_ranks(config, size)
+    try:
+        ring = Ring(
+            envs=envs.envs,
+            capacity=capacity,
+            observation_shape=envs.observation_shape,
+            observation_dtype=envs.observation_dtype,
+            frame_stack=config.environment.frame_stack,
+            n_step=config.replay.n_step,
+            gamma=config.learning.gamma,
+            frames=frames,
+        )
+        sampler: Sampler = UniformSampler(ring, rng)
+        if config.replay.replay == "prioritized":
+            sampler = PrioritizedSampler(ring, rng, config.replay.priority_alpha)
+    except MemoryError as error:
+        raise UserError(f"a replay of {capacity:,} transitions: {error}; lower --replay-capacity") from None
     return Replay(ring, sampler)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ from hvdqn.checkpoint import (
     BrokenCheckpointError,
     Checkpoint,
     Checkpoints,
+    OtherFormatError,
     open_checkpoint,
     rank_part,
 )
 from hvdqn.comm import Comm
 from hvdqn.config import Config, UserError, acting_place, acting_ranks
+from hvdqn.metrics import METRICS_FILE
 from hvdqn.parts import Parts
 from hvdqn.replay import deal
 from hvdqn.seeds import load_torch_state, torch_state
@@ -76,7 +79,12 @@ def find_checkpoint(
     Raises:
         UserError: `--resume` forbids what is there, or asks for what is not.
     """
-    found, broken = checkpoints.newest_whole()
+    try:
+        found, broken = checkpoints.newest_whole()
+    except OtherFormatError as error:
+        raise UserError(
+            f"{error}; go on with the version that wrote it, or choose another --run-dir"
+        ) from None
     if config.run.resume == "never" and (found or broken):
         raise UserError(
             f"'{run_dir}' holds checkpoints and --resume is never; "
@@ -94,7 +102,12 @@ def find_checkpoint(
         f"warning: checkpoint {name} is set aside as {name}.broken: {why}" for name, why in broken.items()
     ]
     if broken and found is None:
-        lines.append("warning: no checkpoint is whole: the run begins anew")
+        lines.append(
+            "warning: no checkpoint is whole: the run begins anew; its records until now are in metrics.jsonl.old"
+        )
+        if checkpoints.comm.rank == 0:
+            with suppress(OSError):
+                (run_dir / METRICS_FILE).rename(run_dir / f"{METRICS_FILE}.old")
     return found, lines
 
 
@@ -111,7 +124,7 @@ def best_evaluation(run_dir: Path) -> float:
     """Mean return of the evaluation whose weights `checkpoints/best` holds; -inf without one."""
     try:
         return float(open_checkpoint(run_dir / "checkpoints" / "best").read(LEARNER)["eval_return_mean"])
-    except BrokenCheckpointError:
+    except (BrokenCheckpointError, OSError):
         return -math.inf
 
 
@@ -177,7 +190,7 @@ def _restore_shard(
     if kept and same_shapes:
         parts.clock.load_own_state(shards[0].get("clock", {}))
         parts.replay.load_state(shards[0]["replay"])
-    elif kept:
+    elif kept and not (config.parallel.sync == "server" and comm.rank == 0):  # who serves does not learn
         place = acting_place(config, comm.rank), acting_ranks(config, comm.size)
         dealt = deal([shard["replay"] for shard in shards], parts.replay.ring, *place)
         parts.replay.load_state(dealt)

@@ -30,8 +30,9 @@ from typing import Any, TypeVar
 
 from hvdqn import __version__
 from hvdqn.checkpoint import LEARNER, Checkpoint, Checkpoints
+from hvdqn.clock import Clock
 from hvdqn.comm import Comm, LaunchError, connect, launcher_rank, launcher_size
-from hvdqn.config import Config, UserError, check_engine, check_world, parse, write_config
+from hvdqn.config import Config, UserError, as_yaml, check_engine, check_world, parse
 from hvdqn.envs import find_spec
 from hvdqn.evaluate import Evaluator
 from hvdqn.faults import (
@@ -47,7 +48,7 @@ from hvdqn.faults import (
     together,
 )
 from hvdqn.learner import NonFiniteError
-from hvdqn.metrics import Metrics, PhaseTimer, WaitHint, write_summary
+from hvdqn.metrics import Metrics, PhaseTimer, WaitHint, replace_file, write_summary
 from hvdqn.parts import Parts, build_parts, device_kind, importance_at
 from hvdqn.replay import Batch
 from hvdqn.replay.frames import DeviceFrames
@@ -102,10 +103,13 @@ class Training:
         )
         self.metrics = Metrics(run_dir if comm.rank == 0 else None, config.run.total_env_steps, self.timer)
         self.hint = WaitHint(self.timer, comm.name, self.learner.parameters.numel())
-        self.best_eval_return = self.comm.broadcast_object(best_evaluation(run_dir))
+        self.best_eval_return = comm.broadcast_object(best_evaluation(run_dir) if comm.rank == 0 else 0.0)
         self.progress = Progress()
         self.saved_at_env_steps = -1
         self.target_due = False
+        # Of this rank, since it began or went on.
+        self.acted_env_steps = 0
+        self.seconds_before = self.timer.seconds()
 
     def begin(self, checkpoint: Checkpoint | None, said: Sequence[str]) -> None:
         """Begin the run, or go on from a checkpoint; say so, after what was said while looking for one."""
@@ -115,6 +119,7 @@ class Training:
         else:
             self.progress, changed = restore(self.parts, checkpoint, self.config, self.comm)
             self.saved_at_env_steps = self.clock.env_steps
+        self.seconds_before = self.timer.seconds()
         self.metrics.resume(self.clock.env_steps, self.clock.updates)
         self.introduce()
         for line in (*said, *changed):
@@ -239,6 +244,7 @@ class Training:
         self.timer.start("add")
         self.replay.add(actions, step)
         self.clock.tick()
+        self.acted_env_steps += len(actions)
 
     def report(self) -> Sequence[float]:
         """What this rank tells the others since it last did: `learner.REPORTED`."""
@@ -379,10 +385,13 @@ class Training:
         }
 
     def rank_speeds(self) -> list[float]:
-        """Env steps per second of each rank's own work, waiting for the others left out; a collective call."""
+        """Env steps per second of each rank's own work, waiting for the others left out; a collective call.
+
+        Of this attempt; 0 of a rank that does not act.
+        """
         seconds = self.timer.seconds()
-        speed = self.clock.own_env_steps_of(self.comm.size) / (sum(seconds.values()) - seconds["comm"])
-        return self.comm.all_gather_object(speed)
+        worked = sum(seconds[phase] - self.seconds_before[phase] for phase in seconds if phase != "comm")
+        return self.comm.all_gather_object(self.acted_env_steps / worked)
 
     def close(self) -> None:
         """Record the end, say where everything lies, and release what the parts hold."""
@@ -492,7 +501,10 @@ def train(config: Config, comm: Comm, stop: StopSignal, timer: PhaseTimer) -> in
         heartbeats = run_dir / "heartbeats"
         with sole_job(run_dir, comm), closing(Watchdog(heartbeats, comm, timer, seconds, stop=stop)):
             training = start(Training, config, comm, run_dir, stop, timer)
-            training.complete()
+            try:
+                training.complete()
+            except UserError as error:  # found by this rank alone: the others do not know
+                raise RuntimeError(str(error)) from error
     except UserError:
         # Where it holds a run, this fails; where it holds another rank's heartbeat, that rank succeeds.
         with suppress(OSError):
@@ -517,11 +529,35 @@ def start(
     checkpoints = Checkpoints(run_dir / "checkpoints", comm, config.run.checkpoint_keep, timer)
     checkpoint, said = find_checkpoint(config, checkpoints, run_dir)
     parts = build_parts(config, comm, timer, checkpoint.env_steps if checkpoint else 0)
-    if comm.rank == 0:
-        write_config(config, run_dir / "config.yaml")
+    check_that_it_learns(config, parts.clock)
+    said += record_config(config, comm, run_dir)
     training = kind(config, comm, run_dir, stop, parts, checkpoints)
     training.begin(checkpoint, said)
     return training
+
+
+def check_that_it_learns(config: Config, clock: Clock) -> None:
+    """Whether the run has an update at all.
+
+    Raises:
+        UserError: it ends before that.
+    """
+    if clock.updates_owed(config.run.total_env_steps) == 0:
+        raise UserError(
+            f"{config.run.total_env_steps:,} env steps end before the first update: with this n-step and these "
+            f"environments learning starts at {clock.learning_starts:,}, and an update takes "
+            f"{clock.global_batch / config.replay.replay_ratio:,.6g} more; raise --total-env-steps"
+        )
+
+
+def record_config(config: Config, comm: Comm, run_dir: Path) -> list[str]:
+    """Write `config.yaml`; a disk that fails is said by the line returned, and does not end the run."""
+    try:
+        if comm.rank == 0:
+            replace_file(run_dir / "config.yaml", as_yaml(config).encode())
+    except OSError as error:
+        return [f"warning: config.yaml could not be written: {error}"]
+    return []
 
 
 def keep_freed_memory() -> None:

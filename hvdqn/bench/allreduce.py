@@ -18,7 +18,7 @@ import torch
 from hvdqn.bench import ranks
 from hvdqn.bench.report import Parser, above_zero, print_table, write_json
 from hvdqn.comm import Comm
-from hvdqn.config import Config
+from hvdqn.config import Config, check_engine
 from hvdqn.faults import EXIT_FINISHED, StopSignal
 from hvdqn.metrics import PhaseTimer
 from hvdqn.parts import build_parts
@@ -130,6 +130,7 @@ def time_allreduce(
     seconds: float, json: Path, config: Config, comm: Comm, stop: StopSignal, timer: PhaseTimer
 ) -> int:
     """Build this configuration's network, time messages of its size and of others; returns the exit code."""
+    check_engine(config, comm.name, comm.size)
     parts = build_parts(config, comm, timer)
     found = measure(comm, parts.device, parts.learner.message.numel(), seconds)
     parts.envs.close()

@@ -18,7 +18,7 @@ import torch
 from hvdqn.bench.jobs import bench
 from hvdqn.bench.report import Parser, Row, print_goals, write_json
 from hvdqn.comm import connect
-from hvdqn.config import Config, parse
+from hvdqn.config import Config, check_engine, parse
 from hvdqn.metrics import PhaseTimer
 from hvdqn.parts import Parts, build_parts, device_kind
 from hvdqn.trailer import REPORTED
@@ -135,6 +135,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--updates", type=int, default=2_000, help="to time")
     options, flags = parser.parse_known_args(argv)
     config = parse([*WORKLOAD, *flags], PROG)
+    check_engine(config, "local", 1)
     device_kind(config)
     rows = measure(config, options.updates)
     if options.pong:

@@ -104,12 +104,18 @@ def from_json(content: Mapping[str, Any]) -> Loop:
 
 
 def run_span(training: Training, iterations: int, overlap: bool) -> Span:
-    """Run the loop for so many iterations; a collective call."""
+    """Run the loop for so many iterations; a collective call.
+
+    Raises:
+        StoppedError: a rank was told to stop.
+    """
     training.config = training.config.replace(overlap=overlap)
     clock, timer = training.clock, training.timer
     training.comm.barrier()  # nobody's time holds another's lateness from before
     updates, before, began = clock.updates, timer.seconds(), time.perf_counter()
     training.run(clock.env_steps + iterations * clock.envs)
+    if training.learner.stop_voted:
+        raise ranks.StoppedError("stopped by a signal before all was measured")
     wall_seconds, after = time.perf_counter() - began, timer.seconds()
     seconds: dict[str, float] = {phase: after[phase] - before[phase] for phase in PHASES}
     return Span(iterations, clock.updates - updates, wall_seconds, seconds)

@@ -7,8 +7,14 @@ from collections.abc import Callable, Sequence
 
 from hvdqn import train
 from hvdqn.bench.report import Parser
-from hvdqn.config import UserError
-from hvdqn.faults import StopSignal
+from hvdqn.comm import Comm
+from hvdqn.config import Config, UserError
+from hvdqn.faults import EXIT_FAILED, StopSignal
+from hvdqn.metrics import PhaseTimer
+
+
+class StoppedError(RuntimeError):
+    """A signal came before all was measured; raised on all ranks at once."""
 
 
 def run(parser: Parser, argv: Sequence[str], work: Callable[[Namespace, list[str]], train.Work]) -> int:
@@ -24,4 +30,11 @@ def run(parser: Parser, argv: Sequence[str], work: Callable[[Namespace, list[str
         job = work(options, flags)
     except UserError as error:
         return train.refuse_unconnected(str(error), StopSignal())
-    return train.main(flags, job)
+
+    def measured(config: Config, comm: Comm, stop: StopSignal, timer: PhaseTimer) -> int:
+        try:
+            return job(config, comm, stop, timer)
+        except StoppedError as error:
+            return train.refuse(str(error), comm.rank, EXIT_FAILED)
+
+    return train.main(flags, measured)

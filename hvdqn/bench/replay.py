@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hvdqn.bench.report import Parser, print_table, write_json
-from hvdqn.config import Config, check_world, parse
+from hvdqn.config import Config, check_engine, check_world, parse
 from hvdqn.envs import Environments, Step, make_environments
 from hvdqn.parts import make_replay
 from hvdqn.replay import Replay
@@ -50,6 +50,7 @@ def fill(config: Config, envs: Environments, capacity: int) -> Filled:
         UserError: it is too small.
     """
     config = config.replace(replay_capacity=capacity)
+    check_engine(config, "local", 1)
     check_world(config, 1)
     replay = make_replay(config, 1, envs, np.random.default_rng(config.run.seed))
     replay.start(envs.reset())

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from hvdqn.bench import ranks
 from hvdqn.bench.loop import prepared, run_span
-from hvdqn.bench.report import Parser, print_table, write_json
+from hvdqn.bench.report import Parser, one_or_more, print_table, write_json
 from hvdqn.comm import Comm
 from hvdqn.config import Config
 from hvdqn.faults import EXIT_FINISHED, StopSignal
@@ -71,5 +71,5 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--goal", type=float, default=475.0, help="mean return of --eval-episodes greedy episodes"
     )
-    parser.add_argument("--every", type=int, default=2_000, help="env steps between evaluations")
+    parser.add_argument("--every", type=one_or_more, default=2_000, help="env steps between evaluations")
     return ranks.run(parser, argv, lambda own, _: partial(solve, own.goal, own.every, own.json))

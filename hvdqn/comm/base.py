@@ -22,7 +22,7 @@ class Handle(Protocol):
     """An allreduce under way."""
 
     def wait(self) -> Tensor:
-        """Return the averaged tensor, the same object that was given, once every rank's part is in it."""
+        """Return the tensor summed up, the same object that was given, once every rank's part is in it."""
         ...
 
 

@@ -180,7 +180,8 @@ class CategoricalHead(Head):
     def goal(self, next_output: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
         """The backed-up distribution, `[batch, atoms]`."""
         probabilities = functional.softmax(next_output, dim=1)
-        return categorical_projection(probabilities, self.support, reward, discount)
+        goal = categorical_projection(probabilities, self.support, reward, discount)
+        return goal + 0.0 * reward[:, None]  # an infinite one lies on the last atom, and would be learned
 
     def loss(self, output: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
         """The priority is the loss itself (Hessel et al. 2018, section "The integrated agent")."""

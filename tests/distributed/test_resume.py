@@ -197,6 +197,7 @@ def test_broken_checkpoints_are_passed_over_and_none_is_refused_under_must(tmp_p
     result = train("python", 1, torn, *flags)
     assert result.returncode == 0, result
     assert "no checkpoint is whole: the run begins anew" in result.stdout
+    assert (torn / "metrics.jsonl.old").read_text().count("\n") > 0
     assert summary(torn)["param_sha256"] == ends
 
 

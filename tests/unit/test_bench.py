@@ -289,6 +289,7 @@ def test_a_whole_run_counts_all_env_steps(tmp_path: Path):
         ("--seconds -1", "hvdqn: error: argument --seconds: '-1' is no number above 0"),
         ("scaling --seconds 0", "argument --seconds: '0' is no number above 0"),
         ("startup --rounds 0", "argument --rounds: '0' is no whole number of 1 or more"),
+        ("solve --every 0", "argument --every: '0' is no whole number of 1 or more"),
         ("--np two", "argument --np: 'two' is no whole number of 1 or more"),
         ("scalin", "hvdqn bench: error: there is no benchmark 'scalin'; did you mean 'scaling'?"),
         ("nosuch", "there is no benchmark 'nosuch'; there are allreduce, gpu"),
@@ -299,6 +300,25 @@ def test_what_cannot_be_measured_is_refused(words: str, said: str, capsys: pytes
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["loop", "allreduce", "replay", "solve"])
+def test_no_benchmark_of_a_server_without_workers(name: str, capsys: pytest.CaptureFixture[str]):
+    assert bench.main([name, "--preset", "smoke", "--sync", "server"]) == 2
+    error = capsys.readouterr().err
+    assert "sync" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["loop", "solve"])
+def test_a_stopped_benchmark_has_measured_nothing(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    file = tmp_path / "result.json"
+    monkeypatch.setattr(StopSignal, "received", True)
+    assert bench.main([name, "--preset", "smoke", "--eval-episodes", "2", "--json", str(file)]) == 1
+    assert capsys.readouterr().err == "hvdqn: error: stopped by a signal before all was measured\n"
+    assert not file.exists()
 
 
 def test_wrong_flags_are_one_line(capsys: pytest.CaptureFixture[str]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import pickle
 import random
@@ -13,9 +14,11 @@ import pytest
 import safetensors.numpy
 import torch
 
+from hvdqn import checkpoint
 from hvdqn.checkpoint import (
     BrokenCheckpointError,
     Checkpoints,
+    OtherFormatError,
     open_checkpoint,
     rank_part,
     read_part,
@@ -263,8 +266,31 @@ def test_an_unknown_format_is_refused(tmp_path):
     path = tmp_path / "000000000010" / "manifest.json"
     manifest = json.loads(path.read_text())
     path.write_text(json.dumps({**manifest, "format": 99}))
-    with pytest.raises(BrokenCheckpointError):
+    with pytest.raises(BrokenCheckpointError, match="sha256 differs"):
         open_checkpoint(tmp_path / "000000000010")
+
+
+def test_one_of_another_version_is_refused_and_not_set_aside(tmp_path, monkeypatch):
+    store = checkpoints(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "FORMAT", 99)
+        save(store, 10)
+    with pytest.raises(OtherFormatError, match="has format 99, this version reads"):
+        store.newest_whole()
+    assert (tmp_path / "000000000010").is_dir()
+
+
+def test_a_file_that_cannot_be_read_now_is_not_taken_for_a_broken_one(tmp_path, monkeypatch):
+    store = checkpoints(tmp_path)
+    save(store, 10)
+
+    def stale(*_):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(checkpoint, "_digest", stale)
+    with pytest.raises(OSError, match="Stale file handle"):
+        store.newest_whole()
+    assert (tmp_path / "000000000010").is_dir()
 
 
 def test_a_disk_that_fails_leaves_the_old_checkpoint(tmp_path):

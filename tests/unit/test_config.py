@@ -8,7 +8,7 @@ import inspect
 import pytest
 import yaml
 
-from hvdqn.config import Config, UserError, check_world, parse, preset_config, write_config
+from hvdqn.config import Config, UserError, as_yaml, check_world, parse, preset_config
 from hvdqn.presets import PRESETS
 
 
@@ -27,7 +27,7 @@ def test_precedence_defaults_preset_file_flags(tmp_path):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_written_config_repeats_the_run(preset, tmp_path):
     config = parse(["--preset", preset, "--seed", "7", "--wrapper", "a:b", "--wrapper", "c:d", "--no-double"])
-    write_config(config, tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text(as_yaml(config))
     assert parse(["--config", str(tmp_path / "config.yaml")]) == config
 
 
@@ -57,7 +57,7 @@ def test_every_preset_can_be_tried_for_seconds(preset):
 
 def test_a_written_config_names_no_run_directory(tmp_path):
     """Fed back, it would only resume the run that it was written in."""
-    write_config(parse(["--run-dir", "there", "--resume", "must"]), tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text(as_yaml(parse(["--run-dir", "there", "--resume", "must"])))
     assert parse(["--config", str(tmp_path / "config.yaml")]) == Config()
 
 

@@ -237,6 +237,16 @@ def test_eval_says_what_is_wrong(argv, words, run_dir, tmp_path, capsys):
         assert word in said
 
 
+def test_eval_refuses_weights_of_another_network(run_dir, capsys, monkeypatch):
+    """The torso, a class of the user's, was changed since."""
+    make = evaluate.network_for
+    monkeypatch.setattr(evaluate, "network_for", lambda config, envs: make(config.replace(hidden=(7,)), envs))
+    assert __main__.main(["eval", str(run_dir)]) == 2
+    said = capsys.readouterr().err
+    assert "parameters, its settings now make" in said
+    assert said.count("\n") == 1
+
+
 def test_eval_refuses_altered_weights(run_dir, capsys):
     weights = run_dir / "checkpoints" / "best" / "learner.safetensors"
     content = bytearray(weights.read_bytes())

@@ -167,6 +167,19 @@ def test_a_second_interrupt_ends_a_rank_that_is_blocked_in_a_library():
         assert process.wait(10) == 128 + signal.SIGINT
 
 
+def test_a_signal_that_an_environment_handles_is_no_stop():
+    code = (
+        "import os, signal, time; from hvdqn.faults import StopSignal\n"
+        "stop = StopSignal(); signal.signal(signal.SIGALRM, lambda *_: print('heard'))\n"
+        "signal.alarm(1); time.sleep(2)\n"
+        "print(stop.received); os.kill(os.getpid(), signal.SIGUSR2); time.sleep(0.5); print(stop.name)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.split() == ["heard", "False", "SIGUSR2"]
+
+
 def test_drift_names_the_ranks():
     check_replicas([], 100)
     with pytest.raises(DriftError, match="at env step 100 the weights of rank 1, 3 differ"):

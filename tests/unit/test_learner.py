@@ -141,6 +141,17 @@ def test_learning_lowers_the_loss_on_one_batch():
     assert learner.drain()["loss"] < first / 10
 
 
+@pytest.mark.parametrize("head", ["scalar", "c51", "qr", "iqn"])
+def test_an_infinite_reward_is_skipped_whatever_the_head(head):
+    """C51's projection would clip it to the last atom."""
+    learner = make_learner(network=NetworkConfig(hidden=(32,), **{**SMALL_HEADS, "head": head}))
+    before, batch = learner.parameters.clone(), make_batch()
+    batch.reward[3] = np.inf
+    update(learner, batch)
+    assert learner.skipped_updates == 1
+    assert torch.equal(learner.parameters, before)
+
+
 def test_a_non_finite_gradient_skips_the_update_and_leaves_everything_as_it_was():
     learner = make_learner(max_skipped_updates=3)
     update(learner, make_batch())

@@ -312,6 +312,9 @@ def test_a_whole_run(tmp_path):
     assert owed - 8 <= summary["updates"] + summary["dropped_updates"] <= owed
     assert sum(summary["staleness"].values()) == summary["updates"] + summary["dropped_updates"]
     assert summary["eval_episodes"] == 3
+    serving, *acting = summary["rank_env_steps_per_second"]
+    assert serving == 0
+    assert min(acting) > 0
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert any("staleness_mean" in line for line in lines)
     assert sum("eval_return_mean" in line for line in lines) == 3  # at 600, 1200 and the end
@@ -331,3 +334,4 @@ def test_a_run_goes_on_with_its_counters_and_weights(tmp_path):
     other = train(tmp_path, 2, "--total-env-steps", "2200")  # one worker has the replay of both
     assert other[0].clock.env_steps >= 2200
     assert len(other[1].replay) > len(second[1].replay)
+    assert len(other[0].replay) == 0  # or it would be dealt to the workers once more

@@ -92,6 +92,20 @@ HERE = {
     "an end before learning starts": wrong(
         "--total-env-steps 200", "--total-env-steps 200", "above --learning-starts 200", "never start"
     ),
+    "an end before the first update": wrong(
+        "--n-step 40 --total-env-steps 600", "600 env steps end before the first update", "starts at 656", "raise"
+    ),
+    "hardly anything to learn from": wrong("--replay-ratio 1e-8", "end before the first update", "raise"),
+    "more replay than memory": wrong(
+        "--replay-capacity 1e13", "a replay of 10,000,000,000,000 transitions", "lower --replay-capacity"
+    ),
+    "a wrapper that is a number": wrong("--config {tmp}/w.yaml", "wrapper", "3", files={"w.yaml": "wrapper: 3"}),
+    "a date among arguments": wrong(
+        "--config {tmp}/d.yaml",
+        "env_kwargs holds what JSON cannot",
+        "quotes",
+        files={"d.yaml": "env_kwargs: {a: 2020-01-01}"},
+    ),
     "negative seed": wrong("--seed -1", "--seed is -1", "0 or more"),
     "an empty layer": wrong("--hidden 64 0", "--hidden is 64 0", "at least 1 unit"),
     "no updates between averages": wrong("--sync-every 0", "--sync-every is 0", "at least 1"),
