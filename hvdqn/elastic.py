@@ -273,10 +273,11 @@ class Member:
         epsilons = make_epsilons(config, comm)
         parts = replace(kept, clock=clock, learner=learner, epsilons=epsilons)
         checkpoints = Checkpoints(run_dir / "checkpoints", comm, config.run.checkpoint_keep, self.timer)
+        if before is None:
+            self.timer.load(memento["seconds"])
         training = ElasticTraining(self.world, config, comm, run_dir, self.stop, parts, checkpoints)
         training.take_over(memento)
         if before is None:
-            self.timer.load(memento["seconds"])
             begin(parts)
         else:
             training.hint = before.hint  # given once in a run

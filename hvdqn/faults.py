@@ -81,6 +81,10 @@ class DriftError(RuntimeError):
     """Replicas that must be equal bit for bit are not; raised on all ranks at once."""
 
 
+class StoppedError(RuntimeError):
+    """A signal came before a measurement was done; raised on all ranks at once."""
+
+
 def check_replicas(differing_ranks: list[int], env_steps: int) -> None:
     """Refuse to train on when replicas differ.
 

@@ -41,6 +41,7 @@ from hvdqn.faults import (
     EXIT_REQUEUE,
     EXIT_USER_ERROR,
     DriftError,
+    StoppedError,
     StopSignal,
     Watchdog,
     check_replicas,
@@ -610,7 +611,7 @@ def work_and_leave(work: Work, config: Config, comm: Comm, stop: StopSignal, tim
         code = work(config, comm, stop, timer)
     except UserError as error:
         code = refuse(str(error), comm.rank)
-    except (DriftError, NonFiniteError) as error:
+    except (DriftError, NonFiniteError, StoppedError) as error:
         code = refuse(str(error), comm.rank, EXIT_FAILED)
     timer.start("comm")
     comm.barrier()

@@ -341,11 +341,8 @@ main() {
     local there=
     [[ $installed != "$version" || ! -f $stamp ]] || there=$(<"$stamp")
     # What --gpu once built on a login node, which has no GPU, stays until --cpu is asked for.
-    if [[ $wanted == auto && $device == cpu && $there == "${key%-cpu*}"-cuda*"${key##*-cpu}" ]]; then
-        key=$there
-    fi
-    if [[ $there == "$key" ]]; then
-        say "$version is installed ($key)"
+    if [[ $there == "$key" || ($wanted == auto && $device == cpu && $there == "${key%-cpu*}"-cuda*"${key##*-cpu}") ]]; then
+        say "$version is installed ($there)"
         return
     fi
     say "$version for torch $torch_version, $mpi, $device${why_cpu:+ ($why_cpu)}"

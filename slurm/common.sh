@@ -91,12 +91,10 @@ run_ranks() { # run_ranks [SRUN_FLAG...] COMMAND [ARGUMENT...]
 
 # What Slurm knows of this job; nothing where its controller, which may be restarting, does not answer.
 job_record() {
-    local _
     for _ in {1..6}; do
         scontrol show job "$job" && return
         sleep 5
     done
-    return 0
 }
 
 # End the job with the ranks' exit code; where it says "stopped by a signal", have Slurm start the job again.

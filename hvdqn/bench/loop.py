@@ -21,7 +21,7 @@ from hvdqn.bench import ranks
 from hvdqn.bench.report import Parser, above_zero, print_table, write_json
 from hvdqn.comm import Comm
 from hvdqn.config import Config, UserError, check_world
-from hvdqn.faults import EXIT_FINISHED, StopSignal
+from hvdqn.faults import EXIT_FINISHED, StoppedError, StopSignal
 from hvdqn.metrics import PHASES, PhaseTimer
 from hvdqn.parts import make_epsilons
 from hvdqn.train import Training, Work, check_same_config, start
@@ -115,7 +115,7 @@ def run_span(training: Training, iterations: int, overlap: bool) -> Span:
     updates, before, began = clock.updates, timer.seconds(), time.perf_counter()
     training.run(clock.env_steps + iterations * clock.envs)
     if training.learner.stop_voted:
-        raise ranks.StoppedError("stopped by a signal before all was measured")
+        raise StoppedError("stopped by a signal before all was measured")
     wall_seconds, after = time.perf_counter() - began, timer.seconds()
     seconds: dict[str, float] = {phase: after[phase] - before[phase] for phase in PHASES}
     return Span(iterations, clock.updates - updates, wall_seconds, seconds)

@@ -7,14 +7,8 @@ from collections.abc import Callable, Sequence
 
 from hvdqn import train
 from hvdqn.bench.report import Parser
-from hvdqn.comm import Comm
-from hvdqn.config import Config, UserError
-from hvdqn.faults import EXIT_FAILED, StopSignal
-from hvdqn.metrics import PhaseTimer
-
-
-class StoppedError(RuntimeError):
-    """A signal came before all was measured; raised on all ranks at once."""
+from hvdqn.config import UserError
+from hvdqn.faults import StopSignal
 
 
 def run(parser: Parser, argv: Sequence[str], work: Callable[[Namespace, list[str]], train.Work]) -> int:
@@ -30,11 +24,4 @@ def run(parser: Parser, argv: Sequence[str], work: Callable[[Namespace, list[str
         job = work(options, flags)
     except UserError as error:
         return train.refuse_unconnected(str(error), StopSignal())
-
-    def measured(config: Config, comm: Comm, stop: StopSignal, timer: PhaseTimer) -> int:
-        try:
-            return job(config, comm, stop, timer)
-        except StoppedError as error:
-            return train.refuse(str(error), comm.rank, EXIT_FAILED)
-
-    return train.main(flags, measured)
+    return train.main(flags, job)

@@ -50,7 +50,6 @@ def fill(config: Config, envs: Environments, capacity: int) -> Filled:
         UserError: it is too small.
     """
     config = config.replace(replay_capacity=capacity)
-    check_engine(config, "local", 1)
     check_world(config, 1)
     replay = make_replay(config, 1, envs, np.random.default_rng(config.run.seed))
     replay.start(envs.reset())
@@ -84,7 +83,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--capacities", type=int, nargs=2, default=(10_000, 1_000_000), metavar="N")
     options, flags = parser.parse_known_args(argv)
     small, large = sorted(options.capacities)
-    seconds = measure(parse(flags, PROG), (small, large))
+    config = parse(flags, PROG)
+    check_engine(config, "local", 1)
+    seconds = measure(config, (small, large))
     ratio = seconds[large] / seconds[small]
     rows = [(f"{capacity:,}", f"{1e6 * value:,.1f}") for capacity, value in seconds.items()]
     print_table(f"Large over small: {ratio:.2f}", ("transitions", "add + sample, us"), rows)
