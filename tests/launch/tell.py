@@ -13,11 +13,12 @@ _close = Training.close
 
 def _tell(training: Training) -> None:
     known = sorted(name for name in os.environ if "TOKEN" in name or "KEY" in name)
-    print(
+    # Written at once, not line and newline: the other ranks write to the same place.
+    sys.stdout.write(
         f"rank {training.comm.rank} on {socket.gethostname()} knew {','.join(known) or 'nothing'} "
-        f"and ended with {training.learner.sha256()}",
-        flush=True,
+        f"and ended with {training.learner.sha256()}\n"
     )
+    sys.stdout.flush()
     _close(training)
 
 

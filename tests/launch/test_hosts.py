@@ -187,9 +187,11 @@ def test_three_hosts(cluster: Cluster, tmp_path: Path) -> None:
 def test_torchrun_waits_for_no_host_without_ranks(
     hosts: str, ranks: str, cluster: Cluster, tmp_path: Path
 ) -> None:
+    # Written at once, not in pieces as `print` may: the ranks write to the same place.
     program = (
-        "import os; import torch.distributed as group; group.init_process_group('gloo'); "
-        "print(os.environ['LOCAL_RANK'], 'of', os.environ['LOCAL_WORLD_SIZE'], 'on', os.uname().nodename)"
+        "import os, sys; import torch.distributed as group; group.init_process_group('gloo'); "
+        "place = (os.environ['LOCAL_RANK'], os.environ['LOCAL_WORLD_SIZE'], os.uname().nodename); "
+        "sys.stdout.write('%s of %s on %s\\n' % place)"
     )
     words = [f"{REPOSITORY}/launch/torchrun.sh", "--hosts", hosts, "--interfaces", "eth0", "-np", "2"]
     with cluster.start([*words, "--", sys.executable, "-c", program], environment(), 60, tmp_path) as job:
