@@ -83,7 +83,9 @@ def test_a_killed_server_run_goes_on_with_its_counters(tmp_path):
     pushed = done["updates"] + done["dropped_updates"]
     assert sum(done["staleness"].values()) == pushed
     owed = (done["env_steps"] - 200) / 4
-    assert owed - 8 < pushed <= owed
+    # Of each worker an iteration at the begin and one at the end, 8 env steps each, bring no update; and one that the
+    # system lets begin late, when the other has filled replay, puts 32 env steps into its own first.
+    assert owed - (2 * 2 * 8 + 32) / 4 <= pushed <= owed
     traffic = done["traffic"]
     assert traffic["messages_per_update"] == pytest.approx(traffic["expected_messages_per_update"], rel=0.2)
     assert traffic["bytes_per_update"] == pytest.approx(traffic["expected_bytes_per_update"], rel=0.1)
