@@ -241,6 +241,10 @@ fetch_and_patch() {
     # cached wheel working in every environment; by default the path of the first one would be baked in.
     # shellcheck disable=SC2016 # $ORIGIN is for the dynamic linker
     sed -i 's|^project(horovod CXX)$|&\nset(CMAKE_BUILD_WITH_INSTALL_RPATH ON)\nset(CMAKE_INSTALL_RPATH "$ORIGIN/../../../..'"$mpi_folders"'")|' CMakeLists.txt
+    # Since gcc 13 no other header brings these along, and gcc 14 looks into templates that nobody uses: the flatbuffers
+    # that Horovod carries assign to a constant in one.
+    sed -i 's|^project(horovod CXX)$|&\nadd_compile_options("$<$<COMPILE_LANGUAGE:CXX>:SHELL:-include string -include cstdint>")|' CMakeLists.txt
+    sed -i 's/const size_type count_;/size_type count_;/' third_party/flatbuffers/include/flatbuffers/stl_emulation.h
     if [[ $device == cpu ]]; then
         # Where torch has CUDA and nvcc is found, Horovod would compile half of its GPU code unasked.
         sed -i 's/((torch.version.cuda is not None) and (CUDA_HOME is not None))/False/' cmake/Modules/FindPytorch.cmake
