@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from hvdqn.comm.base import Comm, LaunchError
@@ -96,6 +97,12 @@ class HorovodComm(Comm):
         self._hvd.init()
         hvd = self._hvd
         super().__init__(hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size())
+        gpus = torch.cuda.device_count()
+        if device.startswith("cuda") and self.local_size > gpus:
+            raise LaunchError(
+                f"{self.local_size} ranks of this host have {gpus} GPU{'s' * (gpus != 1)}, NCCL wants one for each; "
+                "start fewer ranks on a host, choose --comm mpi, or start with torchrun"
+            )
         crowded = (
             hvd.local_size() > (os.cpu_count() or 1) or os.environ.get("HVDQN_SLEEP_WHEN_WAITING") == "1"
         )
