@@ -1,4 +1,4 @@
-"""A function recorded once as a CUDA graph and replayed from then on. It has not been run on a GPU yet.
+"""A function recorded once as a CUDA graph and replayed from then on.
 
 A small network's forward and backward passes are some hundred kernels, each of which takes longer to launch than to
 run. A graph launches all of them at once.
@@ -32,7 +32,8 @@ def record_cuda_graph(function: Callable[[], Tensors]) -> tuple[Tensors, Callabl
                 function()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Horovod's and NCCL's threads go on meanwhile: what they ask of CUDA is not this graph's business.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             results = function()
     return results, graph.replay
 
@@ -41,20 +42,29 @@ class Replayed:
     """A function of tensors, recorded at its first call.
 
     Args:
-        function: its inputs keep their shapes; it must not ask on the host what a tensor holds, and what it writes
-            besides its results must be overwritten, not added to, for it is called a few times before it is recorded.
+        function: its inputs keep their shapes, and it must not ask on the host what a tensor holds.
         record: how.
+        changes: tensors that it changes, but for those that it overwrites: it is called a few times before it is
+            recorded, and they must not show it.
     """
 
-    def __init__(self, function: Callable[..., Tensors], record: Record = record_cuda_graph) -> None:
-        self.function, self.record = function, record
+    def __init__(
+        self,
+        function: Callable[..., Tensors],
+        record: Record = record_cuda_graph,
+        changes: Callable[[], Sequence[Tensor]] = tuple,
+    ) -> None:
+        self.function, self.record, self.changes = function, record, changes
         self.inputs: Sequence[Tensor] = ()
 
     def __call__(self, *inputs: Tensor) -> Tensors:
         """The results for these inputs, in tensors that the next call overwrites."""
         if not self.inputs:
             self.inputs = [given.clone() for given in inputs]
+            before = [tensor.clone() for tensor in self.changes()]
             self.results, self.replay = self.record(lambda: self.function(*self.inputs))
+            for tensor, old in zip(self.changes(), before, strict=True):
+                tensor.copy_(old)
         for mine, given in zip(self.inputs, inputs, strict=True):
             mine.copy_(given, non_blocking=True)
         self.replay()

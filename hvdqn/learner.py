@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hvdqn.comm import Comm
 from hvdqn.config import LearningConfig
-from hvdqn.graphs import Record, Replayed
+from hvdqn.graphs import Record, Replayed, Tensors
 from hvdqn.losses import expect, munchausen_bonus, select, soft_policy
 from hvdqn.networks import QNetwork
 from hvdqn.optimizers import SGD, Adam, Optimizer, RMSProp
@@ -138,6 +138,11 @@ class Learner:
         self.differentiate: Callable[..., tuple[Tensor, ...]] = (
             Replayed(self._differentiate, record) if record else self._differentiate
         )
+        self.step_recorded = (
+            Replayed(self._step_on_device, record, lambda: [self.gradient, *self._carried()])
+            if record
+            else None
+        )
         self.global_batch = sync.ranks_per_update * batch_per_rank
         k = batch_factor(config, self.global_batch, batch_per_rank)
         self.optimizer = make_optimizer(config, self.parameters, self.gradient, k)
@@ -168,10 +173,7 @@ class Learner:
             return
         self.rows = batch.rows
         self.trailer.write(report, float(batch.weight.max()))
-        loss, td_error, q_mean = self.backward(batch)
-        with self.no_grad():
-            # An infinite reward shows in the loss alone: Huber's gradient is clipped.
-            self.trailer.write_learned(loss, td_error, q_mean, self.gradient.sum() + loss)
+        self.backward(batch)
         self.sync.begin(self)
 
     def finish_update(self) -> tuple[NDArray[np.int64], NDArray[np.floating[Any]]]:
@@ -205,7 +207,7 @@ class Learner:
         discount: Tensor,
         weight: Tensor,
     ) -> tuple[Tensor, ...]:
-        """As `backward`, and the TD errors `[batch]`. Nothing in it asks on the host what a tensor holds."""
+        """As `backward`, and the TD errors `[batch]`; tells the trailer. Nothing in it asks what a tensor holds."""
         with self.no_grad():
             head = self.online.head
             goal = self._goal(observation, action, reward, next_observation, discount)
@@ -213,7 +215,10 @@ class Learner:
             loss, td_errors, slope = head.slope(output, action, goal, weight)
             # Not the sum over ranks but the slope is divided by their number: it is shorter by far.
             pull_back(slope if self.sync.gradient_share == 1.0 else slope * self.sync.gradient_share)
-            return loss, td_errors.mean(), head.q_values(output).mean(), td_errors
+            learned = loss, td_errors.mean(), head.q_values(output).mean()
+            # An infinite reward shows in the loss alone: Huber's gradient is clipped.
+            self.trailer.write_learned(*learned, self.gradient.sum() + loss)
+            return *learned, td_errors
 
     def _goal(
         self, observation: Tensor, action: Tensor, reward: Tensor, next_observation: Tensor, discount: Tensor
@@ -237,29 +242,60 @@ class Learner:
         The gradient arrives as the mean of weight x gradient over the job, and is divided by the largest weight of
         the job (Schaul et al. 2016, section 3.4): a rank that divided by its own would count its samples differently.
         """
+        stepped = (
+            self.step_recorded(torch.full((), self.lr, device=self.device)) if self.step_recorded else None
+        )
         self.trailer.read()  # on a GPU, the CPU waits here
-        if self.trailer.absent:
-            self._leave_out(self.trailer.absent)
-        largest = self.trailer.largest_weight
-        norm = float(torch.linalg.vector_norm(self.gradient)) / largest
+        share, largest = self._share_of_present(), self.trailer.largest_weight
+        norm = float(stepped[0]) if stepped else self._norm(share, largest)
         finite = math.isfinite(norm) and not self.trailer.spoilt
-        self.trailer.learned *= self.sync.gradient_share
+        self.trailer.learned *= self.sync.gradient_share * share
         self.trailer.learned[0] /= largest  # the loss
         self.hear(self.trailer.reported(), self.trailer.learned, int(finite))
         if not finite:
             self._skip()
             return
         self.skipped_in_a_row = 0
-        self.descend(norm, largest)
+        if stepped:
+            self.grad_norm = norm
+        else:
+            self.descend(norm, largest)
+
+    def _step_on_device(self, lr: Tensor) -> Tensors:
+        """As `step`, but that the device decides: the host learns of it later. Returns the norm of the gradient `[]`.
+
+        Whatever the optimizer, a step that is not to be taken is undone: a GPU copies parameters in microseconds.
+        """
+        absent, weights, probes = self.trailer.on_device()
+        with torch.no_grad():
+            largest = weights.max().double()
+            if self.comm.size > 1:
+                self.gradient.mul_(self.comm.size / (self.comm.size - absent.double()))
+            norm = torch.linalg.vector_norm(self.gradient).double() / largest
+            carried = self._carried()
+            before = [tensor.clone() for tensor in carried]
+            limit = self.config.max_grad_norm or math.inf
+            self._move(torch.where(norm > limit, limit / norm, 1.0) / largest, lr)
+            finite = torch.isfinite(norm) & torch.isfinite(probes).all()
+            for tensor, old in zip(carried, before, strict=True):
+                torch.where(finite, tensor, old, out=tensor)
+            return (norm,)
+
+    def _carried(self) -> list[Tensor]:
+        """What the optimizer takes from step to step."""
+        return [self.parameters, self.target_parameters, *self.optimizer.moments().values()]
 
     def descend(self, norm: float, largest: float) -> None:
         """Clip `gradient`, of this norm once divided by `largest`, and step; a target that follows does so."""
         self.grad_norm = norm
         limit = self.config.max_grad_norm
-        factor = (limit / norm if limit and norm > limit else 1.0) / largest
-        if factor != 1.0:
+        self._move((limit / norm if limit and norm > limit else 1.0) / largest, self.lr)
+
+    def _move(self, factor: float | Tensor, lr: float | Tensor) -> None:
+        """Step along `factor` x `gradient`; a target that follows does so."""
+        if isinstance(factor, Tensor) or factor != 1.0:
             self.gradient.mul_(factor)
-        self.optimizer.step(self.lr)
+        self.optimizer.step(lr)
         if self.target_tau < 1.0:
             self.target_parameters.lerp_(self.parameters, self.target_tau)
 
@@ -353,12 +389,17 @@ class Learner:
         self.rows, self.td_errors = np.empty(0, np.int64), torch.empty(0)
         self.sync.begin(self)
 
-    def _leave_out(self, absent: int) -> None:
-        """Make the mean over all ranks the mean over those that had a minibatch."""
+    def _share_of_present(self) -> float:
+        """What makes the mean over all ranks the mean over those that had a minibatch."""
+        absent = self.trailer.absent
         assert absent < self.comm.size, "an update is due, but no rank has anything to learn from"
-        share = self.comm.size / (self.comm.size - absent)
-        self.gradient.mul_(share)
-        self.trailer.learned *= share
+        return self.comm.size / (self.comm.size - absent)
+
+    def _norm(self, share: float, largest: float) -> float:
+        """Make `gradient` the mean over those that had a minibatch; its norm once divided by the largest weight."""
+        if share != 1.0:
+            self.gradient.mul_(share)
+        return float(torch.linalg.vector_norm(self.gradient)) / largest
 
     def hear(self, reported: np.ndarray, learned: np.ndarray, updates: int) -> None:
         """Add up what the ranks told each other.

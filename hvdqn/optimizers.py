@@ -15,8 +15,8 @@ from torch import Tensor
 class Optimizer(Protocol):
     """Steps a flat parameter tensor along a flat gradient, both `[parameters]`."""
 
-    def step(self, lr: float) -> None:
-        """Take one step with this learning rate."""
+    def step(self, lr: float | Tensor) -> None:
+        """Take one step with this learning rate; a tensor `[]` where it is recorded in a graph."""
 
     def moments(self) -> dict[str, Tensor]:
         """The tensors that it carries from step to step, by name: not copies."""
@@ -40,7 +40,7 @@ class Adam:
         self.exp_avg_sq = torch.zeros_like(parameters)
         self.steps = torch.zeros((), dtype=torch.float32, device=parameters.device)
 
-    def step(self, lr: float) -> None:
+    def step(self, lr: float | Tensor) -> None:
         """Take one step with this learning rate."""
         self.steps += 1
         torch._fused_adam_(
@@ -79,14 +79,14 @@ class RMSProp:
         self.square_avg = torch.zeros_like(parameters)
         self.grad_avg = torch.zeros_like(parameters)
 
-    def step(self, lr: float) -> None:
+    def step(self, lr: float | Tensor) -> None:
         """Take one step with this learning rate."""
         gradient = self.gradient
         self.square_avg.mul_(self.alpha).addcmul_(gradient, gradient, value=1 - self.alpha)
         self.grad_avg.lerp_(gradient, 1 - self.alpha)
         variance = self.square_avg.addcmul(self.grad_avg, self.grad_avg, value=-1)
         # Rounding may leave it below zero, where there is no root.
-        self.parameters.addcdiv_(gradient, variance.clamp_(min=0).sqrt_().add_(self.eps), value=-lr)
+        self.parameters.addcdiv_(gradient * -lr, variance.clamp_(min=0).sqrt_().add_(self.eps))
 
     def moments(self) -> dict[str, Tensor]:
         """The tensors that it carries from step to step, by name: not copies."""
@@ -104,9 +104,9 @@ class SGD:
     def __init__(self, parameters: Tensor, gradient: Tensor) -> None:
         self.parameters, self.gradient = parameters, gradient
 
-    def step(self, lr: float) -> None:
+    def step(self, lr: float | Tensor) -> None:
         """Take one step with this learning rate."""
-        self.parameters.add_(self.gradient, alpha=-lr)
+        self.parameters.add_(self.gradient * -lr)
 
     def moments(self) -> dict[str, Tensor]:
         """It carries none."""

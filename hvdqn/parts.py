@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from dataclasses import dataclass
 from functools import partial
 
@@ -67,7 +68,8 @@ def build_parts(config: Config, comm: Comm, timer: PhaseTimer, env_steps: int = 
     )
     torch.manual_seed(config.run.seed)
     network = together(comm, lambda: network_for(config, envs), timer)
-    use_threads(network, threads)
+    # Beside a GPU the host has small copies to make: threads of its own would take the cores from environments.
+    use_threads(network, threads if device.type == "cpu" else 1)
     torch.manual_seed(seeds.noise)  # from here on ranks draw different numbers
     clock = make_clock(config, comm)
     frames = place_frames(config, comm, envs, device)
@@ -238,6 +240,8 @@ def choose_device(config: Config, comm: Comm) -> torch.device:
         return torch.device("cpu")
     device = torch.device("cuda", comm.local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
+    # Of autograd's thread, which then finds the context by itself.
+    warnings.filterwarnings("ignore", "Attempting to run cuBLAS, but there was no current CUDA context")
     return device
 
 

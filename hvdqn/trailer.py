@@ -36,6 +36,7 @@ class Trailer:
         self._weight_at = ends[2] + rank
         self._learned = tensor[ends[1] : ends[2]]
         self._probe = tensor[ends[3] + rank]
+        self._to_decide_by = tensor[ends[0]], tensor[ends[2] : ends[3]], tensor[ends[3] :]
 
     @staticmethod
     def length(size: int) -> int:
@@ -59,6 +60,10 @@ class Trailer:
         """Fetch what the exchange left; on a GPU, the CPU waits here."""
         if self.tensor.is_cuda:
             self._host.copy_(self.tensor)
+
+    def on_device(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What the exchange left, unread: `absent` `[]`, all ranks' largest weights and their probes, `[ranks]`."""
+        return self._to_decide_by
 
     def reported(self) -> np.ndarray:
         """`REPORTED`, float64."""

@@ -35,6 +35,7 @@ def train_until(training: Training, goal: float, every_env_steps: int) -> tuple[
         seconds += run_span(training, -(-left // clock.envs), config.parallel.overlap).wall_seconds
         evaluation = training.evaluator.run(training.learner.online)
         assert evaluation is not None  # nobody asked to leave off
+        training.metrics.say(f"{clock.env_steps:,} env steps, {seconds:.1f} s of training, {evaluation}")
         mean = evaluation.mean
     return seconds, mean
 

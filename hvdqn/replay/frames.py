@@ -93,8 +93,7 @@ class PinnedFrames(HostFrames):
 
     def empty(self, shape: Sequence[int], dtype: npt.DTypeLike) -> Array:
         """Pinned memory of the host; needs CUDA."""
-        pinned: Array = torch.empty(tuple(shape), dtype=_torch_dtype(dtype), pin_memory=True).numpy()
-        return pinned
+        return _empty(shape, dtype, pinned=True)
 
 
 class DeviceFrames:
@@ -134,8 +133,8 @@ class DeviceFrames:
         return self.rows.new_empty((*shape, *self.shape[1:]))
 
     def empty(self, shape: Sequence[int], dtype: npt.DTypeLike) -> Array:
-        """Memory of the host for what else a minibatch has: a few numbers each, which are copied on."""
-        return np.empty(shape, dtype)
+        """Memory of the host for what else a minibatch has, pinned where it is copied to a GPU."""
+        return _empty(shape, dtype, pinned=self.rows.is_cuda)
 
     def _moved(self, array: Array) -> Tensor:
         tensor = torch.from_numpy(array)
@@ -143,6 +142,11 @@ class DeviceFrames:
             return tensor
         # Pinned memory that torch lends is not lent again before the copy from it is done.
         return tensor.pin_memory().to(self.rows.device, non_blocking=True)
+
+
+def _empty(shape: Sequence[int], dtype: npt.DTypeLike, pinned: bool) -> Array:
+    made: Array = torch.empty(tuple(shape), dtype=_torch_dtype(dtype), pin_memory=pinned).numpy()
+    return made
 
 
 def _torch_dtype(dtype: npt.DTypeLike) -> torch.dtype:

@@ -11,7 +11,7 @@ from hvdqn.config import NetworkConfig, UserError, parse
 from hvdqn.graphs import Replayed
 from hvdqn.metrics import PhaseTimer
 from hvdqn.parts import build_parts
-from tests.unit.test_learner import REPORT, make_batch, make_learner
+from tests.unit.test_learner import REPORT, make_batch, make_learner, make_ranks, weighted
 
 
 def call_again(function):
@@ -38,22 +38,53 @@ LEARNERS = {
         "double": False,
     },
     "bf16": {"autocast": True},
+    "a target that follows": {"target_tau": 0.1},
+    "clipped": {"max_grad_norm": 0.01},
+    "never clipped": {"max_grad_norm": 0.0},
+    "rmsprop": {"optimizer": "rmsprop"},
+    "sgd": {"optimizer": "sgd"},
 }
+LR = 2.0**-10  # a graph is given it in float32
 
 
 @pytest.mark.parametrize("settings", LEARNERS.values(), ids=LEARNERS)
 def test_replayed_updates_are_the_same_updates(settings):
-    """Parameters, TD errors and what is reported, bit for bit over 100 updates."""
-    eager, replayed = make_learner(**settings), make_learner(**settings, record=call_again)
+    """All that a checkpoint keeps, TD errors and what is reported, bit for bit over 100 updates, of which some are not
+    finite."""
+    eager, replayed = (make_learner(lr=LR, **settings, record=record) for record in (None, call_again))
     assert isinstance(replayed.differentiate, Replayed)
+    assert isinstance(replayed.step_recorded, Replayed)
     for seed in range(100):
         errors = []
+        batch = make_batch(seed=seed)
+        batch.weight[:] = np.linspace(0.5, 0.9, len(batch.weight))
+        if seed in (3, 7):
+            batch.reward[3] = np.nan
         for learner in (eager, replayed):
-            learner.begin_update(make_batch(seed=seed), REPORT)
+            learner.begin_update(batch, REPORT)
             errors.append(learner.finish_update()[1].copy())
         np.testing.assert_array_equal(*errors)
-    assert torch.equal(eager.parameters, replayed.parameters)
+        assert eager.grad_norm == replayed.grad_norm
+    assert eager.skipped_updates == replayed.skipped_updates == 2
+    for name, tensor in eager.state().items():
+        assert torch.equal(tensor, replayed.state()[name]), name
     assert eager.drain() == replayed.drain()
+
+
+def test_a_rank_without_a_minibatch_is_left_out_of_replayed_updates():
+    batches = (make_batch(), None, weighted(make_batch(seed=1), 7.0))
+    states = []
+    for record in (None, call_again):
+        ranks = make_ranks(3, lr=LR, record=record)
+        for _ in range(2):
+            for learner, batch in zip(ranks, batches, strict=True):
+                learner.begin_update(batch, REPORT)
+            for learner in ranks:
+                learner.finish_update()
+        states.append(ranks[0].state())
+        assert len({learner.sha256() for learner in ranks}) == 1
+    for name, tensor in states[0].items():
+        assert torch.equal(tensor, states[1][name]), name
 
 
 def test_inputs_are_copied_where_they_were_recorded():

@@ -37,7 +37,9 @@ def make_batch(size=16, inputs=4, actions=3, seed=0, dtype=np.float32):
     )
 
 
-def make_learner(dtype=torch.float32, comm=None, network=None, autocast=False, record=None, **settings):
+def make_learner(
+    dtype=torch.float32, comm=None, network=None, autocast=False, record=None, device="cpu", **settings
+):
     torch.manual_seed(3)
     parts = network or NetworkConfig(hidden=(32,))
     loss = settings.get("loss", "huber")
@@ -51,7 +53,7 @@ def make_learner(dtype=torch.float32, comm=None, network=None, autocast=False, r
         make_sync(ParallelConfig(), comm, Clock(1, 1, 1.0, 0)),
         16,
         PhaseTimer(),
-        torch.device("cpu"),
+        torch.device(device),
         autocast,
         record,
     )

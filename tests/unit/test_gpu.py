@@ -1,0 +1,176 @@
+"""What only a GPU can show. On the CPU test_graphs.py, test_learner.py and test_replay_frames.py run the same code."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from hvdqn.comm.local import LocalComm
+from hvdqn.config import NetworkConfig, parse
+from hvdqn.graphs import record_cuda_graph
+from hvdqn.metrics import PhaseTimer
+from hvdqn.parts import build_parts
+from hvdqn.replay import PrioritizedSampler, Replay, UniformSampler
+from hvdqn.replay.frames import DeviceFrames, HostFrames, PinnedFrames
+from hvdqn.seeds import load_torch_state, torch_state
+from hvdqn.train import main
+from tests.unit.replay_naive import ScriptedEnvs, ring_for
+from tests.unit.test_graphs import LEARNERS, LR
+from tests.unit.test_learner import REPORT, make_batch, make_learner
+from tests.unit.test_replay import SCRIPT
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="NOT RUN: torch sees no GPU here")
+
+GPU = torch.device("cuda")
+RANDOM = {
+    "noisy": NetworkConfig(hidden=(32,), noisy=True),
+    "iqn": NetworkConfig(hidden=(32,), head="iqn", iqn_samples=4, iqn_target_samples=4, iqn_policy_samples=4),
+}
+
+
+def take(learner, seeds):
+    """Updates on made-up minibatches, some of them with importance weights and rewards that are not finite."""
+    for seed in seeds:
+        batch = make_batch(seed=seed)
+        batch.weight[:] = np.linspace(0.5, 0.9, len(batch.weight))
+        if seed == 3:
+            batch.reward[3] = np.nan
+        learner.begin_update(batch, REPORT)
+        learner.finish_update()
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
+@pytest.mark.parametrize("settings", LEARNERS.values(), ids=LEARNERS)
+def test_updates_are_those_of_the_cpu(settings, graphs):
+    """Parameters, moments, target, the mean loss and the norm of the last gradient, after 20 updates."""
+    record = record_cuda_graph if graphs else None
+    host, device = make_learner(lr=LR, **settings), make_learner(lr=LR, **settings, device=GPU, record=record)
+    tolerance = {"rtol": 0.1, "atol": 5e-3} if "autocast" in settings else {"rtol": 1e-3, "atol": 1e-5}
+    for learner in (host, device):
+        take(learner, range(20))
+        assert learner.skipped_updates == 1
+    for name, tensor in host.state().items():
+        torch.testing.assert_close(device.state()[name].cpu(), tensor, **tolerance, msg=name)
+    relative = 0.1 if "autocast" in settings else 1e-3
+    assert device.drain()["loss"] == pytest.approx(host.drain()["loss"], rel=relative)
+    assert device.grad_norm == pytest.approx(host.grad_norm, rel=relative)
+
+
+@pytest.mark.parametrize("network", RANDOM.values(), ids=RANDOM)
+def test_a_graph_draws_anew_each_time_and_goes_on_from_a_checkpoint(network):
+    whole = make_learner(network=network, device=GPU, record=record_cuda_graph)
+    take(whole, range(5))
+    kept = {name: tensor.clone() for name, tensor in whole.state().items()}, torch_state(GPU)
+    batch, losses = make_batch(seed=5), set()
+    for _ in range(3):
+        losses.add(float(whole.backward(batch)[0]))
+    assert len(losses) == 3
+    resumed = make_learner(network=network, device=GPU, record=record_cuda_graph)
+    ends = []
+    for learner in (whole, resumed):
+        learner.load_state(kept[0])
+        load_torch_state(kept[1], GPU)
+        take(learner, range(5, 10))
+        ends.append(learner.parameters.clone())
+    assert torch.equal(*ends)
+
+
+def replays(sampler):
+    """The same environments recorded in the host's memory, in the host's with pinned minibatches, and on the GPU."""
+    envs = ScriptedEnvs(SCRIPT, "same_step")
+    kinds = (HostFrames, PinnedFrames, partial(DeviceFrames, device=GPU))
+    rings = [ring_for(envs, 3 * 13, 2, 3, frames=kind) for kind in kinds]
+    made = [Replay(ring, sampler(ring, np.random.default_rng(0))) for ring in rings]
+    first = envs.reset()
+    for replay in made:
+        replay.start(first)
+    for _ in range(40):
+        step = envs.step()
+        for replay in made:
+            replay.add(*step)
+    return made
+
+
+@pytest.mark.parametrize("sampler", [UniformSampler, PrioritizedSampler])
+def test_minibatches_are_those_of_the_host(sampler):
+    made = replays(sampler)
+    for _ in range(5):
+        host, pinned, device = (replay.sample(16) for replay in made)
+        for field in host.__slots__:
+            expected = getattr(host, field)
+            np.testing.assert_array_equal(getattr(pinned, field), expected)
+            np.testing.assert_array_equal(torch.as_tensor(getattr(device, field)).cpu(), expected)
+        assert torch.from_numpy(pinned.reward).is_pinned()
+        assert device.observation.is_cuda
+        for replay in made:
+            replay.update(host.rows, np.linspace(0.1, 2.0, 16))
+
+
+def test_observations_go_from_the_gpu_to_the_host():
+    host, pinned, device = (replay.ring for replay in replays(UniformSampler))
+    rows = slice(0, 13)
+    np.testing.assert_array_equal(device.observation[rows], host.observation[rows])
+    pinned.observation[rows] = 0
+    pinned.load_state(device.state())
+    np.testing.assert_array_equal(pinned.observation[rows], host.observation[rows])
+
+
+@pytest.mark.parametrize("place", ["cuda", "cpu"])
+@pytest.mark.parametrize("preset", ["minatar,rainbow", "atari"])
+def test_updates_do_not_depend_on_where_replay_lies(place, preset):
+    """To rounding: of which kernel is chosen there may be more than one."""
+    flags = ["--preset", preset, "--device", "cuda", "--replay-capacity", "4000", "--learning-starts", "200"]
+    learned = []
+    for where in (place, "cuda"):
+        parts = build_parts(parse([*flags, "--replay-device", where]), LocalComm(), PhaseTimer())
+        parts.replay.start(parts.actor.start())
+        for _ in range(20):
+            actions = parts.actor.choose(1.0)
+            parts.replay.add(actions, parts.actor.step(actions))
+        for _ in range(3):
+            parts.learner.begin_update(parts.replay.sample(32), REPORT)
+            parts.replay.update(*parts.learner.finish_update())
+        parts.envs.close()
+        learned.append(parts.learner.parameters)
+        expected = DeviceFrames if where == "cuda" else PinnedFrames
+        assert isinstance(parts.replay.ring.observation, expected)
+    torch.testing.assert_close(*learned, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--preset smoke",
+        "--preset smoke --cuda-graphs --precision bf16",
+        "--preset smoke,rainbow --cuda-graphs --layer-norm",
+        "--preset smoke --env ALE/Pong-v5 --frame-stack 4 --hidden 64 --cuda-graphs --head iqn",
+        "--preset smoke --env ALE/Pong-v5 --frame-stack 4 --hidden 64 --replay-device cpu",
+        "--preset smoke --sync parameters --cuda-graphs",
+    ],
+)
+def test_runs_resume_bit_for_bit(flags, tmp_path):
+    """From the first of three checkpoints. Atari's episodes begin anew: there it is enough that the run goes on."""
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    words = [*flags.split(), "--device", "cuda", "--total-env-steps", "1500", "--checkpoint-every", "500"]
+
+    def run(run_dir):
+        assert (
+            main([*words, "--checkpoint-keep", "9", "--eval-episodes", "1", "--run-dir", str(run_dir)]) == 0
+        )
+        return json.loads((run_dir / "summary.json").read_text())
+
+    expected = run(whole)
+    shutil.copytree(whole, resumed, symlinks=True)
+    (resumed / "summary.json").unlink()
+    for later in ("1000", "1500", "latest", "best"):
+        path = resumed / "checkpoints" / later
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+    found = run(resumed)
+    assert found["updates"] == expected["updates"] > 0
+    if "ALE" not in flags:
+        assert found["param_sha256"] == expected["param_sha256"]
