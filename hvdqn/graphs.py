@@ -44,6 +44,7 @@ class Replayed:
     Args:
         function: its inputs keep their shapes, and it must not ask on the host what a tensor holds.
         record: how.
+        device: where its inputs are to lie; they are copied there at each call.
         changes: tensors that it changes, but for those that it overwrites: it is called a few times before it is
             recorded, and they must not show it.
     """
@@ -51,16 +52,17 @@ class Replayed:
     def __init__(
         self,
         function: Callable[..., Tensors],
-        record: Record = record_cuda_graph,
+        record: Record,
+        device: torch.device,
         changes: Callable[[], Sequence[Tensor]] = tuple,
     ) -> None:
-        self.function, self.record, self.changes = function, record, changes
+        self.function, self.record, self.device, self.changes = function, record, device, changes
         self.inputs: Sequence[Tensor] = ()
 
     def __call__(self, *inputs: Tensor) -> Tensors:
         """The results for these inputs, in tensors that the next call overwrites."""
         if not self.inputs:
-            self.inputs = [given.clone() for given in inputs]
+            self.inputs = [given.to(self.device, copy=True) for given in inputs]
             before = [tensor.clone() for tensor in self.changes()]
             self.results, self.replay = self.record(lambda: self.function(*self.inputs))
             for tensor, old in zip(self.changes(), before, strict=True):

@@ -136,10 +136,10 @@ class Learner:
             torch.inference_mode if by_hand else torch.no_grad
         )
         self.differentiate: Callable[..., tuple[Tensor, ...]] = (
-            Replayed(self._differentiate, record) if record else self._differentiate
+            Replayed(self._differentiate, record, device) if record else self._differentiate
         )
         self.step_recorded = (
-            Replayed(self._step_on_device, record, lambda: [self.gradient, *self._carried()])
+            Replayed(self._step_on_device, record, device, lambda: [self.gradient, *self._carried()])
             if record
             else None
         )
@@ -447,7 +447,8 @@ class Learner:
             batch.weight,
         )
         tensors = [array if isinstance(array, Tensor) else torch.from_numpy(array) for array in arrays]
-        if self.device.type != "cpu":
+        if self.device.type != "cpu" and not self.step_recorded:
+            # Recorded passes copy them to a place of their own.
             tensors = [tensor.to(self.device, non_blocking=True) for tensor in tensors]
         if self.dtype != torch.float32:
             for index in (2, 4, 5):

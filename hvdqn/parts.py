@@ -56,10 +56,11 @@ def build_parts(config: Config, comm: Comm, timer: PhaseTimer, env_steps: int = 
         env_steps: where the run is resumed, for the seeds.
 
     Raises:
-        UserError: on all ranks, where one cannot make its environments or network.
+        UserError: on all ranks, where one cannot have its GPU, or make its environments or network.
     """
     seeds = rank_seeds(config.run.seed, comm.rank, env_steps)
-    device, threads = choose_device(config, comm), share_of_cores(config, comm)
+    device = together(comm, lambda: choose_device(config, comm), timer)
+    threads = share_of_cores(config, comm)
     environment = config.environment
     envs = together(
         comm,
@@ -235,9 +236,19 @@ def device_kind(config: Config) -> str:
 
 
 def choose_device(config: Config, comm: Comm) -> torch.device:
-    """The rank's device: a GPU of its own where its host has as many as ranks."""
+    """The rank's device: a GPU of its own where its host has as many as ranks.
+
+    Raises:
+        UserError: ranks would share one, and the engine does not let them.
+    """
     if device_kind(config) == "cpu":
         return torch.device("cpu")
+    ranks, gpus = comm.local_size, torch.cuda.device_count()
+    if ranks > gpus and not comm.ranks_may_share_a_gpu:
+        raise UserError(
+            f"--comm {comm.name} wants a GPU for each rank, and a host has {ranks} ranks and {gpus} "
+            f"GPU{'s' * (gpus != 1)}; start fewer ranks there, choose --comm mpi, or start with torchrun"
+        )
     device = torch.device("cuda", comm.local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     # Of autograd's thread, which then finds the context by itself.

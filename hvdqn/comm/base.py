@@ -39,9 +39,11 @@ class Comm(ABC):
         size: processes in the job.
         local_rank: this process among those of its host.
         local_size: processes on this host.
+        ranks_may_share_a_gpu: whether it reduces tensors of two ranks on one GPU.
     """
 
     name: ClassVar[str]
+    ranks_may_share_a_gpu: ClassVar[bool] = True
     why: str = ""
 
     def __init__(self, rank: int, size: int, local_rank: int, local_size: int) -> None:

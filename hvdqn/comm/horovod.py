@@ -15,7 +15,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from hvdqn.comm.base import Comm, LaunchError
@@ -75,6 +74,7 @@ class HorovodComm(Comm):
     """
 
     name = "horovod"
+    ranks_may_share_a_gpu = False  # NCCL wants one for each
 
     def __init__(self, device: str, over_mpi: bool) -> None:
         self._mpi: Any = None
@@ -97,12 +97,6 @@ class HorovodComm(Comm):
         self._hvd.init()
         hvd = self._hvd
         super().__init__(hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size())
-        gpus = torch.cuda.device_count()
-        if device.startswith("cuda") and self.local_size > gpus:
-            raise LaunchError(
-                f"{self.local_size} ranks of this host have {gpus} GPU{'s' * (gpus != 1)}, NCCL wants one for each; "
-                "start fewer ranks on a host, choose --comm mpi, or start with torchrun"
-            )
         crowded = (
             hvd.local_size() > (os.cpu_count() or 1) or os.environ.get("HVDQN_SLEEP_WHEN_WAITING") == "1"
         )

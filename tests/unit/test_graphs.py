@@ -95,7 +95,7 @@ def test_inputs_are_copied_where_they_were_recorded():
         seen.append(x.data_ptr())
         return (2 * x,)
 
-    function = Replayed(double, call_again)
+    function = Replayed(double, call_again, torch.device("cpu"))
     given = [torch.full((3,), float(i)) for i in range(3)]
     results = [function(x) for x in given]
     assert len(set(seen)) == 1

@@ -23,7 +23,7 @@ from hvdqn.comm.local import LocalComm
 from hvdqn.config import Config, UserError, parse, preset_config
 from hvdqn.learner import REPORTED
 from hvdqn.metrics import PhaseTimer
-from hvdqn.parts import build_parts, importance_at, share_of_cores
+from hvdqn.parts import build_parts, choose_device, importance_at, share_of_cores
 from hvdqn.presets import JOINED, PRESETS
 from hvdqn.replay import PrioritizedSampler
 from hvdqn.resume import restore
@@ -327,6 +327,21 @@ def test_cores_are_shared_among_the_ranks_that_may_use_them(bound, threads, monk
         return share_of_cores(Config(), comm)
 
     assert run_ranks(len(bound), body) == threads
+
+
+def test_ranks_share_a_gpu_where_their_engine_lets_them(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    comm, config = LocalComm(), parse(["--preset", "smoke", "--device", "cuda"])
+    comm.local_size, comm.local_rank = 4, 3
+    assert choose_device(config, comm) == torch.device("cuda", 1)
+    monkeypatch.setattr(LocalComm, "ranks_may_share_a_gpu", False)
+    with pytest.raises(UserError, match="a host has 4 ranks and 2 GPUs; start fewer ranks there"):
+        choose_device(config, comm)
+    comm.local_size = 2
+    assert choose_device(config, comm) == torch.device("cuda", 1)
+    assert choose_device(config.replace(device="cpu"), comm) == torch.device("cpu")
 
 
 def test_beta_rises_to_one_over_global_env_steps():
