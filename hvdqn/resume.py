@@ -102,12 +102,12 @@ def find_checkpoint(
         f"warning: checkpoint {name} is set aside as {name}.broken: {why}" for name, why in broken.items()
     ]
     if broken and found is None:
-        lines.append(
-            "warning: no checkpoint is whole: the run begins anew; its records until now are in metrics.jsonl.old"
-        )
+        kept = ""
         if checkpoints.comm.rank == 0:
             with suppress(OSError):
                 (run_dir / METRICS_FILE).rename(run_dir / f"{METRICS_FILE}.old")
+                kept = f"; its records until now are in {METRICS_FILE}.old"
+        lines.append(f"warning: no checkpoint is whole: the run begins anew{kept}")
     return found, lines
 
 
