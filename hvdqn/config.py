@@ -17,7 +17,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -383,17 +383,22 @@ def parse(argv: Sequence[str], prog: str = "python -m hvdqn.train") -> Config:
             with _blaming(names.config):
                 default = parse_flags(Config, _as_flags(file_settings), prog, default)
         config = dataclasses.replace(parse_flags(Config, argv, prog, default), config="")
-        check(config)
+        given = {word.split("=")[0] for word in argv}
+        in_file = {"--" + name.replace("_", "-") for name in file_settings} - given
+        with _blaming(names.config, in_file):
+            check(config)
         return config
     return parse_flags(Config, argv, prog)
 
 
 @contextlib.contextmanager
-def _blaming(path: str) -> Iterator[None]:
-    """Say of what is wrong that it stands in this file."""
+def _blaming(path: str, flags: Collection[str] | None = None) -> Iterator[None]:
+    """Say of what is wrong that it stands in this file; where flags are given, only if one of them is named."""
     try:
         yield
     except UserError as error:
+        if flags is not None and not set(str(error).split()) & set(flags):
+            raise
         raise UserError(f"in the config file '{path}': {error}") from None
 
 

@@ -133,7 +133,12 @@ HERE = {
         "'total_env_steps'",
         files={"c.yaml": "total_steps: 5"},
     ),
-    "wrong value in config": wrong("--config {tmp}/c.yaml", "--gamma is 1.5", files={"c.yaml": "gamma: 1.5"}),
+    "wrong value in config": wrong(
+        "--config {tmp}/c.yaml", "in the config file", "c.yaml", "--gamma is 1.5", files={"c.yaml": "gamma: 1.5"}
+    ),
+    "wrong value beside config": wrong(
+        "--config {tmp}/c.yaml --gamma=1.5", "error: --gamma is 1.5", files={"c.yaml": "gamma: 0.9\nlr: 1e-3"}
+    ),
     "wrong type in config": wrong(
         "--config {tmp}/c.yaml", "config file", "c.yaml", "--lr", "fast", files={"c.yaml": "lr: fast"}
     ),
