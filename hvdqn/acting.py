@@ -215,7 +215,16 @@ class Actor:
 
     def step(self, actions: NDArray[np.int64]) -> Step:
         """Take one env step in every environment."""
-        step = self.envs.step(actions)
+        self.send(actions)
+        return self.receive()
+
+    def send(self, actions: NDArray[np.int64]) -> None:
+        """Begin one; environments that run beside this thread work from here on."""
+        self.envs.send(actions)
+
+    def receive(self) -> Step:
+        """Finish what `send` began."""
+        step = self.envs.receive()
         self.frames.push(step.observation, step.fresh)
         self.random.interrupt(step.fresh)
         return step

@@ -40,7 +40,7 @@ from hvdqn.faults import (
     Watchdog,
     sole_job,
 )
-from hvdqn.learner import NonFiniteError
+from hvdqn.learner import Learned, NonFiniteError
 from hvdqn.metrics import PhaseTimer
 from hvdqn.parts import Parts, build_parts, make_clock, make_epsilons, make_learner
 from hvdqn.replay import Batch
@@ -147,10 +147,11 @@ class ElasticTraining(Training):
         """This rank's next minibatch; None while its replay fills."""
         return super().draw() if self.filling_env_steps <= 0 else None
 
-    def act(self) -> None:
+    def act(self, and_step: bool = False) -> Learned | None:
         """One env step in every environment, into replay."""
-        super().act()
+        learned = super().act(and_step)
         self.filling_env_steps -= self.clock.envs
+        return learned
 
     def attend(self) -> None:
         """Do what the last env step made due besides updates.

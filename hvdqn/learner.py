@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from hvdqn.metrics import PhaseTimer
 
 T = TypeVar("T")
+# What replay is told of a minibatch: its rows, and how wrong each was, both [batch].
+Learned: TypeAlias = tuple[NDArray[np.int64], NDArray[np.floating[Any]]]
 
 
 def flatten_parameters(network: nn.Module, device: torch.device) -> Tensor:
@@ -176,7 +178,7 @@ class Learner:
         self.backward(batch)
         self.sync.begin(self)
 
-    def finish_update(self) -> tuple[NDArray[np.int64], NDArray[np.floating[Any]]]:
+    def finish_update(self) -> Learned:
         """Wait for the exchange and take the step.
 
         Returns:

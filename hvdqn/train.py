@@ -48,7 +48,7 @@ from hvdqn.faults import (
     sole_job,
     together,
 )
-from hvdqn.learner import NonFiniteError
+from hvdqn.learner import Learned, NonFiniteError
 from hvdqn.metrics import Metrics, PhaseTimer, WaitHint, replace_file, write_summary
 from hvdqn.parts import Parts, build_parts, device_kind, importance_at
 from hvdqn.replay import Batch
@@ -108,6 +108,8 @@ class Training:
         self.progress = Progress()
         self.saved_at_env_steps = -1
         self.target_due = False
+        # While environments are busy a GPU takes the step, too. On a host both would want the same cores.
+        self.steps_beside_envs = parts.device.type == "cuda"
         # Of this rank, since it began or went on.
         self.acted_env_steps = 0
         self.seconds_before = self.timer.seconds()
@@ -174,9 +176,9 @@ class Training:
     def iterate(self) -> None:
         """Act once in every environment, and take the updates that are due."""
         travelling = self.begin_updates()
-        self.act()  # while the gradients travel
+        learned = self.act(and_step=travelling and self.steps_beside_envs)  # while the gradients travel
         if travelling:
-            self.finish_update()
+            self.finish_update(learned)
         elif self.clock.poll_due(POLL_ITERATIONS):
             self.learner.exchange(self.report())
 
@@ -230,22 +232,26 @@ class Training:
         importance = importance_at(self.config, self.comm.size, self.clock.env_steps)
         return self.replay.sample(self.config.replay.batch_per_rank, importance)
 
-    def finish_update(self) -> None:
-        """Take the step that was begun, and tell replay how wrong the minibatch was."""
-        rows, td_errors = self.learner.finish_update()
+    def finish_update(self, learned: Learned | None = None) -> None:
+        """Take the step that was begun, unless it was taken, and tell replay how wrong the minibatch was."""
+        rows, td_errors = learned or self.learner.finish_update()
         self.timer.start("sample")
         self.replay.update(rows, td_errors)
 
-    def act(self) -> None:
-        """One env step in every environment, into replay."""
+    def act(self, and_step: bool = False) -> Learned | None:
+        """One env step in every environment, into replay; meanwhile, if asked, the step of the update under way."""
         self.timer.start("act")
         actions = self.actor.choose(self.parts.epsilons.at(self.clock.env_steps))
         self.timer.start("env")
-        step = self.actor.step(actions)
+        self.actor.send(actions)
+        learned = self.learner.finish_update() if and_step else None
+        self.timer.start("env")
+        step = self.actor.receive()
         self.timer.start("add")
         self.replay.add(actions, step)
         self.clock.tick()
         self.acted_env_steps += len(actions)
+        return learned
 
     def report(self) -> Sequence[float]:
         """What this rank tells the others since it last did: `learner.REPORTED`."""

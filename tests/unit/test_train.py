@@ -132,6 +132,37 @@ def test_the_same_seed_ends_with_the_same_parameters(
     assert run(tmp_path / "other", "--seed", "2")["param_sha256"] != overlapped["param_sha256"]
 
 
+@pytest.mark.parametrize(
+    "flags", [("--replay", "prioritized"), ("--env", "ALE/Pong-v5", "--frame-stack", "4")]
+)
+def test_a_step_taken_while_environments_are_busy_is_the_same_step(
+    flags: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it is beside a GPU: the same bits, with two updates an iteration of which the first is not held back."""
+    words = (
+        "--replay-ratio",
+        "8",
+        "--batch-per-rank",
+        "16",
+        "--envs-per-rank",
+        "4",
+        "--hidden",
+        "16",
+        *flags,
+    )
+    after = run(tmp_path / "after", *words)
+    prepared = train.Training.begin
+
+    def begin(training: train.Training, *args: Any) -> None:
+        training.steps_beside_envs = True
+        prepared(training, *args)
+
+    monkeypatch.setattr(train.Training, "begin", begin)
+    beside = run(tmp_path / "beside", *words)
+    assert beside["updates"] == after["updates"] > 0
+    assert beside["param_sha256"] == after["param_sha256"]
+
+
 def test_it_says_what_runs_and_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(tmp_path)
     said = capsys.readouterr().out
