@@ -47,6 +47,7 @@ from hvdqn.replay import Batch
 from hvdqn.resume import Progress, begin
 from hvdqn.sync.gradients import Gradients
 from hvdqn.train import (
+    Rest,
     Training,
     check_same_config,
     open_run_dir,
@@ -147,9 +148,9 @@ class ElasticTraining(Training):
         """This rank's next minibatch; None while its replay fills."""
         return super().draw() if self.filling_env_steps <= 0 else None
 
-    def act(self, and_step: bool = False) -> Learned | None:
+    def act(self, meanwhile: Rest | None = None) -> Learned | None:
         """One env step in every environment, into replay."""
-        learned = super().act(and_step)
+        learned = super().act(meanwhile)
         self.filling_env_steps -= self.clock.envs
         return learned
 

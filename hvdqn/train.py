@@ -64,6 +64,7 @@ gc.enable()
 POLL_ITERATIONS = 8
 
 T = TypeVar("T", bound="Training")
+Rest = Callable[[], Learned]
 Work = Callable[[Config, Comm, StopSignal, PhaseTimer], int]
 
 
@@ -108,8 +109,8 @@ class Training:
         self.progress = Progress()
         self.saved_at_env_steps = -1
         self.target_due = False
-        # While environments are busy a GPU takes the step, too. On a host both would want the same cores.
-        self.steps_beside_envs = parts.device.type == "cuda"
+        # A GPU learns while environments are busy. On a host both would want the same cores.
+        self.learns_beside_envs = parts.device.type == "cuda"
         # Of this rank, since it began or went on.
         self.acted_env_steps = 0
         self.seconds_before = self.timer.seconds()
@@ -175,10 +176,10 @@ class Training:
 
     def iterate(self) -> None:
         """Act once in every environment, and take the updates that are due."""
-        travelling = self.begin_updates()
-        learned = self.act(and_step=travelling and self.steps_beside_envs)  # while the gradients travel
-        if travelling:
-            self.finish_update(learned)
+        rest = self.begin_updates()
+        learned = self.act(rest if self.learns_beside_envs else None)  # while the gradients travel
+        if rest:
+            self.tell_replay(learned or rest())
         elif self.clock.poll_due(POLL_ITERATIONS):
             self.learner.exchange(self.report())
 
@@ -209,42 +210,58 @@ class Training:
         self.learner.agree()
         self.sync_target()
 
-    def begin_updates(self) -> bool:
-        """Begin every update that is due; whether the last one's gradient is still travelling."""
-        travelling = False
+    def begin_updates(self) -> Rest | None:
+        """Begin every update that is due, and finish all but the last; what is left to do of that."""
+        rest: Rest | None = None
         while self.clock.update_due():
-            if travelling:
-                self.finish_update()
-            self.timer.start("sample")
-            batch = self.draw()
-            self.timer.start("compute")
-            done = self.clock.env_steps / self.config.run.total_env_steps
-            self.learner.begin_update(batch, self.report(), done)
-            self.clock.count_update()
-            travelling = True
+            if rest:
+                self.tell_replay(rest())
+            rest = self.begin_update()
             if not self.config.parallel.overlap:
-                self.finish_update()
-                travelling = False
-        return travelling
+                self.tell_replay(rest())
+                rest = None
+        return rest
+
+    def begin_update(self) -> Rest:
+        """Begin an update as far as is good before the environments step; what is left to do of it."""
+        self.timer.start("sample")
+        batch, report, done = (
+            self.draw(),
+            self.report(),
+            self.clock.env_steps / self.config.run.total_env_steps,
+        )
+        self.clock.count_update()
+
+        def compute() -> None:
+            self.timer.start("compute")
+            self.learner.begin_update(batch, report, done)
+
+        def all_of_it() -> Learned:
+            compute()
+            return self.learner.finish_update()
+
+        if self.learns_beside_envs:
+            return all_of_it
+        compute()
+        return self.learner.finish_update
 
     def draw(self) -> Batch | None:
         """This rank's next minibatch."""
         importance = importance_at(self.config, self.comm.size, self.clock.env_steps)
         return self.replay.sample(self.config.replay.batch_per_rank, importance)
 
-    def finish_update(self, learned: Learned | None = None) -> None:
-        """Take the step that was begun, unless it was taken, and tell replay how wrong the minibatch was."""
-        rows, td_errors = learned or self.learner.finish_update()
+    def tell_replay(self, learned: Learned) -> None:
+        """Tell replay how wrong a minibatch was."""
         self.timer.start("sample")
-        self.replay.update(rows, td_errors)
+        self.replay.update(*learned)
 
-    def act(self, and_step: bool = False) -> Learned | None:
-        """One env step in every environment, into replay; meanwhile, if asked, the step of the update under way."""
+    def act(self, meanwhile: Rest | None = None) -> Learned | None:
+        """One env step in every environment, into replay; what `meanwhile` gave, which is done while they are busy."""
         self.timer.start("act")
         actions = self.actor.choose(self.parts.epsilons.at(self.clock.env_steps))
         self.timer.start("env")
         self.actor.send(actions)
-        learned = self.learner.finish_update() if and_step else None
+        learned = meanwhile() if meanwhile else None
         self.timer.start("env")
         step = self.actor.receive()
         self.timer.start("add")

@@ -135,10 +135,10 @@ def test_the_same_seed_ends_with_the_same_parameters(
 @pytest.mark.parametrize(
     "flags", [("--replay", "prioritized"), ("--env", "ALE/Pong-v5", "--frame-stack", "4")]
 )
-def test_a_step_taken_while_environments_are_busy_is_the_same_step(
+def test_what_is_learned_while_environments_are_busy_is_the_same(
     flags: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As it is beside a GPU: the same bits, with two updates an iteration of which the first is not held back."""
+    """As it is beside a GPU: the same bits, with two updates an iteration of which the last is held back."""
     words = (
         "--replay-ratio",
         "8",
@@ -154,7 +154,7 @@ def test_a_step_taken_while_environments_are_busy_is_the_same_step(
     prepared = train.Training.begin
 
     def begin(training: train.Training, *args: Any) -> None:
-        training.steps_beside_envs = True
+        training.learns_beside_envs = True
         prepared(training, *args)
 
     monkeypatch.setattr(train.Training, "begin", begin)
