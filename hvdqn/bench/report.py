@@ -115,7 +115,7 @@ class Row:
     unit: str
     values: tuple[float, ...]
     """One a round."""
-    goal: float
+    goal: float | None = None
     at_most: bool = False
     """Whether less is better."""
 
@@ -125,8 +125,10 @@ class Row:
         return statistics.median(self.values)
 
     @property
-    def met(self) -> bool:
-        """Whether the median reaches the goal."""
+    def met(self) -> bool | None:
+        """Whether the median reaches the goal, if there is one."""
+        if self.goal is None:
+            return None
         return self.median <= self.goal if self.at_most else self.median >= self.goal
 
     def as_json(self) -> dict[str, Any]:
@@ -136,8 +138,9 @@ class Row:
     def cells(self) -> tuple[str, ...]:
         """As it is printed."""
         spread = f"{number(min(self.values))} to {number(max(self.values))}"
-        goal = f"{'<=' if self.at_most else '>='} {number(self.goal)}"
-        return (self.what, number(self.median) + self.unit, spread, goal, "yes" if self.met else "no")
+        goal = "" if self.goal is None else f"{'<=' if self.at_most else '>='} {number(self.goal)}"
+        reached = {None: "", True: "yes", False: "no"}[self.met]
+        return (self.what, number(self.median) + self.unit, spread, goal, reached)
 
 
 def print_goals(title: str, rows: Sequence[Row]) -> None:
