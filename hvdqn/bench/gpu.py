@@ -33,10 +33,11 @@ WORKLOAD = (
     "--preset", "atari", "--env", "ALE/Pong-v5", "--device", "cuda", "--replay-capacity", "100000",
     "--batch-per-rank", "512",
 )  # fmt: skip
-# `pong` as two ranks play it, in one process.
+# `pong` as four ranks play it, in one process. Where nothing is left to chance a player of some strength may repeat one
+# rally for ever: hence evaluations with the epsilon of Dopamine (Castro et al. 2018).
 PONG = (
-    "--preset", "pong", "--device", "cuda", "--precision", "bf16", "--cuda-graphs", "--envs-per-rank", "16",
-    "--batch-per-rank", "64", "--lr-reference-batch", "32", "--eval-episodes", "16",
+    "--preset", "pong", "--device", "cuda", "--precision", "bf16", "--cuda-graphs", "--envs-per-rank", "32",
+    "--batch-per-rank", "128", "--lr-reference-batch", "32", "--eval-episodes", "16", "--eval-epsilon", "0.001",
 )  # fmt: skip
 WAYS: Mapping[str, Mapping[str, Any]] = {
     "fp32": {"precision": "fp32"},
