@@ -6,7 +6,7 @@
     hvdqn bench solve [...]                 seconds until the greedy policy reaches a return
     hvdqn bench loop | allreduce [...]      one measurement by itself; under a launcher, of all its ranks
     hvdqn bench replay | startup [...]      whether a large replay is slower; seconds until the first env step
-    hvdqn bench gpu [...]                   all that is promised of a GPU; never run on one
+    hvdqn bench gpu [...]                   all that is promised of a GPU
 
 Each prints a table and writes JSON; --help says more.
 """
