@@ -17,7 +17,7 @@ PROG = "hvdqn bench startup"
 UNTIL_FIRST_STEP = """
 import os, sys
 from hvdqn import train
-train.Training.act = lambda self: os._exit(0)
+train.Training.act = lambda *_: os._exit(0)
 sys.exit(train.main(sys.argv[1:]))
 """
 
