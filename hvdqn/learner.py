@@ -141,7 +141,7 @@ class Learner:
             Replayed(self._differentiate, record, device) if record else self._differentiate
         )
         self.step_recorded = (
-            Replayed(self._step_on_device, record, device, lambda: [self.gradient, *self._carried()])
+            Replayed(self._step_on_device, record, device, lambda: [self.gradient, *self.state().values()])
             if record
             else None
         )
@@ -274,7 +274,7 @@ class Learner:
             if self.comm.size > 1:
                 self.gradient.mul_(self.comm.size / (self.comm.size - absent.double()))
             norm = torch.linalg.vector_norm(self.gradient).double() / largest
-            carried = self._carried()
+            carried = list(self.state().values())
             before = [tensor.clone() for tensor in carried]
             limit = self.config.max_grad_norm or math.inf
             self._move(torch.where(norm > limit, limit / norm, 1.0) / largest, lr)
@@ -282,10 +282,6 @@ class Learner:
             for tensor, old in zip(carried, before, strict=True):
                 torch.where(finite, tensor, old, out=tensor)
             return (norm,)
-
-    def _carried(self) -> list[Tensor]:
-        """What the optimizer takes from step to step."""
-        return [self.parameters, self.target_parameters, *self.optimizer.moments().values()]
 
     def descend(self, norm: float, largest: float) -> None:
         """Clip `gradient`, of this norm once divided by `largest`, and step; a target that follows does so."""

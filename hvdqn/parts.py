@@ -249,7 +249,7 @@ def choose_device(config: Config, comm: Comm) -> torch.device:
             f"--comm {comm.name} wants a GPU for each rank, and a host has {ranks} ranks and {gpus} "
             f"GPU{'s' * (gpus != 1)}; start fewer ranks there, choose --comm mpi, or start with torchrun"
         )
-    device = torch.device("cuda", comm.local_rank % torch.cuda.device_count())
+    device = torch.device("cuda", comm.local_rank % gpus)
     torch.cuda.set_device(device)
     # Of autograd's thread, which then finds the context by itself.
     warnings.filterwarnings("ignore", "Attempting to run cuBLAS, but there was no current CUDA context")

@@ -15,14 +15,12 @@ from hvdqn.config import NetworkConfig, parse
 from hvdqn.graphs import record_cuda_graph
 from hvdqn.metrics import PhaseTimer
 from hvdqn.parts import build_parts
-from hvdqn.replay import PrioritizedSampler, Replay, UniformSampler
 from hvdqn.replay.frames import DeviceFrames, HostFrames, PinnedFrames
 from hvdqn.seeds import load_torch_state, torch_state
 from hvdqn.train import main
-from tests.unit.replay_naive import ScriptedEnvs, ring_for
 from tests.unit.test_graphs import LEARNERS, LR
 from tests.unit.test_learner import REPORT, make_batch, make_learner
-from tests.unit.test_replay import SCRIPT
+from tests.unit.test_replay_frames import SAMPLERS, replays
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="NOT RUN: torch sees no GPU here")
 
@@ -80,25 +78,12 @@ def test_a_graph_draws_anew_each_time_and_goes_on_from_a_checkpoint(network):
     assert torch.equal(*ends)
 
 
-def replays(sampler):
-    """The same environments recorded in the host's memory, in the host's with pinned minibatches, and on the GPU."""
-    envs = ScriptedEnvs(SCRIPT, "same_step")
-    kinds = (HostFrames, PinnedFrames, partial(DeviceFrames, device=GPU))
-    rings = [ring_for(envs, 3 * 13, 2, 3, frames=kind) for kind in kinds]
-    made = [Replay(ring, sampler(ring, np.random.default_rng(0))) for ring in rings]
-    first = envs.reset()
-    for replay in made:
-        replay.start(first)
-    for _ in range(40):
-        step = envs.step()
-        for replay in made:
-            replay.add(*step)
-    return made
+KINDS = (HostFrames, PinnedFrames, partial(DeviceFrames, device=GPU))
 
 
-@pytest.mark.parametrize("sampler", [UniformSampler, PrioritizedSampler])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_minibatches_are_those_of_the_host(sampler):
-    made = replays(sampler)
+    _, made = replays(sampler, KINDS)
     for _ in range(5):
         host, pinned, device = (replay.sample(16) for replay in made)
         for field in host.__slots__:
@@ -112,7 +97,8 @@ def test_minibatches_are_those_of_the_host(sampler):
 
 
 def test_observations_go_from_the_gpu_to_the_host():
-    host, pinned, device = (replay.ring for replay in replays(UniformSampler))
+    _, made = replays("uniform", KINDS)
+    host, pinned, device = (replay.ring for replay in made)
     rows = slice(0, 13)
     np.testing.assert_array_equal(device.observation[rows], host.observation[rows])
     pinned.observation[rows] = 0

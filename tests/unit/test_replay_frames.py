@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ from hvdqn.config import UserError, parse
 from hvdqn.metrics import PhaseTimer
 from hvdqn.parts import build_parts, place_frames
 from hvdqn.replay import PrioritizedSampler, Replay, Ring, UniformSampler
-from hvdqn.replay.frames import DeviceFrames, HostFrames, PinnedFrames
+from hvdqn.replay.frames import DeviceFrames, HostFrames, MakeFrames, PinnedFrames
 from hvdqn.trailer import REPORTED
 from tests.unit.replay_naive import ScriptedEnvs, check_ring, ring_for
 from tests.unit.test_replay import SCRIPT
@@ -23,10 +24,12 @@ ON_DEVICE = partial(DeviceFrames, device=torch.device("cpu"))
 SAMPLERS = {"uniform": UniformSampler, "prioritized": PrioritizedSampler}
 
 
-def replays(sampler: str, frame_stack: int = 2, n_step: int = 3) -> tuple[ScriptedEnvs, list[Replay]]:
-    """The same environments recorded in a ring on the host and in one on the device."""
+def replays(
+    sampler: str, kinds: Sequence[MakeFrames] = (HostFrames, ON_DEVICE)
+) -> tuple[ScriptedEnvs, list[Replay]]:
+    """The same environments recorded in rings of these kinds: one on the host and one on the device."""
     envs = ScriptedEnvs(SCRIPT, "same_step")
-    rings = [ring_for(envs, 3 * 13, frame_stack, n_step, frames=kind) for kind in (HostFrames, ON_DEVICE)]
+    rings = [ring_for(envs, 3 * 13, 2, 3, frames=kind) for kind in kinds]
     made = [Replay(ring, SAMPLERS[sampler](ring, np.random.default_rng(0))) for ring in rings]
     first = envs.reset()
     for replay in made:
