@@ -55,6 +55,7 @@ from hvdqn.train import (
     refuse,
     refuse_unconnected,
     start,
+    tune_process,
 )
 
 EXIT_JOB_FAILED = 70
@@ -362,6 +363,7 @@ def elastic_config(argv: Sequence[str], max_np: int) -> Config:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of every worker; returns the exit code."""
+    tune_process()
     stop = StopSignal()
     try:
         max_np, join_timeout, rest = elastic_options(sys.argv[1:] if argv is None else argv)

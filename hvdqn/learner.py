@@ -228,8 +228,9 @@ class Learner:
         """What should have been predicted of the actions that were taken, as the head puts it."""
         head, next_output = self.target.head, self._cast(self.target, next_observation)
         if not self.config.munchausen:
-            double = self.config.double
-            q = self._cast(self.online.q_values, next_observation) if double else head.q_values(next_output)
+            if not self.config.double:
+                return head.goal(head.best(next_output), reward, discount)
+            q = self._cast(self.online.q_values, next_observation)
             return head.goal(select(next_output, q.argmax(dim=1)), reward, discount)
         # Vieillard et al. 2020, eq. 1. Of n steps the first action's log-policy counts: the others' are not known.
         alpha, temperature = self.config.munchausen_alpha, self.config.munchausen_temperature

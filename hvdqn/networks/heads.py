@@ -55,6 +55,10 @@ class Head(nn.Module, ABC):
     def q_values(self, output: Tensor) -> Tensor:
         """Expected return of each action, `[batch, actions]`, from an output."""
 
+    def best(self, output: Tensor) -> Tensor:
+        """The entry of each row's best action, `[batch, ...]`."""
+        return select(output, self.q_values(output).argmax(dim=1))
+
     @abstractmethod
     def goal(self, next_output: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
         """What an output should have been, `[batch, ...]`.
@@ -127,6 +131,10 @@ class ScalarHead(Head):
     def q_values(self, output: Tensor) -> Tensor:
         """The output itself."""
         return output
+
+    def best(self, output: Tensor) -> Tensor:
+        """The largest of each row, `[batch]`."""
+        return output.amax(dim=1)
 
     def goal(self, next_output: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
         """The backed-up return, `[batch]`."""

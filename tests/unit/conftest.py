@@ -4,6 +4,7 @@ import signal
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 
 @pytest.fixture(autouse=True)
@@ -13,3 +14,9 @@ def _signals_as_before() -> Iterator[None]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def _denormals_as_before() -> None:
+    """Training in this process has it flush them, and Hypothesis refuses to draw numbers where that is so."""
+    torch.set_flush_denormal(False)

@@ -61,6 +61,15 @@ def test_q_values_of_a_distribution_are_its_mean():
     assert network("qr").head.q_values(torch.arange(7.0).view(1, 1, 7)).item() == pytest.approx(3.0)
 
 
+@pytest.mark.parametrize("head", HEADS)
+def test_the_best_entry_is_that_of_the_largest_q_value(head):
+    made = network(head).head
+    output = made(torch.randn(5, 16))
+    best = made.best(output)
+    for row, q in enumerate(made.q_values(output)):
+        assert torch.equal(best[row], output[row, int(q.argmax())])
+
+
 def test_fractions_are_the_midpoints_of_equal_parts():
     assert midpoints(4).tolist() == [0.125, 0.375, 0.625, 0.875]
     torch.testing.assert_close(network("qr").head.fraction, (torch.arange(7) + 0.5) / 7)

@@ -13,6 +13,7 @@ from typing import Any
 
 import gymnasium as gym
 import pytest
+import torch
 import yaml
 
 from hvdqn import train
@@ -228,3 +229,10 @@ def test_an_environment_nobody_here_wrote_trains_with_dict_observations(tmp_path
 def need_third_party() -> None:
     if find_spec("popgym") is None:
         pytest.skip("popgym is not installed (the extra `test`): third-party environments are NOT tested")
+
+
+def test_a_process_that_trains_takes_denormals_for_zero(tmp_path):
+    small = torch.tensor([1e-38])
+    assert (small * 0.01).item() > 0
+    run(tmp_path)
+    assert (small * 0.01).item() == 0
