@@ -42,6 +42,13 @@ def summary(run_dir: Path) -> dict[str, Any]:
     return read
 
 
+def evaluations(run_dir: Path) -> dict[int, float]:
+    """Mean greedy return after so many env steps, of every evaluation in metrics.jsonl."""
+    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [row for row in map(json.loads, lines) if "eval_return_mean" in row]
+    return {row["env_steps"]: row["eval_return_mean"] for row in rows}
+
+
 def wait_for_checkpoint(job: Job, run_dir: Path, env_steps: int) -> None:
     """Until a checkpoint of `env_steps` or more is there."""
     job.wait_until(lambda: max(saved(run_dir), default=-1) >= env_steps, f"a checkpoint at {env_steps}")
