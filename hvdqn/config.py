@@ -677,6 +677,10 @@ def _check_parts(config: Config) -> None:
         )
     if learning.munchausen_clip > 0:
         raise UserError(f"--munchausen-clip is {learning.munchausen_clip:g}; it must be 0 or less")
+    if config.parallel.tolerate_dead_workers and config.parallel.stall_timeout == 0:
+        raise UserError(
+            "--tolerate-dead-workers needs the watchdog to find them; leave --stall-timeout 0 out, or give seconds"
+        )
     if 0 != config.exploration.epsilon_repeat <= 1:
         raise UserError(
             f"--epsilon-repeat is {config.exploration.epsilon_repeat:g}; it must be above 1, or 0 for single actions"

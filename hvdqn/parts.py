@@ -205,8 +205,9 @@ def make_replay(
         sampler: Sampler = UniformSampler(ring, rng)
         if config.replay.replay == "prioritized":
             sampler = PrioritizedSampler(ring, rng, config.replay.priority_alpha)
-    except MemoryError as error:
-        raise UserError(f"a replay of {capacity:,} transitions: {error}; lower --replay-capacity") from None
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        said = str(error).splitlines()[0]
+        raise UserError(f"a replay of {capacity:,} transitions: {said}; lower --replay-capacity") from None
     return Replay(ring, sampler)
 
 

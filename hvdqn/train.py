@@ -18,8 +18,10 @@ import gc
 gc.disable()  # what imports make stays: to look for garbage among it takes a fifth of a rank's start
 
 import ctypes
+import os.path
 import re
 import shutil
+import socket
 import sys
 import time
 import traceback
@@ -323,9 +325,8 @@ class Training:
             "eval_return_std": evaluation.std,
             "eval_episodes": len(evaluation.returns),
         }
-        if evaluation.mean > self.best_eval_return:
+        if evaluation.mean > self.best_eval_return and self.save_best(evaluation.mean):
             self.best_eval_return = evaluation.mean
-            self.save_best()
         self.metrics.log(self.clock.env_steps, self.clock.updates, self.progress.evaluation)
         self.metrics.say(f"evaluation at env step {self.clock.env_steps:,}, {evaluation}")
 
@@ -335,13 +336,13 @@ class Training:
             self.write_checkpoint(contents(self.parts, self.comm, self.progress))
             self.saved_at_env_steps = self.clock.env_steps
 
-    def save_best(self) -> None:
-        """Keep the weights of the best evaluation so far, as `checkpoints/best`."""
-        weights = {"learner": self.learner.state(), "eval_return_mean": self.best_eval_return}
+    def save_best(self, eval_return: float) -> bool:
+        """Keep the weights of the best evaluation so far, as `checkpoints/best`; whether they were written."""
+        weights = {"learner": self.learner.state(), "eval_return_mean": eval_return}
         parts = {LEARNER: weights} if self.comm.rank == 0 else {}
-        self.write_checkpoint(parts, best=True)
+        return self.write_checkpoint(parts, best=True)
 
-    def write_checkpoint(self, parts: Mapping[str, Any], best: bool = False) -> None:
+    def write_checkpoint(self, parts: Mapping[str, Any], best: bool = False) -> bool:
         """Write one; a disk that fails is said and counted, and does not end the run."""
         with self.timer.during("save"):
             failure = self.checkpoints.save(self.clock.env_steps, parts, self.config.flat(), best)
@@ -351,6 +352,7 @@ class Training:
                 f"warning: the checkpoint at env step {self.clock.env_steps:,} could not be written, "
                 f"the one before stands: {failure}"
             )
+        return not failure
 
     def decide_on_replay(self) -> None:
         """Whether checkpoints hold replay: found once in a run, the same on every rank."""
@@ -455,7 +457,7 @@ def open_run_dir(config: Config, comm: Comm) -> Path:
     """The run directory, made by rank 0; where the user names none, one that no other run has.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: rank 0 cannot write to it, or another rank does not see what it writes.
     """
     named = config.run.run_dir
     words = (
@@ -472,15 +474,41 @@ def open_run_dir(config: Config, comm: Comm) -> Path:
         try:
             made = path if named else _new_directory(path)
             made.mkdir(parents=True, exist_ok=True)
-            (made / ".writable").touch()
-            (made / ".writable").unlink()
+            (made / proof).touch()
         except OSError as error:
             raise UserError(
                 f"cannot write to the run directory '{path}': {error.strerror}; choose another with --run-dir"
             ) from None
         return str(made)
 
-    return Path(comm.broadcast_object(together(comm, make)))
+    proof = comm.broadcast_object(f".proof-{time.time_ns()}")
+    run_dir = Path(comm.broadcast_object(together(comm, make)))
+    try:
+        together(comm, lambda: look_for(run_dir / proof, comm.rank))
+    except UserError:
+        with suppress(OSError):
+            (run_dir / proof).unlink()
+            run_dir.rmdir()
+        raise
+    if comm.rank == 0:
+        (run_dir / proof).unlink(missing_ok=True)
+    return run_dir
+
+
+def look_for(proof: Path, rank: int, patience_seconds: float = 10.0) -> None:
+    """Wait until this rank sees the file that rank 0 has put into the run directory; some file systems take a moment.
+
+    Raises:
+        UserError: it does not see it.
+    """
+    deadline = time.monotonic() + patience_seconds
+    while not os.path.exists(proof):  # noqa: PTH110 - Path's raises where a folder may not be entered
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"rank {rank} on host {socket.gethostname()} does not see what rank 0 writes to the run directory "
+                f"'{proof.parent}'; with --run-dir name a folder that all hosts share"
+            )
+        time.sleep(0.1)
 
 
 def _new_directory(path: Path) -> Path:

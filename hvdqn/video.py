@@ -62,7 +62,7 @@ def record(network: QNetwork, config: EnvironmentConfig, path: Path, seed: int, 
     import imageio.v3 as imageio
 
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws without a display
-    with closing(make_environments(drawn(config), 1, seed, training=False)) as envs:
+    with closing(make_drawn(config, seed)) as envs:
         frames = [_enlarged(frame) for frame in play(network, envs, config, seed, epsilon)]
         if path.suffix == ".gif":
             imageio.imwrite(path, frames, duration=1000 / envs.frames_per_second, loop=0)
@@ -71,12 +71,20 @@ def record(network: QNetwork, config: EnvironmentConfig, path: Path, seed: int, 
     return len(frames)
 
 
-def drawn(config: EnvironmentConfig) -> EnvironmentConfig:
-    """The same environment in a vector that can draw it."""
+def make_drawn(config: EnvironmentConfig, seed: int) -> Environments:
+    """One such environment, in a vector that can draw it.
+
+    Raises:
+        UserError: it cannot be made to draw itself.
+    """
     kwargs = json.loads(config.env_kwargs or "{}")
     if not is_atari(find_spec(config.env)):
         kwargs["render_mode"] = "rgb_array"
-    return dataclasses.replace(config, vectorization="sync", env_kwargs=json.dumps(kwargs))
+    config = dataclasses.replace(config, vectorization="sync", env_kwargs=json.dumps(kwargs))
+    try:
+        return make_environments(config, 1, seed, training=False)
+    except UserError as error:
+        raise UserError(f"'{config.env}' cannot be drawn ({error}); leave --video out") from error
 
 
 def play(
@@ -88,9 +96,12 @@ def play(
     actor.start()
     for _ in range(LONGEST_FRAMES):
         try:
-            yield envs.picture()
-        except gym.error.DependencyNotInstalled as error:
+            picture = envs.picture()
+        except (gym.error.DependencyNotInstalled, NotImplementedError) as error:
             raise UserError(f"'{config.env}' cannot be drawn: {error}") from None
+        if picture is None:
+            raise UserError(f"'{config.env}' draws no pictures (render_mode 'rgb_array'); leave --video out")
+        yield picture
         step = actor.step(actor.choose(epsilon))
         if step.terminated[0] or step.truncated[0]:
             break

@@ -86,9 +86,11 @@ def largest_errors(config: Config, updates: int) -> Iterator[tuple[str, float, f
     of which one rounds otherwise.
     """
     config = config.replace(precision="fp32", cuda_graphs=False)
-    host, sides = built(config.replace(device="cpu")), {"": built(config)}
+    sides = {"": built(config)}
     if device_kind(config) == "cuda":
         sides[", CUDA graphs"] = built(config.replace(cuda_graphs=True))
+    # Last, for with it come as many threads as there are cores, and with the others one.
+    host = built(config.replace(device="cpu"))
     errors = {name: np.zeros(2) for name in sides}
     for _ in range(updates):
         batch = host.replay.sample(config.replay.batch_per_rank)

@@ -31,6 +31,9 @@ _RESERVED = {
     "game": "name the game in --env",
 }
 
+# Among infos. Not a plain word: other environments have such of their own, which mean something else.
+LIFE_LOST = "hvdqn.life_lost"
+
 
 def is_atari(spec: EnvSpec) -> bool:
     """Whether ALE's vector environment plays this id (`ALE/...-v5`)."""
@@ -53,7 +56,7 @@ class AtariVector(VectorEnv[NDArray[np.uint8], NDArray[np.int64], NDArray[Any]])
     """Several games, stepped by ALE's threads: 84x84 grey frames, frameskip 4, up to 30 no-ops, fire at the start.
 
     Autoreset is SAME_STEP: no call is spent on a reset. A lost life (where `episodic_life`) is a termination whose
-    final observation is also the next one, marked in `infos["final_info"]["life_lost"]`.
+    final observation is also the next one, marked in `infos["final_info"][LIFE_LOST]`.
 
     Args:
         games: how many are played.
@@ -106,7 +109,7 @@ class AtariVector(VectorEnv[NDArray[np.uint8], NDArray[np.int64], NDArray[Any]])
             life_lost = terminated & self._same_game(info)
             final = info["final_obs"][:, 0]  # ALE fills it for games that are over, and for no others
             final[life_lost] = observation[life_lost]
-            infos = {"final_obs": final, "final_info": {"life_lost": life_lost}}
+            infos = {"final_obs": final, "final_info": {LIFE_LOST: life_lost}}
         self._lives, self._frames = info["lives"], info["episode_frame_number"]
         return observation, reward, terminated, truncated, infos
 
@@ -156,8 +159,8 @@ class AtariGame(gym.Env[NDArray[np.uint8], int]):
         return self._shown, {}
 
     def render(self) -> NDArray[np.uint8]:
-        """The newest frame, grey in all three colours."""
-        return self._shown[:, :, None].repeat(3, axis=2)
+        """The newest frame; where it is grey, in all three colours."""
+        return self._shown if self._shown.ndim == 3 else self._shown[:, :, None].repeat(3, axis=2)
 
     def step(self, action: int) -> tuple[NDArray[np.uint8], float, bool, bool, dict[str, Any]]:
         """Take one action."""
@@ -166,6 +169,6 @@ class AtariGame(gym.Env[NDArray[np.uint8], int]):
         if not infos:
             return observation[0], float(reward[0]), False, False, {}
         self._begun = observation[0]
-        life_lost = bool(infos["final_info"]["life_lost"][0])
+        life_lost = bool(infos["final_info"][LIFE_LOST][0])
         final = infos["final_obs"][0]
-        return final, float(reward[0]), bool(terminated[0]), bool(truncated[0]), {"life_lost": life_lost}
+        return final, float(reward[0]), bool(terminated[0]), bool(truncated[0]), {LIFE_LOST: life_lost}

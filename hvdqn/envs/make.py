@@ -27,7 +27,7 @@ from hvdqn.config import (
     import_module,
 )
 from hvdqn.envs import snapshot
-from hvdqn.envs.atari import AtariGame, AtariVector, game_settings, is_atari
+from hvdqn.envs.atari import LIFE_LOST, AtariGame, AtariVector, game_settings, is_atari
 from hvdqn.envs.vector import Environments
 
 # Namespaces that come with an extra: the module that registers them, and the extra's name.
@@ -207,14 +207,18 @@ class _Outermost(gym.Wrapper[Any, Any, Any, Any]):
             return observation, reward, False, False, {}
         # A copy: the reset that follows may write to the same buffer.
         final = np.array(observation)
-        return final, reward, bool(terminated), bool(truncated), {"life_lost": bool(info.get("life_lost"))}
+        return final, reward, bool(terminated), bool(truncated), {LIFE_LOST: bool(info.get(LIFE_LOST))}
 
     def save_state(self) -> dict[str, Any] | None:
         return snapshot.save(self.env)
 
-    def load_state(self, states: list[dict[str, Any]]) -> None:
-        """Its own of all envs' states: a vector's `call` tells every env the same."""
-        snapshot.load(self.env, states[self._index])
+    def load_state(self, states: list[dict[str, Any]]) -> str:
+        """Its own of all envs' states: a vector's `call` tells every env the same; what does not fit, or ""."""
+        try:
+            snapshot.load(self.env, states[self._index])
+        except ValueError as error:  # raised, it would end the worker of an async vector
+            return str(error)
+        return ""
 
 
 @contextmanager
@@ -242,6 +246,8 @@ def _wrap(env: gym.Env[Any, Any], path: str) -> gym.Env[Any, Any]:
     wrapper = import_attribute(path, "--wrapper")
     try:
         wrapped = wrapper(env)
+    except (gym.error.DependencyNotInstalled, ImportError) as error:
+        raise UserError(f"--wrapper '{path}' lacks a dependency: {_line(error)}; install it") from error
     except TypeError as error:
         raise UserError(
             f"--wrapper '{path}' cannot be called with an environment alone ({_line(error)}); "

@@ -16,7 +16,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 from numpy.typing import NDArray
 
 from hvdqn.envs import snapshot
-from hvdqn.envs.atari import AtariVector
+from hvdqn.envs.atari import LIFE_LOST, AtariVector
 
 Bools = NDArray[np.bool_]
 Observation = NDArray[Any]
@@ -49,7 +49,7 @@ class Episode(NamedTuple):
 
 
 class Environments:
-    """The envs of one rank. Observations are single frames: uint8 and bool stay, all else becomes float32.
+    """The envs of one rank. Observations are single frames, kept as `stored_dtype` says.
 
     Args:
         vector: any Gymnasium vector environment with Box observations and Discrete actions.
@@ -76,7 +76,7 @@ class Environments:
         self.actions = int(discrete.n)
         self.is_image = is_image(box)
         self.observation_shape = box.shape if self.is_image else (math.prod(box.shape),)
-        self.observation_dtype = box.dtype if box.dtype in (np.uint8, np.bool_) else np.dtype(np.float32)
+        self.observation_dtype = stored_dtype(box)
         self._vector = vector
         self._seed = seed
         self._clip_rewards = clip_rewards
@@ -154,10 +154,14 @@ class Environments:
         """What to act on next: [envs, *observation_shape]."""
         return self._observation
 
-    def picture(self) -> NDArray[np.uint8]:
-        """What the first env looks like, `[H, W, 3]`. For sync vectors made with `render_mode` "rgb_array"."""
+    def picture(self) -> NDArray[np.uint8] | None:
+        """What the first env looks like, `[H, W, 3]`; None where it does not draw itself.
+
+        For sync vectors made with `render_mode` "rgb_array".
+        """
         rendered = self._vector.render()
-        assert rendered is not None
+        if rendered is None or rendered[0] is None:
+            return None
         picture = np.asarray(rendered[0])
         return picture if picture.dtype == np.uint8 else (255 * picture).astype(np.uint8)
 
@@ -221,7 +225,8 @@ class Environments:
 
     def _load_vector(self, state: Any) -> None:
         if isinstance(self._vector, (SyncVectorEnv, AsyncVectorEnv)):
-            self._vector.call("load_state", state)
+            for complaint in filter(None, self._vector.call("load_state", state)):
+                raise ValueError(complaint)
         else:
             snapshot.load(self._vector, state)
 
@@ -272,7 +277,7 @@ class Environments:
         next_observation = observation.copy()
         for env in np.flatnonzero(done):
             next_observation[env] = np.reshape(infos["final_obs"][env], self.observation_shape)
-        life_lost = infos.get("final_info", {}).get("life_lost", False)
+        life_lost = infos.get("final_info", {}).get(LIFE_LOST, False)
         self._count(reward, done & ~np.asarray(life_lost))
         return Step(
             self._learned(reward), terminated, truncated, next_observation, observation, done, self._all
@@ -309,6 +314,16 @@ class Environments:
             process.kill()
 
 
+def stored_dtype(space: gym.spaces.Box) -> np.dtype[Any]:
+    """Bytes up to 255 and booleans stay, all else becomes float32.
+
+    Networks divide bytes by 255, which would make smaller numbers, such as those of cards or of tiles, next to nothing.
+    """
+    if space.dtype == np.bool_ or (space.dtype == np.uint8 and space.high.max(initial=0) == 255):
+        return np.dtype(space.dtype)
+    return np.dtype(np.float32)
+
+
 def is_image(space: gym.spaces.Box) -> bool:
     """Three dimensions of any type, or two of bytes; everything else is a vector."""
     return len(space.shape) == 3 or (len(space.shape) == 2 and space.dtype == np.uint8)
@@ -343,7 +358,10 @@ def _continues_exactly(twin: Callable[[int], Environments]) -> bool:
         state = played._save()
         if state is None:
             return False
-        fresh.load_state(state)
+        try:
+            fresh.load_state(state)
+        except ValueError:  # some part of it was made of chance
+            return False
         steps_alike = all(
             time.monotonic() <= deadline and _same(played.step(a), fresh.step(a))
             for a in actions[_REHEARSED_STEPS:]

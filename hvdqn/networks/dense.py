@@ -152,7 +152,7 @@ class Dense:
         """These modules in a row, or None where they are no such network."""
         leaves = list(_leaves(modules))
         last = leaves[-1] if leaves else None
-        if _share_parameters(leaves):
+        if _share_parameters(leaves) or any(map(_is_hooked, modules)):
             return None
         if last is None or type(last) is not Dueling:
             row = Row.of(*leaves)
@@ -213,6 +213,12 @@ def _share_parameters(modules: Sequence[nn.Module]) -> bool:
     """Whether they share a parameter, whose gradient is a sum, of which `backward` would leave the last summand."""
     each = [id(p) for module in modules for _, p in module.named_parameters(remove_duplicate=False)]
     return len(set(each)) < len(each)
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether something besides the layers themselves happens in it, such as `torch.nn.utils.spectral_norm`."""
+    kinds = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+    return any(getattr(part, kind) for part in module.modules() for kind in kinds)
 
 
 def _grad(parameter: Tensor) -> Tensor:

@@ -201,7 +201,7 @@ def _users(path: str, frame_shape: Sequence[int], frame_stack: int, is_image: bo
     shape = images[0].planes if images else (*stack, *frame_shape)
     try:
         module = build(shape)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(
             f"--torso '{path}' cannot be made for observations of shape {shape}: {' '.join(str(error).split())}"
         ) from error

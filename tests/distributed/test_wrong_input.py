@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from tests.launchers import Result, launch, start
+from tests.launchers import Result, launch, launch_line, start
 from tests.unit.test_wrong_input import tree
 
 pytestmark = pytest.mark.distributed
@@ -65,6 +67,21 @@ def test_ranks_of_different_settings(tmp_path: Path) -> None:
     result = refused("mpirun", 1, [*train, *second], words)
     assert result.returncode == 2, str(result)
     assert tree(tmp_path) == {}
+
+
+def test_a_run_directory_that_only_rank_0_sees(tmp_path: Path) -> None:
+    """A relative one, on hosts that start in folders of their own."""
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+    train = [sys.executable, *TRAIN, "--run-dir", "run"]
+    ranks = ["-np", "1", "-wdir", "here", *train, ":", "-np", "1", "-wdir", "there", *train]
+    result = launch_line(shlex.join(["mpirun", *ranks]), 2, timeout=120, cwd=tmp_path)
+    assert result.returncode == 2, str(result)
+    assert result.stderr.count("hvdqn: error: ") == 1, str(result)
+    assert re.search(
+        r"rank 1 on host \S+ does not see .* directory 'run'; with --run-dir name a folder", result.stderr
+    )
+    assert tree(tmp_path).keys() == {"here", "there"}
 
 
 def test_what_is_wrong_on_one_rank_alone_is_said_by_that_rank(tmp_path: Path) -> None:

@@ -73,6 +73,19 @@ class Observing(gym.Env[Any, int]):
         return self.observation_space.sample(), float(action), False, False, {}
 
 
+class Silent(Observing):
+    """Takes a render mode, and draws nothing."""
+
+    metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012 - as Gymnasium has it
+
+    def __init__(self, render_mode: str | None = None) -> None:
+        super().__init__(OBSERVED["Vector"])
+        self.render_mode = render_mode
+
+    def render(self) -> None:
+        return None
+
+
 class Forgetful(Scripted):
     """Rewards from a stream that its attributes do not show: it cannot be resumed exactly."""
 
@@ -96,6 +109,25 @@ class BeginsAnywhere(Scripted):
         return observation + next(self.stream), info
 
 
+class SaysLifeLost(Scripted):
+    """Uses a word of its own among its infos, which others use for something else."""
+
+    def step(self, action: int):
+        *rest, _ = super().step(action)
+        return *rest, {"life_lost": True}
+
+
+class MadeByChance(Scripted):
+    """One of its parts is of either of two kinds: what one of them saves does not fit the other."""
+
+    made = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        type(self).made += 1
+        self.part = Observing(self.observation_space) if self.made % 3 else Scripted()
+
+
 class Broken(Scripted):
     """An environment with a bug of its own."""
 
@@ -113,6 +145,7 @@ OBSERVED = {
     "Image": spaces.Box(0, 255, (8, 6, 3), np.uint8),
     "FloatImage": spaces.Box(0, 1, (3, 8, 6), np.float64),
     "BoolImage": spaces.Box(0, 1, (10, 10, 4), bool),
+    "Cards": spaces.Box(0, 51, (4,), np.uint8),
     "GrayImage": spaces.Box(0, 255, (8, 6), np.uint8),
     "Discrete": spaces.Discrete(4, start=2),
     "MultiDiscrete": spaces.MultiDiscrete([2, 3]),
@@ -130,6 +163,9 @@ OBSERVED = {
 gym.register("Scripted-v0", Scripted)
 gym.register("Forgetful-v0", Forgetful)
 gym.register("BeginsAnywhere-v0", BeginsAnywhere)
+gym.register("SilentVector-v0", Silent)
+gym.register("SaysLifeLost-v0", SaysLifeLost)
+gym.register("MadeByChance-v0", MadeByChance)
 gym.register("Broken-v0", Broken)
 for _name, _space in OBSERVED.items():
     gym.register(f"Observes{_name}-v0", Observing, kwargs={"observation_space": _space})
@@ -153,6 +189,13 @@ def doubled(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
 def broken(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
     """A wrapper with a bug of its own."""
     raise ValueError("a bug in the wrapper")
+
+
+def needs_more(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
+    """A wrapper whose library is not there."""
+    import no_such_library  # type: ignore[import-not-found]  # noqa: F401
+
+    return env
 
 
 def plus_ten(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:

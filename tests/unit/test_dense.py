@@ -117,6 +117,25 @@ def test_what_is_no_row_of_linear_layers():
     assert Dense.of(nn.Flatten(), nn.Sequential(one, nn.ReLU()), nn.Linear(2, 2)) is not None
 
 
+@pytest.mark.parametrize(
+    "hook",
+    [
+        lambda layer: torch.nn.utils.spectral_norm(layer),
+        lambda layer: layer.register_forward_hook(lambda module, inputs, output: 2 * output),
+        lambda layer: layer.register_full_backward_hook(lambda module, inner, outer: None),
+    ],
+    ids=["spectral norm", "forward", "backward"],
+)
+def test_layers_with_hooks_are_left_to_autograd(hook):
+    layers = nn.Sequential(nn.Linear(3, 2), nn.ReLU())
+    assert Dense.of(layers) is not None
+    hook(layers[0])
+    assert Dense.of(layers) is None
+    whole = nn.Sequential(nn.Linear(3, 2), nn.ReLU())
+    whole.register_forward_hook(lambda module, inputs, output: None)
+    assert Dense.of(whole) is None
+
+
 def test_a_copy_looks_at_its_own_parameters():
     made = network(hidden=(4,))
     target = made.target_copy()

@@ -138,6 +138,13 @@ def test_an_environment_that_reuses_its_buffer_keeps_its_final_observations():
         assert_same(one, other)
 
 
+def test_what_an_environment_says_of_lives_is_its_own_business():
+    environments = make("SaysLifeLost-v0", envs=1)
+    environments.reset()
+    steps_of(environments, 5)
+    assert [episode.length for episode in environments.finished()] == [3, 2]
+
+
 def test_steps_stay_as_they_were_given():
     environments = make("CartPole-v1", envs=3)
     environments.reset()
@@ -446,6 +453,27 @@ def test_state_that_no_attribute_shows_is_found_out_by_the_rehearsal(env: str):
     assert environments.state() is None
 
 
+def test_what_another_copy_cannot_take_is_not_exact():
+    environments = make("MadeByChance-v0", envs=1)
+    environments.reset()
+    assert environments.state() is None
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_a_state_that_does_not_fit_leaves_environments_that_can_begin_anew(vectorization: str):
+    cartpole, scripted = (make(env, vectorization="sync") for env in ("CartPole-v1", "Scripted-v0"))
+    cartpole.reset(), scripted.reset()
+    state = scripted.state()
+    assert state is not None
+    state["vector"] = cartpole.state()["vector"]
+    environments = make("Scripted-v0", vectorization=vectorization)
+    with pytest.raises(ValueError, match="does not fit"):
+        environments.load_state(state)
+    environments.reset()
+    assert len(steps_of(environments, 5)) == 5
+    environments.close()
+
+
 def test_environments_too_slow_for_a_rehearsal_are_not_exact(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("hvdqn.envs.vector._REHEARSAL_SECONDS", 0.0)
     environments = make("CartPole-v1")
@@ -589,6 +617,10 @@ WRONG = {
     "no wrapper": (
         {"wrapper": ("tests.unit.scripted_envs:nothing",)},
         r"returned a NoneType; it must return",
+    ),
+    "wrapper without its library": (
+        {"wrapper": ("tests.unit.scripted_envs:needs_more",)},
+        r"needs_more' lacks a dependency: No module named 'no_such_library'; install it",
     ),
     "native and wrapper": (
         {"wrapper": ("tests.unit.scripted_envs:doubled",), "vectorization": "native"},

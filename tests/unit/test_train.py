@@ -17,9 +17,10 @@ import torch
 import yaml
 
 from hvdqn import train
-from hvdqn.checkpoint import open_checkpoint
+from hvdqn.checkpoint import Checkpoints, open_checkpoint
 from hvdqn.comm.local import LocalComm
 from hvdqn.config import Config
+from hvdqn.evaluate import Evaluation, Evaluator
 from hvdqn.faults import sole_job
 from tests.launchers import clean_environment
 
@@ -110,6 +111,31 @@ def test_runs_that_begin_in_the_same_second_do_not_share_a_directory(
     assert made == ["CartPole_v1-seed1-now", "CartPole_v1-seed1-now-2", "CartPole_v1-seed1-now-3"]
     named = Config().replace(run_dir="mine")
     assert train.open_run_dir(named, LocalComm()) == train.open_run_dir(named, LocalComm()) == Path("mine")
+
+
+def test_a_run_directory_leaves_no_trace_of_the_proof_that_all_see_it(tmp_path: Path) -> None:
+    run_dir = train.open_run_dir(Config().replace(run_dir=str(tmp_path / "run")), LocalComm())
+    assert list(run_dir.iterdir()) == []
+
+
+def test_the_best_weights_are_written_at_the_next_evaluation_as_good_where_a_disk_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, attempts = Checkpoints.save, []
+
+    def fails_at_first(self: Checkpoints, env_steps: int, *rest: Any) -> str:
+        best = rest[-1]
+        attempts.extend([env_steps] * best)
+        return "rank 0: no space left" if best and len(attempts) == 1 else save(self, env_steps, *rest)
+
+    monkeypatch.setattr(Checkpoints, "save", fails_at_first)
+    # A network that stays as it is plays as well each time.
+    monkeypatch.setattr(Evaluator, "run", lambda *_: Evaluation((5.0,)))
+    summary = run(tmp_path, "--eval-every", "200")
+    assert len(attempts) == 2
+    assert summary["failed_checkpoints"] == 1
+    kept = open_checkpoint(tmp_path / "checkpoints" / "best")
+    assert (kept.env_steps, kept.read("learner")["eval_return_mean"]) == (attempts[1], 5.0)
 
 
 def test_a_second_job_in_one_directory_is_refused(

@@ -75,6 +75,27 @@ def test_looking_whether_it_can_be_written_leaves_nothing_and_loses_nothing(tmp_
     assert (tmp_path / "old.gif").read_text() == "a film"
 
 
+def test_atari_in_colour_becomes_a_film(tmp_path, monkeypatch):
+    monkeypatch.setattr(video, "LONGEST_FRAMES", 10)
+    config = Config().replace(env="ALE/Pong-v5", hidden=(4,), env_kwargs='{"grayscale": false}')
+    envs = make_environments(config.environment, 1, 0, training=False)
+    network = network_for(config, envs)
+    envs.close()
+    assert video.record(network, config.environment, tmp_path / "film.gif", seed=1, epsilon=1.0) == 10
+    assert imageio.imread(tmp_path / "film.gif").shape[3] == 3
+
+
+@pytest.mark.parametrize(
+    ("env", "reason"),
+    [("Observes", "cannot be drawn .*render_mode.*leave --video out"), ("Silent", "draws no pictures")],
+)
+def test_what_cannot_be_drawn_is_said_in_one_line(env, reason, tmp_path):
+    network, config = untrained(f"tests.unit.scripted_envs:{env}Vector-v0")
+    with pytest.raises(UserError, match=reason) as raised:
+        video.record(network, config, tmp_path / "film.gif", seed=1, epsilon=1.0)
+    assert "\n" not in str(raised.value)
+
+
 def test_the_missing_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
     with pytest.raises(UserError, match=r"pip install 'hvdqn\[video\]'"):

@@ -64,6 +64,9 @@ HERE = {
     ),
     "sequence observations": wrong(f"--env {SCRIPTED}ObservesSequence-v0", "Sequence space", "--wrapper"),
     "graph observations": wrong(f"--env {SCRIPTED}ObservesGraph-v0", "Graph space", "--wrapper"),
+    "workers whose death nobody sees": wrong(
+        "--tolerate-dead-workers --stall-timeout 0", "--tolerate-dead-workers", "--stall-timeout 0"
+    ),
     "convolutions over a vector": wrong("--torso nature", "--torso nature", "needs images", "--torso mlp"),
     "convolutions over a tiny image": wrong(
         f"--env {SCRIPTED}ObservesImage-v0 --torso nature", "8 x 6", "--torso minatar"
