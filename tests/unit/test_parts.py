@@ -220,9 +220,20 @@ class Frozen(torch.nn.Sequential):
         super().__init__(torch.nn.Linear(shape[0], 8).requires_grad_(False), torch.nn.ReLU())
 
 
-class Spectral(torch.nn.Sequential):
+class Counting(torch.nn.Linear):
     def __init__(self, shape):
-        super().__init__(torch.nn.utils.parametrizations.spectral_norm(torch.nn.Linear(shape[0], 8)))
+        super().__init__(shape[0], 8)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, observation):
+        self.calls += 1
+        return super().forward(observation)
+
+
+class Unmakeable(torch.nn.Linear):
+    def __init__(self, shape):
+        super().__init__(shape[0] + 1, 8)
+        self(torch.zeros(2, *shape))
 
 
 def not_a_module(shape):
@@ -238,7 +249,8 @@ def not_a_module(shape):
         ("tests.unit.test_parts:not_a_module", "gave a tuple; it must be a torch.nn.Module"),
         ("tests.unit.test_parts:Normalised", "batch norm, whose statistics would differ between ranks"),
         ("tests.unit.test_parts:Frozen", "parameters that want no gradient"),
-        ("tests.unit.test_parts:Spectral", "buffers that a forward pass changes"),
+        ("tests.unit.test_parts:Counting", "buffers that a forward pass changes"),
+        ("tests.unit.test_parts:Unmakeable", "cannot be made for observations of shape (4,): mat1 and mat2"),
         ("tests.unit.test_parts:Narrow", "does not take floats of shape [batch, 4]"),
         ("tests.unit.test_parts:Unflat", "gave (4,) for a batch of 2; it must give [batch, features]"),
         ("tests.unit.test_parts:Pixels", "cannot be made for observations of shape (4,)"),
