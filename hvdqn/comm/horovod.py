@@ -97,10 +97,9 @@ class HorovodComm(Comm):
         self._hvd.init()
         hvd = self._hvd
         super().__init__(hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size())
-        crowded = (
-            hvd.local_size() > (os.cpu_count() or 1) or os.environ.get("HVDQN_SLEEP_WHEN_WAITING") == "1"
-        )
-        self._sleeps = crowded and not over_mpi
+        # Horovod's launcher ties no rank to a core of its own: what this one may use, all of its host may.
+        crowded = hvd.local_size() > len(os.sched_getaffinity(0))
+        self._sleeps = not over_mpi and (crowded or os.environ.get("HVDQN_SLEEP_WHEN_WAITING") == "1")
 
     def allreduce_sum_async(self, tensor: Tensor, name: str) -> _Pending:
         """See `Comm`."""

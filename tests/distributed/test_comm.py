@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.launchers import Result, launch
+from tests.launchers import Result, launch, launch_line
 
 pytestmark = pytest.mark.distributed
 
@@ -48,6 +51,34 @@ def test_engine_keeps_every_promise(launcher: str, comm: str, np: int) -> None:
     engine = comm if comm != "auto" else ENGINES[launcher] if np > 1 else "local"
     for rank in range(np):
         assert f"rank {rank} of {np} passed over {engine}" in result.stdout, result
+
+
+@pytest.mark.parametrize(("cores", "sleeps"), [(1, True), (2, False)])
+def test_ranks_over_gloo_sleep_while_they_wait_where_there_are_more_of_them_than_cores(
+    cores: int, sleeps: bool
+) -> None:
+    """However many cores the machine has: those that the job may use count, as in a container."""
+    mine = sorted(os.sched_getaffinity(0))
+    if len(mine) < 2:
+        pytest.skip("one core alone may be used here, and this takes two: WHO SLEEPS IS NOT TESTED")
+    ask = (
+        "from hvdqn.comm import connect; comm = connect('auto'); print('sleeps:', comm._sleeps); comm.close()"
+    )
+    line = [
+        "taskset",
+        "-c",
+        ",".join(map(str, mine[:cores])),
+        "horovodrun",
+        "--disable-cache",
+        "--gloo",
+        "-np",
+        "2",
+    ]
+    result = launch_line(
+        shlex.join([*line, sys.executable, "-c", ask]), 2, TIMEOUT, env={"HVDQN_SLEEP_WHEN_WAITING": "0"}
+    )
+    assert result.returncode == 0, result
+    assert result.stdout.count(f"sleeps: {sleeps}") == 2, result
 
 
 @pytest.mark.parametrize(("launcher", "comm", "np"), THREE_RANKS)
