@@ -145,6 +145,15 @@ class ElasticTraining(Training):
         elif not filled:
             self.filling_env_steps = self.clock.learning_starts
 
+    def begin_update(self) -> Rest:
+        """Begin an update as far as is good before the environments step; what is left to do of it."""
+        updates = self.clock.updates
+        try:
+            return super().begin_update()
+        except self.world.peer_lost:  # the exchange could not be launched: it is no update under way
+            self.clock.updates = updates
+            raise
+
     def draw(self) -> Batch | None:
         """This rank's next minibatch; None while its replay fills."""
         return super().draw() if self.filling_env_steps <= 0 else None

@@ -37,6 +37,7 @@ class FragileComm(LocalComm):
 
     def allreduce_sum_async(self, tensor, name):
         comm = self
+        comm.use(f"launch of {name}")
 
         class Handle:
             def wait(self):
@@ -115,9 +116,10 @@ def test_hosts_that_change_leave_no_trace(serve):
 
 
 @pytest.mark.parametrize("nth", [1, 2, 100])
-def test_an_update_that_a_lost_rank_broke_is_taken_again(serve, nth):
+@pytest.mark.parametrize("fatal", ["gradient", "launch of gradient"])
+def test_an_update_that_a_lost_rank_broke_is_taken_again(serve, fatal, nth):
     whole, _ = serve("whole", ScriptedWorld(FragileComm()))
-    broken, member = serve("broken", ScriptedWorld(FragileComm("gradient", nth), FragileComm()))
+    broken, member = serve("broken", ScriptedWorld(FragileComm(fatal, nth), FragileComm()))
     learner = member.training.learner
     assert broken["updates"] == whole["updates"] == int(learner.optimizer.steps)
     assert broken["env_steps"] == whole["env_steps"]
