@@ -32,7 +32,8 @@ NODES = {"n1": "10.77.0.1", "n2": "10.77.0.2"}
 FINAL_STATES = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
 
 # A job id is reused by a requeue only after its credentials have expired: 120 s by default, so 5. TmpFS: PMIx keeps
-# files under names that two nodes of one file system would share. The GPUs are counted and handed out, no more.
+# files under names that two nodes of one file system would share. The GPUs are counted and handed out, no more. On a
+# busy machine a daemon may take longer to answer than Slurm's 10 s, after which srun starts a part of the ranks.
 CONFIGURATION = """\
 ClusterName=hvdqn
 SlurmctldHost=n1({address})
@@ -51,6 +52,8 @@ JobAcctGatherType=jobacct_gather/none
 MpiDefault=none
 ReturnToService=2
 MinJobAge=3600
+MessageTimeout=60
+TCPTimeout=30
 SlurmdParameters=config_overrides
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
 PreemptType=preempt/partition_prio
