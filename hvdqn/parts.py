@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,6 +16,7 @@ from threadpoolctl import threadpool_limits
 from hvdqn.acting import Actor, Epsilons
 from hvdqn.clock import Clock, ReportedClock
 from hvdqn.comm import Comm
+from hvdqn.comm.gpus import deal, visible_gpus
 from hvdqn.config import Config, UserError, acting_place, acting_ranks
 from hvdqn.envs import Environments, make_environments
 from hvdqn.faults import together
@@ -59,7 +61,7 @@ def build_parts(config: Config, comm: Comm, timer: PhaseTimer, env_steps: int = 
         UserError: on all ranks, where one cannot have its GPU, or make its environments or network.
     """
     seeds = rank_seeds(config.run.seed, comm.rank, env_steps)
-    device = together(comm, lambda: choose_device(config, comm), timer)
+    device, sharing = choose_device(config, comm, timer)
     threads = share_of_cores(config, comm)
     environment = config.environment
     envs = together(
@@ -73,7 +75,7 @@ def build_parts(config: Config, comm: Comm, timer: PhaseTimer, env_steps: int = 
     use_threads(network, threads if device.type == "cpu" else 1)
     torch.manual_seed(seeds.noise)  # from here on ranks draw different numbers
     clock = make_clock(config, comm)
-    frames = place_frames(config, comm, envs, device)
+    frames = place_frames(config, comm.size, envs, device, sharing)
     replay = together(comm, lambda: make_replay(config, comm.size, envs, seeds.replay, frames), timer)
     return Parts(
         envs=envs,
@@ -158,8 +160,17 @@ def make_clock(config: Config, comm: Comm) -> Clock:
     return ReportedClock(envs_per_rank, batch, ratio, starts, own_earliest=earliest * envs_per_rank)
 
 
-def place_frames(config: Config, comm: Comm, envs: Environments, device: torch.device) -> MakeFrames:
+def place_frames(
+    config: Config, size: int, envs: Environments, device: torch.device, sharing: int = 1
+) -> MakeFrames:
     """What keeps this rank's observations: in the memory that `--replay-device` names, or where they fit.
+
+    Args:
+        config: of the job.
+        size: its ranks.
+        envs: of this one.
+        device: where its networks live.
+        sharing: how many ranks live there.
 
     Raises:
         UserError: they are to be on a GPU, and the networks are not.
@@ -172,8 +183,7 @@ def place_frames(config: Config, comm: Comm, envs: Environments, device: torch.d
             )
         return HostFrames
     frame = math.prod(envs.observation_shape) * envs.observation_dtype.itemsize
-    needed = frame * config.replay.replay_capacity // acting_ranks(config, comm.size)
-    sharing = math.ceil(comm.local_size / torch.cuda.device_count())
+    needed = frame * config.replay.replay_capacity // acting_ranks(config, size)
     fits = needed * sharing <= torch.cuda.mem_get_info(device)[0] / 2
     return (
         partial(DeviceFrames, device=device)
@@ -236,25 +246,45 @@ def device_kind(config: Config) -> str:
     return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
 
 
-def choose_device(config: Config, comm: Comm) -> torch.device:
-    """The rank's device: a GPU of its own where its host has as many as ranks.
+def choose_device(config: Config, comm: Comm, timer: PhaseTimer) -> tuple[torch.device, int]:
+    """The rank's device, a GPU of its own where there are enough, and how many ranks have it; a collective call.
 
     Raises:
-        UserError: ranks would share one, and the engine does not let them.
+        UserError: on all ranks, where some see GPUs and others none, or two share one and the engine does not let them.
     """
-    if device_kind(config) == "cpu":
-        return torch.device("cpu")
-    ranks, gpus = comm.local_size, torch.cuda.device_count()
-    if ranks > gpus and not comm.ranks_may_share_a_gpu:
-        raise UserError(
-            f"--comm {comm.name} wants a GPU for each rank, and a host has {ranks} ranks and {gpus} "
-            f"GPU{'s' * (gpus != 1)}; start fewer ranks there, choose --comm mpi, or start with torchrun"
-        )
-    device = torch.device("cuda", comm.local_rank % gpus)
+    seen = visible_gpus() if device_kind(config) == "cuda" else []
+    with timer.during("comm"):
+        dealt = deal(comm.all_gather_object(seen))
+    mine = dealt[comm.rank]
+    if mine is None and len(set(dealt)) == 1:
+        return torch.device("cpu"), comm.local_size
+    check_gpus(dealt, comm)
+    assert mine is not None
+    device = torch.device("cuda", seen.index(mine))
     torch.cuda.set_device(device)
     # Of autograd's thread, which then finds the context by itself.
     warnings.filterwarnings("ignore", "Attempting to run cuBLAS, but there was no current CUDA context")
-    return device
+    return device, dealt.count(mine)
+
+
+def check_gpus(dealt: Sequence[str | None], comm: Comm) -> None:
+    """Check what every rank has been dealt, where some see GPUs.
+
+    Raises:
+        UserError: others see none, or two share one and the engine does not let them.
+    """
+    without = [str(rank) for rank, gpu in enumerate(dealt) if gpu is None]
+    if without:
+        raise UserError(
+            f"no GPU is seen by rank {', '.join(without)}, and one is by others; start all where there are GPUs, or "
+            "give --device cpu"
+        )
+    ranks, gpus = len(dealt), len(set(dealt))
+    if ranks > gpus and not comm.ranks_may_share_a_gpu:
+        raise UserError(
+            f"--comm {comm.name} wants a GPU for each rank, and {ranks} ranks see {gpus} GPU{'s' * (gpus != 1)}; start "
+            "fewer ranks on a host, choose --comm mpi, or start with torchrun"
+        )
 
 
 def use_threads(network: QNetwork, most: int) -> None:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
 from hvdqn.comm.base import Comm, LaunchError
+from hvdqn.comm.gpus import deal, visible_gpus
 from hvdqn.comm.tensors import as_bytes, check_reducible
 
 T = TypeVar("T")
@@ -58,15 +57,16 @@ def _meet(rank: int, size: int) -> tuple[Store, list[str]]:
         ) from None
 
 
-def _have_a_gpu_each(hosts: Sequence[str]) -> bool:
-    """Whether no rank of the job, each on its host, shares a GPU with another; a collective call."""
-    gpus = [0] * len(hosts)
-    dist.all_gather_object(gpus, torch.cuda.device_count())
-    return all(hosts.count(host) <= found for host, found in zip(hosts, gpus, strict=True))
+def _have_a_gpu_each(size: int, device: str) -> bool:
+    """Whether every rank of the job has a GPU that no other one has; a collective call, wherever tensors lie."""
+    seen: list[list[str]] = [[]] * size
+    dist.all_gather_object(seen, visible_gpus() if device.startswith("cuda") else [])
+    dealt = deal(seen)
+    return None not in dealt and len(set(dealt)) == size
 
 
 class TorchComm(Comm):
-    """All ranks of the job, over torch.distributed. Where ranks share a GPU, which NCCL refuses, all is Gloo's."""
+    """All ranks of the job, over torch.distributed. All is Gloo's where ranks share a GPU: NCCL would refuse."""
 
     name = "torch"
 
@@ -75,7 +75,7 @@ class TorchComm(Comm):
         # Objects, barriers and host tensors travel over Gloo even where gradients travel over NCCL.
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
         self._on_device: dist.ProcessGroup | None = None
-        if device.startswith("cuda") and _have_a_gpu_each(hosts):
+        if _have_a_gpu_each(size, device):
             self._on_device = dist.new_group(backend="nccl", timeout=COLLECTIVE_TIMEOUT)
         here = [peer for peer in range(size) if hosts[peer] == hosts[rank]]
         super().__init__(rank, size, local_rank=here.index(rank), local_size=len(here))

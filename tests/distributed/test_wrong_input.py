@@ -69,6 +69,32 @@ def test_ranks_of_different_settings(tmp_path: Path) -> None:
     assert tree(tmp_path) == {}
 
 
+RANK_0_SEES_A_GPU = """
+import sys
+from types import SimpleNamespace
+import torch
+from hvdqn.comm import launcher_rank
+from hvdqn.train import main
+if launcher_rank() == 0:
+    torch.cuda.is_available = lambda: True
+    torch.cuda.device_count = lambda: 1
+    torch.cuda.get_device_properties = lambda gpu: SimpleNamespace(uuid="of the only one")
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("launcher", ["mpirun", "torchrun"])
+def test_hosts_with_and_without_a_gpu(launcher: str, tmp_path: Path) -> None:
+    """Torch's engine makes NCCL's group before that can be refused: either all ranks make it or none does."""
+    script = tmp_path / "train.py"
+    script.write_text(RANK_0_SEES_A_GPU)
+    flags = ["--preset", "smoke", "--comm", "mpi" if launcher == "mpirun" else "torch"]
+    words = ("no GPU is seen by rank 1, and one is by others", "--device cpu")
+    result = refused(launcher, 2, [str(script), *flags, "--run-dir", str(tmp_path / "run")], words)
+    assert result.returncode == (2 if launcher == "mpirun" else 1), str(result)
+    assert tree(tmp_path).keys() == {"train.py"}
+
+
 def test_a_run_directory_that_only_rank_0_sees(tmp_path: Path) -> None:
     """A relative one, on hosts that start in folders of their own."""
     for folder in ("here", "there"):

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from hvdqn.comm.gpus import visible_gpus
 from hvdqn.comm.local import LocalComm
-from hvdqn.config import NetworkConfig, parse
+from hvdqn.config import Config, NetworkConfig, UserError, parse
 from hvdqn.graphs import record_cuda_graph
 from hvdqn.metrics import PhaseTimer
-from hvdqn.parts import build_parts
+from hvdqn.parts import build_parts, choose_device
 from hvdqn.replay.frames import DeviceFrames, HostFrames, PinnedFrames
 from hvdqn.seeds import load_torch_state, torch_state
 from hvdqn.train import main
@@ -76,6 +77,18 @@ def test_a_graph_draws_anew_each_time_and_goes_on_from_a_checkpoint(network):
         take(learner, range(5, 10))
         ends.append(learner.parameters.clone())
     assert torch.equal(*ends)
+
+
+def test_gpus_are_told_apart():
+    assert len(set(visible_gpus())) == torch.cuda.device_count()
+    assert choose_device(Config(), LocalComm(), PhaseTimer()) == (torch.device("cuda", 0), 1)
+
+
+def test_a_replay_that_the_gpu_cannot_hold_is_refused():
+    """700 GB of Pong."""
+    flags = ["--preset", "atari", "--replay-capacity", "100_000_000", "--replay-device", "cuda"]
+    with pytest.raises(UserError, match="lower --replay-capacity"):
+        build_parts(parse(flags), LocalComm(), PhaseTimer())
 
 
 KINDS = (HostFrames, PinnedFrames, partial(DeviceFrames, device=GPU))

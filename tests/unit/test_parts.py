@@ -6,6 +6,7 @@ import itertools
 import sys
 import textwrap
 import threading
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from hvdqn.presets import JOINED, PRESETS
 from hvdqn.replay import PrioritizedSampler
 from hvdqn.resume import restore
 from hvdqn.seeds import torch_state
-from tests.ranks import run_ranks
+from tests.ranks import ThreadComm, run_ranks
 from tests.unit.test_train import run
 
 VECTOR = ["--env", "CartPole-v1"]
@@ -341,19 +342,50 @@ def test_cores_are_shared_among_the_ranks_that_may_use_them(bound, threads, monk
     assert run_ranks(len(bound), body) == threads
 
 
-def test_ranks_share_a_gpu_where_their_engine_lets_them(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+def devices(
+    seen: Sequence[Sequence[str]], monkeypatch: pytest.MonkeyPatch, engine_shares: bool = True
+) -> list[tuple[torch.device, int]]:
+    """What ranks that see these GPUs choose."""
+    mine = threading.local()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(mine.gpus))
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
-    comm, config = LocalComm(), parse(["--preset", "smoke", "--device", "cuda"])
-    comm.local_size, comm.local_rank = 4, 3
-    assert choose_device(config, comm) == torch.device("cuda", 1)
-    monkeypatch.setattr(LocalComm, "ranks_may_share_a_gpu", False)
-    with pytest.raises(UserError, match="a host has 4 ranks and 2 GPUs; start fewer ranks there"):
-        choose_device(config, comm)
-    comm.local_size = 2
-    assert choose_device(config, comm) == torch.device("cuda", 1)
-    assert choose_device(config.replace(device="cpu"), comm) == torch.device("cpu")
+    monkeypatch.setattr("hvdqn.parts.visible_gpus", lambda: mine.gpus)
+    monkeypatch.setattr(ThreadComm, "ranks_may_share_a_gpu", engine_shares)
+
+    def body(comm):
+        mine.gpus = seen[comm.rank]
+        return choose_device(Config(), comm, PhaseTimer())
+
+    return run_ranks(len(seen), body)
+
+
+@pytest.mark.parametrize(
+    ("seen", "numbers", "sharing"),
+    [
+        ([["a", "b"]] * 2, [0, 1], [1, 1]),
+        ([["a"], ["b"]], [0, 0], [1, 1]),
+        ([["a", "b"], ["c", "d"], ["a", "b"], ["c", "d"]], [0, 0, 1, 1], [1] * 4),
+        ([["a", "b"]] * 3, [0, 1, 0], [2, 1, 2]),
+        ([["a"], ["a"]], [0, 0], [2, 2]),
+    ],
+    ids=["all see all", "each sees its own", "two hosts, in turn", "more ranks than GPUs", "one for all"],
+)
+def test_gpus_are_dealt_to_the_ranks_that_see_them(seen, numbers, sharing, monkeypatch: pytest.MonkeyPatch):
+    expected = [(torch.device("cuda", number), ranks) for number, ranks in zip(numbers, sharing, strict=True)]
+    assert devices(seen, monkeypatch) == expected
+    if max(sharing) == 1:
+        assert devices(seen, monkeypatch, engine_shares=False) == expected
+    else:
+        with pytest.raises(
+            UserError, match=r"--comm mpi wants a GPU for each rank, and \d ranks see \d GPUs?; start"
+        ):
+            devices(seen, monkeypatch, engine_shares=False)
+
+
+def test_ranks_without_a_gpu_are_named(monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(UserError, match="no GPU is seen by rank 1, 3, and one is by others; start all where"):
+        devices([["a"], [], ["b"], []], monkeypatch)
+    assert devices([[], []], monkeypatch) == [(torch.device("cpu"), 2)] * 2
 
 
 def test_beta_rises_to_one_over_global_env_steps():

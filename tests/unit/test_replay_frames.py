@@ -111,17 +111,14 @@ def test_an_update_takes_either(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_frames_go_to_the_gpu_where_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four ranks share two GPUs, each with 10 MB free; a MinAtar Breakout observation has 400 bytes."""
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    """Two ranks share a GPU with 10 MB free; a MinAtar Breakout observation has 400 bytes."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (10_000_000, 20_000_000))
     parts = build_parts(parse(["--preset", "minatar"]), LocalComm(), PhaseTimer())
     parts.envs.close()
-    comm = LocalComm()
-    comm.local_size = 4
 
     def placed(*flags: str, device: str = "cuda") -> Any:
         config = parse(["--preset", "minatar", *flags])
-        return place_frames(config, comm, parts.envs, torch.device(device))
+        return place_frames(config, 1, parts.envs, torch.device(device), sharing=2)
 
     def on_gpu(made: Any) -> bool:
         return isinstance(made, partial) and made.func is DeviceFrames
