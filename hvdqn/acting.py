@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from hvdqn.config import ExplorationConfig
 from hvdqn.envs import Environments, Step
+from hvdqn.graphs import Record, Replayed
 from hvdqn.networks import QNetwork
 
 
@@ -77,11 +79,18 @@ class FrameStack:
     """The last `depth` frames of each environment, `[envs, depth, *frame]`; `[envs, *frame]` if depth is 1.
 
     An episode's first frame is repeated to fill its stack, as replay does when it stacks at sampling time.
+
+    Args:
+        first: the first frame of each.
+        depth: frames of a stack.
+        pinned: in pages from which a GPU copies by itself.
     """
 
-    def __init__(self, first: NDArray[np.generic], depth: int) -> None:
+    def __init__(self, first: NDArray[np.generic], depth: int, pinned: bool = False) -> None:
         self.depth = depth
         self.frames = np.repeat(first[:, None], depth, axis=1)
+        if pinned:
+            self.frames = torch.from_numpy(self.frames).pin_memory().numpy()
 
     def push(self, observation: NDArray[np.generic], fresh: NDArray[np.bool_]) -> None:
         """Add each environment's newest frame; begin anew where an episode did."""
@@ -97,28 +106,12 @@ class FrameStack:
         return self.frames if self.depth > 1 else self.frames[:, 0]
 
 
-def greedy_actions(
-    network: QNetwork, observation: NDArray[np.generic], device: torch.device
-) -> NDArray[np.int64]:
-    """The best action of each environment, `[envs]`."""
-    with torch.inference_mode():
-        best = network.q_values(torch.from_numpy(observation).to(device)).argmax(dim=1)
-    actions: NDArray[np.int64] = best.cpu().numpy()  # on a GPU, the CPU waits here
-    return actions
-
-
-def softmax_actions(
-    network: QNetwork,
-    observation: NDArray[np.generic],
-    device: torch.device,
-    temperature: float,
-    rng: np.random.Generator,
-) -> NDArray[np.int64]:
-    """An action for each environment, drawn from softmax(q / temperature), `[envs]`."""
-    with torch.inference_mode():
-        q = network.q_values(torch.from_numpy(observation).to(device)).double().cpu().numpy()
+def softmax_actions(q: NDArray[Any], temperature: float, rng: np.random.Generator) -> NDArray[np.int64]:
+    """An action for each environment, drawn from softmax(q / temperature), `[envs]`, given q `[envs, actions]`."""
     # The largest of q / temperature + Gumbel noise is such a draw, and needs no exponential of large numbers.
-    actions: NDArray[np.int64] = (q / temperature + rng.gumbel(size=q.shape)).argmax(axis=1)
+    actions: NDArray[np.int64] = (q.astype(np.float64) / temperature + rng.gumbel(size=q.shape)).argmax(
+        axis=1
+    )
     return actions
 
 
@@ -181,6 +174,7 @@ class Actor:
         device: where the network lives.
         temperature: of the softmax from which actions are drawn; 0: the greedy ones.
         repeat: of random actions, as `RandomActions` takes it.
+        record: how the network's passes are recorded and replayed; None: they are not.
     """
 
     def __init__(
@@ -192,25 +186,25 @@ class Actor:
         device: torch.device,
         temperature: float = 0.0,
         repeat: float = 0.0,
+        record: Record | None = None,
     ) -> None:
         self.envs, self.network, self.frame_stack = envs, network, frame_stack
         self.rng, self.device, self.temperature = rng, device, temperature
+        self.q_values = Replayed(self._q_values, record, device) if record else self._q_values
         self.random = RandomActions(envs.envs, envs.actions, rng, repeat)
 
     def start(self) -> NDArray[np.generic]:
         """Begin an episode in every environment; return the first observations."""
         first = self.envs.reset()
-        self.frames = FrameStack(first, self.frame_stack)
+        self.frames = self._stack(first)
         self.random.interrupt(np.ones(self.envs.envs, np.bool_))
         return first
 
     def choose(self, epsilon: float | NDArray[np.float64]) -> NDArray[np.int64]:
         """Actions of all environments, `[envs]`, random with probability epsilon: of all, or of each `[envs]`."""
-        observation = self.frames.observation
-        if self.temperature > 0:
-            chosen = softmax_actions(self.network, observation, self.device, self.temperature, self.rng)
-        else:
-            chosen = greedy_actions(self.network, observation, self.device)
+        (q_values,) = self.q_values(torch.from_numpy(self.frames.observation))
+        q: NDArray[Any] = q_values.cpu().numpy()  # from a GPU, which the CPU waits for here
+        chosen = softmax_actions(q, self.temperature, self.rng) if self.temperature > 0 else q.argmax(axis=1)
         return self.random.replace(chosen, epsilon)
 
     def step(self, actions: NDArray[np.int64]) -> Step:
@@ -246,6 +240,13 @@ class Actor:
             self.envs.load_state(state["environments"])
         except ValueError:  # such as another version of the environment
             return False
-        self.frames = FrameStack(state["frames"][:, 0], self.frame_stack)
+        self.frames = self._stack(state["frames"][:, 0])
         self.frames.frames[:] = state["frames"]
         return True
+
+    def _stack(self, first: NDArray[np.generic]) -> FrameStack:
+        return FrameStack(first, self.frame_stack, pinned=self.device.type == "cuda")
+
+    def _q_values(self, observation: Tensor) -> tuple[Tensor]:
+        with torch.inference_mode():
+            return (self.network.q_values(observation.to(self.device, non_blocking=True)),)

@@ -20,6 +20,7 @@ from hvdqn.comm import Comm
 from hvdqn.comm.local import LocalComm
 from hvdqn.config import Config, EnvironmentConfig, UserError, parse_flags
 from hvdqn.envs import Environments, make_environments
+from hvdqn.graphs import Record
 from hvdqn.metrics import PhaseTimer
 from hvdqn.networks import QNetwork
 from hvdqn.parts import network_for, use_threads
@@ -62,6 +63,7 @@ class Evaluator:
         episodes: over all ranks.
         epsilon: share of random actions.
         seed: this rank's evaluation seed; every evaluation of a run starts from it anew.
+        record: how passes are recorded, as `Actor` takes it.
     """
 
     def __init__(
@@ -74,9 +76,10 @@ class Evaluator:
         device: torch.device,
         timer: PhaseTimer,
         threads: int = 0,
+        record: Record | None = None,
     ) -> None:
         self.config, self.comm, self.epsilon, self.seed = config, comm, epsilon, seed
-        self.device, self.timer, self.threads = device, timer, threads
+        self.device, self.timer, self.threads, self.record = device, timer, threads, record
         self.share = episodes // comm.size + (comm.rank < episodes % comm.size)
         self.envs = min(self.share, MOST_ENVS_PER_RANK)
 
@@ -115,7 +118,7 @@ class Evaluator:
         left = np.full(self.envs, self.share // self.envs)
         left[: self.share % self.envs] += 1
         rng = np.random.default_rng(self.seed)
-        actor = Actor(envs, network, self.config.frame_stack, rng, self.device)
+        actor = Actor(envs, network, self.config.frame_stack, rng, self.device, record=self.record)
         actor.start()
         running, length = np.zeros(self.envs), np.zeros(self.envs, dtype=np.int64)
         returns: list[float] = []

@@ -20,7 +20,7 @@ from hvdqn.comm.gpus import deal, visible_gpus
 from hvdqn.config import Config, UserError, acting_place, acting_ranks
 from hvdqn.envs import Environments, make_environments
 from hvdqn.faults import together
-from hvdqn.graphs import record_cuda_graph
+from hvdqn.graphs import Record, record_cuda_graph
 from hvdqn.learner import Learner
 from hvdqn.metrics import PhaseTimer
 from hvdqn.networks import QNetwork, make_network
@@ -125,8 +125,13 @@ def make_learner(
         timer,
         device,
         autocast=config.parallel.precision == "bf16",
-        record=record_cuda_graph if config.parallel.cuda_graphs else None,
+        record=recording(config),
     )
+
+
+def recording(config: Config) -> Record | None:
+    """How passes through the networks are recorded, if they are."""
+    return record_cuda_graph if config.parallel.cuda_graphs else None
 
 
 def make_actor(
@@ -136,7 +141,8 @@ def make_actor(
     softmax = config.exploration.exploration == "softmax"
     temperature = config.exploration.temperature if softmax else 0.0
     repeat = config.exploration.epsilon_repeat
-    return Actor(envs, network, config.environment.frame_stack, rng, device, temperature, repeat)
+    stack = config.environment.frame_stack
+    return Actor(envs, network, stack, rng, device, temperature, repeat, recording(config))
 
 
 def make_epsilons(config: Config, comm: Comm) -> Epsilons:

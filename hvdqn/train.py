@@ -54,7 +54,7 @@ from hvdqn.faults import (
 )
 from hvdqn.learner import Learned, NonFiniteError
 from hvdqn.metrics import Metrics, PhaseTimer, WaitHint, replace_file, write_summary
-from hvdqn.parts import Parts, build_parts, device_kind, importance_at
+from hvdqn.parts import Parts, build_parts, device_kind, importance_at, recording
 from hvdqn.replay import Batch
 from hvdqn.replay.frames import DeviceFrames
 from hvdqn.resume import Progress, begin, best_evaluation, contents, find_checkpoint, restore
@@ -106,6 +106,7 @@ class Training:
             parts.device,
             self.timer,
             parts.threads,
+            recording(config),
         )
         self.metrics = Metrics(run_dir if comm.rank == 0 else None, config.run.total_env_steps, self.timer)
         self.hint = WaitHint(self.timer, comm.name, self.learner.parameters.numel())

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from hvdqn.acting import Actor, FrameStack, RandomActions, greedy_actions, linear_epsilon
+from hvdqn.acting import Actor, FrameStack, RandomActions, linear_epsilon
 from hvdqn.config import EnvironmentConfig, ExplorationConfig, NetworkConfig
 from hvdqn.envs import Environments, make_environments
+from hvdqn.graphs import Record
 from hvdqn.networks import make_network
 from hvdqn.replay import Replay, Ring, UniformSampler
 from tests.unit.scripted_envs import TWO_EPISODES
+from tests.unit.test_graphs import call_again
 
 CPU = torch.device("cpu")
 
@@ -57,14 +59,22 @@ def test_epsilon_zero_is_greedy():
     assert (RandomActions(len(greedy), 3, np.random.default_rng(0)).replace(greedy, 0.0) == greedy).all()
 
 
-def test_greedy_actions_are_the_best_of_the_network():
-    torch.manual_seed(0)
-    network = make_network(NetworkConfig(hidden=(16,)), "huber", (4,), 1, is_image=False, actions=3)
-    observation = np.random.default_rng(0).normal(size=(10, 4)).astype(np.float32)
-    q = network(torch.from_numpy(observation)).detach().numpy()
-    actions = greedy_actions(network, observation, CPU)
-    assert (actions == q.argmax(axis=1)).all()
-    assert len(set(actions.tolist())) > 1
+@pytest.mark.parametrize("record", [None, call_again], ids=["eager", "recorded"])
+def test_without_chance_the_best_action_of_the_network_as_it_is_now_is_chosen(record):
+    envs = scripted(3)
+    actor = make_actor(envs, 2, record=record)
+    actor.start()
+    chosen = []
+    for _ in range(20):
+        with torch.no_grad():
+            for parameter in actor.network.parameters():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+            q = actor.network(torch.from_numpy(actor.frames.observation)).numpy()
+        chosen.append(actor.choose(0.0))
+        assert (chosen[-1] == q.argmax(axis=1)).all()
+        actor.step(chosen[-1])
+    envs.close()
+    assert len(np.unique(chosen)) > 1
 
 
 def test_frame_stack_by_hand():
@@ -83,7 +93,7 @@ def test_a_stack_of_one_is_the_observation_itself():
     assert frames.observation.tolist() == [[1.0], [20.0]]
 
 
-def make_actor(envs: Environments, depth: int, repeat: float = 0.0) -> Actor:
+def make_actor(envs: Environments, depth: int, repeat: float = 0.0, record: Record | None = None) -> Actor:
     torch.manual_seed(0)
     network = make_network(
         NetworkConfig(hidden=(8,)),
@@ -93,7 +103,7 @@ def make_actor(envs: Environments, depth: int, repeat: float = 0.0) -> Actor:
         is_image=False,
         actions=envs.actions,
     )
-    return Actor(envs, network, depth, np.random.default_rng(5), CPU, repeat=repeat)
+    return Actor(envs, network, depth, np.random.default_rng(5), CPU, repeat=repeat, record=record)
 
 
 def scripted(envs: int, seed: int = 0) -> Environments:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from hvdqn import train
 from hvdqn.acting import Epsilons, RandomActions, ladder, softmax_actions
@@ -15,8 +14,6 @@ from hvdqn.comm.local import LocalComm
 from hvdqn.config import Config, ExplorationConfig, UserError, check_world, parse
 from hvdqn.metrics import PhaseTimer
 from hvdqn.parts import build_parts
-
-CPU = torch.device("cpu")
 
 
 def test_ladder_by_hand():
@@ -116,28 +113,16 @@ def test_lengths_need_an_exponent_above_one(exponent):
         parse(["--epsilon-repeat", exponent])
 
 
-class Fixed:
-    """A network of known q-values."""
-
-    def __init__(self, q):
-        self.q = torch.tensor(q)
-
-    def q_values(self, observation):
-        return self.q.expand(len(observation), -1)
-
-
 def test_softmax_draws_in_proportion():
     """q / T = log 1, log 2, log 5: odds of 1 : 2 : 5."""
-    network, rng = Fixed([0.0, 0.5 * np.log(2.0), 0.5 * np.log(5.0)]), np.random.default_rng(0)
-    actions = softmax_actions(network, np.zeros((80_000, 1), np.float32), CPU, 0.5, rng)
+    q = np.tile(np.float32([0.0, 0.5 * np.log(2.0), 0.5 * np.log(5.0)]), (80_000, 1))
+    actions = softmax_actions(q, 0.5, np.random.default_rng(0))
     assert np.abs(np.bincount(actions) - [10_000, 20_000, 50_000]).max() < 4 * np.sqrt(50_000 * 3 / 8)
 
 
 def test_a_cold_softmax_is_greedy_and_does_not_overflow():
-    actions = softmax_actions(
-        Fixed([1e4, -1e4, 9e3]), np.zeros((1_000, 1), np.float32), CPU, 1e-3, np.random.default_rng(0)
-    )
-    assert (actions == 0).all()
+    q = np.tile(np.float32([1e4, -1e4, 9e3]), (1_000, 1))
+    assert (softmax_actions(q, 1e-3, np.random.default_rng(0)) == 0).all()
 
 
 @pytest.mark.parametrize("kind", ["linear", "ladder", "noisy", "softmax"])
