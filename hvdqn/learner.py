@@ -265,23 +265,16 @@ class Learner:
             self.descend(norm, largest)
 
     def _step_on_device(self, lr: Tensor) -> Tensors:
-        """As `step`, but that the device decides: the host learns of it later. Returns the norm of the gradient `[]`.
-
-        Whatever the optimizer, a step that is not to be taken is undone: a GPU copies parameters in microseconds.
-        """
+        """As `step`, but that the device decides: the host learns of it later. Returns the gradient's norm `[]`."""
         absent, weights, probes = self.trailer.on_device()
         with torch.no_grad():
             largest = weights.max().double()
             if self.comm.size > 1:
                 self.gradient.mul_(self.comm.size / (self.comm.size - absent.double()))
             norm = torch.linalg.vector_norm(self.gradient).double() / largest
-            carried = list(self.state().values())
-            before = [tensor.clone() for tensor in carried]
-            limit = self.config.max_grad_norm or math.inf
-            self._move(torch.where(norm > limit, limit / norm, 1.0) / largest, lr)
             finite = torch.isfinite(norm) & torch.isfinite(probes).all()
-            for tensor, old in zip(carried, before, strict=True):
-                torch.where(finite, tensor, old, out=tensor)
+            limit = self.config.max_grad_norm or math.inf
+            self._move(torch.where(norm > limit, limit / norm, 1.0) / largest, lr, skip=(~finite).float())
             return (norm,)
 
     def descend(self, norm: float, largest: float) -> None:
@@ -290,13 +283,14 @@ class Learner:
         limit = self.config.max_grad_norm
         self._move((limit / norm if limit and norm > limit else 1.0) / largest, self.lr)
 
-    def _move(self, factor: float | Tensor, lr: float | Tensor) -> None:
-        """Step along `factor` x `gradient`; a target that follows does so."""
+    def _move(self, factor: float | Tensor, lr: float | Tensor, skip: Tensor | None = None) -> None:
+        """Step along `factor` x `gradient`; a target that follows does so. Where `skip` is 1, neither does."""
         if isinstance(factor, Tensor) or factor != 1.0:
             self.gradient.mul_(factor)
-        self.optimizer.step(lr)
+        self.optimizer.step(lr, skip)
         if self.target_tau < 1.0:
-            self.target_parameters.lerp_(self.parameters, self.target_tau)
+            followed = self.target_tau if skip is None else (self.target_tau * (1.0 - skip)).to(self.dtype)
+            self.target_parameters.lerp_(self.parameters, followed)
 
     def exchange(self, report: Sequence[float]) -> None:
         """Send only the trailer: reports and votes must not wait for learning to start."""

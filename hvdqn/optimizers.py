@@ -6,6 +6,8 @@ rank. With one flat parameter tensor a step is a few operations, and what a chec
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -15,8 +17,13 @@ from torch import Tensor
 class Optimizer(Protocol):
     """Steps a flat parameter tensor along a flat gradient, both `[parameters]`."""
 
-    def step(self, lr: float | Tensor) -> None:
-        """Take one step with this learning rate; a tensor `[]` where it is recorded in a graph."""
+    def step(self, lr: float | Tensor, skip: Tensor | None = None) -> None:
+        """Take one step.
+
+        Args:
+            lr: learning rate; a tensor `[]` where the step is recorded in a graph.
+            skip: float32 `[]`, 1 where everything is to stay as it is, else 0: decided without asking the host.
+        """
 
     def moments(self) -> dict[str, Tensor]:
         """The tensors that it carries from step to step, by name: not copies."""
@@ -40,9 +47,9 @@ class Adam:
         self.exp_avg_sq = torch.zeros_like(parameters)
         self.steps = torch.zeros((), dtype=torch.float32, device=parameters.device)
 
-    def step(self, lr: float | Tensor) -> None:
-        """Take one step with this learning rate."""
-        self.steps += 1
+    def step(self, lr: float | Tensor, skip: Tensor | None = None) -> None:
+        """Take one step, unless it is to be skipped."""
+        self.steps += 1 if skip is None else 1 - skip
         torch._fused_adam_(
             [self.parameters],
             [self.gradient],
@@ -57,6 +64,7 @@ class Adam:
             eps=self.eps,
             amsgrad=False,
             maximize=False,
+            found_inf=skip,
         )
 
     def moments(self) -> dict[str, Tensor]:
@@ -79,14 +87,15 @@ class RMSProp:
         self.square_avg = torch.zeros_like(parameters)
         self.grad_avg = torch.zeros_like(parameters)
 
-    def step(self, lr: float | Tensor) -> None:
-        """Take one step with this learning rate."""
+    def step(self, lr: float | Tensor, skip: Tensor | None = None) -> None:
+        """Take one step, unless it is to be skipped."""
         gradient = self.gradient
-        self.square_avg.mul_(self.alpha).addcmul_(gradient, gradient, value=1 - self.alpha)
-        self.grad_avg.lerp_(gradient, 1 - self.alpha)
-        variance = self.square_avg.addcmul(self.grad_avg, self.grad_avg, value=-1)
-        # Rounding may leave it below zero, where there is no root.
-        self.parameters.addcdiv_(gradient * -lr, variance.clamp_(min=0).sqrt_().add_(self.eps))
+        with _kept_if(skip, self.parameters, self.square_avg, self.grad_avg):
+            self.square_avg.mul_(self.alpha).addcmul_(gradient, gradient, value=1 - self.alpha)
+            self.grad_avg.lerp_(gradient, 1 - self.alpha)
+            variance = self.square_avg.addcmul(self.grad_avg, self.grad_avg, value=-1)
+            # Rounding may leave it below zero, where there is no root.
+            self.parameters.addcdiv_(gradient * -lr, variance.clamp_(min=0).sqrt_().add_(self.eps))
 
     def moments(self) -> dict[str, Tensor]:
         """The tensors that it carries from step to step, by name: not copies."""
@@ -104,10 +113,23 @@ class SGD:
     def __init__(self, parameters: Tensor, gradient: Tensor) -> None:
         self.parameters, self.gradient = parameters, gradient
 
-    def step(self, lr: float | Tensor) -> None:
-        """Take one step with this learning rate."""
-        self.parameters.add_(self.gradient * -lr)
+    def step(self, lr: float | Tensor, skip: Tensor | None = None) -> None:
+        """Take one step, unless it is to be skipped."""
+        with _kept_if(skip, self.parameters):
+            self.parameters.add_(self.gradient * -lr)
 
     def moments(self) -> dict[str, Tensor]:
         """It carries none."""
         return {}
+
+
+@contextmanager
+def _kept_if(skip: Tensor | None, *tensors: Tensor) -> Iterator[None]:
+    """Undo what happens to these tensors where `skip` is 1."""
+    if skip is None:
+        yield
+        return
+    before = [tensor.clone() for tensor in tensors]
+    yield
+    for tensor, old in zip(tensors, before, strict=True):
+        torch.where(skip.bool(), old, tensor, out=tensor)
