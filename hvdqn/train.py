@@ -116,6 +116,7 @@ class Training:
         self.target_due = False
         # A GPU learns while environments are busy. On a host both would want the same cores.
         self.learns_beside_envs = parts.device.type == "cuda"
+        self.ahead: Batch | None = None
         # Of this rank, since it began or went on.
         self.acted_env_steps = 0
         self.seconds_before = self.timer.seconds()
@@ -230,11 +231,8 @@ class Training:
     def begin_update(self) -> Rest:
         """Begin an update as far as is good before the environments step; what is left to do of it."""
         self.timer.start("sample")
-        batch, report, done = (
-            self.draw(),
-            self.report(),
-            self.clock.env_steps / self.config.run.total_env_steps,
-        )
+        batch, self.ahead = self.ahead or self.draw(), None
+        report, done = self.report(), self.clock.env_steps / self.config.run.total_env_steps
         self.clock.count_update()
 
         def compute() -> None:
@@ -243,6 +241,9 @@ class Training:
 
         def all_of_it() -> Learned:
             compute()
+            if self.clock.update_due() and not self.replay.sampler.heeds_td_errors:
+                self.timer.start("sample")
+                self.ahead = self.draw()  # while the GPU works
             return self.learner.finish_update()
 
         if self.learns_beside_envs:

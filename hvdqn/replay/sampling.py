@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -79,6 +79,9 @@ UNCORRECTED = Importance()
 class Sampler(Protocol):
     """Draws minibatches from a ring that someone else fills."""
 
+    heeds_td_errors: ClassVar[bool]
+    """Whether the next draw depends on the TD errors of the one before."""
+
     def follow(self) -> None:
         """Take notice of one `start` or `add` of the ring. To be called after each."""
 
@@ -102,6 +105,8 @@ class UniformSampler:
         ring: what to draw from.
         rng: the only source of chance.
     """
+
+    heeds_td_errors: ClassVar[bool] = False
 
     def __init__(self, ring: Ring, rng: np.random.Generator) -> None:
         self._ring = ring
@@ -163,6 +168,8 @@ class PrioritizedSampler:
         alpha: 0: uniform; 1: in proportion to the TD error.
         eps: TD error that every transition has at least.
     """
+
+    heeds_td_errors: ClassVar[bool] = True
 
     def __init__(self, ring: Ring, rng: np.random.Generator, alpha: float = 0.6, eps: float = 1e-6) -> None:
         self._ring = ring
