@@ -141,6 +141,28 @@ def test_updates_do_not_depend_on_where_replay_lies(place, preset):
     torch.testing.assert_close(*learned, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("preset", ["smoke", "minatar"])
+def test_recorded_actors_choose_as_others_do_by_the_network_as_it_is_now(preset):
+    flags = ["--preset", preset, "--device", "cuda", "--envs-per-rank", "16"]
+    eager, recorded = (
+        build_parts(parse([*flags, graphs]), LocalComm(), PhaseTimer())
+        for graphs in ("--no-cuda-graphs", "--cuda-graphs")
+    )
+    np.testing.assert_array_equal(eager.actor.start(), recorded.actor.start())
+    seen = set()
+    for _ in range(20):
+        actions = [parts.actor.choose(0.1) for parts in (eager, recorded)]
+        np.testing.assert_array_equal(*actions)
+        seen |= set(actions[0].tolist())
+        for parts, chosen in zip((eager, recorded), actions, strict=True):
+            parts.actor.step(chosen)
+        eager.learner.parameters.add_(0.1 * torch.randn_like(eager.learner.parameters))
+        recorded.learner.parameters.copy_(eager.learner.parameters)
+    for parts in (eager, recorded):
+        parts.envs.close()
+    assert len(seen) > 1
+
+
 @pytest.mark.parametrize(
     "flags",
     [
