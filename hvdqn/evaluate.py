@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
@@ -160,7 +161,7 @@ def find_checkpoint(path: Path) -> Checkpoint:
         UserError: there is none, or it is broken.
     """
     for place in (path, path / "checkpoints" / "latest"):
-        if (place / "manifest.json").exists():
+        if os.path.exists(place / "manifest.json"):  # noqa: PTH110 - Path's raises where a folder may not be entered
             try:
                 return open_checkpoint(place)
             except (BrokenCheckpointError, OSError) as broken:

@@ -253,7 +253,7 @@ class JsonLines:
             "updates": record.updates,
             "wall_seconds": round(record.wall_seconds, 3),
         }
-        line = json.dumps(_finite({**counters, **record.values}), allow_nan=False)
+        line = json.dumps(finite({**counters, **record.values}), allow_nan=False)
         _append(self._path, line.encode() + b"\n")
 
     def close(self) -> None:
@@ -473,7 +473,9 @@ class BarConsole:
         self._status.update(record)
         if time.monotonic() >= self._next:
             self._next = time.monotonic() + self._REDRAW_SECONDS
-            self._live.start()
+            if not self._live.is_started:
+                self._live.start()
+                self._live.console.show_cursor(True)  # a run that is killed could not give it back
             self._live.update(self._drawn(), refresh=True)
 
     def say(self, text: str) -> None:
@@ -536,7 +538,7 @@ def write_summary(run_dir: Path, summary: Mapping[str, Any]) -> None:
     Raises:
         OSError: it cannot be written; a summary from before stays whole.
     """
-    text = json.dumps(_finite(summary), allow_nan=False, indent=2)
+    text = json.dumps(finite(summary), allow_nan=False, indent=2)
     replace_file(run_dir / SUMMARY_FILE, text.encode() + b"\n")
 
 
@@ -548,12 +550,12 @@ def _env_steps_of(line: bytes) -> float:
         return math.inf
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The same with non-finite numbers as None, in mappings and lists too."""
     if isinstance(value, Mapping):
-        return {name: _finite(item) for name, item in value.items()}
+        return {name: finite(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

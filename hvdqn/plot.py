@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 import sys
 import textwrap
 from collections import Counter
@@ -36,13 +37,17 @@ BOOTSTRAP_RESAMPLES = 4000
 GRID_POINTS = 400
 SEEDS_FOR_INTERQUARTILE_MEAN = 4
 POINTS_FOR_SMOOTHING = 20
+# With 3 seeds a bootstrap band holds the true mean in three cases of four, with 10 in nine of ten.
+SEEDS_FOR_BOOTSTRAP = 10
+MANIFEST = "checkpoints/latest/manifest.json"
 
 # What every curve is told by.
 BASE = ("preset", "env", "world_size")
 # Settings in which runs may differ and still be seeds of one experiment.
 NEUTRAL = {
-    "seed", "run_dir", "resume", "device", "threads_per_rank", "log_every",
-    "checkpoint_every", "checkpoint_keep", "eval_every", "eval_episodes",
+    "seed", "run_dir", "resume", "device", "comm", "threads_per_rank", "log_every",
+    "checkpoint_every", "checkpoint_keep", "checkpoint_replay", "eval_every", "eval_episodes", "stall_timeout",
+    "replay_device", "cuda_graphs",
 }  # fmt: skip
 
 # Okabe & Ito's colours, told apart by colour-blind readers; their yellow is too pale for a line on white.
@@ -64,6 +69,7 @@ STYLE: dict[Any, Any] = {  # keys are str in some releases of matplotlib, litera
     "legend.framealpha": 0.85,
     "legend.edgecolor": "none",
     "svg.hashsalt": "hvdqn",
+    "text.parse_math": False,  # a title may have dollars in it
 }
 Y_LABELS = {
     "eval_return_mean": "Evaluation return",
@@ -121,8 +127,16 @@ class Run:
         return "?" if value is None else str(value) or "none"
 
     def curve(self, x: str, y: str) -> tuple[Array, Array]:
-        """Points `[points]`, `[points]` by rising x; the last one counts where several share an x."""
+        """Points `[points]`, `[points]` by rising x; the last one counts where several share an x.
+
+        Raises:
+            UserError: one is no number.
+        """
         points = {r[x]: r[y] for r in self.records if r.get(x) is not None and r.get(y) is not None}
+        if not all(isinstance(value, (int, float)) for pair in points.items() for value in pair):
+            raise UserError(
+                f"{self.directory / METRICS_FILE} holds {x} or {y} that is no number; leave the run out"
+            )
         xs = sorted(points)
         return np.array(xs, dtype=np.float64), np.array([points[at] for at in xs], dtype=np.float64)
 
@@ -219,13 +233,16 @@ def read_runs(paths: Iterable[Path]) -> list[Run]:
 def _run_directories(path: Path) -> list[Path]:
     if path.name == METRICS_FILE:
         path = path.parent
-    if not path.is_dir():
-        what = "is no directory" if path.exists() else "does not exist"
-        raise UserError(f"{path} {what}; give the run directory that training printed")
-    if (path / METRICS_FILE).exists():
-        return [path]
-    # An empty file is a run that has only just begun: no reason to refuse the others around it.
-    found = sorted(file.parent for file in path.rglob(METRICS_FILE) if file.stat().st_size)
+    try:
+        if not path.is_dir():
+            what = "is no directory" if path.exists() else "does not exist"
+            raise UserError(f"{path} {what}; give the run directory that training printed")
+        if (path / METRICS_FILE).exists():
+            return [path]
+        # An empty file is a run that has only just begun: no reason to refuse the others around it.
+        found = sorted(file.parent for file in path.rglob(METRICS_FILE) if file.stat().st_size)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; make it readable") from None
     if not found:
         raise UserError(
             f"{path} holds no {METRICS_FILE} with records, at any depth; give a run directory of training"
@@ -247,9 +264,10 @@ def _read_run(directory: Path) -> Run:
 
 
 def _settings(directory: Path) -> dict[str, Any]:
-    """config.yaml, then summary.json over it; a run that is still going has no summary."""
+    """config.yaml, then summary.json over it, or what a checkpoint says of a run that is still going."""
     settings: dict[str, Any] = {}
-    for name in ("config.yaml", SUMMARY_FILE):
+    finished = os.path.exists(directory / SUMMARY_FILE)  # noqa: PTH110 - Path's raises where it may not look
+    for name in ("config.yaml", SUMMARY_FILE if finished else MANIFEST):
         path = directory / name
         try:
             text = path.read_text(encoding="utf-8")
@@ -258,9 +276,9 @@ def _settings(directory: Path) -> dict[str, Any]:
             continue
         except (OSError, ValueError, yaml.YAMLError):
             loaded = None
-        if not isinstance(loaded, dict):
+        if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
             raise UserError(f"{path} cannot be read as a mapping; mend it, or delete it to plot without it")
-        settings.update(loaded)
+        settings.update({"world_size": loaded.get("world_size")} if name == MANIFEST else loaded)
     return settings
 
 
@@ -437,7 +455,8 @@ def summarise(group: Group, x: str, y: str) -> Curve:
             f"the runs of '{group.label}' share no stretch of {x}: {error}; "
             f"give them apart, or tell them apart with --group"
         ) from None
-    notes = ["mean over seeds with bootstrap 95% band"]
+    few = len(values) < SEEDS_FOR_BOOTSTRAP
+    notes = [f"mean over seeds with bootstrap 95% band{', too narrow for so few seeds' * few}"]
     dashed = None
     if len(values) >= SEEDS_FOR_INTERQUARTILE_MEAN:
         dashed = interquartile_mean(values)

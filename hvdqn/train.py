@@ -561,6 +561,8 @@ def train(config: Config, comm: Comm, stop: StopSignal, timer: PhaseTimer) -> in
                 training.complete()
             except UserError as error:  # found by this rank alone: the others do not know
                 raise RuntimeError(str(error)) from error
+            finally:
+                training.metrics.close()  # what is said of an error comes after the bar
     except UserError:
         # Where it holds a run, this fails; where it holds another rank's heartbeat, that rank succeeds.
         with suppress(OSError):

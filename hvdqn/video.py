@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -59,16 +61,22 @@ def record(network: QNetwork, config: EnvironmentConfig, path: Path, seed: int, 
     Raises:
         UserError: the environment cannot be drawn.
     """
-    import imageio.v3 as imageio
+    import imageio.v2 as imageio
 
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws without a display
     with closing(make_drawn(config, seed)) as envs:
-        frames = [_enlarged(frame) for frame in play(network, envs, config, seed, epsilon)]
-        if path.suffix == ".gif":
-            imageio.imwrite(path, frames, duration=1000 / envs.frames_per_second, loop=0)
-        else:
-            imageio.imwrite(path, frames, fps=envs.frames_per_second)
-    return len(frames)
+        pictures = map(_enlarged, play(network, envs, config, seed, epsilon))
+        first = next(pictures)  # what cannot be drawn leaves no file
+        gif: dict[str, Any] = {"duration": 1000 / envs.frames_per_second, "loop": 0}
+        # Else pictures are stretched to multiples of 16.
+        mp4: dict[str, Any] = {"fps": envs.frames_per_second, "macro_block_size": 2}
+        film: Any = imageio.get_writer(path, **(gif if path.suffix == ".gif" else mp4))
+        written = 0
+        with closing(film):
+            for picture in itertools.chain([first], pictures):
+                film.append_data(picture)
+                written += 1
+    return written
 
 
 def make_drawn(config: EnvironmentConfig, seed: int) -> Environments:

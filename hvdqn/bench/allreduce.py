@@ -18,10 +18,11 @@ import torch
 from hvdqn.bench import ranks
 from hvdqn.bench.report import Parser, above_zero, print_table, write_json
 from hvdqn.comm import Comm
-from hvdqn.config import Config, check_engine
+from hvdqn.config import Config, check_engine, check_world
 from hvdqn.faults import EXIT_FINISHED, StopSignal
 from hvdqn.metrics import PhaseTimer
 from hvdqn.parts import build_parts
+from hvdqn.train import check_same_config
 
 PROG = "hvdqn bench allreduce"
 FLOATS = (1, 1_000, 10_000, 100_000, 1_000_000, 4_000_000)
@@ -130,7 +131,9 @@ def time_allreduce(
     seconds: float, json: Path, config: Config, comm: Comm, stop: StopSignal, timer: PhaseTimer
 ) -> int:
     """Build this configuration's network, time messages of its size and of others; returns the exit code."""
+    check_same_config(config, comm)
     check_engine(config, comm.name, comm.size)
+    check_world(config, comm.size)
     parts = build_parts(config, comm, timer)
     found = measure(comm, parts.device, parts.learner.message.numel(), seconds)
     parts.envs.close()

@@ -18,7 +18,7 @@ from hvdqn.bench.jobs import available, bench
 from hvdqn.bench.report import Parser, above_zero, one_or_more, write_json
 from hvdqn.comm import Comm
 from hvdqn.config import Config, UserError
-from hvdqn.faults import EXIT_FINISHED, StopSignal
+from hvdqn.faults import EXIT_FINISHED, StoppedError, StopSignal
 from hvdqn.metrics import PhaseTimer
 
 PROG = "hvdqn bench"
@@ -40,7 +40,7 @@ def costs(
         message = training.learner.message
         found = allreduce.measure(comm, message.device, message.numel(), options.allreduce_seconds)
     else:
-        found = engines(options, flags)
+        found = engines(options, flags, stop)
     if comm.rank == 0:
         if found:
             allreduce.show(found)
@@ -48,14 +48,20 @@ def costs(
     return EXIT_FINISHED
 
 
-def engines(options: Namespace, flags: Sequence[str]) -> list[Allreduce]:
-    """Time every engine that is installed, each in a job of its own; one that fails is said and left out."""
+def engines(options: Namespace, flags: Sequence[str], stop: StopSignal) -> list[Allreduce]:
+    """Time every engine that is installed, each in a job of its own; one that fails is said and left out.
+
+    Raises:
+        StoppedError: this process was told to stop.
+    """
     found = []
     for name in available():
         words = ["allreduce", "--seconds", str(options.allreduce_seconds), *flags]
         try:
-            job = bench(words, name, options.np)
+            job = bench(words, name, options.np, stopped=lambda: stop.received)
         except UserError as error:
+            if stop.received:
+                raise StoppedError("stopped by a signal before all was measured") from None
             print(f"{name} is left out: {error}", file=sys.stderr)
         else:
             found += allreduce.from_json(job["allreduce"], name)

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from hvdqn.bench.jobs import bench
-from hvdqn.bench.report import Parser, Row, print_goals, write_json
+from hvdqn.bench.report import Parser, Row, one_or_more, print_goals, write_json
 from hvdqn.comm import connect
-from hvdqn.config import Config, check_engine, parse
+from hvdqn.config import Config, check_engine, check_world, parse
 from hvdqn.metrics import PhaseTimer, number
 from hvdqn.parts import Parts, build_parts, device_kind
 from hvdqn.replay import Batch
@@ -147,10 +147,11 @@ def main(argv: Sequence[str]) -> int:
     """
     parser = Parser(PROG, __doc__, "bench-gpu.json")
     parser.add_argument("--pong", action="store_true", help="train Pong too: minutes to an hour")
-    parser.add_argument("--updates", type=int, default=2_000, help="to time")
+    parser.add_argument("--updates", type=one_or_more, default=2_000, help="to time")
     options, flags = parser.parse_known_args(argv)
     config = parse([*WORKLOAD, *flags], PROG)
     check_engine(config, "local", 1)
+    check_world(config, 1)
     device_kind(config)
     rows = []
     for row in itertools.chain(measure(config, options.updates), pong() if options.pong else ()):

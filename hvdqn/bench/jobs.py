@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -79,6 +80,7 @@ def bench(
     np: int = 1,
     cores: Sequence[int] = (),
     variables: Mapping[str, str] | None = None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Run `hvdqn bench WORDS` as a job and return the JSON it wrote.
 
@@ -88,9 +90,10 @@ def bench(
         np: ranks.
         cores: that the job may use; all that this process may if none are given.
         variables: to set beside this process's environment.
+        stopped: whether the job is to be ended, looked at now and then.
 
     Raises:
-        UserError: the job failed; the message holds the end of what it said.
+        UserError: the job failed; the message holds why, or the end of what it said.
     """
     with tempfile.TemporaryDirectory(prefix="hvdqn-bench-") as folder:
         result = Path(folder) / "result.json"
@@ -99,13 +102,18 @@ def bench(
             launcher = [word.format(np=np) for word in ENGINES[engine].launcher]
             launcher[0] = _program(launcher[0]) or launcher[0]
             command = [*launcher, *command, "--comm", ENGINES[engine].comm]
-        run(command, cores, variables)
+        run(command, cores, variables, stopped)
         read: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
         return read
 
 
-def run(command: Sequence[str], cores: Sequence[int] = (), variables: Mapping[str, str] | None = None) -> str:
-    """Run a command on these cores; return what it printed.
+def run(
+    command: Sequence[str],
+    cores: Sequence[int] = (),
+    variables: Mapping[str, str] | None = None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> str:
+    """Run a command on these cores until it ends or is to be `stopped`; return what it printed.
 
     Raises:
         UserError: it failed.
@@ -114,14 +122,44 @@ def run(command: Sequence[str], cores: Sequence[int] = (), variables: Mapping[st
     # Inherited by the child; `preexec_fn` is not safe in a process that has threads.
     os.sched_setaffinity(0, cores or before)
     try:
-        done = subprocess.run(
-            command, env=environment(variables), stdin=subprocess.DEVNULL, capture_output=True, text=True
+        process = subprocess.Popen(
+            command,
+            env=environment(variables),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
         )
     except OSError as error:
         raise UserError(f"cannot start {command[0]}: {error.strerror}") from None
     finally:
         os.sched_setaffinity(0, before)
-    if done.returncode:
-        said = (done.stderr.strip() or done.stdout.strip())[-600:]
-        raise UserError(f"{' '.join(command)} ended with exit code {done.returncode}: {said}")
-    return done.stdout
+    try:
+        printed, said = _communicate(process, stopped)
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
+    if process.returncode:
+        raise UserError(_why(command, process.returncode, said.strip() or printed.strip()))
+    return printed
+
+
+def _communicate(process: subprocess.Popen[str], stopped: Callable[[], bool]) -> tuple[str, str]:
+    told = False
+    while True:
+        try:
+            return process.communicate(timeout=1.0)
+        except subprocess.TimeoutExpired:
+            if stopped() and not told:
+                process.terminate()
+                told = True
+
+
+def _why(command: Sequence[str], code: int, said: str) -> str:
+    """What a job that failed said of it, in its own words where it knew."""
+    if known := re.search(r"hvdqn[\w ]*: error: (.*)", said):
+        return known[1]
+    shown = " ".join("..." if "\n" in word else word for word in command)
+    return f"{shown} ended with exit code {code}: {said[-600:]}"

@@ -266,9 +266,13 @@ def pin_to_core() -> None:
         UserError: there are more ranks on this host than cores.
     """
     cores = sorted(os.sched_getaffinity(0))
+    if len(cores) == 1:
+        return  # the launcher has bound it
     local_rank = next((int(os.environ[name]) for name in _LOCAL_RANK if name in os.environ), 0)
     if local_rank >= len(cores):
-        raise UserError(f"--pin gives each rank a core, and this host has {len(cores)}; start fewer ranks")
+        raise UserError(
+            f"--pin gives each rank a core, and rank {local_rank} of this host may use {len(cores)}; start fewer ranks"
+        )
     os.sched_setaffinity(0, {cores[local_rank]})
 
 

@@ -85,6 +85,8 @@ def ranks(setting: Setting, preset: str, goals: Mapping[str, float]) -> Iterator
     """
     words = ["loop", "--pin", "--seconds", str(setting.seconds), "--preset", preset]
     engines = [name for name in available() if name in goals]
+    if not engines:
+        raise UserError(f"none of {', '.join(goals)} is installed here; run launch/setup.sh")
     ratios: dict[str, list[float]] = {name: [] for name in engines}
     exposed: dict[str, list[float]] = {name: [] for name in engines}
     for _ in range(setting.rounds):

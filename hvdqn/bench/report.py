@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import platform
 import statistics
@@ -15,8 +16,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn
 
+from hvdqn.comm import launcher_rank
 from hvdqn.config import UserError
-from hvdqn.metrics import number
+from hvdqn.metrics import finite, number
 
 LIBRARIES = ("torch", "numpy", "gymnasium", "ale-py", "horovod", "mpi4py", "stable-baselines3")
 
@@ -34,7 +36,7 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
         self.add_argument(
-            "--json", type=Path, default=Path(json_file), metavar="FILE", help=f"default: {json_file}"
+            "--json", type=writable, default=json_file, metavar="FILE", help=f"default: {json_file}"
         )
 
     def error(self, message: str) -> NoReturn:
@@ -42,10 +44,19 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
+def writable(text: str) -> Path:
+    """A flag's file, which whoever writes it can write: to be found out before hours are measured."""
+    folder = os.path.dirname(text) or "."  # noqa: PTH120 - what Path asks of a folder may raise
+    target = text if os.path.exists(text) else folder  # noqa: PTH110
+    if launcher_rank() == 0 and (os.path.isdir(text) or not os.access(target, os.W_OK)):  # noqa: PTH112
+        raise argparse.ArgumentTypeError(f"cannot write '{text}'; choose another file")
+    return Path(text)
+
+
 def above_zero(text: str) -> float:
     """A flag's number of seconds, or whatever else must be above zero."""
     with contextlib.suppress(ValueError):
-        if (number := float(text)) > 0:
+        if 0 < (number := float(text)) < math.inf:
             return number
     raise argparse.ArgumentTypeError(f"'{text}' is no number above 0")
 
@@ -137,10 +148,13 @@ class Row:
 
     def cells(self) -> tuple[str, ...]:
         """As it is printed."""
-        spread = f"{number(min(self.values))} to {number(max(self.values))}"
+        middle, low, high = (
+            "never" if math.isinf(value) else number(value) + unit
+            for value, unit in ((self.median, self.unit), (min(self.values), ""), (max(self.values), ""))
+        )
         goal = "" if self.goal is None else f"{'<=' if self.at_most else '>='} {number(self.goal)}"
         reached = {None: "", True: "yes", False: "no"}[self.met]
-        return (self.what, number(self.median) + self.unit, spread, goal, reached)
+        return (self.what, middle, f"{low} to {high}", goal, reached)
 
 
 def print_goals(title: str, rows: Sequence[Row]) -> None:
@@ -154,7 +168,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    text = json.dumps({**content, "machine": machine()}, indent=2)
+    text = json.dumps(finite({**content, "machine": machine()}), allow_nan=False, indent=2)
     try:
         path.write_text(text + "\n", encoding="utf-8")
     except OSError as error:

@@ -2,17 +2,20 @@
 
     hvdqn bench scaling --np 1,2,4 --engine mpi --preset atari
 
-Weak: every rank keeps its environments and its minibatch. Strong: the job's stay the same, shared by the ranks.
+Weak: every rank keeps its environments and its minibatch. Strong: the job's stay the same, shared by the ranks. A rank
+has as many threads in a small job as in the largest, or else threads would scale and not ranks.
 Efficiency is the rate of a rank over that of the smallest job. The projection is described in `projection.py`.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import textwrap
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,11 +78,25 @@ def shares(flags: Sequence[str], counts: Sequence[int]) -> dict[int, list[str]]:
     }
 
 
+def with_threads(flags: Sequence[str], most_ranks: int) -> list[str]:
+    """Flags that give a rank of every job the threads that one of the largest has, unless the user says how many."""
+    if parse(flags, PROG).parallel.threads_per_rank:
+        return list(flags)
+    return [*flags, "--threads-per-rank", str(max(1, len(os.sched_getaffinity(0)) // most_ranks))]
+
+
 def timed(engine: str, ranks: int, seconds: float, flags: Sequence[str]) -> Loop:
-    """One job."""
+    """One job.
+
+    Raises:
+        UserError: it failed, or had no update.
+    """
     print(f"{ranks} rank{'s' * (ranks > 1)}: {' '.join(flags)}", flush=True)
     words = ["loop", "--seconds", str(seconds), *flags]
-    return loop.from_json(bench(words, engine if ranks > 1 else "", ranks))
+    found = loop.from_json(bench(words, engine if ranks > 1 else "", ranks))
+    if not found.updates:
+        raise UserError("no update fell into the time that was measured; raise --seconds")
+    return found
 
 
 def measure(options: Namespace, counts: Sequence[int], flags: Sequence[str]) -> Scaling:
@@ -99,6 +116,7 @@ def measure(options: Namespace, counts: Sequence[int], flags: Sequence[str]) -> 
         print(
             f"strong scaling leaves out {', '.join(left_out)} ranks: environments or minibatch do not divide by it"
         )
+    show_measured(options.engine, weak, strong)
     job = bench(["allreduce", *flags], options.engine, max(counts))
     return projected(options.engine, weak, strong, allreduce.from_json(job["allreduce"])[0])
 
@@ -119,10 +137,14 @@ def projected(engine: str, weak: list[Loop], strong: list[Loop], messages: Allre
     return Scaling(engine, weak, strong, line, messages.world_size, found)
 
 
-def show(scaling: Scaling) -> None:
-    """Print the tables."""
-    print_table(f"Weak scaling, {scaling.engine}: each rank's work stays", HEADER, rows(scaling.weak))
-    print_table(f"Strong scaling, {scaling.engine}: the job's work stays", HEADER, rows(scaling.strong))
+def show_measured(engine: str, weak: Sequence[Loop], strong: Sequence[Loop]) -> None:
+    """Print the tables of what was measured."""
+    print_table(f"Weak scaling, {engine}: each rank's work stays", HEADER, rows(weak))
+    print_table(f"Strong scaling, {engine}: the job's work stays", HEADER, rows(strong))
+
+
+def show_projected(scaling: Scaling) -> None:
+    """Print the table of what follows."""
     line = scaling.line
     print_table(
         f"Projected weak scaling from {scaling.line_ranks} ranks: an allreduce of n bytes took "
@@ -188,8 +210,9 @@ def read(directory: Path) -> list[Loop]:
         UserError: there are none.
     """
     try:
-        found = [loop.from_json(json.loads(path.read_text("utf-8"))) for path in directory.glob("*.json")]
-    except (OSError, ValueError, KeyError) as error:
+        files = sorted(directory.glob("*.json"))
+        found = [loop.from_json(json.loads(path.read_text("utf-8"))) for path in files]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"'{directory}' holds a file that hvdqn bench loop did not write: {error!r}"
         ) from None
@@ -217,12 +240,17 @@ def scale(options: Namespace, flags: Sequence[str]) -> None:
         UserError: the input is wrong, or a job failed.
     """
     if options.read:
+        if flags:
+            raise UserError(f"{flags[0]} is of no use beside --read, which measures nothing; leave it out")
         print_table(f"Weak scaling, {options.read}", HEADER, rows(read(options.read)))
         return
+    if not available():
+        raise UserError("no launcher is installed here; run launch/setup.sh")
     if options.engine not in available():
         raise UserError(f"--engine {options.engine!r} is not installed; there are {', '.join(available())}")
-    scaling = measure(options, rank_counts(options.np), flags)
-    show(scaling)
+    counts = rank_counts(options.np)
+    scaling = measure(options, counts, with_threads(flags, max(counts)))
+    show_projected(scaling)
     content: dict[str, Any] = {
         **asdict(scaling),
         "formulas": FORMULAS,
@@ -230,6 +258,9 @@ def scale(options: Namespace, flags: Sequence[str]) -> None:
         "assumption": ASSUMPTION,
     }
     write_json(options.json, content)
+    if find_spec("matplotlib") is None:
+        print(f"{options.json}   no picture: matplotlib is not installed; pip install 'hvdqn[plot]'")
+        return
     picture = options.json.with_suffix(".png")
     draw(scaling, picture)
     print(f"{options.json}   {picture}")

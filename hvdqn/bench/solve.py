@@ -33,6 +33,7 @@ def train_until(training: Training, goal: float, every_env_steps: int) -> tuple[
     while clock.env_steps < config.run.total_env_steps and mean < goal:
         left = min(every_env_steps, config.run.total_env_steps - clock.env_steps)
         seconds += run_span(training, -(-left // clock.envs), config.parallel.overlap).wall_seconds
+        training.agree()
         evaluation = training.evaluator.run(training.learner.online)
         assert evaluation is not None  # nobody asked to leave off
         training.metrics.say(f"{clock.env_steps:,} env steps, {seconds:.1f} s of training, {evaluation}")

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import sys
+import tempfile
+import time
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -11,16 +16,17 @@ import pytest
 import torch
 
 from hvdqn import bench
-from hvdqn.bench import allreduce, jobs, loop, peers, scaling
+from hvdqn.bench import allreduce, costs, jobs, loop, peers, scaling, solve
 from hvdqn.bench.allreduce import Allreduce
 from hvdqn.bench.loop import Loop
 from hvdqn.bench.projection import Line, Work, allreduce_seconds, efficiency, fit, project
-from hvdqn.bench.report import Row
+from hvdqn.bench.report import Row, write_json
 from hvdqn.comm.local import LocalComm
 from hvdqn.config import UserError, parse
-from hvdqn.faults import StopSignal
+from hvdqn.faults import StoppedError, StopSignal
 from hvdqn.learner import learning_rate
 from hvdqn.metrics import PhaseTimer
+from hvdqn.train import Training, start
 
 US = 1e-6
 
@@ -123,7 +129,7 @@ def test_what_follows_from_a_measurement(tmp_path: Path, capsys: pytest.CaptureF
     eight = {one.model: one for one in found.projected if one.ranks == 8}
     assert eight["tree"].allreduce_seconds == pytest.approx(3 * 14 * US)
     assert eight["tree"].efficiency == pytest.approx(90 / (90 + 42 - 5))
-    scaling.show(found)
+    scaling.show_projected(found)
     printed = capsys.readouterr().out
     assert "42, 71%" in printed
     late = [a_loop(), a_loop(2, rate=200.0, exposed=900 * US, hidden=800 * US)]
@@ -134,6 +140,20 @@ def test_what_follows_from_a_measurement(tmp_path: Path, capsys: pytest.CaptureF
     assert "Assumed" in printed
     scaling.draw(found, tmp_path / "scaling.png")
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_rank_has_the_same_threads_in_every_job(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(9)))
+    assert scaling.with_threads(["--preset", "smoke"], 4)[-2:] == ["--threads-per-rank", "2"]
+    assert scaling.with_threads([], 16)[-2:] == ["--threads-per-rank", "1"]
+    assert scaling.with_threads(["--threads-per-rank=3"], 4) == ["--threads-per-rank=3"]
+
+
+def test_a_loop_without_an_update_scales_nothing(monkeypatch: pytest.MonkeyPatch):
+    idle = loop.as_json(dataclasses.replace(a_loop(), updates=0))
+    monkeypatch.setattr(scaling, "bench", lambda *_: idle)
+    with pytest.raises(UserError, match="raise --seconds"):
+        scaling.timed("mpi", 1, 0.1, [])
 
 
 @pytest.mark.parametrize("text", ["", "2", "1,x", "0,2", "2,2"])
@@ -153,8 +173,23 @@ def test_reading_what_jobs_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert bench.main(["scaling", "--read", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert printed.index("1,000") < printed.index("4,000")
-    (tmp_path / "other.json").write_text("{}")
-    assert bench.main(["scaling", "--read", str(tmp_path)]) == 2
+    assert bench.main(["scaling", "--read", str(tmp_path), "--nonsense"]) == 2
+    for wrong in ("{}", "[1]"):
+        (tmp_path / "other.json").write_text(wrong)
+        assert bench.main(["scaling", "--read", str(tmp_path)]) == 2
+    assert "--nonsense is of no use" in capsys.readouterr().err.splitlines()[0]
+
+
+@pytest.mark.parametrize("name", ["scaling", "peers w1-ranks", "peers w2-ranks", "peers solve"])
+def test_without_a_launcher_there_is_nothing_to_compare(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    for module in (scaling, peers):
+        monkeypatch.setattr(module, "available", list)
+    monkeypatch.setattr(peers, "run", lambda *_: "")
+    assert bench.main([*name.split(), "--json", str(tmp_path / "rows.json")]) == 2
+    assert "run launch/setup.sh" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 # Comparisons
@@ -165,6 +200,7 @@ def test_reading_what_jobs_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[s
     [
         (Row("a", "x", (3.0, 1.0, 2.0), 1.9), ("a", "2x", "1 to 3", ">= 1.9", "yes")),
         (Row("b", "%", (4.0, 3.5), 3.0, at_most=True), ("b", "3.75%", "3.5 to 4", "<= 3", "no")),
+        (Row("c", "", (math.inf,), 5.0, at_most=True), ("c", "never", "never to never", "<= 5", "no")),
     ],
 )
 def test_a_row_is_a_median_with_its_spread(row, cells):
@@ -198,6 +234,11 @@ def test_comparisons_with_a_peer_that_is_half_as_fast(
     assert "W1, one core, fp32" in capsys.readouterr().out
 
 
+def test_what_never_came_is_null_in_json(tmp_path: Path):
+    write_json(tmp_path / "rows.json", {"rows": [Row("c", "", (math.inf,)).as_json()]})
+    assert json.loads((tmp_path / "rows.json").read_text())["rows"][0]["median"] is None
+
+
 # Messages
 
 
@@ -223,6 +264,33 @@ def test_a_job_that_fails_says_why():
         jobs.run([sys.executable, "-c", code])
 
 
+def test_a_job_that_knows_why_it_failed_says_nothing_else():
+    code = "import sys; print('[0]<stderr>:hvdqn bench: error: what to do', file=sys.stderr); sys.exit(2)"
+    with pytest.raises(UserError, match=r"^what to do$"):
+        jobs.run([sys.executable, "-c", code])
+
+
+def test_a_job_may_print_anything_and_long_code_is_not_repeated():
+    assert jobs.run(["printf", "\\377"]) == "\N{REPLACEMENT CHARACTER}"
+    with pytest.raises(UserError, match=r"-c \.\.\. ended with exit code 1: $"):
+        jobs.run([sys.executable, "-c", "import sys\nsys.exit(1)"])
+
+
+def test_a_job_ends_when_its_benchmark_is_stopped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(costs, "available", lambda: ["mpi", "torch"])
+    monkeypatch.setattr(
+        costs, "bench", lambda words, name, np, stopped: jobs.run(["sleep", "100"], stopped=stopped)
+    )
+    monkeypatch.setattr(StopSignal, "received", True)
+    began = time.monotonic()
+    with pytest.raises(StoppedError, match="before all was measured"):
+        costs.engines(Namespace(allreduce_seconds=1.0, np=2), [], StopSignal())
+    assert time.monotonic() - began < 50
+    assert "left out" not in capsys.readouterr().err
+
+
 def test_each_pinned_rank_needs_a_core(monkeypatch: pytest.MonkeyPatch):
     given: list[set[int]] = []
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {4, 6})
@@ -231,8 +299,11 @@ def test_each_pinned_rank_needs_a_core(monkeypatch: pytest.MonkeyPatch):
     loop.pin_to_core()
     assert given == [{6}]
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(UserError, match="this host has 2; start fewer"):
+    with pytest.raises(UserError, match="rank 2 of this host may use 2; start fewer"):
         loop.pin_to_core()
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {4})
+    loop.pin_to_core()  # bound by the launcher
+    assert given == [{6}]
 
 
 # The commands, in this process
@@ -290,6 +361,14 @@ def test_a_whole_run_counts_all_env_steps(tmp_path: Path):
         ("scaling --seconds 0", "argument --seconds: '0' is no number above 0"),
         ("startup --rounds 0", "argument --rounds: '0' is no whole number of 1 or more"),
         ("solve --every 0", "argument --every: '0' is no whole number of 1 or more"),
+        ("loop --seconds inf", "argument --seconds: 'inf' is no number above 0"),
+        ("gpu --updates 0", "argument --updates: '0' is no whole number of 1 or more"),
+        ("loop --json no/such/file", "argument --json: cannot write 'no/such/file'; choose another file"),
+        ("loop --json .", "argument --json: cannot write '.'; choose another file"),
+        (
+            "allreduce --replay-capacity 20 --learning-starts 10 --envs-per-rank 64",
+            "32 is larger than the replay shard of a rank, 20",
+        ),
         ("--np two", "argument --np: 'two' is no whole number of 1 or more"),
         ("scalin", "hvdqn bench: error: there is no benchmark 'scalin'; did you mean 'scaling'?"),
         ("nosuch", "there is no benchmark 'nosuch'; there are allreduce, gpu"),
@@ -332,7 +411,7 @@ def test_wrong_flags_are_one_line(capsys: pytest.CaptureFixture[str]):
 def test_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """With an engine that cannot run, and what another job would have written."""
 
-    def job(words: list[str], engine: str, np: int) -> dict[str, object]:
+    def job(words: list[str], engine: str, np: int, stopped: object) -> dict[str, object]:
         if engine == "torch":
             raise UserError("torchrun broke")
         assert words == ["allreduce", "--seconds", "0.5", "--preset", "smoke"]
@@ -361,6 +440,17 @@ def test_solve(tmp_path: Path):
     found = json.loads(file.read_text())
     assert not found["solved"]
     assert found["env_steps"] == 600
+
+
+def test_the_policy_of_all_ranks_is_evaluated_where_their_weights_may_differ(monkeypatch: pytest.MonkeyPatch):
+    agreed: list[int] = []
+    monkeypatch.setattr(Training, "agree", lambda training: agreed.append(training.clock.env_steps))
+    config = parse(["--preset", "smoke", "--eval-episodes", "1", "--total-env-steps", "400"])
+    with tempfile.TemporaryDirectory() as folder:
+        training = start(Training, config, LocalComm(), Path(folder), StopSignal(), PhaseTimer())
+        solve.train_until(training, 501.0, 200)
+        training.close()
+    assert agreed == [200, 400]
 
 
 def test_gpu_without_one_is_refused(capsys: pytest.CaptureFixture[str]):

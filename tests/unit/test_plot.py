@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -129,6 +131,7 @@ def test_summary_over_seeds() -> None:
     assert curve.line.tolist() == [0, 26.5]
     assert curve.dashed is not None
     assert curve.dashed.tolist() == [0, 2.5]
+    assert "mean over seeds with bootstrap 95% band, too narrow for so few seeds" in curve.notes
     assert curve.band is not None
     assert curve.band[0][0] == curve.band[1][0] == 0
     assert curve.band[0][1] < 26.5 < curve.band[1][1]
@@ -204,6 +207,17 @@ def test_a_run_that_is_still_going_has_no_summary_and_is_drawn(tmp_path: Path) -
     assert [group.legend for group in panel.groups] == ["minatar + rainbow (1 seed)"]
 
 
+def test_a_seed_that_is_still_going_belongs_to_the_others(tmp_path: Path) -> None:
+    """Its checkpoint knows how many ranks it has; and for how long it may stall is no experiment."""
+    write_run(tmp_path / "done", stall_timeout=600.0)
+    going = write_run(tmp_path / "going", seed=2, world_size=None, stall_timeout=0.0)
+    (going / "checkpoints" / "latest").mkdir(parents=True)
+    manifest = {"world_size": 2, "config": {"env": "Other-v0"}}
+    (going / "checkpoints" / "latest" / "manifest.json").write_text(json.dumps(manifest))
+    (panel,) = arrange(read_runs([tmp_path]), None, None)
+    assert [group.legend for group in panel.groups] == ["cartpole, np 2 (2 seeds)"]
+
+
 def test_evaluations_along_the_way_are_preferred(tmp_path: Path) -> None:
     write_run(tmp_path / "along", evaluations=5)
     write_run(tmp_path / "only-at-the-end", evaluations=1)
@@ -249,7 +263,7 @@ def test_the_command_draws_a_picture_and_never_loads_torch(tmp_path: Path, suffi
         "assert 'torch' not in sys.modules and 'matplotlib.pyplot' not in sys.modules; sys.exit(code)"
     )
     out = tmp_path / "pictures" / f"curves{suffix}"
-    words = [str(tmp_path / "runs"), "-o", str(out), "--title", "Two presets"]
+    words = [str(tmp_path / "runs"), "-o", str(out), "--title", r"From $5 to $6: \foo$"]
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{out}\n", "")
     picture = out.read_bytes()
@@ -296,6 +310,18 @@ def test_a_run_that_has_only_begun_does_not_hide_the_others(tmp_path: Path) -> N
         read_runs([tmp_path / "begun"])
 
 
+def with_closed_folders(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`closed` is what a folder is to a user who may not enter it; root may enter any."""
+    stat = os.stat
+
+    def refuse(path: Any, **kwargs: Any) -> os.stat_result:
+        if str(path).startswith("closed"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return stat(path, **kwargs)
+
+    monkeypatch.setattr("os.stat", refuse)
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -304,6 +330,9 @@ def test_a_run_that_has_only_begun_does_not_hide_the_others(tmp_path: Path) -> N
         (["empty"], "empty holds no metrics.jsonl with records"),
         (["torn"], "torn/metrics.jsonl is damaged: line 2 is no JSON object; delete that line"),
         (["mapless"], "mapless/config.yaml cannot be read as a mapping"),
+        (["nameless"], "nameless/config.yaml cannot be read as a mapping"),
+        (["words"], "words/metrics.jsonl holds env_steps or loss that is no number"),
+        (["closed"], "cannot read closed: Permission denied; make it readable"),
         (["run", "-o", "curve.bmp"], "curve.bmp is no picture that can be drawn; end it in .png or .svg"),
         (["run", "-o", "run/config.yaml/curve.png"], "cannot write run/config.yaml/curve.png: "),
         (["run", "--y", "episode_return"], "did you mean 'episode_return_mean'"),
@@ -326,7 +355,12 @@ def test_wrong_input_is_one_line_and_exit_code_2(
     write_run(Path("mapless"))
     Path("mapless/config.yaml").write_text("just words")
     Path("empty").mkdir()
-    assert main(words) == 2
+    write_run(Path("nameless"))
+    Path("nameless/config.yaml").write_text("1: 2")
+    write_run(Path("words"))
+    Path("words/metrics.jsonl").write_text('{"env_steps": 1, "loss": "low"}\n')
+    with_closed_folders(monkeypatch)
+    assert main([*words, "--y", "loss"] if words == ["words"] else words) == 2
     said = capsys.readouterr()
     assert says in said.err
     assert said.err.startswith("hvdqn plot: ")

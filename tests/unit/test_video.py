@@ -38,6 +38,8 @@ def test_an_episode_becomes_a_film(env, moving, suffix, tmp_path, monkeypatch):
     assert moving <= film.shape[0] <= frames  # a GIF shows equal pictures once, for longer
     assert film.shape[1] >= video.LEAST_HEIGHT
     assert film.shape[3] == 3
+    if suffix == ".mp4":
+        assert film.shape[1:3] == (252, 252), "3 times 84, not stretched to a multiple of 16"
     different = [not np.array_equal(one, other) for one, other in itertools.pairwise(film)]
     assert sum(different) >= moving - 1
 
