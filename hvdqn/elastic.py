@@ -145,11 +145,11 @@ class ElasticTraining(Training):
         elif not filled:
             self.filling_env_steps = self.clock.learning_starts
 
-    def begin_update(self) -> Rest:
+    def begin_update(self, batch: Batch | None) -> Rest:
         """Begin an update as far as is good before the environments step; what is left to do of it."""
         updates = self.clock.updates
         try:
-            return super().begin_update()
+            return super().begin_update(batch)
         except self.world.peer_lost:  # the exchange could not be launched: it is no update under way
             self.clock.updates = updates
             raise

@@ -116,7 +116,6 @@ class Training:
         self.target_due = False
         # A GPU learns while environments are busy. On a host both would want the same cores.
         self.learns_beside_envs = parts.device.type == "cuda"
-        self.ahead: Batch | None = None
         # Of this rank, since it began or went on.
         self.acted_env_steps = 0
         self.seconds_before = self.timer.seconds()
@@ -220,18 +219,20 @@ class Training:
         """Begin every update that is due, and finish all but the last; what is left to do of that."""
         rest: Rest | None = None
         while self.clock.update_due():
+            if rest and self.replay.sampler.heeds_td_errors:
+                self.tell_replay(rest())
+                rest = None
+            batch = self.draw()  # while a GPU works on the update before, or its gradients travel
             if rest:
                 self.tell_replay(rest())
-            rest = self.begin_update()
+            rest = self.begin_update(batch)
             if not self.config.parallel.overlap:
                 self.tell_replay(rest())
                 rest = None
         return rest
 
-    def begin_update(self) -> Rest:
+    def begin_update(self, batch: Batch | None) -> Rest:
         """Begin an update as far as is good before the environments step; what is left to do of it."""
-        self.timer.start("sample")
-        batch, self.ahead = self.ahead or self.draw(), None
         report, done = self.report(), self.clock.env_steps / self.config.run.total_env_steps
         self.clock.count_update()
 
@@ -241,18 +242,16 @@ class Training:
 
         def all_of_it() -> Learned:
             compute()
-            if self.clock.update_due() and not self.replay.sampler.heeds_td_errors:
-                self.timer.start("sample")
-                self.ahead = self.draw()  # while the GPU works
             return self.learner.finish_update()
 
-        if self.learns_beside_envs:
+        if self.learns_beside_envs and not self.clock.update_due():
             return all_of_it
         compute()
         return self.learner.finish_update
 
     def draw(self) -> Batch | None:
         """This rank's next minibatch."""
+        self.timer.start("sample")
         importance = importance_at(self.config, self.comm.size, self.clock.env_steps)
         return self.replay.sample(self.config.replay.batch_per_rank, importance)
 
