@@ -154,9 +154,13 @@ def main(argv: Sequence[str]) -> int:
     check_world(config, 1)
     device_kind(config)
     rows = []
-    for row in itertools.chain(measure(config, options.updates), pong() if options.pong else ()):
-        print(f"{row.what}: {number(row.median)}", file=sys.stderr, flush=True)  # it takes minutes
-        rows.append(row)
-    print_goals("GPU" if config.parallel.device == "cuda" else "CPU, where these goals mean nothing", rows)
-    write_json(options.json, {"rows": [row.as_json() for row in rows]})
+    try:
+        for row in itertools.chain(measure(config, options.updates), pong() if options.pong else ()):
+            print(f"{row.what}: {number(row.median)}", file=sys.stderr, flush=True)  # it takes minutes
+            rows.append(row)
+    finally:  # what was measured stays where what comes after it fails
+        print_goals(
+            "GPU" if config.parallel.device == "cuda" else "CPU, where these goals mean nothing", rows
+        )
+        write_json(options.json, {"rows": [row.as_json() for row in rows]})
     return 0

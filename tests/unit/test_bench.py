@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from hvdqn import bench
-from hvdqn.bench import allreduce, costs, jobs, loop, peers, scaling, solve
+from hvdqn.bench import allreduce, costs, gpu, jobs, loop, peers, scaling, solve
 from hvdqn.bench.allreduce import Allreduce
 from hvdqn.bench.loop import Loop
 from hvdqn.bench.projection import Line, Work, allreduce_seconds, efficiency, fit, project
@@ -458,6 +458,17 @@ def test_gpu_without_one_is_refused(capsys: pytest.CaptureFixture[str]):
         pytest.skip("there is a GPU here: the refusal is NOT tested")
     assert bench.main(["gpu"]) == 2
     assert "sees no CUDA device" in capsys.readouterr().err
+
+
+def test_what_a_gpu_has_shown_stays_where_pong_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fails(words: list[str]) -> None:
+        raise UserError("no Pong here")
+
+    monkeypatch.setattr(gpu, "measure", lambda *_: iter([Row("samples/s", "", (1.0,))]))
+    monkeypatch.setattr(gpu, "bench", fails)
+    file = tmp_path / "gpu.json"
+    assert bench.main(["gpu", "--pong", "--device", "cpu", "--json", str(file)]) == 2
+    assert [row["what"] for row in json.loads(file.read_text())["rows"]] == ["samples/s"]
 
 
 def test_replay(tmp_path: Path):
