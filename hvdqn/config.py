@@ -225,8 +225,8 @@ class ParallelConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: autocast of the forward passes; parameters and gradients stay fp32."""
     cuda_graphs: bool = False
-    """Record an update once as two CUDA graphs, up to the exchange and after it, and replay them. A torso of your own
-    must not ask on the host what a tensor holds."""
+    """Record an update once as two CUDA graphs, up to the exchange and after it, acting as a third, and replay them. A
+    torso of your own must not ask on the host what a tensor holds."""
     stall_timeout: float = 600.0
     """Seconds without progress after which the job is ended and the missing rank named; 0: never."""
 
