@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import importlib
 import io
+import itertools
 import json
 import math
 import os
@@ -370,6 +371,12 @@ def parse(argv: Sequence[str], prog: str = "python -m hvdqn.train") -> Config:
         UserError: something in it is wrong.
         SystemExit: 0 after `--help`.
     """
+    for flag, remedy in (
+        ("--preset", "join them by comma, as in minatar,rainbow"),
+        ("--config", "give one file"),
+    ):
+        if sum(word.split("=")[0] == flag for word in argv) > 1:
+            raise UserError(f"{flag} is given twice; {remedy}")
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     early.add_argument("--preset", default="")
     early.add_argument("--config", default="")
@@ -458,10 +465,22 @@ def parse_flags(kind: type[T], argv: Sequence[str], prog: str, default: T | None
         raise UserError(_one_line(err.getvalue())) from None
     if unknown:
         word = unknown[0].split("=")[0]
+        if flag := _switch_before(word, argv, kind):
+            raise UserError(f"{flag} takes no value; write {flag} or --no-{flag[2:]}")
         raise UserError(
             f"unknown argument '{word}'{did_you_mean(word, _flags_of(kind))}; see --help for all flags"
         )
     return parsed
+
+
+def _switch_before(word: str, argv: Sequence[str], kind: Any) -> str:
+    """The switch that this word was given to as if it were its value, or ""."""
+    if word.lower() not in ("true", "false", "yes", "no", "on", "off", "0", "1"):
+        return ""
+    flags = [
+        flag for flag, after in itertools.pairwise([*argv, ""]) if after == word or flag.endswith(f"={word}")
+    ]
+    return next((name for flag in flags if (name := flag.split("=")[0]) in _flags_of(kind)), "")
 
 
 def _flags_of(kind: Any) -> list[str]:
@@ -530,7 +549,7 @@ def read_config_file(path: str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a UTF-8 text"
         raise UserError(f"cannot read the config file '{path}': {reason}; give a YAML file") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # the latter of a day that no month has
         where = getattr(error, "problem_mark", None)
         line = f" at line {where.line + 1}" if where is not None else ""
         raise UserError(

@@ -94,16 +94,23 @@ def network_for(config: Config, envs: Environments) -> QNetwork:
     """The Q-network of these environments.
 
     Raises:
-        UserError: the torso does not fit the observations.
+        UserError: the torso does not fit the observations, or the network the memory of this host.
     """
-    return make_network(
-        config.network,
-        config.learning.loss,
-        envs.observation_shape,
-        config.environment.frame_stack,
-        envs.is_image,
-        envs.actions,
-    )
+    try:
+        return make_network(
+            config.network,
+            config.learning.loss,
+            envs.observation_shape,
+            config.environment.frame_stack,
+            envs.is_image,
+            envs.actions,
+        )
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+            raise
+        raise UserError(
+            f"the network does not fit into memory: {str(error).splitlines()[0]}; make it smaller"
+        ) from None
 
 
 def make_learner(

@@ -127,16 +127,8 @@ class Run:
         return "?" if value is None else str(value) or "none"
 
     def curve(self, x: str, y: str) -> tuple[Array, Array]:
-        """Points `[points]`, `[points]` by rising x; the last one counts where several share an x.
-
-        Raises:
-            UserError: one is no number.
-        """
+        """Points `[points]`, `[points]` by rising x; the last one counts where several share an x."""
         points = {r[x]: r[y] for r in self.records if r.get(x) is not None and r.get(y) is not None}
-        if not all(isinstance(value, (int, float)) for pair in points.items() for value in pair):
-            raise UserError(
-                f"{self.directory / METRICS_FILE} holds {x} or {y} that is no number; leave the run out"
-            )
         xs = sorted(points)
         return np.array(xs, dtype=np.float64), np.array([points[at] for at in xs], dtype=np.float64)
 
@@ -258,6 +250,14 @@ def _read_run(directory: Path) -> Run:
         raise UserError(f"cannot read {path}: {error.strerror}; make it readable") from None
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}; delete that line or leave the run out") from None
+    strange = {
+        key
+        for record in records
+        for key, value in record.items()
+        if not isinstance(value, (int, float, type(None)))
+    }
+    if strange:
+        raise UserError(f"{path} holds a {min(strange)} that is no number; mend it or leave the run out")
     if not records:
         raise UserError(f"{path} holds no records yet; wait for the run's first one or leave the run out")
     return Run(directory, _settings(directory), records)

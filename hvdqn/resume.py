@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from contextlib import suppress
@@ -22,7 +23,7 @@ from hvdqn.checkpoint import (
 )
 from hvdqn.comm import Comm
 from hvdqn.config import Config, UserError, acting_place, acting_ranks
-from hvdqn.metrics import METRICS_FILE
+from hvdqn.metrics import METRICS_FILE, SUMMARY_FILE
 from hvdqn.parts import Parts
 from hvdqn.replay import deal
 from hvdqn.seeds import load_torch_state, torch_state
@@ -101,14 +102,31 @@ def find_checkpoint(
     lines = [
         f"warning: checkpoint {name} is set aside as {name}.broken: {why}" for name, why in broken.items()
     ]
-    if broken and found is None:
-        kept = ""
-        if checkpoints.comm.rank == 0:
-            with suppress(OSError):
-                (run_dir / METRICS_FILE).rename(run_dir / f"{METRICS_FILE}.old")
-                kept = f"; its records until now are in {METRICS_FILE}.old"
-        lines.append(f"warning: no checkpoint is whole: the run begins anew{kept}")
+    kept: list[str] = []
+    if found is None and checkpoints.comm.rank == 0:
+        with suppress(OSError):
+            kept = [name for file in (METRICS_FILE, SUMMARY_FILE) if (name := set_aside(run_dir / file))]
+    if found is None and (broken or kept):
+        what = "no checkpoint is whole" if broken else "there is no checkpoint"
+        where = f"; its records until now are in {' and '.join(kept)}" if kept else ""
+        lines.append(f"warning: {what}: the run begins anew{where}")
     return found, lines
+
+
+def set_aside(path: Path) -> str:
+    """Rename a file that would be overwritten; its new name, or "" where there is nothing in it.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    if not path.is_file() or not path.stat().st_size:
+        return ""
+    old = path.with_name(f"{path.name}.old")
+    for number in itertools.count(2):
+        if not old.exists():
+            return path.rename(old).name
+        old = path.with_name(f"{path.name}.old{number}")
+    raise AssertionError("numbers do not end")
 
 
 def _check_fixed(before: Mapping[str, Any], now: Mapping[str, Any], run_dir: Path) -> None:

@@ -57,7 +57,7 @@ from hvdqn.metrics import Metrics, PhaseTimer, WaitHint, replace_file, write_sum
 from hvdqn.parts import Parts, build_parts, device_kind, importance_at, recording
 from hvdqn.replay import Batch
 from hvdqn.replay.frames import DeviceFrames
-from hvdqn.resume import Progress, begin, best_evaluation, contents, find_checkpoint, restore
+from hvdqn.resume import Progress, begin, best_evaluation, contents, find_checkpoint, restore, set_aside
 from hvdqn.seeds import rank_seeds
 
 gc.freeze()  # nor is it looked at again
@@ -587,7 +587,10 @@ def start(
     checkpoint, said = find_checkpoint(config, checkpoints, run_dir)
     parts = build_parts(config, comm, timer, checkpoint.env_steps if checkpoint else 0)
     check_that_it_learns(config, parts.clock)
-    said += record_config(config, comm, run_dir)
+    if (
+        checkpoint is None or checkpoint.env_steps < config.run.total_env_steps
+    ):  # else nothing is trained by it
+        said += record_config(config, comm, run_dir, anew=checkpoint is None)
     training = kind(config, comm, run_dir, stop, parts, checkpoints)
     training.begin(checkpoint, said)
     return training
@@ -607,11 +610,21 @@ def check_that_it_learns(config: Config, clock: Clock) -> None:
         )
 
 
-def record_config(config: Config, comm: Comm, run_dir: Path) -> list[str]:
-    """Write `config.yaml`; a disk that fails is said by the line returned, and does not end the run."""
+def record_config(config: Config, comm: Comm, run_dir: Path, anew: bool = False) -> list[str]:
+    """Write `config.yaml`; a disk that fails is said by the line returned, and does not end the run.
+
+    Args:
+        config: what to write.
+        comm: the ranks, of which rank 0 writes.
+        run_dir: where to.
+        anew: the run begins, and another file of that name, the user's own perhaps, is set aside.
+    """
+    path, text = run_dir / "config.yaml", as_yaml(config).encode()
     try:
         if comm.rank == 0:
-            replace_file(run_dir / "config.yaml", as_yaml(config).encode())
+            if anew and path.is_file() and path.read_bytes() != text:
+                set_aside(path)
+            replace_file(path, text)
     except OSError as error:
         return [f"warning: config.yaml could not be written: {error}"]
     return []

@@ -190,7 +190,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--peer-python", default=sys.executable, metavar="PATH", help="which has Stable-Baselines3"
     )
-    parser.add_argument("--rounds", type=one_or_more, default=3, help="default: 3")
+    parser.add_argument("--rounds", type=one_or_more, default=3, help="in turn")
     parser.add_argument("--seconds", type=above_zero, default=8.0, help="of one measurement of a loop")
     options = parser.parse_args(argv)
     unknown = set(options.comparisons) - set(COMPARISONS)

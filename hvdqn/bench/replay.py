@@ -80,7 +80,9 @@ def main(argv: Sequence[str]) -> int:
         UserError: the input is wrong, or a job failed.
     """
     parser = Parser(PROG, __doc__, "bench-replay.json")
-    parser.add_argument("--capacities", type=int, nargs=2, default=(10_000, 1_000_000), metavar="N")
+    parser.add_argument(
+        "--capacities", type=int, nargs=2, default=(10_000, 1_000_000), metavar="N", help="to compare"
+    )
     options, flags = parser.parse_known_args(argv)
     small, large = sorted(options.capacities)
     config = parse(flags, PROG)

@@ -23,6 +23,15 @@ from hvdqn.metrics import finite, number
 LIBRARIES = ("torch", "numpy", "gymnasium", "ale-py", "horovod", "mpi4py", "stable-baselines3")
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Adds each flag's default to its help."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        said = action.default is not None and action.default is not False and action.option_strings
+        known = said and action.default is not argparse.SUPPRESS and "default" not in (action.help or "")
+        return f"{action.help or ''} (default: %(default)s)".strip() if known else action.help
+
+
 class Parser(argparse.ArgumentParser):
     """Flags of a benchmark; those that it does not know are left to training, where it trains what it is told."""
 
@@ -32,11 +41,15 @@ class Parser(argparse.ArgumentParser):
             f"{prog} [FLAGS]{' [TRAIN FLAGS]' * trains}",
             description,
             "All other flags are those of hvdqn train." * trains,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=_Help,
             allow_abbrev=False,
         )
         self.add_argument(
-            "--json", type=writable, default=json_file, metavar="FILE", help=f"default: {json_file}"
+            "--json",
+            type=writable,
+            default=json_file,
+            metavar="FILE",
+            help="where to write what was measured",
         )
 
     def error(self, message: str) -> NoReturn:

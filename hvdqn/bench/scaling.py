@@ -273,7 +273,7 @@ def main(argv: Sequence[str]) -> int:
         UserError: the input is wrong, or a job failed.
     """
     parser = Parser(PROG, __doc__, "bench-scaling.json")
-    parser.add_argument("--np", default="1,2", metavar="N,N,...")
+    parser.add_argument("--np", default="1,2", metavar="N,N,...", help="numbers of ranks")
     parser.add_argument("--engine", default=next(iter(available()), ""), help=", ".join(ENGINES))
     parser.add_argument("--seconds", type=above_zero, default=8.0, help="of one measurement of a loop")
     parser.add_argument(

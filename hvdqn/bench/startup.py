@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
         UserError: the input is wrong, or a job failed.
     """
     parser = Parser(PROG, __doc__, "bench-startup.json")
-    parser.add_argument("--rounds", type=one_or_more, default=5)
+    parser.add_argument("--rounds", type=one_or_more, default=5, help="to take the median of")
     options, flags = parser.parse_known_args(argv)
     parse(flags, PROG)
     found = measure(options.rounds, flags)

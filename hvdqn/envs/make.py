@@ -234,8 +234,10 @@ def _construction(config: EnvironmentConfig) -> Iterator[None]:
         raise UserError(
             f"'{config.env}' cannot be imported: {_line(error)}; install what it needs"
         ) from error
-    except (TypeError, ValueError, LookupError, AssertionError, gym.error.Error) as error:
+    except (TypeError, ValueError, LookupError, AssertionError, AttributeError, gym.error.Error) as error:
         if config.env_kwargs in ("", "{}"):
+            if isinstance(error, TypeError) and "missing" in str(error):
+                raise UserError(f"'{config.env}': {_line(error)}; give it with --env-kwargs") from error
             raise
         raise UserError(
             f"--env-kwargs {config.env_kwargs} does not suit '{config.env}': {_line(error)}"
@@ -253,6 +255,10 @@ def _wrap(env: gym.Env[Any, Any], path: str) -> gym.Env[Any, Any]:
             f"--wrapper '{path}' cannot be called with an environment alone ({_line(error)}); "
             "name a function that fills in the rest"
         ) from error
+    except (ValueError, LookupError, AssertionError, AttributeError, gym.error.Error) as error:
+        if not wrapper.__module__.startswith("gymnasium."):
+            raise  # a bug of the user's own keeps its traceback
+        raise UserError(f"--wrapper '{path}' does not take this environment: {_line(error)}") from error
     if not isinstance(wrapped, gym.Env):
         raise UserError(
             f"--wrapper '{path}' returned a {type(wrapped).__name__}; it must return a gymnasium.Env"

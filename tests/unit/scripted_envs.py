@@ -128,6 +128,14 @@ class MadeByChance(Scripted):
         self.part = Observing(self.observation_space) if self.made % 3 else Scripted()
 
 
+class Wants(Scripted):
+    """An environment that does not begin without an argument."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+
 class Broken(Scripted):
     """An environment with a bug of its own."""
 
@@ -167,6 +175,7 @@ gym.register("SilentVector-v0", Silent)
 gym.register("SaysLifeLost-v0", SaysLifeLost)
 gym.register("MadeByChance-v0", MadeByChance)
 gym.register("Broken-v0", Broken)
+gym.register("Wants-v0", Wants)
 for _name, _space in OBSERVED.items():
     gym.register(f"Observes{_name}-v0", Observing, kwargs={"observation_space": _space})
 gym.register(

@@ -331,7 +331,7 @@ def with_closed_folders(monkeypatch: pytest.MonkeyPatch) -> None:
         (["torn"], "torn/metrics.jsonl is damaged: line 2 is no JSON object; delete that line"),
         (["mapless"], "mapless/config.yaml cannot be read as a mapping"),
         (["nameless"], "nameless/config.yaml cannot be read as a mapping"),
-        (["words"], "words/metrics.jsonl holds env_steps or loss that is no number"),
+        (["words"], "words/metrics.jsonl holds a loss that is no number; mend it"),
         (["closed"], "cannot read closed: Permission denied; make it readable"),
         (["run", "-o", "curve.bmp"], "curve.bmp is no picture that can be drawn; end it in .png or .svg"),
         (["run", "-o", "run/config.yaml/curve.png"], "cannot write run/config.yaml/curve.png: "),

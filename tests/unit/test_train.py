@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -116,6 +117,42 @@ def test_runs_that_begin_in_the_same_second_do_not_share_a_directory(
 def test_a_run_directory_leaves_no_trace_of_the_proof_that_all_see_it(tmp_path: Path) -> None:
     run_dir = train.open_run_dir(Config().replace(run_dir=str(tmp_path / "run")), LocalComm())
     assert list(run_dir.iterdir()) == []
+
+
+def test_records_of_a_run_without_checkpoints_are_set_aside(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever deletes checkpoints to save space may not know that a run then begins anew."""
+    run(tmp_path)
+    before = {
+        name: (tmp_path / name).read_bytes() for name in ("metrics.jsonl", "summary.json", "config.yaml")
+    }
+    for number in ("", "2"):
+        shutil.rmtree(tmp_path / "checkpoints")
+        capsys.readouterr()
+        run(tmp_path, "--env", "Acrobot-v1", "--gamma", f"0.9{number}")
+        assert (
+            f"records until now are in metrics.jsonl.old{number} and summary.json.old{number}"
+            in capsys.readouterr().out
+        )
+    for name, content in before.items():
+        assert (tmp_path / f"{name}.old").read_bytes() == content
+        assert (tmp_path / name).read_bytes() != content
+
+
+def test_a_config_file_in_the_run_directory_is_not_lost(tmp_path: Path) -> None:
+    mine = tmp_path / "config.yaml"
+    mine.write_text("gamma: 0.9  # as in the paper\n")
+    run(tmp_path, "--config", str(mine))
+    assert (tmp_path / "config.yaml.old").read_text() == "gamma: 0.9  # as in the paper\n"
+    assert "gamma: 0.9\n" in mine.read_text()
+
+
+def test_settings_that_come_after_the_end_are_not_recorded(tmp_path: Path) -> None:
+    run(tmp_path)
+    before = (tmp_path / "config.yaml").read_text()
+    run(tmp_path, "--gamma", "0.5")
+    assert (tmp_path / "config.yaml").read_text() == before
 
 
 def test_the_best_weights_are_written_at_the_next_evaluation_as_good_where_a_disk_failed(

@@ -110,6 +110,22 @@ HERE = {
         files={"d.yaml": "env_kwargs: {a: 2020-01-01}"},
     ),
     "negative seed": wrong("--seed -1", "--seed is -1", "0 or more"),
+    "two presets": wrong(
+        "--preset minatar --preset=rainbow,smoke", "--preset is given twice", "join them by comma"
+    ),
+    "two config files": wrong("--config {tmp}/a --config {tmp}/b", "--config is given twice", "give one file"),
+    "a switch with a value": wrong("--double false", "--double takes no value", "write --double or --no-double"),
+    "a switch that is set": wrong("--dueling=True", "--dueling takes no value", "--no-dueling"),
+    "a day that no month has": wrong(
+        "--config {tmp}/c.yaml", "c.yaml", "not valid YAML", files={"c.yaml": "run_dir: 2024-02-30"}
+    ),
+    "a network larger than memory": wrong("--hidden 4000000 4000000", "does not fit into memory", "make it smaller"),
+    "a wrapper of Gymnasium for others": wrong(
+        "--wrapper gymnasium.wrappers:GrayscaleObservation", "GrayscaleObservation", "does not take this environment"
+    ),
+    "arguments that the environment wants": wrong(
+        f"--env {SCRIPTED}Wants-v0", "Wants-v0", "missing 1 required", "'size'", "--env-kwargs"
+    ),
     "an empty layer": wrong("--hidden 64 0", "--hidden is 64 0", "at least 1 unit"),
     "no updates between averages": wrong("--sync-every 0", "--sync-every is 0", "at least 1"),
     "no updates between pulls": wrong("--pull-every 0", "--pull-every is 0", "at least 1"),
