@@ -189,8 +189,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "v_min": -300.0,
         "v_max": 300.0,
     },
-    # Young and Tian 2019 (MinAtar), DQN: batch 32, replay 100k, target every 1,000 frames, epsilon to 0.1 within
-    # 100k frames; Adam as in Obando-Ceron and Castro 2021. v_max puts c51's atoms 0.5 apart: rewards are 1.
+    # Young and Tian 2019 (MinAtar), DQN: batch 32, replay 100k, target every 1,000 frames, epsilon within 100k frames
+    # to 0.1, here to 0.01; Adam as in Obando-Ceron and Castro 2021. v_max puts c51's atoms 0.5 apart: rewards are 1.
     "minatar": {
         "env": "MinAtar/Breakout-v1",
         "total_env_steps": 2_000_000,

@@ -1,4 +1,4 @@
-"""Where each strategy wins: the numbers of README's table "Which one should I use?".
+"""Where each strategy wins: the numbers under "How replicas agree" in README.
 
     python -m tests.launch.measure_sync straggler    3 acting ranks, one of them 5 times slower
     python -m tests.launch.measure_sync network      2 hosts, 20 ms and 50 Mbit/s apart, Nature CNN; as root
