@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 
-from hvdqn import train
+from hvdqn import __main__, train
 from hvdqn.checkpoint import Checkpoints, open_checkpoint
 from hvdqn.comm.local import LocalComm
 from hvdqn.config import Config
@@ -138,6 +138,18 @@ def test_records_of_a_run_without_checkpoints_are_set_aside(
     for name, content in before.items():
         assert (tmp_path / f"{name}.old").read_bytes() == content
         assert (tmp_path / name).read_bytes() != content
+
+
+def test_the_command_finds_what_lies_in_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `python -m hvdqn.train` does, whose runs `hvdqn eval` is then to play."""
+    (tmp_path / "wrapper_of_mine.py").write_text("def same(env):\n    return env\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    words = [*SMALL, "--wrapper", "wrapper_of_mine:same", "--run-dir", "run"]
+    assert __main__.main(["train", *words]) == 0
+    assert __main__.main(["eval", "run", "--episodes", "1"]) == 0
 
 
 def test_a_config_file_in_the_run_directory_is_not_lost(tmp_path: Path) -> None:
