@@ -174,7 +174,7 @@ def make_clock(config: Config, comm: Comm) -> Clock:
 
 
 def place_frames(
-    config: Config, size: int, envs: Environments, device: torch.device, sharing: int = 1
+    config: Config, size: int, envs: Environments, device: torch.device, sharing: int
 ) -> MakeFrames:
     """What keeps this rank's observations: in the memory that `--replay-device` names, or where they fit.
 

@@ -587,9 +587,8 @@ def start(
     checkpoint, said = find_checkpoint(config, checkpoints, run_dir)
     parts = build_parts(config, comm, timer, checkpoint.env_steps if checkpoint else 0)
     check_that_it_learns(config, parts.clock)
-    if (
-        checkpoint is None or checkpoint.env_steps < config.run.total_env_steps
-    ):  # else nothing is trained by it
+    # By settings that come after the end nothing is trained.
+    if checkpoint is None or checkpoint.env_steps < config.run.total_env_steps:
         said += record_config(config, comm, run_dir, anew=checkpoint is None)
     training = kind(config, comm, run_dir, stop, parts, checkpoints)
     training.begin(checkpoint, said)
