@@ -24,7 +24,7 @@ from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from hvdqn.checkpoint import Checkpoints
 from hvdqn.comm import Comm, LaunchError
@@ -57,6 +57,8 @@ from hvdqn.train import (
     start,
     tune_process,
 )
+
+T = TypeVar("T")
 
 EXIT_JOB_FAILED = 70
 # Iterations between looks whether hosts came or went.
@@ -193,6 +195,10 @@ class Alone(LocalComm):
 
     def __init__(self, comm: Comm) -> None:
         Comm.__init__(self, comm.rank, comm.size, comm.local_rank, comm.local_size)
+
+    def all_gather_object(self, obj: T) -> list[T]:
+        """As if the others had said the same."""
+        return [obj] * self.size
 
     def cores_of_host(self) -> list[set[int]]:
         """As if the others of this host were bound as this rank is."""

@@ -17,7 +17,8 @@ STOPPED = {"python": 75, "mpirun": 75, "horovodrun-mpi": 75, "horovodrun-gloo": 
 def arguments(launcher: str, run_dir: Path, *flags: str) -> list[str]:
     """The smoke preset with other flags. Under mpirun it uses plain MPI: Horovod has launchers of its own."""
     engine = ("--comm", "mpi") if launcher == "mpirun" else ()
-    return ["-m", "hvdqn.train", "--preset", "smoke", "--run-dir", str(run_dir), *engine, *flags]
+    preset = [] if any(flag.startswith("--preset") for flag in flags) else ["--preset", "smoke"]
+    return ["-m", "hvdqn.train", *preset, "--run-dir", str(run_dir), *engine, *flags]
 
 
 def train(launcher: str, np: int, run_dir: Path, *flags: str, **variables: str) -> Result:

@@ -8,15 +8,18 @@ import socket
 from collections import Counter
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hvdqn.clock import Clock
 from hvdqn.comm.horovod import ElasticWorld, place_among
 from hvdqn.comm.local import LocalComm
-from hvdqn.config import UserError
-from hvdqn.elastic import Member, elastic_config, elastic_options
+from hvdqn.config import UserError, parse
+from hvdqn.elastic import Alone, Member, elastic_config, elastic_options
 from hvdqn.faults import StopSignal
+from hvdqn.metrics import PhaseTimer
+from hvdqn.parts import build_parts
 
 
 class PeerLostError(Exception):
@@ -254,3 +257,12 @@ def test_cutting_ends_the_connections_of_a_world_and_no_others():
     assert later_peer.recv(1) == b"x"
     os.close(number)
     world.cut()  # nothing is left under that number
+
+
+def test_a_rank_that_is_new_builds_its_parts_without_the_others():
+    comm = LocalComm()
+    comm.rank, comm.size, comm.local_rank, comm.local_size = 2, 3, 0, 1
+    parts = build_parts(parse(["--preset", "smoke"]), Alone(comm), PhaseTimer())
+    parts.envs.close()
+    assert parts.device.type == "cpu" or torch.cuda.is_available()
+    assert parts.clock.envs == 3 * parts.envs.envs
