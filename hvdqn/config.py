@@ -477,19 +477,19 @@ def _switch_before(word: str, argv: Sequence[str], kind: Any) -> str:
     """The switch that this word was given to as if it were its value, or ""."""
     if word.lower() not in ("true", "false", "yes", "no", "on", "off", "0", "1"):
         return ""
-    flags = [
-        flag for flag, after in itertools.pairwise([*argv, ""]) if after == word or flag.endswith(f"={word}")
-    ]
-    return next((name for flag in flags if (name := flag.split("=")[0]) in _flags_of(kind)), "")
+    switches = _flags_of(kind, "bool")
+    given = [*argv, ""]
+    return next((s for s in switches if f"{s}={word}" in given or (s, word) in itertools.pairwise(given)), "")
 
 
-def _flags_of(kind: Any) -> list[str]:
+def _flags_of(kind: Any, only: str = "") -> list[str]:
+    """The flags of a dataclass of settings; only those of one type, if it is named."""
     flags: list[str] = []
     for f in dataclasses.fields(kind):
         nested: Any = f.default_factory
         if dataclasses.is_dataclass(nested):
-            flags += _flags_of(nested)
-        else:
+            flags += _flags_of(nested, only)
+        elif only in ("", f.type):
             flags.append("--" + f.name.replace("_", "-"))
     return flags
 

@@ -116,6 +116,7 @@ HERE = {
     "two config files": wrong("--config {tmp}/a --config {tmp}/b", "--config is given twice", "give one file"),
     "a switch with a value": wrong("--double false", "--double takes no value", "write --double or --no-double"),
     "a switch that is set": wrong("--dueling=True", "--dueling takes no value", "--no-dueling"),
+    "a number too many": wrong("--seed 1 --gamma 0.9 1", "unknown argument '1'", "--help"),
     "a day that no month has": wrong(
         "--config {tmp}/c.yaml", "c.yaml", "not valid YAML", files={"c.yaml": "run_dir: 2024-02-30"}
     ),
