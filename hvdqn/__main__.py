@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 
@@ -27,8 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[0] not in COMMANDS:
         print(f"hvdqn: error: unknown command '{words[0]}'; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    if os.getcwd() not in sys.path:  # noqa: PTH109 - with `python -m` it is there, and a user's torso or wrapper in it
-        sys.path.insert(0, os.getcwd())  # noqa: PTH109
+    if (
+        "" not in sys.path
+    ):  # the current folder, with a user's torso or wrapper in it: `python -m` looks there too
+        sys.path.insert(0, "")
     code: int = importlib.import_module(COMMANDS[words[0]][0]).main(words[1:])
     return code
 

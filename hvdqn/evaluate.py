@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
@@ -161,11 +160,11 @@ def find_checkpoint(path: Path) -> Checkpoint:
         UserError: there is none, or it is broken.
     """
     for place in (path, path / "checkpoints" / "latest"):
-        if os.path.exists(place / "manifest.json"):  # noqa: PTH110 - Path's raises where a folder may not be entered
-            try:
+        try:
+            if (place / "manifest.json").exists():
                 return open_checkpoint(place)
-            except (BrokenCheckpointError, OSError) as broken:
-                raise UserError(f"{broken}; choose another checkpoint") from None
+        except (BrokenCheckpointError, OSError) as broken:
+            raise UserError(f"{broken}; choose another checkpoint") from None
     raise UserError(f"'{path}' holds no checkpoint; give a run directory or one of its checkpoints")
 
 

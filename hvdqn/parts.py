@@ -268,10 +268,10 @@ def choose_device(config: Config, comm: Comm, timer: PhaseTimer) -> tuple[torch.
     seen = visible_gpus() if device_kind(config) == "cuda" else []
     with timer.during("comm"):
         dealt = deal(comm.all_gather_object(seen))
-    mine = dealt[comm.rank]
-    if mine is None and len(set(dealt)) == 1:
+    if not any(dealt):
         return torch.device("cpu"), comm.local_size
     check_gpus(dealt, comm)
+    mine = dealt[comm.rank]
     assert mine is not None
     device = torch.device("cuda", seen.index(mine))
     torch.cuda.set_device(device)

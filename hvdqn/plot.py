@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import os
 import sys
 import textwrap
 from collections import Counter
@@ -266,7 +265,7 @@ def _read_run(directory: Path) -> Run:
 def _settings(directory: Path) -> dict[str, Any]:
     """config.yaml, then summary.json over it, or what a checkpoint says of a run that is still going."""
     settings: dict[str, Any] = {}
-    finished = os.path.exists(directory / SUMMARY_FILE)  # noqa: PTH110 - Path's raises where it may not look
+    finished = (directory / SUMMARY_FILE).exists()
     for name in ("config.yaml", SUMMARY_FILE if finished else MANIFEST):
         path = directory / name
         try:

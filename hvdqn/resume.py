@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping
 from contextlib import suppress
@@ -121,12 +120,11 @@ def set_aside(path: Path) -> str:
     """
     if not path.is_file() or not path.stat().st_size:
         return ""
-    old = path.with_name(f"{path.name}.old")
-    for number in itertools.count(2):
-        if not old.exists():
-            return path.rename(old).name
+    old, number = path.with_name(f"{path.name}.old"), 1
+    while old.exists():
+        number += 1
         old = path.with_name(f"{path.name}.old{number}")
-    raise AssertionError("numbers do not end")
+    return path.rename(old).name
 
 
 def _check_fixed(before: Mapping[str, Any], now: Mapping[str, Any], run_dir: Path) -> None:

@@ -27,9 +27,8 @@ class _Help(argparse.RawDescriptionHelpFormatter):
     """Adds each flag's default to its help."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        said = action.default is not None and action.default is not False and action.option_strings
-        known = said and action.default is not argparse.SUPPRESS and "default" not in (action.help or "")
-        return f"{action.help or ''} (default: %(default)s)".strip() if known else action.help
+        has_one = action.option_strings and action.default not in (None, False, argparse.SUPPRESS)
+        return f"{action.help} (default: %(default)s)" if has_one else action.help
 
 
 class Parser(argparse.ArgumentParser):
@@ -161,13 +160,14 @@ class Row:
 
     def cells(self) -> tuple[str, ...]:
         """As it is printed."""
-        middle, low, high = (
-            "never" if math.isinf(value) else number(value) + unit
-            for value, unit in ((self.median, self.unit), (min(self.values), ""), (max(self.values), ""))
-        )
+
+        def shown(value: float, unit: str = "") -> str:
+            return "never" if math.isinf(value) else number(value) + unit
+
+        spread = f"{shown(min(self.values))} to {shown(max(self.values))}"
         goal = "" if self.goal is None else f"{'<=' if self.at_most else '>='} {number(self.goal)}"
         reached = {None: "", True: "yes", False: "no"}[self.met]
-        return (self.what, middle, f"{low} to {high}", goal, reached)
+        return (self.what, shown(self.median, self.unit), spread, goal, reached)
 
 
 def print_goals(title: str, rows: Sequence[Row]) -> None:
