@@ -621,6 +621,21 @@ _SHARES = (
     "epsilon_start", "epsilon_end", "eval_epsilon", "lr_warmup", "lr_final", "ladder_epsilon", "priority_alpha",
     "priority_beta", "munchausen_alpha",
 )  # fmt: skip
+# Settings of a part, the setting that chooses it, and the choices under which it is there.
+_HEEDED_WITH: tuple[tuple[Sequence[str], str, Sequence[Any]], ...] = (
+    (("sync_every", "outer_lr", "outer_momentum"), "sync", ("parameters",)),
+    (("pull_every", "max_staleness", "tolerate_dead_workers"), "sync", ("server",)),
+    (("priority_alpha", "priority_beta"), "replay", ("prioritized",)),
+    (("epsilon_start", "epsilon_end", "exploration_env_steps"), "exploration", ("linear", "softmax")),
+    (("ladder_epsilon", "ladder_alpha"), "exploration", ("ladder",)),
+    (("temperature",), "exploration", ("softmax",)),
+    (("noisy_sigma",), "noisy", (True,)),
+    (("atoms", "v_min", "v_max"), "head", ("c51",)),
+    (("quantiles",), "head", ("qr",)),
+    (("iqn_samples", "iqn_target_samples", "iqn_policy_samples", "iqn_embedding"), "head", ("iqn",)),
+    (("munchausen_alpha", "munchausen_temperature", "munchausen_clip"), "munchausen", (True,)),
+    (("optimizer_eps", "optimizer_eps_scaling"), "optimizer", ("adam", "rmsprop")),
+)
 _TORSOS = ("auto", "mlp", "nature", "impala", "minatar")
 
 
@@ -708,6 +723,20 @@ def _check_parts(config: Config) -> None:
         raise UserError(
             "--exploration noisy needs the noise of --noisy; without it no action would be explored"
         )
+
+
+def unheeded(config: Config) -> list[str]:
+    """A line for each setting that is not the preset's and does nothing, for the part that it belongs to is off."""
+    settings, preset = config.flat(), preset_config(config.preset).flat()
+    lines = []
+    for names, chooser, choices in _HEEDED_WITH:
+        if settings[chooser] not in choices:
+            ways = " or ".join(
+                f"--{chooser}" if choice is True else f"--{chooser} {choice}" for choice in choices
+            )
+            idle = [name for name in names if settings[name] != preset[name]]
+            lines += [f"--{name.replace('_', '-')} does nothing without {ways}" for name in idle]
+    return lines
 
 
 def acting_ranks(config: Config, size: int) -> int:

@@ -93,19 +93,40 @@ class PlotOptions:
     interquartile mean (dashed) from four seeds on. Every environment has its own panel.
     """
 
-    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN...")]
+    runs: Annotated[
+        tyro.conf.Positional[tuple[Path, ...]],
+        tyro.conf.arg(metavar="RUN...", help_behavior_hint="(required)"),
+    ]
     """Run directories, or directories that hold run directories at any depth."""
-    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = None
-    """FILE.png or FILE.svg. Default: curves.png, in RUN where one is given, else in this directory."""
+    out: Annotated[
+        Path | None,
+        tyro.conf.arg(
+            aliases=["-o"],
+            metavar="FILE",
+            help_behavior_hint="(default: curves.png, in RUN where one is given, else in this directory)",
+        ),
+    ] = None
+    """FILE.png or FILE.svg."""
     x: Literal["env_steps", "wall_seconds"] = "env_steps"
     """What the curves run over."""
-    y: Annotated[str | None, tyro.conf.arg(metavar="KEY")] = None
-    """Any key of metrics.jsonl. Default: eval_return_mean if there are evaluations along the way, else
-    episode_return_mean."""
-    group: Annotated[str | None, tyro.conf.arg(metavar="KEYS")] = None
-    """What makes a curve, by comma: keys of config.yaml or summary.json, `np` for the world size.
-    Default: preset,env,np, and whatever setting but the seed differs beyond these."""
-    title: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
+    y: Annotated[
+        str | None,
+        tyro.conf.arg(
+            metavar="KEY",
+            help_behavior_hint="(default: eval_return_mean if there are evaluations along the way, else "
+            "episode_return_mean)",
+        ),
+    ] = None
+    """Any key of metrics.jsonl."""
+    group: Annotated[
+        str | None,
+        tyro.conf.arg(
+            metavar="KEYS",
+            help_behavior_hint="(default: preset,env,np, and whatever setting but the seed differs beyond these)",
+        ),
+    ] = None
+    """What makes a curve, by comma: keys of config.yaml or summary.json, `np` for the world size."""
+    title: Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="(default: none)")] = None
     """Above the panels."""
 
 

@@ -36,7 +36,7 @@ from hvdqn import __version__
 from hvdqn.checkpoint import LEARNER, Checkpoint, Checkpoints
 from hvdqn.clock import Clock
 from hvdqn.comm import Comm, LaunchError, connect, launcher_rank, launcher_size
-from hvdqn.config import Config, UserError, as_yaml, check_engine, check_world, parse
+from hvdqn.config import Config, UserError, as_yaml, check_engine, check_world, parse, unheeded
 from hvdqn.envs import find_spec
 from hvdqn.evaluate import Evaluator
 from hvdqn.faults import (
@@ -158,6 +158,8 @@ class Training:
             f"network: {self.learner.parameters.numel():,} parameters; global batch {self.clock.global_batch}, "
             f"an update every {update_every:g} env steps; {self.learner.sync.description}"
         )
+        for line in unheeded(self.config):
+            self.metrics.say(f"warning: {line}")
 
     def complete(self) -> None:
         """Train to the end; save, evaluate, record."""

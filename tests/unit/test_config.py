@@ -8,7 +8,7 @@ import inspect
 import pytest
 import yaml
 
-from hvdqn.config import Config, UserError, as_yaml, check_world, parse, preset_config
+from hvdqn.config import Config, UserError, as_yaml, check_world, parse, preset_config, unheeded
 from hvdqn.presets import PRESETS
 
 
@@ -124,6 +124,26 @@ def test_mistakes_are_one_line_with_the_remedy(argv, words):
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize(
+    ("argv", "lines"),
+    [
+        (["--sync-every", "8"], ["--sync-every does nothing without --sync parameters"]),
+        (["--sync", "parameters", "--sync-every", "8"], []),
+        (
+            ["--preset", "rainbow", "--munchausen-clip", "-2"],
+            ["--munchausen-clip does nothing without --munchausen"],
+        ),
+        (["--preset", "rainbow", "--head", "qr"], []),  # what is c51's is the preset's, not the user's
+        (
+            ["--exploration", "ladder", "--epsilon-end", "0.2", "--ladder-alpha", "3", "--optimizer", "sgd"],
+            ["--epsilon-end does nothing without --exploration linear or --exploration softmax"],
+        ),
+    ],
+)
+def test_what_a_run_does_not_heed_is_said(argv, lines):
+    assert unheeded(parse(argv)) == lines
 
 
 def test_shards_shrink_with_the_world():
