@@ -103,6 +103,12 @@ def test_a_finished_run_that_is_started_again_says_so_and_stays_as_it_is(
     assert (tmp_path / "config.yaml").read_bytes() == before
 
 
+def test_a_setting_that_does_nothing_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path, "--sync-every", "7")
+    warning = "warning: --sync-every does nothing without --sync parameters\n"
+    assert capsys.readouterr().out.count(warning) == 1
+
+
 def test_runs_that_begin_in_the_same_second_do_not_share_a_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
