@@ -29,13 +29,10 @@ import yaml
 from tyro import MISSING_NONPROP
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from hvdqn.errors import UserError
 from hvdqn.presets import ALGORITHMS, JOINED, PRESETS
 
 T = TypeVar("T")
-
-
-class UserError(ValueError):
-    """The user's input is wrong: one line that says what, and what would be right. Exit code 2."""
 
 
 @dataclass(frozen=True)
@@ -725,7 +722,7 @@ def _check_parts(config: Config) -> None:
         )
 
 
-def unheeded(config: Config) -> list[str]:
+def unused_settings(config: Config) -> list[str]:
     """A line for each setting that is not the preset's and does nothing, for the part that it belongs to is off."""
     settings, preset = config.flat(), preset_config(config.preset).flat()
     lines = []

@@ -27,20 +27,21 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from hvdqn.checkpoint import Checkpoints
-from hvdqn.comm import Comm, LaunchError
+from hvdqn.comm import Comm
 from hvdqn.comm.horovod import ElasticWorld
 from hvdqn.comm.local import LocalComm
-from hvdqn.config import Config, UserError, check_world, parse
-from hvdqn.faults import (
+from hvdqn.config import Config, check_world, parse
+from hvdqn.errors import (
     EXIT_FAILED,
     EXIT_FINISHED,
     EXIT_REQUEUE,
     DriftError,
-    StopSignal,
-    Watchdog,
-    sole_job,
+    LaunchError,
+    NonFiniteError,
+    UserError,
 )
-from hvdqn.learner import Learned, NonFiniteError
+from hvdqn.faults import StopSignal, Watchdog, sole_job
+from hvdqn.learner import Learned
 from hvdqn.metrics import PhaseTimer
 from hvdqn.parts import Parts, build_parts, make_clock, make_epsilons, make_learner
 from hvdqn.replay import Batch

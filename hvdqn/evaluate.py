@@ -18,8 +18,9 @@ from hvdqn.acting import Actor
 from hvdqn.checkpoint import LEARNER, BrokenCheckpointError, Checkpoint, open_checkpoint
 from hvdqn.comm import Comm
 from hvdqn.comm.local import LocalComm
-from hvdqn.config import Config, EnvironmentConfig, UserError, parse_flags
+from hvdqn.config import Config, EnvironmentConfig, parse_flags
 from hvdqn.envs import Environments, make_environments
+from hvdqn.errors import UserError
 from hvdqn.graphs import Record
 from hvdqn.metrics import PhaseTimer
 from hvdqn.networks import QNetwork

@@ -18,12 +18,10 @@ from types import FrameType
 from typing import NoReturn, TypeVar
 
 from hvdqn.comm import Comm
-from hvdqn.config import UserError
+from hvdqn.errors import EXIT_FAILED, DriftError, UserError
 from hvdqn.metrics import PhaseTimer
 
 T = TypeVar("T")
-
-EXIT_FINISHED, EXIT_FAILED, EXIT_USER_ERROR, EXIT_REQUEUE = 0, 1, 2, 75
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 
@@ -77,14 +75,6 @@ def _leave_to_thread(number: int, frame: FrameType | None) -> None:
     """Stand in for the default action, which would end the process."""
 
 
-class DriftError(RuntimeError):
-    """Replicas that must be equal bit for bit are not; raised on all ranks at once."""
-
-
-class StoppedError(RuntimeError):
-    """A signal came before a measurement was done; raised on all ranks at once."""
-
-
 def check_replicas(differing_ranks: list[int], env_steps: int) -> None:
     """Refuse to train on when replicas differ.
 
@@ -100,7 +90,7 @@ def check_replicas(differing_ranks: list[int], env_steps: int) -> None:
         )
 
 
-def together(comm: Comm, build: Callable[[], T], timer: PhaseTimer | None = None) -> T:
+def raise_on_all_ranks(comm: Comm, build: Callable[[], T], timer: PhaseTimer | None = None) -> T:
     """Build something on every rank; where one rank's user input is wrong, refuse on all.
 
     Args:
@@ -141,7 +131,7 @@ def sole_job(run_dir: Path, comm: Comm, patience_seconds: float = 10.0) -> Itera
             if comm.rank == 0:
                 held.enter_context(_locked(run_dir / "lock", patience_seconds))
 
-        together(comm, lock)
+        raise_on_all_ranks(comm, lock)
         yield
 
 

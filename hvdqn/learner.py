@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hvdqn.comm import Comm
 from hvdqn.config import LearningConfig
+from hvdqn.errors import NonFiniteError
 from hvdqn.graphs import Record, Replayed, Tensors
 from hvdqn.losses import expect, munchausen_bonus, select, soft_policy
 from hvdqn.networks import QNetwork
@@ -81,10 +82,6 @@ def make_optimizer(config: LearningConfig, parameters: Tensor, gradient: Tensor,
     if config.optimizer == "rmsprop":
         return RMSProp(parameters, gradient, eps)
     return SGD(parameters, gradient)
-
-
-class NonFiniteError(RuntimeError):
-    """The averaged gradient was not finite for too many updates in a row."""
 
 
 class Learner:

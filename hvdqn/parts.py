@@ -16,10 +16,11 @@ from threadpoolctl import threadpool_limits
 from hvdqn.acting import Actor, Epsilons
 from hvdqn.clock import Clock, ReportedClock
 from hvdqn.comm import Comm
-from hvdqn.comm.gpus import deal, visible_gpus
-from hvdqn.config import Config, UserError, acting_place, acting_ranks
+from hvdqn.comm.gpus import assign_gpus, visible_gpus
+from hvdqn.config import Config, acting_place, acting_ranks
 from hvdqn.envs import Environments, make_environments
-from hvdqn.faults import together
+from hvdqn.errors import UserError
+from hvdqn.faults import raise_on_all_ranks
 from hvdqn.graphs import Record, record_cuda_graph
 from hvdqn.learner import Learner
 from hvdqn.metrics import PhaseTimer
@@ -64,19 +65,21 @@ def build_parts(config: Config, comm: Comm, timer: PhaseTimer, env_steps: int = 
     device, sharing = choose_device(config, comm, timer)
     threads = share_of_cores(config, comm)
     environment = config.environment
-    envs = together(
+    envs = raise_on_all_ranks(
         comm,
         lambda: make_environments(environment, environment.envs_per_rank, seeds.environments, True, threads),
         timer,
     )
     torch.manual_seed(config.run.seed)
-    network = together(comm, lambda: network_for(config, envs), timer)
+    network = raise_on_all_ranks(comm, lambda: network_for(config, envs), timer)
     # Beside a GPU the host has small copies to make: threads of its own would take the cores from environments.
     use_threads(network, threads if device.type == "cpu" else 1)
     torch.manual_seed(seeds.noise)  # from here on ranks draw different numbers
     clock = make_clock(config, comm)
     frames = place_frames(config, comm.size, envs, device, sharing)
-    replay = together(comm, lambda: make_replay(config, comm.size, envs, seeds.replay, frames), timer)
+    replay = raise_on_all_ranks(
+        comm, lambda: make_replay(config, comm.size, envs, seeds.replay, frames), timer
+    )
     return Parts(
         envs=envs,
         clock=clock,
@@ -267,7 +270,7 @@ def choose_device(config: Config, comm: Comm, timer: PhaseTimer) -> tuple[torch.
     """
     seen = visible_gpus() if device_kind(config) == "cuda" else []
     with timer.during("comm"):
-        dealt = deal(comm.all_gather_object(seen))
+        dealt = assign_gpus(comm.all_gather_object(seen))
     if not any(dealt):
         return torch.device("cpu"), comm.local_size
     check_gpus(dealt, comm)

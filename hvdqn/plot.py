@@ -21,7 +21,8 @@ import numpy as np
 import tyro
 import yaml
 
-from hvdqn.config import Config, UserError, did_you_mean, parse_flags
+from hvdqn.config import Config, did_you_mean, parse_flags
+from hvdqn.errors import UserError
 from hvdqn.metrics import METRICS_FILE, SUMMARY_FILE, read_metrics
 
 if TYPE_CHECKING:

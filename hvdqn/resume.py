@@ -21,10 +21,11 @@ from hvdqn.checkpoint import (
     rank_part,
 )
 from hvdqn.comm import Comm
-from hvdqn.config import Config, UserError, acting_place, acting_ranks
+from hvdqn.config import Config, acting_place, acting_ranks
+from hvdqn.errors import UserError
 from hvdqn.metrics import METRICS_FILE, SUMMARY_FILE
 from hvdqn.parts import Parts
-from hvdqn.replay import deal
+from hvdqn.replay import reshard
 from hvdqn.seeds import load_torch_state, torch_state
 
 # What a run is of cannot change between its attempts: its seed, its environment, its network and its optimizer.
@@ -208,8 +209,8 @@ def _restore_shard(
         parts.replay.load_state(shards[0]["replay"])
     elif kept and not (config.parallel.sync == "server" and comm.rank == 0):  # who serves does not learn
         place = acting_place(config, comm.rank), acting_ranks(config, comm.size)
-        dealt = deal([shard["replay"] for shard in shards], parts.replay.ring, *place)
-        parts.replay.load_state(dealt)
+        resharded = reshard([shard["replay"] for shard in shards], parts.replay.ring, *place)
+        parts.replay.load_state(resharded)
     if not (kept and same_shapes):
         return kept, False
     load_torch_state(shards[0]["torch"], parts.device)

@@ -35,24 +35,23 @@ import torch
 from hvdqn import __version__
 from hvdqn.checkpoint import LEARNER, Checkpoint, Checkpoints
 from hvdqn.clock import Clock
-from hvdqn.comm import Comm, LaunchError, connect, launcher_rank, launcher_size
-from hvdqn.config import Config, UserError, as_yaml, check_engine, check_world, parse, unheeded
+from hvdqn.comm import Comm, connect, launcher_rank, launcher_size
+from hvdqn.config import Config, as_yaml, check_engine, check_world, parse, unused_settings
 from hvdqn.envs import find_spec
-from hvdqn.evaluate import Evaluator
-from hvdqn.faults import (
+from hvdqn.errors import (
     EXIT_FAILED,
     EXIT_FINISHED,
     EXIT_REQUEUE,
     EXIT_USER_ERROR,
     DriftError,
+    LaunchError,
+    NonFiniteError,
     StoppedError,
-    StopSignal,
-    Watchdog,
-    check_replicas,
-    sole_job,
-    together,
+    UserError,
 )
-from hvdqn.learner import Learned, NonFiniteError
+from hvdqn.evaluate import Evaluator
+from hvdqn.faults import StopSignal, Watchdog, check_replicas, raise_on_all_ranks, sole_job
+from hvdqn.learner import Learned
 from hvdqn.metrics import Metrics, PhaseTimer, WaitHint, replace_file, write_summary
 from hvdqn.parts import Parts, build_parts, device_kind, importance_at, recording
 from hvdqn.replay import Batch
@@ -158,7 +157,7 @@ class Training:
             f"network: {self.learner.parameters.numel():,} parameters; global batch {self.clock.global_batch}, "
             f"an update every {update_every:g} env steps; {self.learner.sync.description}"
         )
-        for line in unheeded(self.config):
+        for line in unused_settings(self.config):
             self.metrics.say(f"warning: {line}")
 
     def complete(self) -> None:
@@ -221,7 +220,7 @@ class Training:
         """Begin every update that is due, and finish all but the last; what is left to do of that."""
         rest: Rest | None = None
         while self.clock.update_due():
-            if rest and self.replay.sampler.heeds_td_errors:
+            if rest and self.replay.sampler.uses_td_errors:
                 self.tell_replay(rest())
                 rest = None
             batch = self.draw()  # while a GPU works on the update before, or its gradients travel
@@ -485,9 +484,9 @@ def open_run_dir(config: Config, comm: Comm) -> Path:
         return str(made)
 
     proof = comm.broadcast_object(f".proof-{time.time_ns()}")
-    run_dir = Path(comm.broadcast_object(together(comm, make)))
+    run_dir = Path(comm.broadcast_object(raise_on_all_ranks(comm, make)))
     try:
-        together(comm, lambda: look_for(run_dir / proof, comm.rank))
+        raise_on_all_ranks(comm, lambda: look_for(run_dir / proof, comm.rank))
     except UserError:
         with suppress(OSError):
             (run_dir / proof).unlink()

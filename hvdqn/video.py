@@ -17,9 +17,10 @@ import torch
 from numpy.typing import NDArray
 
 from hvdqn.acting import Actor
-from hvdqn.config import EnvironmentConfig, UserError
+from hvdqn.config import EnvironmentConfig
 from hvdqn.envs import Environments, find_spec, make_environments
 from hvdqn.envs.atari import is_atari
+from hvdqn.errors import UserError
 from hvdqn.networks import QNetwork
 
 FORMATS = (".mp4", ".gif")

@@ -51,10 +51,15 @@ RUNS: dict[str, Run] = {
     "cartpole": Run("python", 1, "--preset cartpole,smoke"),
     "resume": Run("python", 1, "--total-env-steps 1000", "--total-env-steps 2000"),
     "resume-prioritized": Run(
-        "python", 1, "--total-env-steps 1000 --replay prioritized", "--total-env-steps 2000 --replay prioritized"
+        "python",
+        1,
+        "--total-env-steps 1000 --replay prioritized",
+        "--total-env-steps 2000 --replay prioritized",
     ),
     "frame-stack": Run("python", 1, f"{MINATAR} --frame-stack 2"),
-    "rainbow": Run("python", 1, "--preset minatar,rainbow,smoke --env MinAtar/Freeway-v1 --total-env-steps 1000"),
+    "rainbow": Run(
+        "python", 1, "--preset minatar,rainbow,smoke --env MinAtar/Freeway-v1 --total-env-steps 1000"
+    ),
     "bf16": Run("python", 1, f"{MINATAR} --precision bf16"),
     "mpi-2": Run("mpirun", 2, "--comm mpi"),
     "mpi-2-no-overlap": Run("mpirun", 2, "--comm mpi --no-overlap"),
@@ -83,7 +88,9 @@ def outcome(checkout: Path, name: str, run: Run, folder: Path) -> dict[str, obje
     for launcher, np, flags in attempts:
         preset = [] if "--preset" in flags else ["--preset", "smoke"]
         words = ["-m", "hvdqn.train", *preset, "--run-dir", str(folder), *flags.split()]
-        result = launch(launcher, np, words, TIMEOUT_SECONDS, {"PYTHONPATH": str(checkout)}, cwd=folder.parent)
+        result = launch(
+            launcher, np, words, TIMEOUT_SECONDS, {"PYTHONPATH": str(checkout)}, cwd=folder.parent
+        )
         if result.returncode != 0:
             raise SystemExit(f"{name} in {checkout} failed: {result}")
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))

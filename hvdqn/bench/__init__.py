@@ -17,7 +17,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from hvdqn.config import UserError, did_you_mean
+from hvdqn.config import did_you_mean
+from hvdqn.errors import UserError
 
 COMMANDS = ("allreduce", "gpu", "loop", "peers", "replay", "scaling", "solve", "startup")
 

@@ -19,7 +19,8 @@ from hvdqn.bench import ranks
 from hvdqn.bench.report import Parser, above_zero, print_table, write_json
 from hvdqn.comm import Comm
 from hvdqn.config import Config, check_engine, check_world
-from hvdqn.faults import EXIT_FINISHED, StopSignal
+from hvdqn.errors import EXIT_FINISHED
+from hvdqn.faults import StopSignal
 from hvdqn.metrics import PhaseTimer
 from hvdqn.parts import build_parts
 from hvdqn.train import check_same_config

@@ -17,8 +17,9 @@ from hvdqn.bench.allreduce import Allreduce
 from hvdqn.bench.jobs import available, bench
 from hvdqn.bench.report import Parser, above_zero, one_or_more, write_json
 from hvdqn.comm import Comm
-from hvdqn.config import Config, UserError
-from hvdqn.faults import EXIT_FINISHED, StoppedError, StopSignal
+from hvdqn.config import Config
+from hvdqn.errors import EXIT_FINISHED, StoppedError, UserError
+from hvdqn.faults import StopSignal
 from hvdqn.metrics import PhaseTimer
 
 PROG = "hvdqn bench"

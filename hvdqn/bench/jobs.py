@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from hvdqn.config import UserError
+from hvdqn.errors import UserError
 
 PACKAGE_ROOT = Path(__file__).parents[2]
 # What marks a process as a rank: a job started from a rank would take itself for that rank.

@@ -20,8 +20,9 @@ from typing import Any
 from hvdqn.bench import ranks
 from hvdqn.bench.report import Parser, above_zero, print_table, write_json
 from hvdqn.comm import Comm
-from hvdqn.config import Config, UserError, check_world
-from hvdqn.faults import EXIT_FINISHED, StoppedError, StopSignal
+from hvdqn.config import Config, check_world
+from hvdqn.errors import EXIT_FINISHED, StoppedError, UserError
+from hvdqn.faults import StopSignal
 from hvdqn.metrics import PHASES, PhaseTimer
 from hvdqn.parts import make_epsilons
 from hvdqn.train import Training, Work, check_same_config, start

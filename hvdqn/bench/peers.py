@@ -20,7 +20,7 @@ from typing import Any
 from hvdqn.bench.jobs import available, bench, run
 from hvdqn.bench.loop import Loop, from_json
 from hvdqn.bench.report import Parser, Row, above_zero, has_bf16, one_or_more, print_goals, write_json
-from hvdqn.config import UserError
+from hvdqn.errors import UserError
 
 PROG = "hvdqn bench peers"
 PEER_SCRIPT = Path(__file__).with_name("peer_sb3.py")

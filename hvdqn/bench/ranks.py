@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from hvdqn import train
 from hvdqn.bench.report import Parser
-from hvdqn.config import UserError
+from hvdqn.errors import UserError
 from hvdqn.faults import StopSignal
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hvdqn.comm import launcher_rank
-from hvdqn.config import UserError
+from hvdqn.errors import UserError
 from hvdqn.metrics import finite, number
 
 LIBRARIES = ("torch", "numpy", "gymnasium", "ale-py", "horovod", "mpi4py", "stable-baselines3")

@@ -25,7 +25,8 @@ from hvdqn.bench.jobs import ENGINES, available, bench
 from hvdqn.bench.loop import Loop
 from hvdqn.bench.projection import ASSUMPTION, FORMULAS, MODELS, SOURCE, Line, Projected, Work, fit, project
 from hvdqn.bench.report import Parser, above_zero, print_table, write_json
-from hvdqn.config import UserError, parse
+from hvdqn.config import parse
+from hvdqn.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -15,7 +15,8 @@ from hvdqn.bench.loop import prepared, run_span
 from hvdqn.bench.report import Parser, one_or_more, print_table, write_json
 from hvdqn.comm import Comm
 from hvdqn.config import Config
-from hvdqn.faults import EXIT_FINISHED, StopSignal
+from hvdqn.errors import EXIT_FINISHED
+from hvdqn.faults import StopSignal
 from hvdqn.metrics import PhaseTimer
 from hvdqn.train import Training, start
 

@@ -13,7 +13,8 @@ import os
 
 from hvdqn.comm import auto
 from hvdqn.comm.auto import CHOICES, launcher_rank, launcher_size
-from hvdqn.comm.base import Comm, Handle, LaunchError
+from hvdqn.comm.base import Comm, Handle
+from hvdqn.errors import LaunchError
 
 __all__ = ["CHOICES", "Comm", "Handle", "LaunchError", "connect", "launcher_rank", "launcher_size"]
 

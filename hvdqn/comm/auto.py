@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from hvdqn.comm.base import LaunchError
+from hvdqn.errors import LaunchError
 
 # Where launchers are nested (srun starts mpirun's daemons; srun or mpirun start one torchrun a host) the
 # variables of all of them are here at once: the innermost comes first.

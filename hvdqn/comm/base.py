@@ -14,10 +14,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class LaunchError(ValueError):
-    """The processes of this job cannot be connected as they were started; the message names the remedy."""
-
-
 class Handle(Protocol):
     """An allreduce under way."""
 

@@ -13,7 +13,7 @@ def visible_gpus() -> list[str]:
     return [str(torch.cuda.get_device_properties(gpu).uuid) for gpu in range(torch.cuda.device_count())]
 
 
-def deal(seen: Sequence[Sequence[str]]) -> list[str | None]:
+def assign_gpus(seen: Sequence[Sequence[str]]) -> list[str | None]:
     """Each rank's GPU: of those that it sees, the one that the fewest ranks before it have; None if it sees none.
 
     A launcher may show all ranks of a host the same GPUs, or each of them another one, which is everybody's number 0

@@ -17,9 +17,10 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from hvdqn.comm.base import Comm, LaunchError
+from hvdqn.comm.base import Comm
 from hvdqn.comm.mpi import start_mpi
 from hvdqn.comm.tensors import as_bytes, check_reducible
+from hvdqn.errors import LaunchError
 
 T = TypeVar("T")
 

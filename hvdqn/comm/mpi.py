@@ -12,9 +12,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from hvdqn.comm.base import Comm, Handle, LaunchError
+from hvdqn.comm.base import Comm, Handle
 from hvdqn.comm.shared import SharedSum
 from hvdqn.comm.tensors import as_bytes, check_reducible
+from hvdqn.errors import LaunchError
 
 T = TypeVar("T")
 

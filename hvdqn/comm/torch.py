@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
-from hvdqn.comm.base import Comm, LaunchError
-from hvdqn.comm.gpus import deal, visible_gpus
+from hvdqn.comm.base import Comm
+from hvdqn.comm.gpus import assign_gpus, visible_gpus
 from hvdqn.comm.tensors import as_bytes, check_reducible
+from hvdqn.errors import LaunchError
 
 T = TypeVar("T")
 
@@ -61,7 +62,7 @@ def _have_a_gpu_each(size: int, device: str) -> bool:
     """Whether every rank of the job has a GPU that no other one has; a collective call, wherever tensors lie."""
     seen: list[list[str]] = [[]] * size
     dist.all_gather_object(seen, visible_gpus() if device.startswith("cuda") else [])
-    dealt = deal(seen)
+    dealt = assign_gpus(seen)
     return None not in dealt and len(set(dealt)) == size
 
 

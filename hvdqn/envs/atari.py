@@ -16,7 +16,7 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode, VectorEnv
 from numpy.typing import NDArray
 
-from hvdqn.config import UserError
+from hvdqn.errors import UserError
 
 # Settings of ALE's vector environment that have a flag of their own, or that would break the step contract.
 _RESERVED = {

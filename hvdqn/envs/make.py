@@ -19,16 +19,11 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.wrappers import FlattenObservation
 
-from hvdqn.config import (
-    EnvironmentConfig,
-    UserError,
-    did_you_mean,
-    import_attribute,
-    import_module,
-)
+from hvdqn.config import EnvironmentConfig, did_you_mean, import_attribute, import_module
 from hvdqn.envs import snapshot
 from hvdqn.envs.atari import LIFE_LOST, AtariGame, AtariVector, game_settings, is_atari
 from hvdqn.envs.vector import Environments
+from hvdqn.errors import UserError
 
 # Namespaces that come with an extra: the module that registers them, and the extra's name.
 _FAMILIES = {"ALE": ("ale_py", "atari"), "MinAtar": ("minatar.gym", "minatar")}

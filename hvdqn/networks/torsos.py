@@ -22,7 +22,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from hvdqn.config import NetworkConfig, UserError, import_attribute
+from hvdqn.config import NetworkConfig, import_attribute
+from hvdqn.errors import UserError
 from hvdqn.networks.layers import hidden_layers
 
 

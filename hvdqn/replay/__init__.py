@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hvdqn.replay.dealing import deal
 from hvdqn.replay.frames import Rows
+from hvdqn.replay.resharding import reshard
 from hvdqn.replay.sampling import UNCORRECTED, Batch, Importance, PrioritizedSampler, Sampler, UniformSampler
 from hvdqn.replay.storage import Observations, Ring, State, Step
 
@@ -22,7 +22,7 @@ __all__ = [
     "Sampler",
     "Step",
     "UniformSampler",
-    "deal",
+    "reshard",
 ]
 
 

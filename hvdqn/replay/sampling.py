@@ -79,7 +79,7 @@ UNCORRECTED = Importance()
 class Sampler(Protocol):
     """Draws minibatches from a ring that someone else fills."""
 
-    heeds_td_errors: ClassVar[bool]
+    uses_td_errors: ClassVar[bool]
     """Whether the next draw depends on the TD errors of the one before."""
 
     def follow(self) -> None:
@@ -106,7 +106,7 @@ class UniformSampler:
         rng: the only source of chance.
     """
 
-    heeds_td_errors: ClassVar[bool] = False
+    uses_td_errors: ClassVar[bool] = False
 
     def __init__(self, ring: Ring, rng: np.random.Generator) -> None:
         self._ring = ring
@@ -169,7 +169,7 @@ class PrioritizedSampler:
         eps: TD error that every transition has at least.
     """
 
-    heeds_td_errors: ClassVar[bool] = True
+    uses_td_errors: ClassVar[bool] = True
 
     def __init__(self, ring: Ring, rng: np.random.Generator, alpha: float = 0.6, eps: float = 1e-6) -> None:
         self._ring = ring
@@ -208,7 +208,7 @@ class PrioritizedSampler:
         batch = self._assembler.build(rows)
         chance = self._tree.mass.take(rows) / (total * importance.size)
         batch.weight[:] = (importance.n_global * chance) ** -importance.beta
-        batch.rows = self._ring.tickets(rows)
+        batch.rows = self._ring.row_ids(rows)
         return batch
 
     def update(self, rows: Rows, td_errors: npt.NDArray[np.floating[Any]]) -> None:
@@ -220,7 +220,7 @@ class PrioritizedSampler:
             rows: `Batch.rows` [batch].
             td_errors: absolute TD errors [batch].
         """
-        at, held = self._ring.redeem(rows)
+        at, held = self._ring.rows_of(rows)
         keep = held & (self._tree.mass.take(at) > 0.0) & np.isfinite(td_errors)
         if not keep.any():
             return

@@ -214,15 +214,15 @@ class Ring:
         rows: Rows = np.flatnonzero(self.kind != BOUNDARY)
         return rows[self.is_start(rows)]
 
-    def tickets(self, rows: Rows) -> Rows:
-        """Names of what `rows` hold now, good for the whole run: see `redeem`. [batch] -> [batch]."""
+    def row_ids(self, rows: Rows) -> Rows:
+        """Names of what `rows` hold now, good for the whole run: see `rows_of`. [batch] -> [batch]."""
         env, slot = np.divmod(rows, self.rows_per_env)
         last = self._serial.take(env)
         serial = last - (last - slot) % self.rows_per_env
         named: Rows = serial * self.envs + env
         return named
 
-    def redeem(self, tickets: Rows) -> tuple[Rows, Mask]:
+    def rows_of(self, tickets: Rows) -> tuple[Rows, Mask]:
         """Rows that `tickets` named, and whether they still hold the same: False where overwritten since."""
         serial, env = np.divmod(tickets, self.envs)
         held: Mask = serial > self._serial.take(env) - self.rows_per_env

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
-from hvdqn.comm import Comm, LaunchError, connect, launcher_rank
+from hvdqn.comm import Comm, connect, launcher_rank
 from hvdqn.comm.shared import SharedSum
+from hvdqn.errors import LaunchError
 
 SIZES = (1, 2, 3, 7, 1000, 17_003, 134_002, 1_310_720)  # up to 10 MB of float64
 DTYPES = (torch.float32, torch.float64)

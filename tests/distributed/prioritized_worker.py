@@ -35,7 +35,7 @@ def fill(parts: Parts, rank: int) -> np.ndarray:
     starts = parts.replay.ring.starts()
     lean = np.abs(parts.replay.ring.observation[starts, 2])  # what is drawn more often looks different
     td_errors = (0.02 + lean) * (1 + 4 * rank)
-    parts.replay.update(parts.replay.ring.tickets(starts), td_errors)
+    parts.replay.update(parts.replay.ring.row_ids(starts), td_errors)
     return starts
 
 

@@ -22,8 +22,9 @@ from hvdqn.bench.loop import Loop
 from hvdqn.bench.projection import Line, Work, allreduce_seconds, efficiency, fit, project
 from hvdqn.bench.report import Row, write_json
 from hvdqn.comm.local import LocalComm
-from hvdqn.config import UserError, parse
-from hvdqn.faults import StoppedError, StopSignal
+from hvdqn.config import parse
+from hvdqn.errors import StoppedError, UserError
+from hvdqn.faults import StopSignal
 from hvdqn.learner import learning_rate
 from hvdqn.metrics import PhaseTimer
 from hvdqn.train import Training, start

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import hvdqn.comm
-from hvdqn.comm import LaunchError, connect, launcher_rank, launcher_size
+from hvdqn.comm import connect, launcher_rank, launcher_size
 from hvdqn.comm.auto import check_size, choose, promises
 from hvdqn.comm.torch import TorchComm
+from hvdqn.errors import LaunchError
 
 HOROVODRUN = {"HOROVOD_RANK": "1", "HOROVOD_SIZE": "2", "HOROVOD_CONTROLLER": "gloo"}
 MPIRUN = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "PMIX_RANK": "1"}
@@ -223,6 +224,6 @@ def test_each_engine_keeps_its_library_to_itself() -> None:
     for path in Path(hvdqn.comm.__file__).parent.glob("*.py"):
         roots = {name.split(".")[0] for name in imports(path)}
         ours = {name for name in imports(path) if name.split(".")[0] == "hvdqn"}
-        assert all(name.startswith("hvdqn.comm") for name in ours), path
+        assert all(name.startswith(("hvdqn.comm", "hvdqn.errors")) for name in ours), path
         assert ("horovod" in roots) == (path.name == "horovod.py")
         assert ("mpi4py" in roots) == (path.name == "mpi.py")

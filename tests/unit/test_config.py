@@ -8,7 +8,8 @@ import inspect
 import pytest
 import yaml
 
-from hvdqn.config import Config, UserError, as_yaml, check_world, parse, preset_config, unheeded
+from hvdqn.config import Config, as_yaml, check_world, parse, preset_config, unused_settings
+from hvdqn.errors import UserError
 from hvdqn.presets import PRESETS
 
 
@@ -143,7 +144,7 @@ def test_mistakes_are_one_line_with_the_remedy(argv, words):
     ],
 )
 def test_what_a_run_does_not_heed_is_said(argv, lines):
-    assert unheeded(parse(argv)) == lines
+    assert unused_settings(parse(argv)) == lines
 
 
 def test_shards_shrink_with_the_world():

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from hvdqn.clock import Clock
 from hvdqn.comm.horovod import ElasticWorld, place_among
 from hvdqn.comm.local import LocalComm
-from hvdqn.config import UserError, parse
+from hvdqn.config import parse
 from hvdqn.elastic import Alone, Member, elastic_config, elastic_options
+from hvdqn.errors import UserError
 from hvdqn.faults import StopSignal
 from hvdqn.metrics import PhaseTimer
 from hvdqn.parts import build_parts

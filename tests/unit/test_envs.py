@@ -19,10 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from hvdqn.config import EnvironmentConfig, UserError
+from hvdqn.config import EnvironmentConfig
 from hvdqn.envs import Environments, Step, make_environments
 from hvdqn.envs import make as making
 from hvdqn.envs.atari import AtariVector
+from hvdqn.errors import UserError
 from tests.unit import scripted_envs
 
 Script = list[tuple[list[float], str]]

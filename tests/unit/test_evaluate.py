@@ -16,8 +16,9 @@ from threadpoolctl import ThreadpoolController, threadpool_limits
 
 from hvdqn import __main__, evaluate, train
 from hvdqn.comm.local import LocalComm
-from hvdqn.config import Config, EnvironmentConfig, UserError
+from hvdqn.config import Config, EnvironmentConfig
 from hvdqn.envs import make_environments
+from hvdqn.errors import UserError
 from hvdqn.evaluate import Evaluation, Evaluator
 from hvdqn.metrics import PhaseTimer
 from hvdqn.parts import network_for

@@ -11,7 +11,8 @@ import pytest
 from hvdqn import train
 from hvdqn.acting import Epsilons, RandomActions, ladder, softmax_actions
 from hvdqn.comm.local import LocalComm
-from hvdqn.config import Config, ExplorationConfig, UserError, check_world, parse
+from hvdqn.config import Config, ExplorationConfig, check_world, parse
+from hvdqn.errors import UserError
 from hvdqn.metrics import PhaseTimer
 from hvdqn.parts import build_parts
 

@@ -16,8 +16,8 @@ import pytest
 
 from hvdqn.comm import connect
 from hvdqn.comm.local import LocalComm
-from hvdqn.config import UserError
-from hvdqn.faults import DriftError, Heartbeat, Watchdog, check_replicas, sole_job, together, why_stalled
+from hvdqn.errors import DriftError, UserError
+from hvdqn.faults import Heartbeat, Watchdog, check_replicas, raise_on_all_ranks, sole_job, why_stalled
 from hvdqn.metrics import PhaseTimer
 
 PATIENCE_SECONDS = 8.0
@@ -194,8 +194,8 @@ def test_wrong_input_of_one_rank_is_refused_on_all():
 
     timer = PhaseTimer()
     with pytest.raises(UserError, match="rank 1 found no such environment"):
-        together(Second(), lambda: 1, timer)
-    assert together(connect("local"), lambda: 1) == 1
+        raise_on_all_ranks(Second(), lambda: 1, timer)
+    assert raise_on_all_ranks(connect("local"), lambda: 1) == 1
 
 
 def test_two_jobs_do_not_train_in_one_directory(tmp_path):

@@ -12,7 +12,8 @@ import torch
 
 from hvdqn.comm.gpus import visible_gpus
 from hvdqn.comm.local import LocalComm
-from hvdqn.config import Config, NetworkConfig, UserError, parse
+from hvdqn.config import Config, NetworkConfig, parse
+from hvdqn.errors import UserError
 from hvdqn.graphs import record_cuda_graph
 from hvdqn.metrics import PhaseTimer
 from hvdqn.parts import build_parts, choose_device

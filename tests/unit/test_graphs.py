@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from hvdqn.comm.local import LocalComm
-from hvdqn.config import NetworkConfig, UserError, parse
+from hvdqn.config import NetworkConfig, parse
+from hvdqn.errors import UserError
 from hvdqn.graphs import Replayed
 from hvdqn.metrics import PhaseTimer
 from hvdqn.parts import build_parts

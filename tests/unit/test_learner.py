@@ -14,7 +14,8 @@ from hvdqn.clock import Clock
 from hvdqn.comm import connect
 from hvdqn.comm.local import LocalComm
 from hvdqn.config import LearningConfig, NetworkConfig, ParallelConfig
-from hvdqn.learner import LEARNED, REPORTED, Learner, NonFiniteError, learning_rate
+from hvdqn.errors import NonFiniteError
+from hvdqn.learner import LEARNED, REPORTED, Learner, learning_rate
 from hvdqn.losses import select
 from hvdqn.metrics import PhaseTimer
 from hvdqn.networks import make_network

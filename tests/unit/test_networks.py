@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hvdqn.config import NetworkConfig, UserError
+from hvdqn.config import NetworkConfig
+from hvdqn.errors import UserError
 from hvdqn.networks import Images, make_network
 from hvdqn.networks.layers import WideLinear
 from hvdqn.networks.torsos import Centered, ChannelsLast

@@ -21,7 +21,8 @@ from hvdqn import train
 from hvdqn.acting import Actor
 from hvdqn.checkpoint import open_checkpoint, rank_part
 from hvdqn.comm.local import LocalComm
-from hvdqn.config import Config, UserError, parse, preset_config
+from hvdqn.config import Config, parse, preset_config
+from hvdqn.errors import UserError
 from hvdqn.learner import REPORTED
 from hvdqn.metrics import PhaseTimer
 from hvdqn.parts import build_parts, choose_device, importance_at, share_of_cores
@@ -407,7 +408,7 @@ def test_td_errors_of_an_update_become_priorities():
     parts.learner.begin_update(batch, (0.0,) * len(REPORTED))
     rows, td_errors = parts.learner.finish_update()
     parts.replay.update(rows, td_errors)
-    at, held = parts.replay.ring.redeem(rows)
+    at, held = parts.replay.ring.rows_of(rows)
     assert held.all()
     assert isinstance(parts.replay.sampler, PrioritizedSampler)
     mass = parts.replay.sampler._tree.mass[at]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hvdqn.config import UserError
+from hvdqn.errors import UserError
 from hvdqn.plot import (
     Group,
     Run,

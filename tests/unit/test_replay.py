@@ -260,11 +260,11 @@ def test_tickets_are_good_until_their_row_is_opened_again() -> None:
     ring = ring_for(envs, 8)  # five rows an env
     fill(ring, envs, 6)  # serials 2 to 6 are held, and 6 is open
     rows = np.arange(10)
-    tickets = ring.tickets(rows)
+    tickets = ring.row_ids(rows)
     assert tickets[:5].tolist() == [10, 12, 4, 6, 8]  # serial x 2 envs + env
     assert tickets[5:].tolist() == [11, 13, 5, 7, 9]
     ring.add(*envs.step())
-    redeemed, held = ring.redeem(tickets)
+    redeemed, held = ring.rows_of(tickets)
     np.testing.assert_array_equal(redeemed, rows)
     assert np.flatnonzero(~held).tolist() == [2, 7]
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from hvdqn.comm.local import LocalComm
-from hvdqn.config import UserError, parse
+from hvdqn.config import parse
+from hvdqn.errors import UserError
 from hvdqn.metrics import PhaseTimer
 from hvdqn.parts import build_parts, place_frames
 from hvdqn.replay import PrioritizedSampler, Replay, Ring, UniformSampler

@@ -39,7 +39,7 @@ def masses(replay: Replay) -> np.ndarray:
 def set_priorities(replay: Replay, td_errors: np.ndarray) -> np.ndarray:
     """Give every start a TD error; return the starts."""
     starts = replay.ring.starts()
-    replay.update(replay.ring.tickets(starts), td_errors[: starts.size])
+    replay.update(replay.ring.row_ids(starts), td_errors[: starts.size])
     return starts
 
 
@@ -87,8 +87,8 @@ def test_new_transitions_enter_with_the_largest_priority() -> None:
     replay = filled(3)
     starts = set_priorities(replay, np.full(100, 0.5))
     assert masses(replay)[starts] == pytest.approx(0.5 + 1e-6)
-    replay.update(replay.ring.tickets(starts[:1]), np.array([7.0]))
-    replay.update(replay.ring.tickets(starts[:1]), np.array([2.0]))
+    replay.update(replay.ring.row_ids(starts[:1]), np.array([7.0]))
+    replay.update(replay.ring.row_ids(starts[:1]), np.array([2.0]))
     replay.add(*replay.envs.step())  # type: ignore[attr-defined]
     new = np.setdiff1d(replay.ring.starts(), starts)
     assert new.size == 2
@@ -104,10 +104,10 @@ def test_priorities_by_hand() -> None:
 def test_a_priority_never_lands_on_what_replaced_its_transition() -> None:
     replay = filled(100, capacity=40)
     rows = replay.sample(200).rows
-    before = replay.ring.tickets(np.arange(masses(replay).size))
+    before = replay.ring.row_ids(np.arange(masses(replay).size))
     for _ in range(12):
         replay.add(*replay.envs.step())  # type: ignore[attr-defined]
-    replaced = replay.ring.tickets(np.arange(masses(replay).size)) != before
+    replaced = replay.ring.row_ids(np.arange(masses(replay).size)) != before
     assert 0 < replaced.sum() < replaced.size
     replay.update(rows, np.full(200, 1000.0))
     mass = masses(replay)
@@ -132,7 +132,7 @@ def test_td_errors_that_are_not_finite_leave_priorities_alone() -> None:
     starts = replay.ring.starts()
     td_errors = np.full(starts.size, 0.5, np.float32)
     td_errors[::2] = [np.nan, np.inf] * (td_errors[::2].size // 2) + [np.nan] * (td_errors[::2].size % 2)
-    replay.update(replay.ring.tickets(starts), td_errors)
+    replay.update(replay.ring.row_ids(starts), td_errors)
     assert (masses(replay)[starts[::2]] == 1.0).all()
     assert masses(replay)[starts[1::2]] == pytest.approx(0.5, rel=1e-5)
 
@@ -144,7 +144,7 @@ def test_draws_are_proportional_to_priorities() -> None:
     counts = np.zeros(masses(replay).size)
     draws = 64 * 500
     for _ in range(500):
-        rows, held = replay.ring.redeem(replay.sample(64).rows)
+        rows, held = replay.ring.rows_of(replay.sample(64).rows)
         assert held.all()
         np.add.at(counts, rows, 1.0)
     assert counts.sum() == counts[starts].sum()
@@ -158,7 +158,7 @@ def test_weights_by_hand() -> None:
     starts = set_priorities(replay, np.array([1.0, 2.0, 3.0, 4.0]) - 1e-6)
     batch = replay.sample(64, Importance(beta=0.5, n_global=100, size=2))
     chance = np.array([0.1, 0.2, 0.3, 0.4]) / 2
-    index = np.searchsorted(starts, replay.ring.redeem(batch.rows)[0])
+    index = np.searchsorted(starts, replay.ring.rows_of(batch.rows)[0])
     assert batch.weight == pytest.approx((100 * chance[index]) ** -0.5, rel=1e-5)
     assert set(index) == {0, 1, 2, 3}
     assert (replay.sample(64).weight == 1.0).all()
@@ -201,7 +201,7 @@ def weighted_estimate(size: int, wrong: str | None, draws: int = 20_000) -> tupl
         n = starts.size if wrong == "own n" else n_global
         batch = replay.sample(draws, Importance(beta=1.0, n_global=n, size=size))
         weights.append(batch.weight.astype(np.float64))
-        values.append(value[replay.ring.redeem(batch.rows)[0]])
+        values.append(value[replay.ring.rows_of(batch.rows)[0]])
     plain = float(np.mean([(w * v).mean() for w, v in zip(weights, values, strict=True)]))
     largest = max(w.max() for w in weights)
     scaled = [w / (w.max() if wrong == "own max" else largest) for w in weights]

@@ -13,7 +13,8 @@ import torch
 
 from hvdqn.clock import Clock, ReportedClock
 from hvdqn.config import LearningConfig, NetworkConfig, ParallelConfig, parse
-from hvdqn.learner import Learner, NonFiniteError
+from hvdqn.errors import NonFiniteError
+from hvdqn.learner import Learner
 from hvdqn.metrics import PhaseTimer
 from hvdqn.networks import make_network
 from hvdqn.sync import make_sync

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from hvdqn import __main__, train, video
-from hvdqn.config import Config, UserError
+from hvdqn.config import Config
 from hvdqn.envs import make_environments
+from hvdqn.errors import UserError
 from hvdqn.parts import network_for
 
 GAMES = [("CartPole-v1", 4, ".gif"), ("MinAtar/Breakout-v1", 6, ".gif"), ("ALE/Pong-v5", 6, ".mp4")]

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hvdqn.replay import PrioritizedSampler, Replay, Ring, deal
+from hvdqn.replay import PrioritizedSampler, Replay, Ring, reshard
 from hvdqn.replay.sampling import Assembler
 from hvdqn.replay.storage import TERMINATED, TRUNCATED
 from tests.unit.replay_naive import Moment, ScriptedEnvs, check_batch, moments, ring_for
@@ -49,7 +49,7 @@ def test_dealt_transitions_are_true_none_twice_and_few_lost(before: int, after: 
     dealt, rows_in_use = [], []
     for rank in range(after):
         replay = empty(after, rank)
-        replay.load_state(deal(states, replay.ring, rank, after))
+        replay.load_state(reshard(states, replay.ring, rank, after))
         check_batch(Assembler(replay.ring).build(replay.ring.starts()), envs, replay.ring)
         np.testing.assert_array_equal(
             np.flatnonzero(replay.sampler._tree.mass),  # type: ignore[attr-defined]
@@ -69,7 +69,7 @@ def test_dealt_transitions_are_true_none_twice_and_few_lost(before: int, after: 
 def test_a_dealt_replay_goes_on() -> None:
     envs, old = run(2, 100)
     replay = empty(1, 0)
-    replay.load_state(deal([one.state() for one in old], replay.ring, 0, 1))
+    replay.load_state(reshard([one.state() for one in old], replay.ring, 0, 1))
     dealt = set(held(replay))
     later = ScriptedEnvs(SCRIPT, "same_step", seed=1)
     later.record = envs.record[:2]
@@ -89,12 +89,12 @@ def test_priorities_are_dealt_with_their_transitions() -> None:
     for replay in old:
         rows = replay.ring.starts()
         td_errors = np.random.default_rng(0).random(rows.size)
-        replay.update(replay.ring.tickets(rows), td_errors)
+        replay.update(replay.ring.row_ids(rows), td_errors)
         mass = replay.sampler._tree.mass[rows]  # type: ignore[attr-defined]
         priority.update(zip(held(replay), mass.tolist(), strict=True))
     for rank in range(3):
         replay = empty(3, rank)
-        replay.load_state(deal([one.state() for one in old], replay.ring, rank, 3))
+        replay.load_state(reshard([one.state() for one in old], replay.ring, rank, 3))
         mass = replay.sampler._tree.mass[replay.ring.starts()]  # type: ignore[attr-defined]
         assert mass.tolist() == [priority[moment] for moment in held(replay)]
 
@@ -102,7 +102,7 @@ def test_priorities_are_dealt_with_their_transitions() -> None:
 def test_shards_that_hold_nothing_yet_are_dealt_too() -> None:
     envs = ScriptedEnvs(SCRIPT, "same_step")
     old, ring = ring_for(envs, 60), ring_for(envs, 60)
-    ring.load_state(deal([old.state()], ring, 0, 1))
+    ring.load_state(reshard([old.state()], ring, 0, 1))
     ring.start(envs.reset())
     ring.add(*envs.step())
     assert len(ring) == 2

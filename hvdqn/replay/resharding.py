@@ -10,7 +10,7 @@ from hvdqn.replay.frames import Array, Rows
 from hvdqn.replay.storage import BOUNDARY, Ring, State
 
 
-def deal(states: Sequence[Mapping[str, Array]], ring: Ring, rank: int, size: int) -> State:
+def reshard(states: Sequence[Mapping[str, Array]], ring: Ring, rank: int, size: int) -> State:
     """This rank's equal share of all shards, as a state for `ring`.
 
     All old rings are laid end to end, each from its oldest row to its newest, and cut into as many pieces as
