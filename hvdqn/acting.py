@@ -1,4 +1,4 @@
-"""How actions are chosen while training: greedily but for an epsilon of each environment, or from a softmax."""
+"""How actions are chosen while training: epsilon-greedy, with an epsilon of each environment, or from a softmax."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor
 
 from hvdqn.config import ExplorationConfig
 from hvdqn.envs import Environments, Step
-from hvdqn.graphs import Record, Replayed
-from hvdqn.networks import QNetwork
+from hvdqn.graphs import Record, Recorded
+from hvdqn.networks import QNetwork, make_passes
 
 
 def linear_epsilon(config: ExplorationConfig, env_steps: int) -> float:
-    """Epsilon after this many *global* env steps: a line from start to end, then flat (Mnih et al. 2015)."""
+    """Return epsilon after this many *global* env steps: linear from start to end, then flat (Mnih et al. 2015)."""
     if env_steps >= config.exploration_env_steps:
         return config.epsilon_end
     done = env_steps / config.exploration_env_steps
@@ -25,7 +25,7 @@ def linear_epsilon(config: ExplorationConfig, env_steps: int) -> float:
 
 
 def ladder(config: ExplorationConfig, envs: int) -> NDArray[np.float64]:
-    """Epsilon of every environment of the job, falling (Horgan et al. 2018, Ape-X, appendix D). [envs].
+    """Return epsilon of every environment of the job, falling (Horgan et al. 2018, Ape-X, appendix D). [envs].
 
     epsilon_i = epsilon ^ (1 + alpha i / (N - 1))
     """
@@ -38,30 +38,30 @@ def ladder(config: ExplorationConfig, envs: int) -> NDArray[np.float64]:
 class Epsilons:
     """Share of random actions in each environment of this rank, and in the job.
 
-    Rungs of a ladder are dealt to the ranks in turn, environment i of the job to rank i mod size, so that every shard
-    of replay is filled by greedy and by exploring environments alike.
+    Epsilons of a ladder are distributed over the acting ranks in turn, that of environment i of the job to rank
+    i mod `of`, so that greedy and exploring environments fill every shard of replay.
 
     Args:
         config: which schedule.
         envs: environments of one rank.
-        rank: this rank.
-        size: ranks.
+        index: place of this rank among the acting ranks.
+        of: number of acting ranks.
     """
 
-    def __init__(self, config: ExplorationConfig, envs: int, rank: int, size: int) -> None:
+    def __init__(self, config: ExplorationConfig, envs: int, index: int, of: int) -> None:
         self.config, self.envs = config, envs
         self.greediest: NDArray[np.bool_] = np.zeros(envs, np.bool_)
-        """This rank's environments among the greediest quarter of a ladder; none where all explore alike. [envs]."""
+        """Which environments of this rank are among the greediest quarter of a ladder; none without a ladder. [envs]."""
         self._rungs: NDArray[np.float64] | None = None
         self._mine: NDArray[np.float64] = np.zeros(envs)
         if config.exploration == "ladder":
-            total = size * envs
+            total = of * envs
             self._rungs = ladder(config, total)
-            self._mine = self._rungs[rank::size]
-            self.greediest = np.arange(total)[rank::size] >= total - max(total // 4, 1)
+            self._mine = self._rungs[index::of]
+            self.greediest = np.arange(total)[index::of] >= total - max(total // 4, 1)
 
     def at(self, env_steps: int) -> NDArray[np.float64]:
-        """Of each environment of this rank after this many global env steps. [envs]."""
+        """Return epsilon of each environment of this rank after this many global env steps. [envs]."""
         if self._rungs is None:
             epsilon = self.mean(env_steps)
             if epsilon != self._mine[0]:
@@ -69,7 +69,7 @@ class Epsilons:
         return self._mine
 
     def mean(self, env_steps: int) -> float:
-        """Of all environments of the job."""
+        """Return the mean epsilon over all environments of the job."""
         if self._rungs is not None:
             return float(self._rungs.mean())
         return 0.0 if self.config.exploration == "noisy" else linear_epsilon(self.config, env_steps)
@@ -78,12 +78,12 @@ class Epsilons:
 class FrameStack:
     """The last `depth` frames of each environment, `[envs, depth, *frame]`; `[envs, *frame]` if depth is 1.
 
-    An episode's first frame is repeated to fill its stack, as replay does when it stacks at sampling time.
+    An episode's first frame is repeated to fill its stack, as replay does when it builds stacks.
 
     Args:
-        first: the first frame of each.
+        first: the first frame of each environment.
         depth: frames of a stack.
-        pinned: in pages from which a GPU copies by itself.
+        pinned: keep the frames in pinned memory, from which a GPU copies asynchronously.
     """
 
     def __init__(self, first: NDArray[np.generic], depth: int, pinned: bool = False) -> None:
@@ -93,7 +93,7 @@ class FrameStack:
             self.frames = torch.from_numpy(self.frames).pin_memory().numpy()
 
     def push(self, observation: NDArray[np.generic], fresh: NDArray[np.bool_]) -> None:
-        """Add each environment's newest frame; begin anew where an episode did."""
+        """Add each environment's newest frame; restart the stack where an episode began."""
         if self.depth > 1:
             self.frames[:, :-1] = self.frames[:, 1:]
         self.frames[:, -1] = observation
@@ -102,13 +102,13 @@ class FrameStack:
 
     @property
     def observation(self) -> NDArray[np.generic]:
-        """What the network sees."""
+        """The input of the network."""
         return self.frames if self.depth > 1 else self.frames[:, 0]
 
 
 def softmax_actions(q: NDArray[Any], temperature: float, rng: np.random.Generator) -> NDArray[np.int64]:
-    """An action for each environment, drawn from softmax(q / temperature), `[envs]`, given q `[envs, actions]`."""
-    # The largest of q / temperature + Gumbel noise is such a draw, and needs no exponential of large numbers.
+    """Draw an action for each environment from softmax(q / temperature): q `[envs, actions]` gives `[envs]`."""
+    # The argmax of q / temperature + Gumbel noise is such a draw, and needs no exponential of large numbers.
     actions: NDArray[np.int64] = (q.astype(np.float64) / temperature + rng.gumbel(size=q.shape)).argmax(
         axis=1
     )
@@ -116,16 +116,16 @@ def softmax_actions(q: NDArray[Any], temperature: float, rng: np.random.Generato
 
 
 class RandomActions:
-    """Replaces actions by random ones with probability epsilon, each environment's by a coin of its own.
+    """Replaces actions by random ones with probability epsilon, independently in each environment.
 
     With `repeat` this is ez-greedy (Dabney et al. 2021, "Temporally-Extended Epsilon-Greedy Exploration"): each random
-    action is taken n times, n from a zeta distribution, p(n) ~ n ** -repeat, or until its episode ends. Where single
-    random actions cancel out, as on a slope that is climbed by going one way for long, it gets somewhere.
+    action is taken n times, n from a zeta distribution, p(n) ~ n ** -repeat, or until its episode ends. It explores
+    further where single random actions cancel out, as in MountainCar.
 
     Args:
         envs: environments of this rank.
         actions: number of actions.
-        rng: of the coins, the actions and their lengths.
+        rng: draws whether, which and for how long.
         repeat: exponent, above 1; 0: random actions last one step.
     """
 
@@ -133,10 +133,10 @@ class RandomActions:
         self.actions, self.rng, self.repeat = actions, rng, repeat
         self.action: NDArray[np.int64] = np.zeros(envs, np.int64)
         self.left: NDArray[np.int64] = np.zeros(envs, np.int64)
-        """How many times more the random `action` of each environment is to be taken. [envs]."""
+        """How many more times the random `action` of each environment will be taken. [envs]."""
 
     def replace(self, greedy: NDArray[np.int64], epsilon: float | NDArray[np.float64]) -> NDArray[np.int64]:
-        """What is done in place of the `greedy` actions `[envs]`, with epsilon of all environments or of each."""
+        """Return `greedy` actions `[envs]`, some replaced by random ones; epsilon is a number or `[envs]`."""
         begun = self.rng.random(len(greedy)) < epsilon
         drawn = self.rng.integers(self.actions, size=len(greedy))
         if self.repeat == 0:
@@ -149,16 +149,16 @@ class RandomActions:
         return np.where(random, self.action, greedy)
 
     def interrupt(self, fresh: NDArray[np.bool_]) -> None:
-        """An episode began in these environments `[envs]`: what was to be repeated is over."""
+        """End repeated actions in the environments where an episode began `[envs]`."""
         if self.repeat:
             self.left[fresh] = 0
 
     def state(self) -> dict[str, Any]:
-        """Plain data to go on from."""
+        """Return plain data to continue from."""
         return {"rng": self.rng.bit_generator.state, "action": self.action, "left": self.left}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken."""
+        """Load what `state` returned."""
         self.rng.bit_generator.state = state["rng"]
         self.action, self.left = state["action"].copy(), state["left"].copy()
 
@@ -172,9 +172,9 @@ class Actor:
         frame_stack: frames that make one observation.
         rng: of exploration.
         device: where the network lives.
-        temperature: of the softmax from which actions are drawn; 0: the greedy ones.
-        repeat: of random actions, as `RandomActions` takes it.
-        record: how the network's passes are recorded and replayed; None: they are not.
+        temperature: of the softmax that actions are drawn from; 0: greedy actions.
+        repeat: of random actions, see `RandomActions`.
+        record: how to record the network's pass as a CUDA graph; None: it is not recorded.
     """
 
     def __init__(
@@ -188,22 +188,23 @@ class Actor:
         repeat: float = 0.0,
         record: Record | None = None,
     ) -> None:
-        self.envs, self.network, self.frame_stack = envs, network, frame_stack
+        self.envs, self.frame_stack = envs, frame_stack
+        self.passes = make_passes(network)
         self.rng, self.device, self.temperature = rng, device, temperature
-        self.q_values = Replayed(self._q_values, record, device) if record else self._q_values
+        self.q_values = Recorded(self._q_values, record, device) if record else self._q_values
         self.random = RandomActions(envs.envs, envs.actions, rng, repeat)
 
     def start(self) -> NDArray[np.generic]:
-        """Begin an episode in every environment; return the first observations."""
+        """Reset every environment; return the first observations."""
         first = self.envs.reset()
         self.frames = self._stack(first)
         self.random.interrupt(np.ones(self.envs.envs, np.bool_))
         return first
 
     def choose(self, epsilon: float | NDArray[np.float64]) -> NDArray[np.int64]:
-        """Actions of all environments, `[envs]`, random with probability epsilon: of all, or of each `[envs]`."""
+        """Return the actions of all environments `[envs]`; epsilon is a number or `[envs]`."""
         (q_values,) = self.q_values(torch.from_numpy(self.frames.observation))
-        q: NDArray[Any] = q_values.cpu().numpy()  # from a GPU, which the CPU waits for here
+        q: NDArray[Any] = q_values.cpu().numpy()  # the host waits for a GPU here
         chosen = softmax_actions(q, self.temperature, self.rng) if self.temperature > 0 else q.argmax(axis=1)
         return self.random.replace(chosen, epsilon)
 
@@ -213,18 +214,18 @@ class Actor:
         return self.receive()
 
     def send(self, actions: NDArray[np.int64]) -> None:
-        """Begin one; environments that run beside this thread work from here on."""
+        """Begin an env step; environments with threads or processes of their own work from here on."""
         self.envs.send(actions)
 
     def receive(self) -> Step:
-        """Finish what `send` began."""
+        """Finish the env step that `send` began."""
         step = self.envs.receive()
         self.frames.push(step.observation, step.fresh)
         self.random.interrupt(step.fresh)
         return step
 
     def state(self) -> dict[str, Any]:
-        """Plain data to go on from; `environments` is None where theirs cannot be had."""
+        """Return plain data to continue from; `environments` is None if their state cannot be saved."""
         return {
             "random": self.random.state(),
             "frames": self.frames.frames,
@@ -232,21 +233,21 @@ class Actor:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> bool:
-        """Go on where `state` was taken; False where environments have to `start` anew."""
+        """Load what `state` returned; return False if the environments have to `start` anew."""
         self.random.load_state(state["random"])
         if state["environments"] is None:
             return False
         try:
             self.envs.load_state(state["environments"])
-        except ValueError:  # such as another version of the environment
+        except ValueError:  # for example, the environment has another version
             return False
         self.frames = self._stack(state["frames"][:, 0])
         self.frames.frames[:] = state["frames"]
         return True
 
     def _stack(self, first: NDArray[np.generic]) -> FrameStack:
-        return FrameStack(first, self.frame_stack, pinned=self.device.type == "cuda")
+        return FrameStack(first, self.frame_stack, self.passes.pinned_inputs)
 
     def _q_values(self, observation: Tensor) -> tuple[Tensor]:
         with torch.inference_mode():
-            return (self.network.q_values(observation.to(self.device, non_blocking=True)),)
+            return (self.passes.q_values(observation.to(self.device, non_blocking=True)),)

@@ -1,7 +1,7 @@
-"""A function recorded once as a CUDA graph and replayed from then on.
+"""Functions recorded as CUDA graphs.
 
-A small network's forward and backward passes are some hundred kernels, each of which takes longer to launch than to
-run. A graph launches all of them at once.
+The passes of a small network are some hundred kernels, each of which takes longer to launch than to run. A graph
+launches all of them at once.
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ from torch import Tensor
 
 Tensors: TypeAlias = tuple[Tensor, ...]
 Record: TypeAlias = Callable[[Callable[[], Tensors]], tuple[Tensors, Callable[[], None]]]
+"""Records a function: returns its results, and a function that computes them again and overwrites them."""
 
 WARM_UPS = 3
 
 
 def record_cuda_graph(function: Callable[[], Tensors]) -> tuple[Tensors, Callable[[], None]]:
-    """Record what a function does on the GPU; return its results, and what does it again and overwrites them.
+    """Record what a function does on the GPU; see `Record`.
 
-    The random numbers it drew meanwhile are given back, so that a run that resumes draws the same.
+    Torch's random state is restored afterwards, so that a resumed run draws the same numbers.
     """
     with torch.random.fork_rng(devices=[torch.cuda.current_device()]):
-        # Libraries set themselves up in the first calls, which a graph must not record: torch's manual asks for this.
+        # Libraries initialize in the first calls, which a graph must not record: torch's manual asks for this.
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -32,21 +33,21 @@ def record_cuda_graph(function: Callable[[], Tensors]) -> tuple[Tensors, Callabl
                 function()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        # Horovod's and NCCL's threads go on meanwhile: what they ask of CUDA is not this graph's business.
+        # The threads of Horovod and NCCL go on calling CUDA meanwhile: that must not break the recording.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             results = function()
     return results, graph.replay
 
 
-class Replayed:
-    """A function of tensors, recorded at its first call.
+class Recorded:
+    """A function of tensors that is recorded at its first call and replayed from then on.
 
     Args:
-        function: its inputs keep their shapes, and it must not ask on the host what a tensor holds.
-        record: how.
-        device: where its inputs are to lie; they are copied there at each call.
-        changes: tensors that it changes, but for those that it overwrites: it is called a few times before it is
-            recorded, and they must not show it.
+        function: its inputs keep their shapes, and it never reads a tensor's content on the host.
+        record: how to record it.
+        device: where its inputs lie; they are copied there at each call.
+        changes: returns the tensors that the function changes. They are restored after recording, which runs the
+            function a few times.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class Replayed:
         self.inputs: Sequence[Tensor] = ()
 
     def __call__(self, *inputs: Tensor) -> Tensors:
-        """The results for these inputs, in tensors that the next call overwrites."""
+        """Return the results for these inputs, in tensors that the next call overwrites."""
         if not self.inputs:
             self.inputs = [given.to(self.device, copy=True) for given in inputs]
             before = [tensor.clone() for tensor in self.changes()]

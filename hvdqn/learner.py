@@ -1,41 +1,33 @@
-"""Flat parameters and gradients, the update in two halves, and the target network."""
+"""From a minibatch to a flat gradient, from a flat gradient to a step, and the target network.
+
+The learner knows nothing of ranks. A strategy (see `sync`) sends its gradient away between `compute_gradient` and
+`apply_gradient`.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hvdqn.comm import Comm
 from hvdqn.config import LearningConfig
-from hvdqn.errors import NonFiniteError
-from hvdqn.graphs import Record, Replayed, Tensors
-from hvdqn.losses import expect, munchausen_bonus, select, soft_policy
-from hvdqn.networks import QNetwork
+from hvdqn.losses import expectation, munchausen_bonus, select, soft_policy
+from hvdqn.networks import QNetwork, make_passes
 from hvdqn.optimizers import SGD, Adam, Optimizer, RMSProp
 from hvdqn.replay import Batch
-from hvdqn.sync import Sync
-from hvdqn.trailer import LEARNED, REPORTED, Trailer
-
-if TYPE_CHECKING:
-    from hvdqn.metrics import PhaseTimer
-
-T = TypeVar("T")
-# What replay is told of a minibatch: its rows, and how wrong each was, both [batch].
-Learned: TypeAlias = tuple[NDArray[np.int64], NDArray[np.floating[Any]]]
 
 
 def flatten_parameters(network: nn.Module, device: torch.device) -> Tensor:
     """Move all parameters of a network into one contiguous tensor, of which they become views.
 
     Averaging, clipping, stepping, copying and hashing then each act on one tensor.
+
+    Returns:
+        `[parameters]`, on `device`.
     """
     parameters = list(network.parameters())
     flat = torch.cat([p.detach().reshape(-1).to(device) for p in parameters])
@@ -45,409 +37,239 @@ def flatten_parameters(network: nn.Module, device: torch.device) -> Tensor:
 
 
 def _views(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Return consecutive views of a flat tensor, shaped like the given tensors."""
     ends = np.cumsum([tensor.numel() for tensor in like])
     return [
         flat[end - tensor.numel() : end].view(tensor.shape) for end, tensor in zip(ends, like, strict=True)
     ]
 
 
-def batch_factor(config: LearningConfig, global_batch: int, batch_per_rank: int) -> float:
-    """How much larger the global batch is than that which the numbers were tuned for: k."""
-    return global_batch / (config.lr_reference_batch or batch_per_rank)
+def learning_rate(config: LearningConfig, batch_factor: float, progress: float) -> float:
+    """Return the learning rate after a share `progress` of the run.
 
-
-def learning_rate(config: LearningConfig, global_batch: int, batch_per_rank: int, done: float) -> float:
-    """The learning rate after a share `done` of the run.
-
-    lr x k, lr x min(sqrt(k), 3) or lr, with k = global batch / reference batch; a scaled one is approached
-    linearly from `lr` over the first `lr_warmup` of the run (Goyal et al. 2017, section 2.2). On top of that the
-    rate falls linearly to its share `lr_final` at the end.
+    It is lr x k, lr x min(sqrt(k), 3) or lr, where k is the batch factor: the global batch over the reference batch. A
+    scaled rate is approached linearly from `lr` over the first `lr_warmup` of the run (Goyal et al. 2017, section 2.2).
+    On top of that the rate falls linearly to its share `lr_final` at the end.
     """
-    k = batch_factor(config, global_batch, batch_per_rank)
+    k = batch_factor
     factor = {"none": 1.0, "sqrt": min(math.sqrt(k), 3.0), "linear": k}[config.lr_scaling]
-    warm = min(done / config.lr_warmup, 1.0) if config.lr_warmup > 0 else 1.0
-    decayed = 1.0 + (config.lr_final - 1.0) * min(done, 1.0)  # a rank that steps by itself may go beyond
+    warm = min(progress / config.lr_warmup, 1.0) if config.lr_warmup > 0 else 1.0
+    # A worker of `--sync server` may count beyond the end of the run.
+    decayed = 1.0 + (config.lr_final - 1.0) * min(progress, 1.0)
     return config.lr * (1.0 + (factor - 1.0) * warm) * decayed
 
 
-def make_optimizer(config: LearningConfig, parameters: Tensor, gradient: Tensor, k: float) -> Optimizer:
-    """The optimizer of the configuration.
+def make_optimizer(config: LearningConfig, parameters: Tensor, batch_factor: float) -> Optimizer:
+    """Make the optimizer of the configuration over a flat parameter tensor.
 
-    Adam's epsilon of distributional losses is 0.01 / batch (Bellemare et al. 2017), also of a global batch (Stooke and
-    Abbeel 2018): hence its scaling by 1 / k, with k the `batch_factor`.
+    For distributional losses Adam's epsilon is 0.01 / batch (Bellemare et al. 2017), with the global batch where there
+    are several ranks (Stooke and Abbeel 2018): hence the division by the batch factor.
     """
-    eps = config.optimizer_eps / k if config.optimizer_eps_scaling == "inverse" else config.optimizer_eps
+    inverse = config.optimizer_eps_scaling == "inverse"
+    eps = config.optimizer_eps / batch_factor if inverse else config.optimizer_eps
     if config.optimizer == "adam":
-        return Adam(parameters, gradient, eps)
+        return Adam(parameters, eps)
     if config.optimizer == "rmsprop":
-        return RMSProp(parameters, gradient, eps)
-    return SGD(parameters, gradient)
+        return RMSProp(parameters, eps)
+    return SGD(parameters)
 
 
 class Learner:
-    """Turns minibatches into steps that are the same on every rank.
+    """Computes gradients of minibatches and applies gradients to the online network.
 
     Args:
         network: the online network; its parameters become views of one flat tensor.
-        config: losses, optimizer and target.
-        comm: the ranks.
-        sync: how they agree.
-        batch_per_rank: transitions of one rank's minibatch.
-        timer: told when waiting for others begins and ends.
+        config: loss, optimizer and target network.
         device: where the networks live.
-        autocast: bf16 forward passes.
-        record: how forward and backward passes are recorded and replayed; None: they are not.
+        batch_factor: the global batch over the batch that the learning rate was tuned for (k).
+        autocast: compute forward passes in bf16.
+
+    Attributes:
+        parameters, target_parameters: flat `[parameters]`, of the online and the target network.
+        gradient: flat `[parameters]`; written by `compute_gradient`, read by `apply_gradient`.
+        td_errors: priorities of the last minibatch `[batch]`; for most heads the absolute TD errors.
+        lr: the learning rate of the last step.
+        grad_norm: the gradient's norm at the last step, before clipping.
+        target_tau: share by which the target follows the online network at every update; 1: it is copied now and then.
     """
 
     def __init__(
         self,
         network: QNetwork,
         config: LearningConfig,
-        comm: Comm,
-        sync: Sync,
-        batch_per_rank: int,
-        timer: PhaseTimer,
         device: torch.device,
+        batch_factor: float,
         autocast: bool = False,
-        record: Record | None = None,
     ) -> None:
-        self.online, self.config, self.comm, self.sync = network, config, comm, sync
-        self.batch_per_rank = batch_per_rank
-        self.timer, self.device, self.autocast = timer, device, autocast
+        self.online, self.config, self.device = network, config, device
+        self.batch_factor, self.autocast = batch_factor, autocast
         network.to(device)
         self.target = network.target_copy()
         self.parameters = flatten_parameters(network, device)
-        self.dtype = self.parameters.dtype
         self.target_parameters = flatten_parameters(self.target, device)
-        # The gradient and its trailer are one tensor, so they travel as one message.
-        n = self.parameters.numel()
-        self.message = torch.zeros(n + Trailer.length(comm.size), dtype=self.dtype, device=device)
-        self.gradient, self.trailer = self.message[:n], Trailer(self.message[n:], comm.rank, comm.size)
-        for parameter, view in zip(
-            network.parameters(), _views(self.message, list(network.parameters())), strict=True
-        ):
-            parameter.grad = view
-        # Autocast casts weights to and fro, which the derivative by hand leaves out.
-        by_hand = network.dense is not None and not autocast and device.type == "cpu"
-        self.differentiable = network.by_hand if by_hand else network.by_autograd
-        # It makes every operation a little shorter, but autograd takes nothing that was made in it.
-        self.no_grad: type[torch.inference_mode | torch.no_grad] = (
-            torch.inference_mode if by_hand else torch.no_grad
-        )
-        self.differentiate: Callable[..., tuple[Tensor, ...]] = (
-            Replayed(self._differentiate, record, device) if record else self._differentiate
-        )
-        self.step_recorded = (
-            Replayed(self._step_on_device, record, device, lambda: [self.gradient, *self.state().values()])
-            if record
-            else None
-        )
-        self.global_batch = sync.ranks_per_update * batch_per_rank
-        k = batch_factor(config, self.global_batch, batch_per_rank)
-        self.optimizer = make_optimizer(config, self.parameters, self.gradient, k)
-        # k times fewer updates must not make the target k times slower in env steps.
-        self.target_tau = 1.0 - (1.0 - config.target_tau) ** k
-        self.totals = np.zeros(len(REPORTED) + len(LEARNED))
-        self.done = 0.0
-        self.updates_summed = 0
-        self.skipped_updates = 0
-        self.skipped_in_a_row = 0
+        self.dtype = self.parameters.dtype
+        self.optimizer = make_optimizer(config, self.parameters, batch_factor)
+        # With k times fewer updates the target must still follow as fast per env step.
+        self.target_tau = 1.0 - (1.0 - config.target_tau) ** batch_factor
+        self.td_errors = torch.empty(0)
+        self.lr = learning_rate(config, batch_factor, 0.0)
         self.grad_norm = 0.0
-        self.stop_voted = False
-        comm.broadcast_(self.parameters)
-        self.target_parameters.copy_(self.parameters)
-        sync.attach(self)
+        self.allocate_gradient()
 
-    def begin_update(self, batch: Batch | None, report: Sequence[float], done: float = 1.0) -> None:
-        """Compute this rank's gradient and launch the exchange.
+    def allocate_gradient(self, trailing: int = 0, scale: float = 1.0) -> Tensor:
+        """Allocate the gradient in one tensor with `trailing` numbers behind it, to travel as one message.
 
         Args:
-            batch: this rank's minibatch; None: it has none yet, and the average is that of the other ranks.
-            report: this rank's `REPORTED`, as in its order.
-            done: share of the run that lies behind, for the warm-up of the learning rate.
-        """
-        self.done = done
-        if batch is None:
-            self._abstain(report)
-            return
-        self.rows = batch.rows
-        self.trailer.write(report, float(batch.weight.max()))
-        self.backward(batch)
-        self.sync.begin(self)
-
-    def finish_update(self) -> Learned:
-        """Wait for the exchange and take the step.
+            trailing: numbers behind the gradient.
+            scale: factor of every gradient from now on: 1 / ranks where the gradients of ranks are summed.
 
         Returns:
-            What replay is told of this rank's minibatch: its rows, and how wrong each was. `[batch]`, `[batch]`.
-
-        Raises:
-            NonFiniteError: too many updates in a row had to be skipped.
+            `[parameters + trailing]`; its first `parameters` numbers are `self.gradient`.
         """
-        with self.no_grad():
-            self.sync.finish(self)
-        return self.rows, self.td_errors.cpu().numpy()
+        n = self.parameters.numel()
+        message = torch.zeros(n + trailing, dtype=self.dtype, device=self.device)
+        self.gradient, self.gradient_scale = message[:n], scale
+        online = list(self.online.parameters())
+        for parameter, view in zip(online, _views(message, online), strict=True):
+            parameter.grad = view
+        self.passes = make_passes(self.online, self.autocast)
+        self.target_passes = make_passes(self.target, self.autocast)
+        return message
 
-    def backward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Leave the gradient of the batch in `gradient`; return loss, mean absolute TD error and mean q.
+    def compute_gradient(self, batch: Batch) -> Tensor:
+        """Write the gradient of a minibatch into `gradient`, and its priorities into `td_errors`.
 
-        It is multiplied by `Sync.gradient_share`: 1 / ranks where it is to be summed over them. Importance weights
-        enter as they are; `step` divides by the largest of all ranks.
+        Importance weights enter as they are; `apply_gradient` divides by the largest of the job.
+
+        Returns:
+            The loss, the mean of `td_errors`, the mean Q-value, and a number that is finite only if loss and gradient
+            are: `[4]`, on the device.
         """
-        loss, td_error, q_mean, self.td_errors = self.differentiate(*self._tensors(batch))
-        return loss, td_error, q_mean
-
-    def _differentiate(
-        self,
-        observation: Tensor,
-        action: Tensor,
-        reward: Tensor,
-        next_observation: Tensor,
-        discount: Tensor,
-        weight: Tensor,
-    ) -> tuple[Tensor, ...]:
-        """As `backward`, and the TD errors `[batch]`; tells the trailer. Nothing in it asks what a tensor holds."""
-        with self.no_grad():
-            head = self.online.head
-            goal = self._goal(observation, action, reward, next_observation, discount)
-            output, pull_back = self._cast(self.differentiable, observation)
-            loss, td_errors, slope = head.slope(output, action, goal, weight)
-            # Not the sum over ranks but the slope is divided by their number: it is shorter by far.
-            pull_back(slope if self.sync.gradient_share == 1.0 else slope * self.sync.gradient_share)
-            learned = loss, td_errors.mean(), head.q_values(output).mean()
-            # An infinite reward shows in the loss alone: Huber's gradient is clipped.
-            self.trailer.write_learned(*learned, self.gradient.sum() + loss)
-            return *learned, td_errors
-
-    def _goal(
-        self, observation: Tensor, action: Tensor, reward: Tensor, next_observation: Tensor, discount: Tensor
-    ) -> Tensor:
-        """What should have been predicted of the actions that were taken, as the head puts it."""
-        head, next_output = self.target.head, self._cast(self.target, next_observation)
-        if not self.config.munchausen:
-            if not self.config.double:
-                return head.goal(head.best(next_output), reward, discount)
-            q = self._cast(self.online.q_values, next_observation)
-            return head.goal(select(next_output, q.argmax(dim=1)), reward, discount)
-        # Vieillard et al. 2020, eq. 1. Of n steps the first action's log-policy counts: the others' are not known.
-        alpha, temperature = self.config.munchausen_alpha, self.config.munchausen_temperature
-        q = self._cast(self.target.q_values, observation)
-        bonus = munchausen_bonus(q, action, alpha, temperature, self.config.munchausen_clip)
-        policy, entropy = soft_policy(head.q_values(next_output), temperature)
-        return head.goal(expect(next_output, policy), reward + bonus + discount * entropy, discount)
-
-    def step(self) -> None:
-        """Clip the averaged gradient and step, or skip the update if it is not finite: the same on every rank.
-
-        The gradient arrives as the mean of weight x gradient over the job, and is divided by the largest weight of
-        the job (Schaul et al. 2016, section 3.4): a rank that divided by its own would count its samples differently.
-        """
-        stepped = (
-            self.step_recorded(torch.full((), self.lr, device=self.device)) if self.step_recorded else None
-        )
-        self.trailer.read()  # on a GPU, the CPU waits here
-        share, largest = self._share_of_present(), self.trailer.largest_weight
-        norm = float(stepped[0]) if stepped else self._norm(share, largest)
-        finite = math.isfinite(norm) and not self.trailer.spoilt
-        self.trailer.learned *= self.sync.gradient_share * share
-        self.trailer.learned[0] /= largest  # the loss
-        self.hear(self.trailer.reported(), self.trailer.learned, int(finite))
-        if not finite:
-            self._skip()
-            return
-        self.skipped_in_a_row = 0
-        if stepped:
-            self.grad_norm = norm
-        else:
-            self.descend(norm, largest)
-
-    def _step_on_device(self, lr: Tensor) -> Tensors:
-        """As `step`, but that the device decides: the host learns of it later. Returns the gradient's norm `[]`."""
-        absent, weights, probes = self.trailer.on_device()
-        with torch.no_grad():
-            largest = weights.max().double()
-            if self.comm.size > 1:
-                self.gradient.mul_(self.comm.size / (self.comm.size - absent.double()))
-            norm = torch.linalg.vector_norm(self.gradient).double() / largest
-            finite = torch.isfinite(norm) & torch.isfinite(probes).all()
-            limit = self.config.max_grad_norm or math.inf
-            self._move(torch.where(norm > limit, limit / norm, 1.0) / largest, lr, skip=(~finite).float())
-            return (norm,)
-
-    def descend(self, norm: float, largest: float) -> None:
-        """Clip `gradient`, of this norm once divided by `largest`, and step; a target that follows does so."""
-        self.grad_norm = norm
-        limit = self.config.max_grad_norm
-        self._move((limit / norm if limit and norm > limit else 1.0) / largest, self.lr)
-
-    def _move(self, factor: float | Tensor, lr: float | Tensor, skip: Tensor | None = None) -> None:
-        """Step along `factor` x `gradient`; a target that follows does so. Where `skip` is 1, neither does."""
-        if isinstance(factor, Tensor) or factor != 1.0:
-            self.gradient.mul_(factor)
-        self.optimizer.step(lr, skip)
-        if self.target_tau < 1.0:
-            followed = self.target_tau if skip is None else (self.target_tau * (1.0 - skip)).to(self.dtype)
-            self.target_parameters.lerp_(self.parameters, followed)
-
-    def exchange(self, report: Sequence[float]) -> None:
-        """Send only the trailer: reports and votes must not wait for learning to start."""
-        self.trailer.write(report)
-        self.sync.exchange(self)
-
-    def agree(self) -> None:
-        """Make all replicas the same now, where the strategy lets them differ for a while."""
-        self.sync.agree(self)
-
-    def sync_target(self) -> list[int] | None:
-        """Renew the target network; return the ranks whose weights differ, or None if it has to wait."""
-        return self.sync.sync_target(self)
-
-    def broadcast_target(self) -> list[int]:
-        """Make rank 0's weights everyone's target network; return the ranks whose own weights differ.
-
-        The comparison is bit for bit, NaNs included, and comes at no cost but the broadcast's. Where most ranks
-        agree, those that differ from them are returned, rank 0 or not.
-        """
-        mine = self.parameters
-        incoming = mine.clone()
-        with self.timer.during("comm"):
-            self.comm.broadcast_(incoming)
-            same = torch.equal(incoming.view(torch.uint8), mine.view(torch.uint8))
-            agreed = all(self.comm.all_gather_object(same))
-        if self.config.target_tau == 1.0:
-            self.target_parameters.copy_(incoming)
-        if agreed:
-            return []
-        digests = self.comm.all_gather_object(self.sha256())
-        common = Counter(digests).most_common(1)[0][0]
-        return [rank for rank, digest in enumerate(digests) if digest != common]
-
-    @property
-    def lr(self) -> float:
-        """Learning rate of the last update begun."""
-        return learning_rate(self.config, self.global_batch, self.batch_per_rank, self.done)
-
-    def drain(self) -> dict[str, float]:
-        """Reports summed and learning averaged over all ranks since the last call."""
-        values = dict(zip(REPORTED + LEARNED, self.totals.tolist(), strict=True))
-        for name in LEARNED:
-            values[name] = values[name] / self.updates_summed if self.updates_summed else math.nan
-        self.totals[:] = 0.0
-        self.updates_summed = 0
-        return values
-
-    def sha256(self) -> str:
-        """Digest of the online parameters' bytes."""
-        return hashlib.sha256(self.parameters.cpu().numpy().tobytes()).hexdigest()
-
-    def counters(self) -> dict[str, Any]:
-        """What was counted: kept in a checkpoint, so that a resumed run goes on counting."""
-        return {
-            "totals": self.totals,
-            "updates_summed": self.updates_summed,
-            "skipped_updates": self.skipped_updates,
-            "skipped_in_a_row": self.skipped_in_a_row,
-            "sync": self.sync.counters(),
-        }
-
-    def load_counters(self, counters: Mapping[str, Any]) -> None:
-        """Put back what `counters` gave."""
-        self.totals[:] = counters["totals"]
-        self.updates_summed = counters["updates_summed"]
-        self.skipped_updates = counters["skipped_updates"]
-        self.skipped_in_a_row = counters["skipped_in_a_row"]
-        self.sync.load_counters(counters["sync"])
-
-    def state(self) -> dict[str, Tensor]:
-        """Tensors that a checkpoint keeps: both networks, the optimizer's moments, what the strategy carries."""
-        return {
-            "online": self.parameters,
-            "target": self.target_parameters,
-            **{f"optimizer.{name}": value for name, value in self.optimizer.moments().items()},
-            **{f"sync.{name}": value for name, value in self.sync.state().items()},
-        }
-
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Put back what `state` gave."""
-        for name, tensor in self.state().items():
-            tensor.copy_(state[name])
-
-    def _abstain(self, report: Sequence[float]) -> None:
-        """Take part in the exchange without a gradient."""
-        self.message.zero_()
-        self.trailer.write(report, absent=True)
-        self.rows, self.td_errors = np.empty(0, np.int64), torch.empty(0)
-        self.sync.begin(self)
-
-    def _share_of_present(self) -> float:
-        """What makes the mean over all ranks the mean over those that had a minibatch."""
-        absent = self.trailer.absent
-        assert absent < self.comm.size, "an update is due, but no rank has anything to learn from"
-        return self.comm.size / (self.comm.size - absent)
-
-    def _norm(self, share: float, largest: float) -> float:
-        """Make `gradient` the mean over those that had a minibatch; its norm once divided by the largest weight."""
-        if share != 1.0:
-            self.gradient.mul_(share)
-        return float(torch.linalg.vector_norm(self.gradient)) / largest
-
-    def hear(self, reported: np.ndarray, learned: np.ndarray, updates: int) -> None:
-        """Add up what the ranks told each other.
-
-        Args:
-            reported: `REPORTED`, summed over all ranks.
-            learned: `LEARNED`, summed over updates.
-            updates: how many; none, and `learned` says nothing.
-        """
-        self.totals[: len(REPORTED)] += reported
-        if updates:
-            self.totals[len(REPORTED) :] += learned
-            self.updates_summed += updates
-        self.stop_voted = self.stop_voted or bool(reported[0] > 0)
-
-    def give_up_after(self, skipped_in_a_row: int, ranks: Sequence[int]) -> None:
-        """End the run if these ranks had so many updates without a finite gradient that it is no accident.
-
-        Raises:
-            NonFiniteError: `max_skipped_updates` or more.
-        """
-        if skipped_in_a_row >= self.config.max_skipped_updates:
-            began = ", ".join(map(str, ranks)) or "none alone: only the average is not finite"
-            raise NonFiniteError(
-                f"{skipped_in_a_row} updates in a row had a gradient that is not finite; it began on rank "
-                f"{began}. Look for NaN or Inf in that rank's rewards and observations, or lower --lr"
-            )
-
-    def _skip(self) -> None:
-        self.skipped_updates += 1
-        self.skipped_in_a_row += 1
-        self.give_up_after(self.skipped_in_a_row, self.trailer.spoilt)
-
-    def _tensors(self, batch: Batch) -> list[Tensor]:
-        """On the device, and numbers in the type of the parameters. In order of `_goal`, and the weights.
-
-        Not to be made in inference mode: some heads ask autograd about them.
-        """
-        arrays = (
-            batch.observation,
-            batch.action,
-            batch.reward,
-            batch.next_observation,
-            batch.discount,
-            batch.weight,
-        )
+        arrays = (batch.observation, batch.action, batch.reward)
+        arrays += (batch.next_observation, batch.discount, batch.weight)
+        # Not made in inference mode, because some heads use autograd.
         tensors = [array if isinstance(array, Tensor) else torch.from_numpy(array) for array in arrays]
-        if self.device.type != "cpu" and not self.step_recorded:
-            # Recorded passes copy them to a place of their own.
-            tensors = [tensor.to(self.device, non_blocking=True) for tensor in tensors]
         if self.dtype != torch.float32:
             for index in (2, 4, 5):
                 tensors[index] = tensors[index].to(self.dtype)
-        return tensors
+        statistics, self.td_errors = self.differentiate(*tensors)
+        return statistics
 
-    def _cast(self, network: Callable[[Tensor], T], observation: Tensor) -> T:
-        """A forward pass, in bf16 if asked. What is worked out from it is not: hence no autocast around the rest."""
-        if not self.autocast:
-            return network(observation)
-        with torch.autocast(self.device.type, dtype=torch.bfloat16):
-            return network(observation)
+    def differentiate(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the gradient; return the statistics `[4]` and the priorities `[batch]`: see `compute_gradient`.
+
+        Nothing here reads a tensor's content on the host, so that `graphs` can record it.
+
+        Args:
+            tensors: observation, action, reward, next observation, discount, weight; on any device.
+        """
+        with self.passes.no_grad():
+            moved = [tensor.to(self.device, non_blocking=True) for tensor in tensors]
+            observation, action, reward, next_observation, discount, weight = moved
+            target = self.td_target(observation, action, reward, next_observation, discount)
+            output, tape = self.passes.forward(observation)
+            head = self.online.head
+            loss, td_errors, slope = head.loss_and_gradient(output, action, target, weight)
+            # Scaling the small slope is cheaper than scaling the gradient.
+            self.passes.backward(tape, slope if self.gradient_scale == 1.0 else slope * self.gradient_scale)
+            # Huber's gradient is clipped, so that an infinite reward shows in the loss alone.
+            finite = self.gradient.sum() + loss
+            statistics = torch.stack((loss, td_errors.mean(), head.q_values(output).mean(), finite))
+        return statistics, td_errors
+
+    def td_target(
+        self, observation: Tensor, action: Tensor, reward: Tensor, next_observation: Tensor, discount: Tensor
+    ) -> Tensor:
+        """Return the target of the head's output for the actions taken, `[batch, ...]`.
+
+        DQN (Mnih et al. 2015), Double DQN (van Hasselt et al. 2016) or Munchausen (Vieillard et al. 2020, eq. 1).
+        """
+        config, head = self.config, self.target.head
+        next_output = self.target_passes.output(next_observation)
+        if not config.munchausen:
+            if not config.double:
+                return head.target(head.greedy(next_output), reward, discount)
+            next_action = self.passes.q_values(next_observation).argmax(dim=1)
+            return head.target(select(next_output, next_action), reward, discount)
+        # With n steps only the first action's log-policy enters: the others' observations are not at hand.
+        q = self.target_passes.q_values(observation)
+        temperature = config.munchausen_temperature
+        bonus = munchausen_bonus(q, action, config.munchausen_alpha, temperature, config.munchausen_clip)
+        policy, entropy = soft_policy(head.q_values(next_output), temperature)
+        return head.target(expectation(next_output, policy), reward + bonus + discount * entropy, discount)
+
+    def apply_gradient(self, progress: float, largest_weight: float = 1.0, scale: float = 1.0) -> bool:
+        """Clip `gradient` and take an optimizer step, unless the gradient is not finite.
+
+        Args:
+            progress: share of the run that has passed, for the learning rate.
+            largest_weight: importance weights are divided by it (Schaul et al. 2016, section 3.4).
+            scale: factor of the gradient before clipping.
+
+        Returns:
+            Whether the step was taken.
+        """
+        with self.passes.no_grad():
+            if scale != 1.0:
+                self.gradient.mul_(scale)
+            norm = float(torch.linalg.vector_norm(self.gradient)) / largest_weight
+            if not math.isfinite(norm):
+                return False
+            self.grad_norm = norm
+            self.lr = learning_rate(self.config, self.batch_factor, progress)
+            limit = self.config.max_grad_norm
+            factor = (limit / norm if limit and norm > limit else 1.0) / largest_weight
+            if factor != 1.0:
+                self.gradient.mul_(factor)
+            self.optimizer.step(self.gradient, self.lr)
+            if self.target_tau < 1.0:
+                self.target_parameters.lerp_(self.parameters, self.target_tau)
+        return True
+
+    def apply_gradient_on_device(
+        self, lr: Tensor, largest_weight: Tensor, scale: Tensor, finite: Tensor
+    ) -> Tensor:
+        """Do the same as `apply_gradient` without the host, so that `graphs` can record it.
+
+        Args:
+            lr: learning rate `[]`.
+            largest_weight: `[]`, float64.
+            scale: factor of the gradient before clipping `[]`.
+            finite: whether all ranks' losses and gradients are finite `[]`; the step is skipped otherwise.
+
+        Returns:
+            The gradient's norm `[]`; the step was skipped if it is not finite.
+        """
+        with torch.no_grad():
+            self.gradient.mul_(scale)
+            norm = torch.linalg.vector_norm(self.gradient).double() / largest_weight
+            skip = (~(torch.isfinite(norm) & finite)).float()
+            limit = self.config.max_grad_norm or math.inf
+            self.gradient.mul_(torch.where(norm > limit, limit / norm, 1.0) / largest_weight)
+            self.optimizer.step(self.gradient, lr, skip)
+            if self.target_tau < 1.0:
+                followed = (self.target_tau * (1.0 - skip)).to(self.dtype)
+                self.target_parameters.lerp_(self.parameters, followed)
+        return norm
+
+    def log_step(self, lr: float, grad_norm: float) -> None:
+        """Keep the learning rate and the gradient's norm of a step that the device took."""
+        self.lr, self.grad_norm = lr, grad_norm
+
+    def update_target(self, parameters: Tensor | None = None) -> None:
+        """Copy parameters `[parameters]`, by default the online network's, to the target network."""
+        self.target_parameters.copy_(self.parameters if parameters is None else parameters)
+
+    def sha256(self) -> str:
+        """Return the digest of the online parameters' bytes."""
+        return hashlib.sha256(self.parameters.cpu().numpy().tobytes()).hexdigest()
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the tensors of a checkpoint: both networks and the optimizer's moments. They are not copies."""
+        moments = {f"optimizer.{name}": value for name, value in self.optimizer.moments().items()}
+        return {"online": self.parameters, "target": self.target_parameters, **moments}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Load what `state` returned."""
+        for name, tensor in self.state().items():
+            tensor.copy_(state[name])

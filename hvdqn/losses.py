@@ -2,9 +2,14 @@
 
 Shapes: `q: [batch, actions]`, `action: [batch]` int64, `reward, discount: [batch]`. `discount` is gamma^k times
 0 after a termination, 1 otherwise, where k is the number of rewards summed in `reward`.
+
+To add a loss of the scalar TD error, write it and its derivative here and add both to `TD_LOSSES`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,20 +17,20 @@ from torch.nn import functional
 
 
 def select(values: Tensor, action: Tensor) -> Tensor:
-    """The entry of each row's action: `[batch, actions, ...]` and `[batch]` give `[batch, ...]`."""
+    """Return the entry of each row's action: `[batch, actions, ...]` and `[batch]` give `[batch, ...]`."""
     assert values.shape[0] == action.shape[0]
     index = action.view(-1, *[1] * (values.ndim - 1)).expand(-1, 1, *values.shape[2:])
     return values.gather(1, index).squeeze(1)
 
 
-def expect(values: Tensor, policy: Tensor) -> Tensor:
-    """The mean over actions under a policy: `[batch, actions, ...]` and `[batch, actions]` give `[batch, ...]`."""
+def expectation(values: Tensor, policy: Tensor) -> Tensor:
+    """Return the mean over actions under a policy: `[batch, actions, ...]`, `[batch, actions]` -> `[batch, ...]`."""
     assert values.shape[:2] == policy.shape
     return torch.einsum("ba...,ba->b...", values, policy)
 
 
 def q_learning_target(reward: Tensor, discount: Tensor, next_value: Tensor) -> Tensor:
-    """One-step or n-step backup, `[batch]`.
+    """Return the one-step or n-step target, `[batch]`.
 
         y = r + discount * Q_target(s', a')
 
@@ -39,36 +44,54 @@ def q_learning_target(reward: Tensor, discount: Tensor, next_value: Tensor) -> T
 
 
 def mse_loss(td_error: Tensor) -> Tensor:
-    """Squared error per sample, `[batch]`: 1/2 d^2, so that its slope is d as Huber's is near 0."""
+    """Return half the squared error of each entry, `[...]`: 1/2 d^2, whose derivative is d, as Huber's near 0."""
     return 0.5 * td_error.square()
 
 
-def huber_loss(td_error: Tensor, delta: float = 1.0) -> Tensor:
-    """Huber's loss of each entry, `[...]` (Huber 1964; the "clipped error" of Mnih et al. 2015, Methods).
+def mse_derivative(td_error: Tensor) -> Tensor:
+    """Return the derivative of `mse_loss` with respect to the error, `[...]`: a copy of the error."""
+    return td_error.clone()
 
-        1/2 d^2            for |d| <= delta
+
+def huber_loss(td_error: Tensor, delta: float = 1.0) -> Tensor:
+    """Return Huber's loss of each entry, `[...]` (Huber 1964; the "clipped error" of Mnih et al. 2015, Methods).
+
+        1/2 d^2                   for |d| <= delta
         delta (|d| - delta / 2)   beyond
 
-    The loss is clipped in slope, not the error in value: a clipped error has no gradient outside the clip.
+    The derivative is clipped, not the error: a clipped error would have no gradient outside the clip.
     """
     return functional.huber_loss(td_error, torch.zeros_like(td_error), reduction="none", delta=delta)
 
 
-def huber_slope(td_error: Tensor, delta: float = 1.0) -> Tensor:
-    """Derivative of `huber_loss` with regard to the error, `[...]`: the error, clipped to [-delta, delta]."""
+def huber_derivative(td_error: Tensor, delta: float = 1.0) -> Tensor:
+    """Return the derivative of `huber_loss` with respect to the error, `[...]`: d clipped to [-delta, delta]."""
     return td_error.clamp(-delta, delta)
+
+
+class TDLoss(NamedTuple):
+    """A loss of the scalar TD error and its derivative with respect to the error; both map `[...]` to `[...]`."""
+
+    value: Callable[[Tensor], Tensor]
+    derivative: Callable[[Tensor], Tensor]
+
+
+TD_LOSSES = {
+    "huber": TDLoss(huber_loss, huber_derivative),
+    "mse": TDLoss(mse_loss, mse_derivative),
+}
 
 
 def categorical_projection(
     probabilities: Tensor, support: Tensor, reward: Tensor, discount: Tensor
 ) -> Tensor:
-    """The backed-up distribution on the atoms it came from, `[batch, atoms]` (Bellemare et al. 2017, eq. 7).
+    """Return the target distribution projected onto the atoms, `[batch, atoms]` (Bellemare et al. 2017, eq. 7).
 
         (Phi T p)_i = sum_j [1 - |clip(r + discount z_j) - z_i| / dz]_0^1 p_j,   clipped to [v_min, v_max]
 
     Args:
         probabilities: p, of the next state's chosen action `[batch, atoms]`.
-        support: z, evenly spaced from v_min to v_max `[atoms]`; what is backed up beyond its ends lands on them.
+        support: z, evenly spaced from v_min to v_max `[atoms]`; returns beyond its ends land on the ends.
         reward: r `[batch]`.
         discount: 0 after a termination `[batch]`.
     """
@@ -77,51 +100,54 @@ def categorical_projection(
     spacing = (support[-1] - support[0]) / (len(support) - 1)
     place = ((backed_up - support[0]) / spacing).clamp(0, len(support) - 1)
     index = torch.arange(len(support), device=support.device, dtype=support.dtype)
-    # Dense, [batch, from, to]: a scatter would add in any order on a GPU, and two runs would differ. In place, and
-    # with the sum over rows: a quarter of the time, or less, of five new tensors summed over columns.
+    # A dense product [batch, from, to] rather than a scatter: on a GPU a scatter adds in no fixed order, so that two
+    # equal runs would differ.
     minus_share = (place[:, :, None] - index).abs_().sub_(1).clamp_(max=0)
     return torch.bmm(probabilities[:, None], minus_share)[:, 0].neg_()
 
 
-def categorical_loss(logits: Tensor, goal: Tensor) -> Tensor:
-    """Divergence of the predicted distribution from the goal, `[batch]` (Bellemare et al. 2017, section 4).
+def categorical_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Return the KL divergence of the predicted from the target distribution, `[batch]` (Bellemare et al. 2017).
 
-        D_KL(goal || softmax(logits)) = sum_i goal_i (log goal_i - log softmax(logits)_i)
+        D_KL(target || softmax(logits)) = sum_i target_i (log target_i - log softmax(logits)_i)
 
-    Its gradient is the cross-entropy's; unlike that it is 0 where the two agree, which makes it the priority of
-    Hessel et al. 2018.
+    Its gradient is that of the cross-entropy. Unlike the cross-entropy it is 0 where the two agree, so that it serves
+    as the priority of Hessel et al. 2018.
 
     Args:
         logits: `[batch, atoms]`.
-        goal: probabilities `[batch, atoms]`.
+        target: probabilities `[batch, atoms]`.
     """
-    assert logits.shape == goal.shape
-    return functional.kl_div(functional.log_softmax(logits, dim=1), goal, reduction="none").sum(dim=1)
+    assert logits.shape == target.shape
+    return functional.kl_div(functional.log_softmax(logits, dim=1), target, reduction="none").sum(dim=1)
 
 
-def pairwise_td_error(prediction: Tensor, goal: Tensor) -> Tensor:
-    """Each predicted against each backed-up quantile, `[batch, predicted, goals]` (Dabney et al. 2018b, eq. 2).
+def pairwise_td_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """Return the TD error of each predicted quantile against each target quantile (Dabney et al. 2018b, eq. 2).
 
-        d_ij = goal_j - prediction_i
+        d_ij = target_j - prediction_i
 
     Args:
         prediction: `[batch, predicted]`.
-        goal: `[batch, goals]`.
+        target: `[batch, targets]`.
+
+    Returns:
+        `[batch, predicted, targets]`.
     """
-    assert len(prediction) == len(goal)
-    return goal[:, None, :] - prediction[:, :, None]
+    assert len(prediction) == len(target)
+    return target[:, None, :] - prediction[:, :, None]
 
 
 def quantile_huber_loss(td_error: Tensor, fraction: Tensor, kappa: float = 1.0) -> Tensor:
-    """Quantile regression with Huber's loss in place of the absolute value, `[batch]`.
+    """Return the quantile regression loss with Huber's loss in place of the absolute value, `[batch]`.
 
         sum_i mean_j |fraction_i - 1{d_ij < 0}| Huber_kappa(d_ij) / kappa
 
     For fixed quantiles Dabney et al. 2018a, eq. 10 (QR-DQN); for sampled ones Dabney et al. 2018b, eq. 3 (IQN).
 
     Args:
-        td_error: d `[batch, predicted, goals]`, of `pairwise_td_error`.
-        fraction: the quantile that each prediction stands for, in (0, 1): `[batch, predicted]` or `[predicted]`.
+        td_error: d `[batch, predicted, targets]`, from `pairwise_td_error`.
+        fraction: the fraction of each predicted quantile, in (0, 1): `[batch, predicted]` or `[predicted]`.
         kappa: where Huber's loss turns linear.
     """
     assert fraction.shape[-1] == td_error.shape[1]
@@ -131,7 +157,7 @@ def quantile_huber_loss(td_error: Tensor, fraction: Tensor, kappa: float = 1.0) 
 
 
 def scaled_log_policy(q: Tensor, temperature: float) -> Tensor:
-    """Log-probabilities of the softmax policy times its temperature, `[batch, actions]`, all <= 0.
+    """Return the log-probabilities of the softmax policy times its temperature, `[batch, actions]`, all <= 0.
 
     tau log pi(a|s),   pi = softmax(q / tau)       (Vieillard et al. 2020, section 2)
     """
@@ -139,22 +165,22 @@ def scaled_log_policy(q: Tensor, temperature: float) -> Tensor:
 
 
 def munchausen_bonus(q: Tensor, action: Tensor, alpha: float, temperature: float, clip: float) -> Tensor:
-    """What Munchausen adds to the reward, `[batch]` (Vieillard et al. 2020, eq. 1 and "numerical considerations").
+    """Return Munchausen's addition to the reward, `[batch]` (Vieillard et al. 2020, eq. 1).
 
         alpha [tau log pi(a|s)]_clip^0,   tau = temperature
 
-    `q` is the target network's for the state in which `action` was taken. `clip` <= 0 is the least that the scaled
-    log-policy counts: it has no bound of its own.
+    `q` is the target network's for the state in which `action` was taken. The scaled log-policy has no lower bound, so
+    it is clipped at `clip` <= 0 (the paper's "numerical considerations").
     """
     return alpha * select(scaled_log_policy(q, temperature), action).clamp(clip, 0.0)
 
 
 def soft_policy(q: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """The softmax policy `[batch, actions]` and its entropy times the temperature `[batch]`.
+    """Return the softmax policy `[batch, actions]` and its entropy times the temperature `[batch]`.
 
         pi = softmax(q / tau),   -tau sum_a pi(a|s') log pi(a|s')
 
-    The second is what the next state is worth beyond its expected value (Vieillard et al. 2020, eq. 1).
+    The second is added to the expected value of the next state (Vieillard et al. 2020, eq. 1).
     """
     log_policy = scaled_log_policy(q, temperature)
     policy = functional.softmax(q / temperature, dim=1)

@@ -1,7 +1,7 @@
 """Optimizers over one flat tensor.
 
-`torch.optim` walks lists of parameters, runs hooks, and its constructors import `torch._dynamo`, some two seconds a
-rank. With one flat parameter tensor a step is a few operations, and what a checkpoint keeps is a few tensors.
+`torch.optim` walks lists of parameters, runs hooks, and imports `torch._dynamo`, which takes seconds on every rank. With
+one flat parameter tensor a step is a few operations, and a checkpoint holds a few tensors.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from torch import Tensor
 class Optimizer(Protocol):
     """Steps a flat parameter tensor along a flat gradient, both `[parameters]`."""
 
-    def step(self, lr: float | Tensor, skip: Tensor | None = None) -> None:
+    def step(self, gradient: Tensor, lr: float | Tensor, skip: Tensor | None = None) -> None:
         """Take one step.
 
         Args:
-            lr: learning rate; a tensor `[]` where the step is recorded in a graph.
-            skip: float32 `[]`, 1 where everything is to stay as it is, else 0: decided without asking the host.
+            gradient: `[parameters]`.
+            lr: learning rate; a tensor `[]` where the step is recorded in a CUDA graph.
+            skip: float32 `[]`: 1 leaves everything as it is, 0 takes the step. The device decides, without the host.
         """
 
     def moments(self) -> dict[str, Tensor]:
-        """The tensors that it carries from step to step, by name: not copies."""
+        """Return the tensors carried from step to step, by name. They are not copies."""
 
 
 class Adam:
@@ -34,25 +35,24 @@ class Adam:
 
     Args:
         parameters: stepped in place.
-        gradient: read at every step.
         eps: added to the square root of the second moment.
         betas: decay of the first and of the second moment.
     """
 
     def __init__(
-        self, parameters: Tensor, gradient: Tensor, eps: float, betas: tuple[float, float] = (0.9, 0.999)
+        self, parameters: Tensor, eps: float, betas: tuple[float, float] = (0.9, 0.999)
     ) -> None:
-        self.parameters, self.gradient, self.eps, self.betas = parameters, gradient, eps, betas
+        self.parameters, self.eps, self.betas = parameters, eps, betas
         self.exp_avg = torch.zeros_like(parameters)
         self.exp_avg_sq = torch.zeros_like(parameters)
         self.steps = torch.zeros((), dtype=torch.float32, device=parameters.device)
 
-    def step(self, lr: float | Tensor, skip: Tensor | None = None) -> None:
-        """Take one step, unless it is to be skipped."""
+    def step(self, gradient: Tensor, lr: float | Tensor, skip: Tensor | None = None) -> None:
+        """Take one step, or none where `skip` is 1."""
         self.steps += 1 if skip is None else 1 - skip
         torch._fused_adam_(
             [self.parameters],
-            [self.gradient],
+            [gradient],
             [self.exp_avg],
             [self.exp_avg_sq],
             [],
@@ -68,7 +68,7 @@ class Adam:
         )
 
     def moments(self) -> dict[str, Tensor]:
-        """The tensors that it carries from step to step, by name: not copies."""
+        """Return the tensors carried from step to step, by name. They are not copies."""
         return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, "step": self.steps}
 
 
@@ -77,19 +77,17 @@ class RMSProp:
 
     Args:
         parameters: stepped in place.
-        gradient: read at every step.
         eps: added to the standard deviation of the gradient.
         alpha: decay of both averages; 0.95 in Mnih et al. 2015.
     """
 
-    def __init__(self, parameters: Tensor, gradient: Tensor, eps: float, alpha: float = 0.95) -> None:
-        self.parameters, self.gradient, self.eps, self.alpha = parameters, gradient, eps, alpha
+    def __init__(self, parameters: Tensor, eps: float, alpha: float = 0.95) -> None:
+        self.parameters, self.eps, self.alpha = parameters, eps, alpha
         self.square_avg = torch.zeros_like(parameters)
         self.grad_avg = torch.zeros_like(parameters)
 
-    def step(self, lr: float | Tensor, skip: Tensor | None = None) -> None:
-        """Take one step, unless it is to be skipped."""
-        gradient = self.gradient
+    def step(self, gradient: Tensor, lr: float | Tensor, skip: Tensor | None = None) -> None:
+        """Take one step, or none where `skip` is 1."""
         with _kept_if(skip, self.parameters, self.square_avg, self.grad_avg):
             self.square_avg.mul_(self.alpha).addcmul_(gradient, gradient, value=1 - self.alpha)
             self.grad_avg.lerp_(gradient, 1 - self.alpha)
@@ -98,7 +96,7 @@ class RMSProp:
             self.parameters.addcdiv_(gradient * -lr, variance.clamp_(min=0).sqrt_().add_(self.eps))
 
     def moments(self) -> dict[str, Tensor]:
-        """The tensors that it carries from step to step, by name: not copies."""
+        """Return the tensors carried from step to step, by name. They are not copies."""
         return {"square_avg": self.square_avg, "grad_avg": self.grad_avg}
 
 
@@ -107,25 +105,24 @@ class SGD:
 
     Args:
         parameters: stepped in place.
-        gradient: read at every step.
     """
 
-    def __init__(self, parameters: Tensor, gradient: Tensor) -> None:
-        self.parameters, self.gradient = parameters, gradient
+    def __init__(self, parameters: Tensor) -> None:
+        self.parameters = parameters
 
-    def step(self, lr: float | Tensor, skip: Tensor | None = None) -> None:
-        """Take one step, unless it is to be skipped."""
+    def step(self, gradient: Tensor, lr: float | Tensor, skip: Tensor | None = None) -> None:
+        """Take one step, or none where `skip` is 1."""
         with _kept_if(skip, self.parameters):
-            self.parameters.add_(self.gradient * -lr)
+            self.parameters.add_(gradient * -lr)
 
     def moments(self) -> dict[str, Tensor]:
-        """It carries none."""
+        """Return no tensors: SGD without momentum carries none."""
         return {}
 
 
 @contextmanager
 def _kept_if(skip: Tensor | None, *tensors: Tensor) -> Iterator[None]:
-    """Undo what happens to these tensors where `skip` is 1."""
+    """Restore these tensors at the end where `skip` is 1."""
     if skip is None:
         yield
         return

@@ -1,4 +1,4 @@
-"""The parts of one rank, built from the configuration."""
+"""Builds the parts of one rank from the configuration."""
 
 from __future__ import annotations
 
@@ -8,93 +8,140 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 
 from hvdqn.acting import Actor, Epsilons
-from hvdqn.clock import Clock, ReportedClock
+from hvdqn.clock import Clock, WorkerClock
 from hvdqn.comm import Comm
 from hvdqn.comm.gpus import assign_gpus, visible_gpus
-from hvdqn.config import Config, acting_place, acting_ranks
+from hvdqn.config import Config
 from hvdqn.envs import Environments, make_environments
 from hvdqn.errors import UserError
 from hvdqn.faults import raise_on_all_ranks
-from hvdqn.graphs import Record, record_cuda_graph
+from hvdqn.graphs import Record, Recorded, record_cuda_graph
 from hvdqn.learner import Learner
 from hvdqn.metrics import PhaseTimer
 from hvdqn.networks import QNetwork, make_network
 from hvdqn.replay import Importance, PrioritizedSampler, Replay, Ring, Sampler, UniformSampler
 from hvdqn.replay.frames import DeviceFrames, HostFrames, MakeFrames, PinnedFrames
+from hvdqn.role import Role, assign_role
 from hvdqn.seeds import rank_seeds
-from hvdqn.sync import make_sync
+from hvdqn.sync import Strategy, make_strategy
 
 # Below this many parameters an operation is too short to be worth a second thread.
 PARAMETERS_WORTH_THREADS = 500_000
 
 
+class Spaces(NamedTuple):
+    """What a network must know of its environments."""
+
+    observation_shape: tuple[int, ...]
+    is_image: bool
+    actions: int
+
+
 @dataclass
-class Parts:
-    """What one rank trains with. Nothing has begun: no environment is reset, replay is empty."""
+class Acting:
+    """What a rank needs to act and to remember. No environment is reset yet, and replay is empty."""
 
     envs: Environments
+    actor: Actor
+    replay: Replay
+
+
+@dataclass
+class Parts:
+    """What one rank trains with.
+
+    Attributes:
+        role: whether this rank acts.
+        clock, learner, strategy, epsilons, timer, device: of this rank.
+        threads: that this rank may use.
+        overlap: what happens while the environments step: "exchange": gradients travel; "update": a GPU takes a whole
+            update; "none": nothing.
+        acting: None on a rank that serves.
+    """
+
+    role: Role
     clock: Clock
     learner: Learner
-    replay: Replay
-    actor: Actor
+    strategy: Strategy
     epsilons: Epsilons
     timer: PhaseTimer
     device: torch.device
     threads: int
+    overlap: Literal["none", "exchange", "update"]
+    acting: Acting | None
 
 
 def build_parts(config: Config, comm: Comm, timer: PhaseTimer, env_steps: int = 0) -> Parts:
-    """Build them; a collective call.
+    """Build the parts of this rank; a collective call.
 
     Args:
         config: checked, the same on every rank.
         comm: the ranks.
         timer: of this rank.
-        env_steps: where the run is resumed, for the seeds.
+        env_steps: at which the run is resumed, for the seeds.
 
     Raises:
-        UserError: on all ranks, where one cannot have its GPU, or make its environments or network.
+        UserError: on all ranks, if one cannot have its GPU, or make its environments or network.
     """
+    role = assign_role(config.parallel.sync, comm.rank, comm.size)
     seeds = rank_seeds(config.run.seed, comm.rank, env_steps)
     device, sharing = choose_device(config, comm, timer)
     threads = share_of_cores(config, comm)
-    environment = config.environment
-    envs = raise_on_all_ranks(
-        comm,
-        lambda: make_environments(environment, environment.envs_per_rank, seeds.environments, True, threads),
-        timer,
-    )
+    environment, envs = config.environment, None
+    if role.acts:
+        envs = raise_on_all_ranks(
+            comm,
+            lambda: make_environments(environment, environment.envs_per_rank, seeds.environments, True, threads),
+            timer,
+        )
+    else:
+        raise_on_all_ranks(comm, lambda: None, timer)
+    spaces = share_spaces(envs, comm, timer)
     torch.manual_seed(config.run.seed)
-    network = raise_on_all_ranks(comm, lambda: network_for(config, envs), timer)
-    # Beside a GPU the host has small copies to make: threads of its own would take the cores from environments.
+    network = raise_on_all_ranks(comm, lambda: network_for(config, spaces), timer)
+    # Beside a GPU the host only makes small copies: threads of its own would take the cores from environments.
     use_threads(network, threads if device.type == "cpu" else 1)
     torch.manual_seed(seeds.noise)  # from here on ranks draw different numbers
-    clock = make_clock(config, comm)
-    frames = place_frames(config, comm.size, envs, device, sharing)
+    acting_frames = place_frames(config, role, envs, device, sharing) if envs else HostFrames
     replay = raise_on_all_ranks(
-        comm, lambda: make_replay(config, comm.size, envs, seeds.replay, frames), timer
+        comm, lambda: make_replay(config, role, envs, seeds.replay, acting_frames) if envs else None, timer
     )
+    clock = make_clock(config, role, comm.size)
+    learner = make_learner(config, comm, network, device)
+    strategy = make_strategy(config, learner, comm, timer, clock, recording(config))
+    acting = None
+    if envs is not None and replay is not None:
+        acting = Acting(envs, make_actor(config, envs, network, seeds.exploration, device), replay)
     return Parts(
-        envs=envs,
+        role=role,
         clock=clock,
-        learner=make_learner(config, comm, network, timer, device, clock),
-        replay=replay,
-        actor=make_actor(config, envs, network, seeds.exploration, device),
-        epsilons=make_epsilons(config, comm),
+        learner=learner,
+        strategy=strategy,
+        epsilons=Epsilons(config.exploration, environment.envs_per_rank, role.index, role.of),
         timer=timer,
         device=device,
         threads=threads,
+        overlap="none" if not config.parallel.overlap else "exchange" if device.type == "cpu" else "update",
+        acting=acting,
     )
 
 
-def network_for(config: Config, envs: Environments) -> QNetwork:
-    """The Q-network of these environments.
+def share_spaces(envs: Environments | None, comm: Comm, timer: PhaseTimer) -> Spaces:
+    """Return the spaces of the job's environments, also on a rank that has none; a collective call."""
+    mine = Spaces(envs.observation_shape, envs.is_image, envs.actions) if envs else None
+    with timer.during("comm"):
+        return next(spaces for spaces in comm.all_gather_object(mine) if spaces is not None)
+
+
+def network_for(config: Config, spaces: Spaces | Environments) -> QNetwork:
+    """Make the Q-network for these environments.
 
     Raises:
         UserError: the torso does not fit the observations, or the network the memory of this host.
@@ -103,10 +150,10 @@ def network_for(config: Config, envs: Environments) -> QNetwork:
         return make_network(
             config.network,
             config.learning.loss,
-            envs.observation_shape,
+            spaces.observation_shape,
             config.environment.frame_stack,
-            envs.is_image,
-            envs.actions,
+            spaces.is_image,
+            spaces.actions,
         )
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
@@ -116,38 +163,44 @@ def network_for(config: Config, envs: Environments) -> QNetwork:
         ) from None
 
 
-def make_learner(
-    config: Config, comm: Comm, network: QNetwork, timer: PhaseTimer, device: torch.device, clock: Clock
-) -> Learner:
-    """The learner of this network, equal to rank 0's; a collective call.
+def batch_factor(config: Config, size: int) -> float:
+    """Return k: how much larger the batch of an update is than that which the learning rate was tuned for."""
+    ranks = 1 if config.parallel.sync == "server" else size
+    batch = config.replay.batch_per_rank
+    return ranks * batch / (config.learning.lr_reference_batch or batch)
+
+
+def make_learner(config: Config, comm: Comm, network: QNetwork, device: torch.device) -> Learner:
+    """Make the learner of this network, equal to rank 0's; a collective call.
 
     Raises:
         UserError: CUDA graphs are asked for without CUDA.
     """
     if config.parallel.cuda_graphs and device.type == "cpu":
         raise UserError("--cuda-graphs needs a GPU, and the networks live on the CPU here; leave it out")
-    return Learner(
+    learner = Learner(
         network,
         config.learning,
-        comm,
-        make_sync(config.parallel, comm, clock),
-        config.replay.batch_per_rank,
-        timer,
         device,
+        batch_factor(config, comm.size),
         autocast=config.parallel.precision == "bf16",
-        record=recording(config),
     )
+    if record := recording(config):
+        learner.differentiate = Recorded(learner.differentiate, record, device)  # type: ignore[method-assign, assignment]
+    comm.broadcast_(learner.parameters)
+    learner.update_target()
+    return learner
 
 
 def recording(config: Config) -> Record | None:
-    """How passes through the networks are recorded, if they are."""
+    """Return how to record passes through the networks as CUDA graphs, or None if they are not to be."""
     return record_cuda_graph if config.parallel.cuda_graphs else None
 
 
 def make_actor(
     config: Config, envs: Environments, network: QNetwork, rng: np.random.Generator, device: torch.device
 ) -> Actor:
-    """What steps this rank's environments."""
+    """Make the actor that steps this rank's environments."""
     softmax = config.exploration.exploration == "softmax"
     temperature = config.exploration.temperature if softmax else 0.0
     repeat = config.exploration.epsilon_repeat
@@ -155,41 +208,35 @@ def make_actor(
     return Actor(envs, network, stack, rng, device, temperature, repeat, recording(config))
 
 
-def make_epsilons(config: Config, comm: Comm) -> Epsilons:
-    """Which share of this rank's actions is random."""
-    place, acting = acting_place(config, comm.rank), acting_ranks(config, comm.size)
-    return Epsilons(config.exploration, config.environment.envs_per_rank, place, acting)
-
-
-def make_clock(config: Config, comm: Comm) -> Clock:
-    """The clock of the job, or of one rank where ranks step by themselves."""
+def make_clock(config: Config, role: Role, size: int) -> Clock:
+    """Make the clock of the job, or that of a worker of `--sync server`, which steps by itself."""
     replay, envs_per_rank = config.replay, config.environment.envs_per_rank
-    envs = acting_ranks(config, comm.size) * envs_per_rank
-    # Nothing can be sampled before each environment has made n steps and may have been reset in between.
+    envs = role.of * envs_per_rank
+    # Nothing can be sampled before each environment has made n steps, with a reset in between perhaps.
     earliest = 2 * (replay.n_step + 1)
     starts = max(replay.learning_starts, earliest * envs)
     batch, ratio = replay.batch_per_rank, replay.replay_ratio
     if config.parallel.sync != "server":
-        return Clock(envs, comm.size * batch, ratio, starts)
-    if comm.rank == 0:
+        return Clock(envs, size * batch, ratio, starts)
+    if not role.acts:
         return Clock(envs, batch, ratio, starts)
-    return ReportedClock(envs_per_rank, batch, ratio, starts, own_earliest=earliest * envs_per_rank)
+    return WorkerClock(envs_per_rank, batch, ratio, starts, own_earliest=earliest * envs_per_rank)
 
 
 def place_frames(
-    config: Config, size: int, envs: Environments, device: torch.device, sharing: int
+    config: Config, role: Role, envs: Environments, device: torch.device, sharing: int
 ) -> MakeFrames:
-    """What keeps this rank's observations: in the memory that `--replay-device` names, or where they fit.
+    """Return what keeps this rank's observations: in the memory that `--replay-device` names, or where they fit.
 
     Args:
         config: of the job.
-        size: its ranks.
-        envs: of this one.
+        role: of this rank.
+        envs: of this rank.
         device: where its networks live.
-        sharing: how many ranks live there.
+        sharing: number of ranks that use this device.
 
     Raises:
-        UserError: they are to be on a GPU, and the networks are not.
+        UserError: observations are to be on a GPU, and the networks are not.
     """
     wanted = config.replay.replay_device
     if device.type == "cpu":
@@ -199,7 +246,7 @@ def place_frames(
             )
         return HostFrames
     frame = math.prod(envs.observation_shape) * envs.observation_dtype.itemsize
-    needed = frame * config.replay.replay_capacity // acting_ranks(config, size)
+    needed = frame * config.replay.replay_capacity // role.of
     fits = needed * sharing <= torch.cuda.mem_get_info(device)[0] / 2
     return (
         partial(DeviceFrames, device=device)
@@ -209,14 +256,14 @@ def place_frames(
 
 
 def make_replay(
-    config: Config, size: int, envs: Environments, rng: np.random.Generator, frames: MakeFrames = HostFrames
+    config: Config, role: Role, envs: Environments, rng: np.random.Generator, frames: MakeFrames = HostFrames
 ) -> Replay:
-    """This rank's shard of replay.
+    """Make this rank's shard of replay.
 
     Raises:
         UserError: it does not fit into the memory of this host.
     """
-    capacity = config.replay.replay_capacity // acting_ranks(config, size)
+    capacity = config.replay.replay_capacity // role.of
     try:
         ring = Ring(
             envs=envs.envs,
@@ -237,19 +284,19 @@ def make_replay(
     return Replay(ring, sampler)
 
 
-def importance_at(config: Config, size: int, env_steps: int) -> Importance:
-    """What corrects prioritized draws after this many global env steps: beta rises in a line to 1 (Schaul et al. 2016).
+def importance_at(config: Config, role: Role, env_steps: int) -> Importance:
+    """Return the importance correction after this many global env steps: beta rises to 1 (Schaul et al. 2016).
 
     The number of transitions in the whole job follows from the clock, so that it is the same on every rank.
     """
     first = config.replay.priority_beta
     beta = first + (1.0 - first) * min(env_steps / config.run.total_env_steps, 1.0)
     n_global = max(min(env_steps, config.replay.replay_capacity), 1)
-    return Importance(beta, n_global, size=acting_ranks(config, size))
+    return Importance(beta, n_global, size=role.of)
 
 
 def device_kind(config: Config) -> str:
-    """The kind of device that `--device` means here: cpu or cuda.
+    """Return the kind of device that `--device` stands for on this host: cpu or cuda.
 
     Raises:
         UserError: CUDA is asked for and absent.
@@ -263,39 +310,39 @@ def device_kind(config: Config) -> str:
 
 
 def choose_device(config: Config, comm: Comm, timer: PhaseTimer) -> tuple[torch.device, int]:
-    """The rank's device, a GPU of its own where there are enough, and how many ranks have it; a collective call.
+    """Return the rank's device, a GPU of its own if there are enough, and how many ranks share it; a collective call.
 
     Raises:
-        UserError: on all ranks, where some see GPUs and others none, or two share one and the engine does not let them.
+        UserError: on all ranks, if some see GPUs and others none, or two share one and the engine does not allow it.
     """
     seen = visible_gpus() if device_kind(config) == "cuda" else []
     with timer.during("comm"):
-        dealt = assign_gpus(comm.all_gather_object(seen))
-    if not any(dealt):
+        assigned = assign_gpus(comm.all_gather_object(seen))
+    if not any(assigned):
         return torch.device("cpu"), comm.local_size
-    check_gpus(dealt, comm)
-    mine = dealt[comm.rank]
+    check_gpus(assigned, comm)
+    mine = assigned[comm.rank]
     assert mine is not None
     device = torch.device("cuda", seen.index(mine))
     torch.cuda.set_device(device)
-    # Of autograd's thread, which then finds the context by itself.
+    # Autograd's thread warns once, then finds the context by itself.
     warnings.filterwarnings("ignore", "Attempting to run cuBLAS, but there was no current CUDA context")
-    return device, dealt.count(mine)
+    return device, assigned.count(mine)
 
 
-def check_gpus(dealt: Sequence[str | None], comm: Comm) -> None:
-    """Check what every rank has been dealt, where some see GPUs.
+def check_gpus(assigned: Sequence[str | None], comm: Comm) -> None:
+    """Check which GPU each rank has been assigned.
 
     Raises:
-        UserError: others see none, or two share one and the engine does not let them.
+        UserError: some ranks see no GPU, or two share one and the engine does not allow it.
     """
-    without = [str(rank) for rank, gpu in enumerate(dealt) if gpu is None]
+    without = [str(rank) for rank, gpu in enumerate(assigned) if gpu is None]
     if without:
         raise UserError(
             f"no GPU is seen by rank {', '.join(without)}, and one is by others; start all where there are GPUs, or "
             "give --device cpu"
         )
-    ranks, gpus = len(dealt), len(set(dealt))
+    ranks, gpus = len(assigned), len(set(assigned))
     if ranks > gpus and not comm.ranks_may_share_a_gpu:
         raise UserError(
             f"--comm {comm.name} wants a GPU for each rank, and {ranks} ranks see {gpus} GPU{'s' * (gpus != 1)}; start "
@@ -304,7 +351,7 @@ def check_gpus(dealt: Sequence[str | None], comm: Comm) -> None:
 
 
 def use_threads(network: QNetwork, most: int) -> None:
-    """Let torch and NumPy work with so many threads, from now on, or with one where the network is small."""
+    """Set the number of threads of torch and NumPy: `most`, or one if the network is small."""
     small = sum(p.numel() for p in network.parameters()) < PARAMETERS_WORTH_THREADS
     threads = 1 if small else most
     torch.set_num_threads(threads)
@@ -312,7 +359,7 @@ def use_threads(network: QNetwork, most: int) -> None:
 
 
 def share_of_cores(config: Config, comm: Comm) -> int:
-    """Threads of this rank: its share of the cores it may use, so that ranks of one host do not fight.
+    """Return the threads of this rank: its share of the cores it may use, so that ranks of a host do not compete.
 
     A collective call: a launcher may have bound each rank to cores of its own, or all to the same.
     """

@@ -1,11 +1,8 @@
-"""Fully connected networks as one piece, with their derivative written out.
+"""Forward and backward passes of small fully connected networks, written out by hand.
 
-A network of some ten thousand parameters takes longer to be kept book of than to be worked out: modules that call
-modules, and autograd with a node for every operation, cost more than half of its update.
-
-On the host NumPy multiplies the matrices. The MKL that torch brings leaves half of an AMD processor's vector units
-idle: NumPy's OpenBLAS takes 13 to 15 us for a product of 128 x 120 x 84 where MKL takes 24 to 27 (one core of Zen 5).
-All products are NumPy's, short ones too: with only the long ones, nothing was gained.
+Autograd spends more time on bookkeeping than on the arithmetic of a small MLP. This module computes the same
+passes with NumPy's matrix products and a few torch kernels, on the CPU and without autograd. It covers networks of
+`nn.Linear`, `nn.LayerNorm` and ReLU in a row, with or without dueling streams; all others use `AutogradPasses`.
 """
 
 from __future__ import annotations
@@ -20,59 +17,53 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hvdqn.networks.layers import Dueling
+from hvdqn.networks.network import QNetwork, scale_observation
 
-# The learner looks itself whether what comes out is finite, and `np.errstate` takes as long as a small product.
+# The learner checks gradients for NaN and Inf itself, and `np.errstate` takes as long as a small product.
 warnings.filterwarnings("ignore", ".* encountered in matmul", RuntimeWarning, r"hvdqn\.networks\.dense")
 
-# Of each layer what enters it, what its weights make of that, its mean and 1 / deviation, and what it gives.
+# For each layer: its input, its output before norm and ReLU, the norm's mean and 1 / deviation, and its output.
 Tape: TypeAlias = list[tuple[Tensor, Tensor, tuple[Tensor, ...], Tensor]]
 
 
-class Norm(NamedTuple):
-    """What a `nn.LayerNorm` holds."""
-
-    gain: Tensor
-    bias: Tensor
-    units: tuple[int, ...]
-    eps: float
-
-
 class Layer(NamedTuple):
-    """A fully connected layer. A module's attributes are looked up slowly; parameters stay, when their data moves."""
+    """A fully connected layer whose tensors are looked up once: looking up a module's attributes is slow.
 
-    weight: Tensor
+    The gradients are the buffers that `backward` overwrites; None where a parameter has no `.grad`.
+    """
+
+    weight: NDArray[Any]
     bias: Tensor
-    norm: Norm | None = None
-    relu: bool = False
+    norm: nn.LayerNorm | None
+    relu: bool
+    weight_grad: NDArray[Any] | None
+    bias_grad: Tensor | None
 
 
-class Row:
-    """Fully connected layers in a row, each normalised or not, with ReLU or without.
+class Stack:
+    """Fully connected layers in a row, each with or without layer norm and ReLU.
 
         z_l = W_l h_{l-1} + b_l,   h_l = relu(g_l (z_l - mean z_l) / deviation z_l + c_l)
 
     Args:
-        layers: whose parameters it looks at and does not own.
-        shape: of what is given for each row, where it is not flat.
+        layers: in order.
+        shape: shape of the output of one row, where it is not flat.
     """
 
     def __init__(self, layers: Sequence[Layer], shape: Sequence[int] = ()) -> None:
         self.layers, self.shape = list(layers), tuple(shape)
-        self._addresses: list[int] = []
-        self._weights: list[NDArray[Any]] = []
 
     @classmethod
-    def of(cls, *modules: nn.Module) -> Row | None:
-        """These modules in a row, or None where anything else than such layers is among them."""
+    def of(cls, *modules: nn.Module) -> Stack | None:
+        """Return these modules as a stack, or None if they hold anything else than such layers."""
         layers: list[Layer] = []
         shape: tuple[int, ...] = ()
         for module in _leaves(modules):
             last = layers[-1] if layers else None
             if type(module) is nn.Linear and module.bias is not None and not shape:
-                layers.append(Layer(module.weight, module.bias))
+                layers.append(_layer(module))
             elif _is_affine_norm(module) and last and last.norm is None and not last.relu:
-                norm = Norm(module.weight, module.bias, module.normalized_shape, module.eps)
-                layers[-1] = last._replace(norm=norm)
+                layers[-1] = last._replace(norm=module)
             elif type(module) is nn.ReLU and last and not last.relu:
                 layers[-1] = last._replace(relu=True)
             elif type(module) is nn.Unflatten and last and not shape:
@@ -82,13 +73,13 @@ class Row:
         return cls(layers, shape)
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, Tape]:
-        """`[rows, units]` to `[rows, *shape]`, and what `backward` will want."""
+        """Map `[rows, units]` to `[rows, *shape]`; also return the tape that `backward` needs."""
         h, tape = inputs, []
-        for weights, (_, bias, norm, relu) in zip(self.weights(), self.layers, strict=True):
-            out = z = torch.from_numpy(np.matmul(h.numpy(), weights.T)).add_(bias)
+        for weight, bias, norm, relu, _, _ in self.layers:
+            out = z = torch.from_numpy(np.matmul(h.numpy(), weight.T)).add_(bias)
             moments: tuple[Tensor, ...] = ()
-            if norm:
-                out, *found = torch.native_layer_norm(z, norm.units, norm.gain, norm.bias, norm.eps)
+            if norm is not None:
+                out, *found = torch.native_layer_norm(z, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
                 moments = tuple(found)
             if relu:
                 out.relu_()
@@ -96,134 +87,140 @@ class Row:
             h = out
         return h.view(-1, *self.shape) if self.shape else h, tape
 
-    def backward(self, tape: Tape, slope: Tensor, further: bool = False) -> Tensor:
-        """Leave in every parameter's `.grad` what autograd would add to it (Rumelhart et al. 1986).
+    def backward(self, tape: Tape, slope: Tensor, input_gradient: bool = False) -> Tensor:
+        """Overwrite every parameter's `.grad` by backpropagation (Rumelhart et al. 1986).
 
             dloss/dW_l = d_l^T h_{l-1},   dloss/db_l = sum over rows of d_l,   dloss/dh_{l-1} = d_l W_l
 
         where d_l = dloss/dz_l.
 
         Args:
-            tape: of `forward`.
-            slope: of the loss, with regard to what `forward` gave `[rows, *shape]`.
-            further: whether the slope with regard to the inputs is wanted.
+            tape: from `forward`.
+            slope: gradient of the loss with respect to the output `[rows, *shape]`.
+            input_gradient: whether to compute the gradient with respect to the inputs.
 
         Returns:
-            That slope, if wanted `[rows, units]`.
+            The gradient with respect to the inputs `[rows, units]`, if asked for.
         """
         slope = slope.flatten(1) if self.shape else slope
-        weights = self.weights()
         for index in range(len(self.layers) - 1, -1, -1):
-            weight, bias, norm, relu = self.layers[index]
+            weight, _, norm, relu, weight_grad, bias_grad = self.layers[index]
             h, z, moments, out = tape[index]
             if relu:
-                slope = slope * out.sign()  # what ReLU gives is never negative
-            if norm:
-                slope = _normalised_backward(slope, z, moments, norm)
+                slope = slope * out.sign()  # the output of ReLU is never negative
+            if norm is not None:
+                slope = _layer_norm_backward(slope, z, moments, norm)
             slopes = slope.numpy()
-            np.matmul(slopes.T, h.numpy(), out=_grad(weight).numpy())
-            torch.sum(slope, 0, out=_grad(bias))
-            if index or further:
-                slope = torch.from_numpy(np.matmul(slopes, weights[index]))
+            assert weight_grad is not None
+            np.matmul(slopes.T, h.numpy(), out=weight_grad)
+            torch.sum(slope, 0, out=bias_grad)
+            if index or input_gradient:
+                slope = torch.from_numpy(np.matmul(slopes, weight))
         return slope
 
-    def weights(self) -> list[NDArray[Any]]:
-        """The weights of each layer as NumPy sees them, `[outputs, inputs]`."""
-        addresses = [layer.weight.data_ptr() for layer in self.layers]
-        if addresses != self._addresses:
-            self._addresses = addresses
-            self._weights = [layer.weight.detach().numpy() for layer in self.layers]
-        return self._weights
 
+class DensePasses:
+    """`Passes` of a small fully connected network (see `networks.passes`).
 
-class Dense:
-    """A network that is one row of layers, or a row that two others duel after. On the host, with autograd off.
+    Parameters and gradients are looked up when this is made: make it anew where they move to other memory.
 
     Args:
-        trunk: what both have in common, or all there is.
-        streams: for advantages and for the value, `layers.Dueling`.
+        network: whose head is applied to the output.
+        trunk: the shared layers, or all layers there are.
+        streams: the advantage and value streams of `layers.Dueling`.
     """
 
-    def __init__(self, trunk: Row, streams: tuple[Row, Row] | None = None) -> None:
+    # Inference mode makes every operation a little shorter.
+    no_grad = torch.inference_mode
+    pinned_inputs = False
+
+    def __init__(self, network: QNetwork, trunk: Stack, streams: tuple[Stack, Stack] | None = None) -> None:
+        self.head, self.dtype = network.head, network.dtype
         self.trunk, self.streams = trunk, streams
 
     @classmethod
-    def of(cls, *modules: nn.Module) -> Dense | None:
-        """These modules in a row, or None where they are no such network."""
+    def of(cls, network: QNetwork) -> DensePasses | None:
+        """Return the passes of a network on the CPU, or None if it has other layers."""
+        if not network.head.is_streams:
+            return None
+        modules = (network.torso, network.head.streams)
         leaves = list(_leaves(modules))
         last = leaves[-1] if leaves else None
         if _share_parameters(leaves) or any(map(_is_hooked, modules)):
             return None
         if last is None or type(last) is not Dueling:
-            row = Row.of(*leaves)
-            return cls(row) if row and row.layers else None
-        trunk, advantage, value = Row.of(*leaves[:-1]), Row.of(last.advantage), Row.of(last.value)
+            stack = Stack.of(*leaves)
+            return cls(network, stack) if stack and stack.layers else None
+        trunk, advantage, value = Stack.of(*leaves[:-1]), Stack.of(last.advantage), Stack.of(last.value)
         if not (trunk and advantage and value) or trunk.shape:
             return None
-        return cls(trunk, (advantage, value))
+        return cls(network, trunk, (advantage, value))
 
-    def __call__(self, inputs: Tensor) -> Tensor:
-        """`[rows, ...]` to `[rows, *shape]`."""
-        return self.forward(inputs)[0]
+    def output(self, observation: Tensor) -> Tensor:
+        """Return the head's output `[batch, actions, ...]` for raw observations `[batch, ...]`."""
+        return self.forward(observation)[0]
 
-    def forward(self, inputs: Tensor) -> tuple[Tensor, list[Tape]]:
-        """The same, and what `backward` will want."""
-        h, tape = self.trunk.forward(inputs if inputs.ndim == 2 else inputs.flatten(1))
+    def q_values(self, observation: Tensor) -> Tensor:
+        """Return the Q-values `[batch, actions]` for raw observations `[batch, ...]`."""
+        return self.head.q_values(self.forward(observation)[0])
+
+    def forward(self, observation: Tensor) -> tuple[Tensor, list[Tape]]:
+        """Return the same as `output`, and the tapes that `backward` needs."""
+        if observation.dtype != self.dtype:
+            observation = scale_observation(observation, self.dtype)
+        h, tape = self.trunk.forward(observation if observation.ndim == 2 else observation.flatten(1))
         if self.streams is None:
             return h, [tape]
-        (advantage, of_advantage), (value, of_value) = (row.forward(h) for row in self.streams)
-        return value + advantage - advantage.mean(dim=1, keepdim=True), [tape, of_advantage, of_value]
+        (advantage, advantage_tape), (value, value_tape) = (stack.forward(h) for stack in self.streams)
+        return value + advantage - advantage.mean(dim=1, keepdim=True), [tape, advantage_tape, value_tape]
 
-    def backward(self, tapes: Sequence[Tape], slope: Tensor) -> None:
-        """Leave in every parameter's `.grad` what autograd would add to it.
-
-        Args:
-            tapes: of `forward`.
-            slope: of the loss, with regard to what `forward` gave `[rows, *shape]`.
-        """
+    def backward(self, tapes: list[Tape], slope: Tensor) -> None:
+        """Overwrite every parameter's `.grad`, given the gradient of the loss with respect to the output."""
         if self.streams is not None:
-            further = bool(self.trunk.layers)
+            has_trunk = bool(self.trunk.layers)
             slopes = slope - slope.mean(dim=1, keepdim=True), slope.sum(dim=1, keepdim=True)
-            of_advantage, of_value = (
-                row.backward(tape, mine, further)
-                for row, tape, mine in zip(self.streams, tapes[1:], slopes, strict=True)
+            advantage, value = (
+                stack.backward(tape, stream_slope, has_trunk)
+                for stack, tape, stream_slope in zip(self.streams, tapes[1:], slopes, strict=True)
             )
-            if not further:
+            if not has_trunk:
                 return
-            slope = of_advantage.add_(of_value)
+            slope = advantage.add_(value)
         self.trunk.backward(tapes[0], slope)
 
 
-def _normalised_backward(slope: Tensor, z: Tensor, moments: Sequence[Tensor], norm: Norm) -> Tensor:
-    """The slope with regard to `z`, from that with regard to what `norm` made of it; leaves that of its parameters."""
-    slope, gain, bias = torch.ops.aten.native_layer_norm_backward(
-        slope, z, norm.units, *moments, norm.gain, norm.bias, (True, True, True)
+def _layer(linear: nn.Linear) -> Layer:
+    weight_grad = None if linear.weight.grad is None else linear.weight.grad.numpy()
+    return Layer(linear.weight.detach().numpy(), linear.bias, None, False, weight_grad, linear.bias.grad)
+
+
+def _layer_norm_backward(slope: Tensor, z: Tensor, moments: Sequence[Tensor], norm: nn.LayerNorm) -> Tensor:
+    """Return the gradient with respect to `z`; overwrite the gradients of the norm's own parameters."""
+    slope, weight, bias = torch.ops.aten.native_layer_norm_backward(
+        slope, z, norm.normalized_shape, *moments, norm.weight, norm.bias, (True, True, True)
     )
-    _grad(norm.gain).copy_(gain)
-    _grad(norm.bias).copy_(bias)
+    assert norm.weight.grad is not None
+    assert norm.bias.grad is not None
+    norm.weight.grad.copy_(weight)
+    norm.bias.grad.copy_(bias)
     return slope
 
 
 def _is_affine_norm(module: nn.Module) -> TypeGuard[nn.LayerNorm]:
-    """Whether it is a layer norm with gain and bias, which both may be left out of one."""
+    """Return whether the module is a layer norm with weight and bias; either may be left out of one."""
     return type(module) is nn.LayerNorm and module.weight is not None and module.bias is not None
 
 
 def _share_parameters(modules: Sequence[nn.Module]) -> bool:
-    """Whether they share a parameter, whose gradient is a sum, of which `backward` would leave the last summand."""
+    """Return whether modules share a parameter: its gradient is a sum, of which `backward` would keep one term."""
     each = [id(p) for module in modules for _, p in module.named_parameters(remove_duplicate=False)]
     return len(set(each)) < len(each)
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    """Whether something besides the layers themselves happens in it, such as `torch.nn.utils.spectral_norm`."""
+    """Return whether hooks add to the layers' computation, as those of `torch.nn.utils.spectral_norm` do."""
     kinds = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
     return any(getattr(part, kind) for part in module.modules() for kind in kinds)
-
-
-def _grad(parameter: Tensor) -> Tensor:
-    assert parameter.grad is not None, "where the gradient is to be left"
-    return parameter.grad
 
 
 def _leaves(modules: Sequence[nn.Module]) -> Iterator[nn.Module]:

@@ -1,14 +1,14 @@
-"""Heads: what is known of each action's return, and how wrong it was. All answer the same questions.
+"""Heads: what the network predicts of each action's return. All heads answer the same questions.
 
-Outputs are tensors `[batch, actions, ...]`, so that whoever picks an action's entry, or averages over actions, need not
-know the head.
+Outputs are tensors `[batch, actions, ...]`, so that code which picks one action's entry, or averages over actions, works
+for every head.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,9 @@ from torch.nn import functional
 
 from hvdqn.config import NetworkConfig
 from hvdqn.losses import (
+    TD_LOSSES,
     categorical_loss,
     categorical_projection,
-    huber_loss,
-    huber_slope,
-    mse_loss,
     pairwise_td_error,
     q_learning_target,
     quantile_huber_loss,
@@ -28,20 +26,13 @@ from hvdqn.losses import (
 )
 from hvdqn.networks.layers import make_streams
 
-Scalars = Callable[[Tensor], Tensor]
-# Each with its derivative.
-LOSSES: dict[str, tuple[Scalars, Scalars]] = {
-    "huber": (huber_loss, huber_slope),
-    "mse": (mse_loss, torch.clone),
-}
-
 
 class Head(nn.Module, ABC):
-    """Answers for its network: what are the q-values, what should they have been, how wrong is a sample.
+    """The last part of a Q-network, with the Q-values, the target and the loss that belong to its output.
 
     Attributes:
-        streams: from features to outputs.
-        is_streams: whether `forward` and `act` are `streams` and nothing else.
+        streams: the layers from features to outputs.
+        is_streams: whether `forward` and `act` do nothing but call `streams`.
     """
 
     streams: nn.Module
@@ -49,121 +40,120 @@ class Head(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, features: Tensor) -> Tensor:
-        """`[batch, features]` to the output that losses are about, `[batch, actions, ...]`."""
+        """Map `[batch, features]` to the output that the loss is computed from, `[batch, actions, ...]`."""
 
     @abstractmethod
     def q_values(self, output: Tensor) -> Tensor:
-        """Expected return of each action, `[batch, actions]`, from an output."""
+        """Return the expected return of each action, `[batch, actions]`, given an output."""
 
-    def best(self, output: Tensor) -> Tensor:
-        """The entry of each row's best action, `[batch, ...]`."""
+    def greedy(self, output: Tensor) -> Tensor:
+        """Return the entry of each row's best action, `[batch, ...]`."""
         return select(output, self.q_values(output).argmax(dim=1))
 
     @abstractmethod
-    def goal(self, next_output: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
-        """What an output should have been, `[batch, ...]`.
+    def target(self, next_output: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
+        """Return what the output of the action taken should have been, `[batch, ...]`.
 
         Args:
-            next_output: the target network's for the next observation, of the action taken there, `[batch, ...]`.
+            next_output: the target network's output for the next observation and the action chosen there
+                `[batch, ...]`.
             reward: `[batch]`.
             discount: `[batch]`, 0 after a termination.
         """
 
     @abstractmethod
-    def loss(self, output: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss of each sample, and how wrong it was, without gradient: its priority in replay. Both `[batch]`.
+    def loss(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss of each sample, and its priority in replay without gradient. Both `[batch]`.
 
         Args:
             output: of the action that was taken, `[batch, ...]`.
-            goal: what `goal` gave.
+            target: from `target`, `[batch, ...]`.
         """
 
-    def slope(
-        self, output: Tensor, action: Tensor, goal: Tensor, weight: Tensor
+    def loss_and_gradient(
+        self, output: Tensor, action: Tensor, target: Tensor, weight: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss and its derivative.
+        """Return the loss of a minibatch, its priorities, and the loss's gradient with respect to the output.
 
         Args:
             output: `[batch, actions, ...]`.
-            action: that was taken `[batch]`.
-            goal: what `goal` gave.
-            weight: of each sample `[batch]`.
+            action: the actions taken `[batch]`.
+            target: from `target`, `[batch, ...]`.
+            weight: importance weight of each sample `[batch]`.
 
         Returns:
-            The weighted mean of the losses `[]`, the priorities `[batch]`, and the slope of the first with regard to
-            the output, as `output`.
+            The weighted mean of the losses `[]`, the priorities `[batch]`, and the gradient, shaped as the output.
         """
         with torch.inference_mode(False), torch.enable_grad():
-            # Copies, for what was made in inference mode cannot be kept for a derivative.
-            output, goal = output.clone().requires_grad_(), goal.clone()
-            losses, priorities = self.loss(select(output, action), goal)
+            # Copies, because autograd refuses tensors that were made in inference mode.
+            output, target = output.clone().requires_grad_(), target.clone()
+            losses, priorities = self.loss(select(output, action), target)
             loss = torch.dot(weight, losses) / len(losses)
-            (slope,) = torch.autograd.grad(loss, output)
-        return loss.detach(), priorities, slope
+            (gradient,) = torch.autograd.grad(loss, output)
+        return loss.detach(), priorities, gradient
 
     def act(self, features: Tensor) -> Tensor:
-        """The output by which actions are chosen."""
+        """Return the output that actions are chosen from, `[batch, actions, ...]`."""
         output: Tensor = self(features)
         return output
 
-    def becomes_target(self) -> None:
-        """From now on this head belongs to a target network."""
+    def become_target(self) -> None:
+        """Make this the head of a target network; called once on the copy."""
 
 
 class ScalarHead(Head):
     """One expected return per action (Mnih et al. 2015).
 
     Args:
-        streams: with one output an action.
-        loss: of each TD error, by name.
+        streams: with one output per action.
+        loss: the loss of the TD error, a name in `losses.TD_LOSSES`.
     """
 
     def __init__(self, streams: nn.Module, loss: str) -> None:
         super().__init__()
         self.streams = streams
-        self.loss_of, self.slope_of = LOSSES[loss]
+        self.td_loss = TD_LOSSES[loss]
 
     def forward(self, features: Tensor) -> Tensor:
-        """`[batch, features]` to q `[batch, actions]`."""
+        """Map `[batch, features]` to Q-values `[batch, actions]`."""
         q: Tensor = self.streams(features)
         return q
 
     def q_values(self, output: Tensor) -> Tensor:
-        """The output itself."""
+        """Return the output itself."""
         return output
 
-    def best(self, output: Tensor) -> Tensor:
-        """The largest of each row, `[batch]`."""
+    def greedy(self, output: Tensor) -> Tensor:
+        """Return the largest Q-value of each row, `[batch]`."""
         return output.amax(dim=1)
 
-    def goal(self, next_output: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
-        """The backed-up return, `[batch]`."""
+    def target(self, next_output: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
+        """Return the Q-learning target, `[batch]`."""
         return q_learning_target(reward, discount, next_output)
 
-    def loss(self, output: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
-        """The priority is the absolute TD error."""
-        td_error = goal - output
-        return self.loss_of(td_error), td_error.detach().abs()
+    def loss(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss; the priority is the absolute TD error."""
+        td_error = output - target
+        return self.td_loss.value(td_error), td_error.detach().abs()
 
-    def slope(
-        self, output: Tensor, action: Tensor, goal: Tensor, weight: Tensor
+    def loss_and_gradient(
+        self, output: Tensor, action: Tensor, target: Tensor, weight: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As every head's, without autograd: of so short a formula the derivative is another."""
+        """Return what `Head.loss_and_gradient` returns, by the derivative of the TD loss instead of autograd."""
         index = action.unsqueeze(1)
-        error = output.gather(1, index).squeeze(1).sub_(goal)
-        slopes = self.slope_of(error)
-        weighted = weight.mul(1.0 / len(action)).mul_(slopes)
-        # Huber's loss and the squared one alike are slope x (error - slope / 2).
-        loss = torch.dot(weighted, error.sub(slopes, alpha=0.5))
-        slope = torch.zeros_like(output).scatter_(1, index, weighted.unsqueeze(1))
-        return loss, error.abs_(), slope
+        td_error = output.gather(1, index).squeeze(1).sub_(target)
+        mean_weight = weight.mul(1.0 / len(action))
+        loss = torch.dot(mean_weight, self.td_loss.value(td_error))
+        slope = mean_weight.mul_(self.td_loss.derivative(td_error))
+        gradient = torch.zeros_like(output).scatter_(1, index, slope.unsqueeze(1))
+        return loss, td_error.abs_(), gradient
 
 
 class CategoricalHead(Head):
     """Probabilities of fixed returns: C51 (Bellemare et al. 2017).
 
     Args:
-        streams: with as many outputs an action as there are atoms.
+        streams: with as many outputs per action as there are atoms.
         support: the returns, evenly spaced `[atoms]`.
     """
 
@@ -175,25 +165,25 @@ class CategoricalHead(Head):
         self.register_buffer("support", support)
 
     def forward(self, features: Tensor) -> Tensor:
-        """`[batch, features]` to logits `[batch, actions, atoms]`."""
+        """Map `[batch, features]` to logits `[batch, actions, atoms]`."""
         logits: Tensor = self.streams(features)
         return logits
 
     def q_values(self, output: Tensor) -> Tensor:
-        """The mean of each action's distribution, `[batch, actions]`."""
-        return (functional.softmax(output, dim=2) * self.support).sum(
-            dim=2
-        )  # a product would be taken in bf16
+        """Return the mean of each action's distribution, `[batch, actions]`."""
+        # Not a matrix product: autocast would compute that in bf16.
+        return (functional.softmax(output, dim=2) * self.support).sum(dim=2)
 
-    def goal(self, next_output: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
-        """The backed-up distribution, `[batch, atoms]`."""
+    def target(self, next_output: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
+        """Return the projected target distribution, `[batch, atoms]`."""
         probabilities = functional.softmax(next_output, dim=1)
-        goal = categorical_projection(probabilities, self.support, reward, discount)
-        return goal + 0.0 * reward[:, None]  # an infinite one lies on the last atom, and would be learned
+        target = categorical_projection(probabilities, self.support, reward, discount)
+        # The projection clips an infinite reward to the last atom. This makes its target NaN, so the update is skipped.
+        return target + 0.0 * reward[:, None]
 
-    def loss(self, output: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
-        """The priority is the loss itself (Hessel et al. 2018, section "The integrated agent")."""
-        losses = categorical_loss(output, goal)
+    def loss(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the KL divergence, which is also the priority (Hessel et al. 2018, "The integrated agent")."""
+        losses = categorical_loss(output, target)
         return losses, losses.detach()
 
 
@@ -201,8 +191,8 @@ class QuantileHead(Head):
     """Quantiles at fixed fractions: QR-DQN (Dabney et al. 2018a).
 
     Args:
-        streams: with as many outputs an action as there are quantiles.
-        quantiles: how many, each standing for an equal part of the distribution.
+        streams: with as many outputs per action as there are quantiles.
+        quantiles: number of quantiles; each stands for an equal part of the distribution.
     """
 
     fraction: Tensor
@@ -213,32 +203,32 @@ class QuantileHead(Head):
         self.register_buffer("fraction", midpoints(quantiles))
 
     def forward(self, features: Tensor) -> Tensor:
-        """`[batch, features]` to quantiles `[batch, actions, quantiles]`."""
+        """Map `[batch, features]` to quantiles `[batch, actions, quantiles]`."""
         quantiles: Tensor = self.streams(features)
         return quantiles
 
     def q_values(self, output: Tensor) -> Tensor:
-        """The mean of each action's quantiles, `[batch, actions]`."""
+        """Return the mean of each action's quantiles, `[batch, actions]`."""
         return output.mean(dim=2)
 
-    def goal(self, next_output: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
-        """The backed-up quantiles, `[batch, quantiles]`."""
+    def target(self, next_output: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
+        """Return the target quantiles, `[batch, quantiles]`."""
         return q_learning_target(reward[:, None], discount[:, None], next_output)
 
-    def loss(self, output: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
-        """The priority is the mean absolute TD error over all pairs of quantiles."""
-        return _quantile_loss(output, self.fraction, goal)
+    def loss(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the quantile loss; the priority is the mean absolute TD error over all pairs of quantiles."""
+        return _quantile_loss(output, self.fraction, target)
 
 
 class ImplicitQuantileHead(Head):
-    """Quantiles at fractions drawn anew for each sample: IQN (Dabney et al. 2018b).
+    """Quantiles at randomly drawn fractions: IQN (Dabney et al. 2018b).
 
-    Where actions are chosen, evenly spaced fractions stand in for the paper's K draws: the same mean, unscattered.
+    Actions are chosen at evenly spaced fractions instead of the paper's K random ones: the same mean, without scatter.
 
     Args:
-        streams: with one output an action.
-        features: width of what comes in.
-        config: numbers of fractions: N of the online network, N' of the target, K to act on; width of the embedding.
+        streams: with one output per action.
+        features: number of input features.
+        config: numbers of fractions (N online, N' target, K for acting) and the width of the embedding.
     """
 
     is_streams = False
@@ -254,32 +244,32 @@ class ImplicitQuantileHead(Head):
         self.register_buffer("evenly", midpoints(config.iqn_policy_samples)[None])
 
     def forward(self, features: Tensor) -> Tensor:
-        """`[batch, features]` to quantiles and the fractions they are of, `[batch, actions, draws, 2]`."""
+        """Map `[batch, features]` to pairs of quantile and fraction, `[batch, actions, draws, 2]`."""
         drawn = torch.rand(len(features), self.draws, dtype=self.order.dtype, device=self.order.device)
         return self._at(features, drawn)
 
     def act(self, features: Tensor) -> Tensor:
-        """As `forward`, at evenly spaced fractions."""
+        """Return the same as `forward`, at evenly spaced fractions."""
         return self._at(features, self.evenly)
 
-    def becomes_target(self) -> None:
-        """From now on it draws N' fractions."""
+    def become_target(self) -> None:
+        """Draw N' fractions from now on."""
         self.draws = self.target_draws
 
     def q_values(self, output: Tensor) -> Tensor:
-        """The mean of each action's quantiles, `[batch, actions]`."""
+        """Return the mean of each action's quantiles, `[batch, actions]`."""
         return output[..., 0].mean(dim=2)
 
-    def goal(self, next_output: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
-        """The backed-up quantiles, `[batch, draws]`."""
+    def target(self, next_output: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
+        """Return the target quantiles, `[batch, draws]`."""
         return q_learning_target(reward[:, None], discount[:, None], next_output[..., 0])
 
-    def loss(self, output: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
-        """The priority is the mean absolute TD error over all pairs of quantiles."""
-        return _quantile_loss(output[..., 0], output[..., 1], goal)
+    def loss(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the quantile loss; the priority is the mean absolute TD error over all pairs of quantiles."""
+        return _quantile_loss(output[..., 0], output[..., 1], target)
 
     def _at(self, features: Tensor, fraction: Tensor) -> Tensor:
-        """The output at fractions `[batch, draws]`, or `[1, draws]` for all alike (eq. 4).
+        """Return the output at fractions `[batch, draws]`, or `[1, draws]` to use the same for all rows (eq. 4).
 
         z(s, a) = f(psi(s) * phi(fraction))_a,   phi = ReLU(W cos(pi i fraction) + b),  i = 0, 1, ...
         """
@@ -291,22 +281,22 @@ class ImplicitQuantileHead(Head):
 
 
 def midpoints(count: int) -> Tensor:
-    """The fractions (2 i + 1) / (2 count) that stand for `count` equal parts of a distribution, `[count]`."""
+    """Return the midpoints (2 i + 1) / (2 count) of `count` equal parts of (0, 1), `[count]`."""
     return (torch.arange(count) + 0.5) / count
 
 
-def _quantile_loss(prediction: Tensor, fraction: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
-    td_error = pairwise_td_error(prediction, goal)
+def _quantile_loss(prediction: Tensor, fraction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    td_error = pairwise_td_error(prediction, target)
     return quantile_huber_loss(td_error, fraction), td_error.detach().abs().mean(dim=(1, 2))
 
 
 def make_head(config: NetworkConfig, loss: str, features: int, hidden: Sequence[int], actions: int) -> Head:
-    """The head that `--head` names.
+    """Make the head that `--head` names.
 
     Args:
         config: which head, and how its layers are made.
-        loss: of a scalar head.
-        features: width of what the torso gives.
+        loss: name of a scalar head's loss.
+        features: number of features the torso returns.
         hidden: units of the head's own hidden layers.
         actions: number of actions.
     """

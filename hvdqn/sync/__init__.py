@@ -1,32 +1,47 @@
-"""How replicas agree. `train.py` and the learner know a strategy by `Sync` alone."""
+"""How replicas agree. The training loop knows a strategy by the interface `Strategy` alone."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
-from hvdqn.clock import Clock, ReportedClock
-from hvdqn.sync.base import Sync
+from hvdqn.clock import Clock, WorkerClock
+from hvdqn.comm import Comm
+from hvdqn.comm.mpi import MpiComm
+from hvdqn.config import Config
+from hvdqn.graphs import Record
+from hvdqn.learner import Learner
+from hvdqn.metrics import PhaseTimer
+from hvdqn.sync.gradients import Gradients
+from hvdqn.sync.parameters import Parameters
+from hvdqn.sync.recorded import RecordedGradients
+from hvdqn.sync.server import Server
+from hvdqn.sync.strategy import Outcome, Strategy
+from hvdqn.sync.totals import Totals
+from hvdqn.sync.worker import Worker
 
-if TYPE_CHECKING:
-    from hvdqn.comm import Comm
-    from hvdqn.comm.mpi import MpiComm
-    from hvdqn.config import ParallelConfig
-
-__all__ = ["Sync", "make_sync"]
+__all__ = ["Outcome", "Strategy", "Totals", "make_strategy"]
 
 
-def make_sync(config: ParallelConfig, comm: Comm, clock: Clock) -> Sync:
-    """The strategy of `--sync`, for this rank; `config.check_engine` has passed."""
-    if config.sync == "server":
-        from hvdqn.sync.server import Server, Worker
+def make_strategy(
+    config: Config, learner: Learner, comm: Comm, timer: PhaseTimer, clock: Clock, record: Record | None = None
+) -> Strategy:
+    """Make this rank's part of the strategy that `--sync` names; a collective call.
 
-        if isinstance(clock, ReportedClock):
-            return Worker(cast("MpiComm", comm), config, clock)
-        return Server(cast("MpiComm", comm), config, clock)
-    if config.sync == "parameters":
-        from hvdqn.sync.parameters import Parameters
-
-        return Parameters(comm, config.sync_every, config.outer_lr, config.outer_momentum)
-    from hvdqn.sync.gradients import Gradients
-
-    return Gradients(comm)
+    Args:
+        config: of the run; `check_engine` has accepted it.
+        learner: of this rank.
+        comm: the ranks.
+        timer: told when this rank waits for others.
+        clock: of this rank.
+        record: how to record CUDA graphs; None: none are used.
+    """
+    parallel, limit = config.parallel, config.learning.max_skipped_updates
+    if parallel.sync == "parameters":
+        return Parameters(learner, comm, timer, parallel, limit)
+    if parallel.sync == "server":
+        if isinstance(clock, WorkerClock):
+            return Worker(learner, cast(MpiComm, comm), timer, parallel, clock, limit)
+        return Server(learner, cast(MpiComm, comm), timer, parallel, clock, limit)
+    if record is not None:
+        return RecordedGradients(learner, comm, timer, limit, record)
+    return Gradients(learner, comm, timer, limit)

@@ -1,4 +1,4 @@
-"""Data-parallel DQN: average gradients at every update, then one identical step everywhere.
+"""Data-parallel DQN: average gradients at every update, then take one identical step everywhere.
 
 Synchronous gradient averaging as in Stooke and Abbeel 2018, "Accelerated Methods for Deep Reinforcement
 Learning", section 4.2: N ranks with a batch of B each are one learner with a batch of N x B.
@@ -6,53 +6,104 @@ Learning", section 4.2: N ranks with a batch of B each are one learner with a ba
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
 
 from hvdqn.comm import Comm, Handle
-from hvdqn.sync.base import Sync
+from hvdqn.learner import Learner
+from hvdqn.metrics import PhaseTimer
+from hvdqn.sync.strategy import Outcome, Strategy, broadcast_target, check_skipped
+from hvdqn.sync.trailer import REPORTED, STATISTICS, Received, Trailer
 
-if TYPE_CHECKING:
-    from hvdqn.learner import Learner
+LOSS = STATISTICS.index("loss")
+LARGEST_WEIGHT, FINITE = range(2)
+"""Slots of the trailer; the second is finite if the rank's loss and gradient are."""
 
 
-class Gradients(Sync):
-    """One named allreduce per update carries the flat gradient and its trailer."""
+class Gradients(Strategy):
+    """One named allreduce per update carries the flat gradient and a trailer of statistics and votes.
+
+    Each rank multiplies its gradient by 1 / ranks, so that the sum over ranks is the average. Importance weights enter
+    undivided, and the learner divides by the largest of the whole job (Schaul et al. 2016, section 3.4): a rank that
+    divided by its own largest would count its samples differently.
+
+    Args:
+        learner: computes and applies gradients.
+        comm: the ranks.
+        timer: told when this rank waits for the others.
+        max_skipped_updates: updates skipped in a row before the run ends.
+    """
 
     description = "gradients averaged at every update"
 
-    def __init__(self, comm: Comm) -> None:
-        super().__init__(comm.size)
-        self.gradient_share = 1.0 / comm.size
-        self.comm = comm
+    def __init__(self, learner: Learner, comm: Comm, timer: PhaseTimer, max_skipped_updates: int) -> None:
+        super().__init__(learner, timer)
+        self.comm, self.max_skipped_updates = comm, max_skipped_updates
+        length = Trailer.length(comm.size, slots=2)
+        self.message = learner.allocate_gradient(trailing=length, scale=1.0 / comm.size)
+        self.trailer = Trailer(self.message[-length:], comm.rank, comm.size, slots=2)
         self.handle: Handle | None = None
+        self.progress = 0.0
 
-    def begin(self, learner: Learner) -> None:
-        """Send this rank's gradient on its way."""
-        self.handle = self.comm.allreduce_sum_async(learner.message, name="gradient")
-        self.traffic.updates += 1
-        self.traffic.count(learner.message.nbytes)
+    def launch(
+        self, reported: Sequence[float], learned: Tensor | None, largest_weight: float, progress: float
+    ) -> None:
+        """Launch the allreduce of the gradient and its trailer."""
+        self.progress = progress
+        if learned is None:
+            self.learner.gradient.zero_()
+            self.trailer.pack(reported, absent=True)
+        else:
+            self.trailer.pack(reported, (largest_weight,))
+            self.trailer.pack_learned(learned)
+        self.exchanged_updates += 1
+        self.sent_messages += 1
+        self.sent_bytes += self.message.nbytes
+        if self.comm.size > 1:
+            self.handle = self.comm.allreduce_sum_async(self.message, name="gradient")
 
-    def finish(self, learner: Learner) -> None:
-        """Wait for the average, clip it, step."""
-        assert self.handle is not None, "finish without begin"
-        learner.timer.start("comm")
-        self.handle.wait()
-        self.handle = None
-        learner.timer.start("optimizer")
-        learner.step()
+    def wait(self) -> Outcome:
+        """Wait for the average and take the step; skip it on all ranks alike if it is not finite."""
+        self.timer.start("comm")
+        if self.handle is not None:
+            self.handle.wait()
+            self.handle = None
+        self.timer.start("optimizer")
+        received = self.trailer.unpack()
+        assert received.present > 0, "an update is due, but no rank has anything to learn from"
+        applied = all(map(math.isfinite, received.slots[FINITE])) and self.learner.apply_gradient(
+            self.progress, max(received.slots[LARGEST_WEIGHT]), self.comm.size / received.present
+        )
+        return self._outcome(received, applied)
 
-    def exchange(self, learner: Learner) -> None:
-        """Send the trailer alone."""
-        self.traffic.count(learner.trailer.tensor.nbytes)
-        with learner.timer.during("comm"):
-            self.comm.allreduce_sum_async(learner.trailer.tensor, name="trailer").wait()
-        learner.trailer.read()
-        learner.hear(learner.trailer.reported(), learner.trailer.learned, 0)
+    def exchange_stats(self, reported: Sequence[float]) -> Outcome:
+        """Exchange the trailer alone."""
+        self.trailer.pack(reported)
+        self.sent_messages += 1
+        self.sent_bytes += self.trailer.tensor.nbytes
+        with self.timer.during("comm"):
+            self.comm.allreduce_sum_async(self.trailer.tensor, name="trailer").wait()
+        statistics = self.trailer.unpack().statistics
+        return Outcome(statistics, stop=bool(statistics[0] > 0))
 
-    def sync_target(self, learner: Learner) -> list[int]:
-        """Take rank 0's weights for the target's; the ranks whose weights differ from the others'."""
-        return learner.broadcast_target()
+    def update_target(self) -> list[int]:
+        """Copy rank 0's weights to all target networks; return the ranks whose own weights differ."""
+        return broadcast_target(self.learner, self.comm, self.timer)
 
-    def expected_traffic(self, learner: Learner) -> tuple[float, float]:
-        """Messages and bytes that one rank gives to the network in an update."""
-        return 1.0, float(learner.message.numel() * learner.message.element_size())
+    def expected_traffic(self) -> tuple[float, float]:
+        """Return the messages and bytes that one rank should send per update."""
+        return 1.0, float(self.message.nbytes)
+
+    def _outcome(self, received: Received, applied: bool) -> Outcome:
+        """Average what the ranks learned; count a skipped update and end the run after too many in a row."""
+        statistics = received.statistics
+        # Each rank's loss is scaled neither by 1 / ranks nor by the importance weights' maximum.
+        statistics[len(REPORTED) :] /= received.present
+        statistics[LOSS] /= max(received.slots[LARGEST_WEIGHT])
+        self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
+        if not applied:
+            bad = [rank for rank, value in enumerate(received.slots[FINITE]) if not math.isfinite(value)]
+            check_skipped(self.skipped_in_a_row, bad, self.max_skipped_updates)
+        return Outcome(statistics, int(applied), int(not applied), bool(statistics[0] > 0))

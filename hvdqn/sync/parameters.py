@@ -1,41 +1,42 @@
 """Periodic averaging: ranks take their own steps, and average weights and moments every K updates.
 
-Distributed DQN with independent agents that share weights now and then: local SGD (Stich 2019, "Local SGD Converges
-Fast and Communicates Little", algorithm 1). The averaged change may be taken as the gradient of an outer optimizer
-(DiLoCo, Douillard et al. 2023, algorithm 1).
+Distributed DQN with independent agents whose parameters are averaged now and then: local SGD (Stich 2019, "Local SGD
+Converges Fast and Communicates Little", algorithm 1). The averaged change can also serve as the gradient of an outer
+optimizer (DiLoCo, Douillard et al. 2023, algorithm 1).
 
-With K = 1 and SGD this is `gradients`, but for clipping, which acts on each rank's own gradient here. Otherwise ranks
-drift apart between averages, the further the larger K, the learning rate and the difference between their replays are.
+With K = 1 and SGD this equals `gradients`, except that clipping acts on each rank's own gradient. Otherwise ranks drift
+apart between averages, the further the larger K, the learning rate and the difference between their replays are.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hvdqn.comm import Comm, Handle
-from hvdqn.sync.base import Sync
-from hvdqn.trailer import LEARNED, REPORTED
+from hvdqn.config import ParallelConfig
+from hvdqn.learner import Learner
+from hvdqn.metrics import PhaseTimer
+from hvdqn.sync.strategy import Outcome, Strategy, broadcast_target, check_skipped
+from hvdqn.sync.trailer import REPORTED, STATISTICS, Trailer
 
-if TYPE_CHECKING:
-    from hvdqn.learner import Learner
-
-# A signal must be answered within half a minute: where averages are rarer, votes and reports travel alone in between.
+# A signal must be answered within half a minute: where averages are rarer, the trailer travels alone in between.
 UPDATES_BETWEEN_VOTES = 16
-TOLD = len(REPORTED) + len(LEARNED)
+SLOTS = 3  # of the trailer: this rank's largest importance weight, skipped updates, and those skipped in a row
 
 
 class Nesterov:
-    """The outer step of DiLoCo: descend along the averaged change as if it were a gradient.
+    """The outer optimizer of DiLoCo: it descends along the averaged change as if that were a gradient.
 
-    With g = theta - mean: v = momentum v + g; theta = theta - lr (g + momentum v). Rate 1 without momentum is the mean.
+    With g = theta - mean: v = momentum v + g; theta = theta - lr (g + momentum v). With lr 1 and without momentum the
+    result is the mean.
 
     Args:
-        parameters: where the first step begins.
+        parameters: the starting point `[parameters]`.
         lr: of the outer step.
         momentum: of the outer step, as in `torch.optim.SGD(nesterov=True)`.
     """
@@ -46,173 +47,175 @@ class Nesterov:
         self.velocity = torch.zeros_like(parameters)
 
     def step(self, mean: Tensor) -> Tensor:
-        """Where to go from the last anchor, now that the ranks' mean is `mean` [parameters]; the next anchor."""
+        """Take a step from the anchor, given the ranks' mean; return the next anchor. Both `[parameters]`."""
         change = self.anchor - mean
         self.velocity.mul_(self.momentum).add_(change)
         self.anchor.sub_(change.add_(self.velocity, alpha=self.momentum), alpha=self.lr)
         return self.anchor
 
     def state(self) -> dict[str, Tensor]:
-        """The tensors that it carries from step to step: not copies."""
+        """Return the tensors carried from step to step. They are not copies."""
         return {"anchor": self.anchor, "velocity": self.velocity}
 
 
-class Parameters(Sync):
-    """One named allreduce every `every` updates carries weights, moments, a target that follows, and a trailer.
+class Parameters(Strategy):
+    """One named allreduce every `sync_every` updates carries weights, moments and a trailer.
+
+    A target network that follows the online network (`target_tau` below 1) is averaged with them.
 
     Args:
+        learner: whose parameters are averaged.
         comm: the ranks.
-        every: updates between averages.
-        outer_lr: of the outer step.
-        outer_momentum: of the outer step; with 0 and an `outer_lr` of 1 the average is taken as it is.
+        timer: told when this rank waits for the others.
+        config: `sync_every`, `outer_lr`, `outer_momentum`.
+        max_skipped_updates: updates skipped in a row by one rank before the run ends.
     """
 
-    def __init__(self, comm: Comm, every: int, outer_lr: float = 1.0, outer_momentum: float = 0.0) -> None:
-        super().__init__(comm.size)
-        self.comm, self.every = comm, every
-        self.outer_lr, self.outer_momentum = outer_lr, outer_momentum
-        self.outer: Nesterov | None = None
-        self.handle: Handle | None = None
-        self.alone = 0  # updates since the last average
-        self.unsaid = 0  # of these, since the last trailer
-        # Since the last trailer, of this rank.
-        self.told = np.zeros(TOLD)
-        self.largest_of_mine = 0.0
-        self.skipped = 0
-        self.skipped_in_a_row = 0
-
-    @property
-    def description(self) -> str:
-        """How ranks agree, for people."""
-        outer = f", outer lr {self.outer_lr:g}, momentum {self.outer_momentum:g}" if self.outer else ""
-        return f"weights and moments averaged every {self.every} updates{outer}"
-
-    @property
-    def agreed(self) -> bool:
-        """Whether all ranks hold the same weights now."""
-        return self.alone == 0
-
-    def attach(self, learner: Learner) -> None:
-        """Take hold of what is averaged."""
+    def __init__(
+        self, learner: Learner, comm: Comm, timer: PhaseTimer, config: ParallelConfig, max_skipped_updates: int
+    ) -> None:
+        super().__init__(learner, timer)
+        self.comm, self.every, self.max_skipped_updates = comm, config.sync_every, max_skipped_updates
         self.averaged = [learner.parameters, *learner.optimizer.moments().values()]
         if learner.target_tau < 1.0:
             self.averaged.append(learner.target_parameters)
-        sizes = [*(tensor.numel() for tensor in self.averaged), TOLD + 3 * self.comm.size]
-        self.message = torch.zeros(sum(sizes), dtype=learner.parameters.dtype, device=learner.device)
-        *self.parts, self.trailer = torch.split(self.message, sizes)
-        # All ranks divide by the same importance weight, or samples of one would count for more than another's. The
-        # largest of this moment is not known without asking: that of the updates before the last trailer stands in.
+        sizes = [*(tensor.numel() for tensor in self.averaged), Trailer.length(comm.size, SLOTS)]
+        self.message = torch.zeros(sum(sizes), dtype=learner.dtype, device=learner.device)
+        *self.parts, trailer = torch.split(self.message, sizes)
+        self.trailer = Trailer(trailer, comm.rank, comm.size, SLOTS)
+        # All ranks must divide by the same importance weight, or samples of one would count for more than another's.
+        # The largest of this update is not known without asking, so that of the updates before the last trailer is used.
         self.largest_weight = torch.zeros(1, dtype=torch.float64)
-        if self.outer_lr != 1.0 or self.outer_momentum != 0.0:
-            self.outer = Nesterov(learner.parameters, self.outer_lr, self.outer_momentum)
+        self.outer: Nesterov | None = None
+        if config.outer_lr != 1.0 or config.outer_momentum != 0.0:
+            self.outer = Nesterov(learner.parameters, config.outer_lr, config.outer_momentum)
+        self.handle: Handle | None = None
+        self.updates_since_average = 0
+        self.updates_since_trailer = 0
+        # Of this rank, since the last trailer.
+        self.statistics = np.zeros(len(STATISTICS))
+        self.own_largest_weight = 0.0
+        self.own_skipped = 0
+        self.own_skipped_in_a_row = 0
 
-    def begin(self, learner: Learner) -> None:
-        """Take this rank's own step; if it is time, send its weights on their way."""
-        self._step_alone(learner)
-        self.traffic.updates += 1
-        self.alone += 1
-        self.unsaid += 1
-        if self.alone >= self.every:
+    @property
+    def description(self) -> str:
+        """How ranks agree, for the header of a run."""
+        outer = f", outer lr {self.outer.lr:g}, momentum {self.outer.momentum:g}" if self.outer else ""
+        return f"weights and moments averaged every {self.every} updates{outer}"
+
+    def launch(
+        self, reported: Sequence[float], learned: Tensor | None, largest_weight: float, progress: float
+    ) -> None:
+        """Take this rank's own step; launch an average or a trailer if one is due."""
+        assert learned is not None, "every rank takes its own steps"
+        self._step(reported, learned, largest_weight, progress)
+        self.exchanged_updates += 1
+        self.updates_since_average += 1
+        self.updates_since_trailer += 1
+        if self.updates_since_average >= self.every:
             self._launch_average()
-        elif self.unsaid >= UPDATES_BETWEEN_VOTES:
+        elif self.updates_since_trailer >= UPDATES_BETWEEN_VOTES:
             self._launch_trailer()
 
-    def finish(self, learner: Learner) -> None:
-        """Wait for what travels, if anything does."""
-        if self.handle is not None:
-            learner.timer.start("compute")
-            self._await(learner, average=self.alone >= self.every)
+    def wait(self) -> Outcome:
+        """Wait for what `launch` launched, if anything."""
+        if self.handle is None:
+            return Outcome()
+        self.timer.start("compute")
+        return self._finish(average=self.updates_since_average >= self.every)
 
-    def agree(self, learner: Learner) -> None:
-        """Average now what was not averaged since."""
-        if not self.agreed:
-            self._launch_average()
-            self._await(learner, average=True)
-
-    def exchange(self, learner: Learner) -> None:
-        """Send reports and votes alone."""
-        self.told[: len(REPORTED)] += learner.trailer.reported()
+    def exchange_stats(self, reported: Sequence[float]) -> Outcome:
+        """Exchange the trailer alone."""
+        self.statistics[: len(REPORTED)] += reported
         self._launch_trailer()
-        self._await(learner, average=False)
+        return self._finish(average=False)
 
-    def sync_target(self, learner: Learner) -> list[int] | None:
-        """Take the averaged weights for the target's; None between averages: the next one is soon enough."""
-        return learner.broadcast_target() if self.agreed else None
+    def synchronize(self) -> Outcome:
+        """Average now, unless nothing has changed since the last average."""
+        if self.updates_since_average == 0:
+            return Outcome()
+        self._launch_average()
+        return self._finish(average=True)
+
+    def update_target(self) -> list[int] | None:
+        """Copy the averaged weights to all target networks; None between averages, to be called after the next one."""
+        if self.updates_since_average:
+            return None
+        return broadcast_target(self.learner, self.comm, self.timer)
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps besides the learner's tensors."""
+        """Return the tensors that a checkpoint keeps besides the learner's."""
         return {"largest_weight": self.largest_weight, **(self.outer.state() if self.outer else {})}
 
-    def expected_traffic(self, learner: Learner) -> tuple[float, float]:
-        """Messages and bytes that one rank gives to the network in an update."""
+    def expected_traffic(self) -> tuple[float, float]:
+        """Return the messages and bytes that one rank should send per update."""
         trailers = (self.every - 1) // UPDATES_BETWEEN_VOTES
-        numbers = self.message.numel() + trailers * self.trailer.numel()
-        return (1 + trailers) / self.every, numbers * self.message.element_size() / self.every
+        sent_bytes = self.message.nbytes + trailers * self.trailer.tensor.nbytes
+        return (1 + trailers) / self.every, sent_bytes / self.every
 
-    def _step_alone(self, learner: Learner) -> None:
-        trailer = learner.trailer
-        trailer.read()  # on a GPU, the CPU waits here
-        self.largest_of_mine = max(self.largest_of_mine, trailer.largest_weight)
-        largest = float(self.largest_weight) or trailer.largest_weight
-        norm = float(torch.linalg.vector_norm(learner.gradient)) / largest
-        self.told[: len(REPORTED)] += trailer.reported()
-        if trailer.spoilt or not math.isfinite(norm):
-            self.skipped += 1
-            self.skipped_in_a_row += 1
-            return
-        self.skipped_in_a_row = 0
-        trailer.learned[0] /= largest  # the loss
-        self.told[len(REPORTED) :] += trailer.learned
-        learner.descend(norm, largest)
+    def _step(
+        self, reported: Sequence[float], learned: Tensor, largest_weight: float, progress: float
+    ) -> None:
+        self.own_largest_weight = max(self.own_largest_weight, largest_weight)
+        largest = float(self.largest_weight) or largest_weight
+        loss, td_error, q_mean, finite = learned.tolist()  # on a GPU the host waits here
+        self.statistics[: len(REPORTED)] += reported
+        if math.isfinite(finite) and self.learner.apply_gradient(progress, largest):
+            self.own_skipped_in_a_row = 0
+            self.statistics[len(REPORTED) :] += loss / largest, td_error, q_mean
+        else:
+            self.own_skipped += 1
+            self.own_skipped_in_a_row += 1
 
     def _launch_average(self) -> None:
         for part, tensor in zip(self.parts, self.averaged, strict=True):
             part.copy_(tensor.reshape(-1))
-        self._write_trailer()
+        self._pack_trailer()
         self.handle = self.comm.allreduce_sum_async(self.message, name="parameters")
-        self.traffic.count(self.message.nbytes)
+        self.sent_messages += 1
+        self.sent_bytes += self.message.nbytes
 
     def _launch_trailer(self) -> None:
-        self._write_trailer()
-        self.handle = self.comm.allreduce_sum_async(self.trailer, name="trailer")
-        self.traffic.count(self.trailer.nbytes)
+        self._pack_trailer()
+        self.handle = self.comm.allreduce_sum_async(self.trailer.tensor, name="trailer")
+        self.sent_messages += 1
+        self.sent_bytes += self.trailer.tensor.nbytes
 
-    def _write_trailer(self) -> None:
-        """What this rank tells since it last did; each rank has slots of its own at the end."""
-        slots = np.zeros((3, self.comm.size))
-        slots[:, self.comm.rank] = self.largest_of_mine, self.skipped, self.skipped_in_a_row
-        self.trailer.copy_(torch.from_numpy(np.concatenate((self.told, slots.reshape(-1)))))
-        self.told[:] = 0.0
-        self.largest_of_mine, self.skipped = 0.0, 0
+    def _pack_trailer(self) -> None:
+        slots = (self.own_largest_weight, self.own_skipped, self.own_skipped_in_a_row)
+        self.trailer.pack(self.statistics.tolist(), slots)
+        self.statistics[:] = 0.0
+        self.own_largest_weight, self.own_skipped = 0.0, 0
 
-    def _await(self, learner: Learner, average: bool) -> None:
+    def _finish(self, average: bool) -> Outcome:
+        """Wait for the message under way, take the average over, and return what the trailer holds."""
         assert self.handle is not None, "nothing was launched"
-        with learner.timer.during("comm"):
+        with self.timer.during("comm"):
             self.handle.wait()
         self.handle = None
         if average:
-            self._install(learner)
-        self._hear(learner)
+            self._load_average()
+        return self._outcome()
 
-    def _install(self, learner: Learner) -> None:
-        """Take the average for this rank's own."""
+    def _load_average(self) -> None:
         torch._foreach_mul_(self.parts, 1.0 / self.comm.size)
         if self.outer is not None:
             self.parts[0].copy_(self.outer.step(self.parts[0]))
         for part, tensor in zip(self.parts, self.averaged, strict=True):
             tensor.copy_(part.view(tensor.shape))
-        self.alone = 0
+        self.updates_since_average = 0
 
-    def _hear(self, learner: Learner) -> None:
-        """Read the trailer that has come."""
-        size = self.comm.size
-        heard = self.trailer.double().cpu().numpy()
-        largest_weights, skipped, in_a_row = heard[TOLD:].reshape(3, size)
-        taken = size * self.unsaid - round(skipped.sum())
-        learner.hear(heard[: len(REPORTED)], heard[len(REPORTED) : TOLD], taken)
-        self.unsaid = 0
+    def _outcome(self) -> Outcome:
+        received = self.trailer.unpack()
+        largest_weights, skipped, in_a_row = np.array(received.slots)
         if largest_weights.max() > 0:
             self.largest_weight.fill_(float(largest_weights.max()))
-        learner.skipped_updates += round(skipped.sum())
-        longest = round(in_a_row.max())
-        learner.give_up_after(longest, np.flatnonzero(in_a_row.round() == longest).tolist())
+        all_skipped, longest = round(skipped.sum()), round(in_a_row.max())
+        ranks = np.flatnonzero(in_a_row.round() == longest).tolist()
+        check_skipped(longest, ranks, self.max_skipped_updates)
+        taken = self.comm.size * self.updates_since_trailer - all_skipped
+        self.updates_since_trailer = 0
+        if taken == 0:
+            received.statistics[len(REPORTED) :] = 0.0
+        return Outcome(received.statistics, taken, all_skipped, bool(received.statistics[0] > 0))

@@ -1,0 +1,78 @@
+"""The Q-network: a torso and a head."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hvdqn.config import NetworkConfig
+from hvdqn.networks.heads import Head, make_head
+from hvdqn.networks.torsos import make_torso
+
+
+class QNetwork(nn.Module):
+    """A torso and a head. Takes raw observations: see `scale_observation`."""
+
+    def __init__(self, torso: nn.Module, head: Head) -> None:
+        super().__init__()
+        self.torso = torso
+        self.head = head
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the parameters."""
+        return next(self.parameters()).dtype
+
+    def forward(self, observation: Tensor) -> Tensor:
+        """Map raw observations `[batch, ...]` to the head's output `[batch, actions, ...]`."""
+        scaled = scale_observation(observation, self.dtype)
+        output: Tensor = self.head(self.torso(scaled))
+        return output.to(scaled.dtype)  # under autocast too, the loss is not computed in bf16
+
+    def q_values(self, observation: Tensor) -> Tensor:
+        """Return the expected return of each action, `[batch, actions]`, from which actions are chosen."""
+        scaled = scale_observation(observation, self.dtype)
+        output = self.head.act(self.torso(scaled))
+        return self.head.q_values(output.to(scaled.dtype))
+
+    def target_copy(self) -> QNetwork:
+        """Return the target network: a copy with parameters of its own, which need no gradients."""
+        target = copy.deepcopy(self).requires_grad_(False)
+        target.head.become_target()
+        return target
+
+
+def scale_observation(observation: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return raw observations as floats; uint8 is scaled to [0, 1]."""
+    if observation.dtype == dtype:
+        return observation
+    scaled = observation.to(dtype)
+    return scaled.div_(255) if observation.dtype == torch.uint8 else scaled
+
+
+def make_network(
+    config: NetworkConfig,
+    loss: str,
+    frame_shape: Sequence[int],
+    frame_stack: int,
+    is_image: bool,
+    actions: int,
+) -> QNetwork:
+    """Make the Q-network of a run.
+
+    Args:
+        config: torso, hidden layers and head.
+        loss: of the TD error, for a scalar head.
+        frame_shape: shape of a single observation, without stack.
+        frame_stack: frames that are stacked to one input.
+        is_image: whether observations are images.
+        actions: number of actions.
+
+    Raises:
+        UserError: the torso does not fit the observation.
+    """
+    torso, hidden = make_torso(config, frame_shape, frame_stack, is_image)
+    return QNetwork(torso, make_head(config, loss, torso.features, hidden, actions))

@@ -1,0 +1,139 @@
+"""Starts a run: checks what depends on all ranks, builds the parts, and restores the newest checkpoint."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from hvdqn.checkpoint import Checkpoint, Checkpoints, find_checkpoint, reset_environments, restore
+from hvdqn.clock import Clock
+from hvdqn.comm import Comm
+from hvdqn.config import Config, check_engine, check_world
+from hvdqn.errors import UserError
+from hvdqn.faults import StopSignal
+from hvdqn.metrics import PhaseTimer
+from hvdqn.parts import Parts, build_parts
+from hvdqn.recorder import Recorder
+from hvdqn.role import assign_role
+from hvdqn.run_directory import record_config
+from hvdqn.summary import log_header
+from hvdqn.trainer import ServingTrainer, Trainer
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T", bound=Trainer)
+
+
+def check_ranks(config: Config, comm: Comm) -> None:
+    """Check what depends on all ranks: equal settings, the engine, the number of ranks; a collective call.
+
+    Raises:
+        UserError: on all ranks.
+    """
+    check_same_config(config, comm)
+    check_engine(config, comm.name, comm.size)
+    check_world(config, assign_role(config.parallel.sync, comm.rank, comm.size).of)
+
+
+def check_same_config(config: Config, comm: Comm) -> None:
+    """Refuse ranks that were started with different settings.
+
+    Raises:
+        UserError: on all ranks, naming the first setting that differs.
+    """
+    everyone = comm.all_gather_object(config.flat())
+    for rank, settings in enumerate(everyone):
+        differing = [name for name, value in settings.items() if value != everyone[0][name]]
+        if differing:
+            name = differing[0]
+            raise UserError(
+                f"ranks were started with different settings: --{name.replace('_', '-')} is {everyone[0][name]!r} on "
+                f"rank 0 and {settings[name]!r} on rank {rank}; start all ranks with one command line"
+            )
+
+
+def check_that_it_learns(config: Config, clock: Clock) -> None:
+    """Refuse a run that ends before its first update.
+
+    Raises:
+        UserError: it does.
+    """
+    if clock.updates_owed(config.run.total_env_steps) == 0:
+        raise UserError(
+            f"{config.run.total_env_steps:,} env steps end before the first update: with this n-step and these "
+            f"environments learning starts at {clock.learning_starts:,}, and an update takes "
+            f"{clock.global_batch / config.replay.replay_ratio:,.6g} more; raise --total-env-steps"
+        )
+
+
+def make_trainer(
+    config: Config, comm: Comm, stop: StopSignal, parts: Parts, recorder: Recorder
+) -> Trainer:
+    """Return the trainer of this rank's role."""
+    kind = Trainer if parts.role.acts else ServingTrainer
+    return kind(config, comm, stop, parts, recorder)
+
+
+def start_run(
+    config: Config,
+    comm: Comm,
+    run_dir: Path,
+    stop: StopSignal,
+    timer: PhaseTimer,
+    make: Callable[[Config, Comm, StopSignal, Parts, Recorder], T],
+) -> T:
+    """Build all parts and the trainer, and begin the run or resume it from its newest checkpoint; a collective call.
+
+    Args:
+        config: checked, the same on every rank.
+        comm: the ranks.
+        run_dir: where the run is recorded.
+        stop: whether this rank was asked to stop.
+        timer: of this rank.
+        make: makes the trainer, as `make_trainer` does.
+
+    Raises:
+        UserError: the input is wrong, on all ranks.
+    """
+    checkpoints = Checkpoints(run_dir / "checkpoints", comm, config.run.checkpoint_keep, timer)
+    checkpoint, warnings = find_checkpoint(config, checkpoints, run_dir)
+    parts = build_parts(config, comm, timer, checkpoint.env_steps if checkpoint else 0)
+    check_that_it_learns(config, parts.clock)
+    # A run that is over is not trained with the new settings.
+    if checkpoint is None or checkpoint.env_steps < config.run.total_env_steps:
+        record_config(config, comm, run_dir, anew=checkpoint is None)
+    trainer = make(config, comm, stop, parts, Recorder(config, comm, run_dir, parts, checkpoints))
+    begin(trainer, checkpoint, warnings)
+    return trainer
+
+
+def begin(trainer: Trainer, checkpoint: Checkpoint | None, warnings: Sequence[str]) -> None:
+    """Begin the run, or resume it from a checkpoint, and log its header.
+
+    Args:
+        trainer: of this rank, as it was made.
+        checkpoint: to resume from, if any.
+        warnings: from looking for it, to be logged below the header.
+    """
+    config, comm, parts, recorder = trainer.config, trainer.comm, trainer.parts, trainer.recorder
+    changes: list[str] = []
+    if checkpoint is None:
+        reset_environments(parts)
+    else:
+        recorder.progress, changes = restore(parts, checkpoint, config, comm, recorder.totals)
+        recorder.saved_at_env_steps = parts.clock.env_steps
+    recorder.resume()
+    log_header(config, comm, parts)
+    for line in (*warnings, *changes):
+        log.info("%s", line)
+    total = config.run.total_env_steps
+    if parts.clock.env_steps >= total:
+        log.info(
+            f"this run has had its {total:,} env steps: raise --total-env-steps to go on, or choose another "
+            f"--run-dir for another run"
+        )
+    recorder.decide_on_replay()
+    if parts.clock.env_steps and parts.clock.due(config.run.eval_every):
+        trainer.evaluate()  # a signal may have cut it short

@@ -1,0 +1,58 @@
+"""`Gradients` with CUDA graphs: one graph computes the gradient, a second one takes the step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from hvdqn.comm import Comm
+from hvdqn.graphs import Record, Recorded
+from hvdqn.learner import Learner, learning_rate
+from hvdqn.metrics import PhaseTimer
+from hvdqn.sync.gradients import FINITE, LARGEST_WEIGHT, Gradients
+from hvdqn.sync.strategy import Outcome
+
+
+class RecordedGradients(Gradients):
+    """As `Gradients`, but the device decides whether a step is taken, and the host learns of it afterwards.
+
+    Args:
+        learner: its `differentiate` is to be recorded as well.
+        comm: the ranks.
+        timer: told when this rank waits for the others.
+        max_skipped_updates: updates skipped in a row before the run ends.
+        record: how to record a function.
+    """
+
+    def __init__(
+        self, learner: Learner, comm: Comm, timer: PhaseTimer, max_skipped_updates: int, record: Record
+    ) -> None:
+        super().__init__(learner, comm, timer, max_skipped_updates)
+        self.step = Recorded(
+            self._step, record, learner.device, lambda: [learner.gradient, *learner.state().values()]
+        )
+
+    def wait(self) -> Outcome:
+        """Wait for the average and take the step; skip it on all ranks alike if it is not finite."""
+        self.timer.start("comm")
+        if self.handle is not None:
+            self.handle.wait()
+            self.handle = None
+        self.timer.start("optimizer")
+        learner = self.learner
+        lr = learning_rate(learner.config, learner.batch_factor, self.progress)
+        (norm,) = self.step(torch.full((), lr, device=learner.device))
+        received = self.trailer.unpack()  # the host waits for the device here
+        applied = math.isfinite(float(norm)) and all(map(math.isfinite, received.slots[FINITE]))
+        if applied:
+            learner.log_step(lr, float(norm))
+        return self._outcome(received, applied)
+
+    def _step(self, lr: Tensor) -> tuple[Tensor]:
+        absent, slots = self.trailer.on_device()
+        largest = slots[LARGEST_WEIGHT].max().double()
+        scale = self.comm.size / (self.comm.size - absent.double())
+        finite = torch.isfinite(slots[FINITE]).all()
+        return (self.learner.apply_gradient_on_device(lr, largest, scale, finite),)

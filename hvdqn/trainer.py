@@ -1,0 +1,200 @@
+"""The training loop. Start reading at `Trainer.train`.
+
+Whatever the ranks do together (update, target copy, evaluation, checkpoint, end) is due by the clock, that is, by
+integer arithmetic on global env steps, the same on every rank. How ranks agree is the strategy's business (see `sync`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hvdqn.comm import Comm
+from hvdqn.config import Config
+from hvdqn.faults import StopSignal, check_replicas
+from hvdqn.parts import Acting, Parts, importance_at
+from hvdqn.recorder import Recorder
+from hvdqn.replay import Batch
+from hvdqn.sync import Outcome
+from hvdqn.sync.trailer import REPORTED
+
+# Iterations between exchanges of statistics while no update carries them. Few, so that a signal is answered within half
+# a minute even if an iteration takes seconds.
+POLL_ITERATIONS = 8
+
+
+class Trainer:
+    """One rank's part in a run. Every method is called by all ranks together.
+
+    Args:
+        config: checked, the same on every rank.
+        comm: the ranks.
+        stop: whether this rank was asked to stop.
+        parts: of this rank.
+        recorder: of the run.
+    """
+
+    acting: Acting
+
+    def __init__(
+        self, config: Config, comm: Comm, stop: StopSignal, parts: Parts, recorder: Recorder
+    ) -> None:
+        self.config, self.comm, self.stop, self.parts, self.recorder = config, comm, stop, parts, recorder
+        self.clock, self.learner, self.strategy = parts.clock, parts.learner, parts.strategy
+        self.timer, self.overlap = parts.timer, parts.overlap
+        if parts.acting is not None:
+            self.acting = parts.acting
+        self.acted_env_steps = 0  # of this rank, since it started
+        self.stop_voted = False
+        self.target_due = False
+        self.updating = False
+        self.batch: Batch | None = None  # the minibatch of the update under way
+        self.prefetched: Batch | None = None  # the minibatch of the next update
+
+    def complete(self) -> None:
+        """Train to the end; save, evaluate, record."""
+        self.train()
+        self.accumulate(self.strategy.synchronize())
+        self.update_target_if_due()
+        self.stop.all_ranks_agreed = True
+        self.recorder.save()
+        self.evaluate()
+        self.recorder.finish(self.stop_voted, self.acted_env_steps)
+        self.close()
+        with self.timer.during("comm"):
+            self.comm.barrier()
+
+    def train(self, until_env_steps: int | None = None) -> None:
+        """Train until this many global env steps, by default those of the run, or until a rank votes to stop."""
+        total = self.config.run.total_env_steps if until_env_steps is None else until_env_steps
+        self.exchange_stats()  # a rank may have been asked to stop before the start
+        while self.clock.env_steps < total and not self.stop_voted:
+            self.iterate()
+            self.timer.start("other")
+            self.run_due_events()
+
+    def iterate(self) -> None:
+        """Take the updates that are due, and one step in every environment; the last update overlaps the step."""
+        due = self.clock.updates_due()
+        overlapped = due > 0 and self.overlap != "none"
+        for remaining in reversed(range(int(overlapped), due)):
+            self.update(prefetch=remaining > 0)
+        if overlapped and self.overlap == "exchange":
+            self.begin_update()
+        self.timer.start("act")
+        actions = self.acting.actor.choose(self.parts.epsilons.at(self.clock.env_steps))
+        self.timer.start("env")
+        self.acting.actor.send(actions)
+        if overlapped and self.overlap == "update":
+            self.update()  # a GPU learns while the environments step
+            self.timer.start("env")
+        step = self.acting.actor.receive()
+        self.timer.start("add")
+        self.acting.replay.add(actions, step)
+        self.clock.tick()
+        self.acted_env_steps += len(actions)
+        if overlapped and self.overlap == "exchange":
+            self.finish_update()
+        elif due == 0 and self.clock.poll_due(POLL_ITERATIONS):
+            self.exchange_stats()
+
+    def update(self, prefetch: bool = False) -> None:
+        """Take one update: sample, compute the gradient, exchange it, step; maybe sample for the next one meanwhile."""
+        self.begin_update()
+        if prefetch and not self.acting.replay.uses_td_errors:
+            self.prefetched = self.sample()
+        self.finish_update()
+
+    def begin_update(self) -> None:
+        """Compute the gradient of a minibatch, and let the strategy send it."""
+        self.batch, self.prefetched = self.prefetched or self.sample(), None
+        report, progress = self.pop_report(), self.clock.env_steps / self.config.run.total_env_steps
+        self.clock.count_update()
+        self.updating = True
+        self.timer.start("compute")
+        if self.batch is None:
+            self.strategy.launch(report, None, 0.0, progress)
+        else:
+            learned = self.learner.compute_gradient(self.batch)
+            self.strategy.launch(report, learned, float(self.batch.weight.max()), progress)
+
+    def finish_update(self) -> None:
+        """Wait until the strategy has taken the step, and update the priorities of the minibatch."""
+        self.accumulate(self.strategy.wait())
+        self.updating = False
+        if self.batch is not None and self.acting.replay.uses_td_errors:
+            self.timer.start("sample")
+            self.acting.replay.update_priorities(self.batch.row_ids, self.learner.td_errors.cpu().numpy())
+
+    def sample(self) -> Batch | None:
+        """Return this rank's next minibatch."""
+        self.timer.start("sample")
+        importance = importance_at(self.config, self.parts.role, self.clock.env_steps)
+        return self.acting.replay.sample(self.config.replay.batch_per_rank, importance)
+
+    def pop_report(self) -> Sequence[float]:
+        """Return this rank's `REPORTED`: its vote to stop, and the episodes that ended since the last call."""
+        episodes = self.acting.envs.pop_episodes()
+        greediest = [e.episode_return for e in episodes if self.parts.epsilons.greediest[e.env]]
+        return (
+            float(self.stop.requested),
+            float(len(episodes)),
+            sum(e.episode_return for e in episodes),
+            float(sum(e.length for e in episodes)),
+            float(len(greediest)),
+            sum(greediest),
+        )
+
+    def exchange_stats(self) -> None:
+        """Exchange statistics and votes without a gradient."""
+        self.accumulate(self.strategy.exchange_stats(self.pop_report()))
+
+    def accumulate(self, outcome: Outcome) -> None:
+        """Add up what an exchange brought."""
+        self.recorder.totals.add(outcome)
+        self.stop_voted = self.stop_voted or outcome.stop
+
+    def run_due_events(self) -> None:
+        """Do what the last env steps made due besides updates."""
+        run, due = self.config.run, self.clock.due
+        over = self.clock.env_steps >= run.total_env_steps or self.stop_voted
+        if over or due(run.eval_every) or due(run.checkpoint_every):
+            self.accumulate(self.strategy.synchronize())
+        self.target_due |= due(self.config.learning.target_every)
+        self.update_target_if_due()
+        if due(run.log_every):
+            self.recorder.log()
+        if due(run.eval_every):
+            self.evaluate()
+        if due(run.checkpoint_every):
+            self.recorder.save()
+
+    def update_target_if_due(self) -> None:
+        """Copy the online network to the target network as soon as the strategy can, and compare the replicas."""
+        differing_ranks = self.strategy.update_target() if self.target_due else None
+        if differing_ranks is not None:
+            check_replicas(differing_ranks, self.clock.env_steps)
+            self.target_due = False
+
+    def evaluate(self) -> None:
+        """Play greedily; all ranks stop if one is asked to stop meanwhile."""
+        if not self.stop_voted:
+            self.stop_voted = not self.recorder.evaluate(lambda: self.stop.requested)
+
+    def close(self) -> None:
+        """Close the environments."""
+        self.acting.envs.close()
+
+
+class ServingTrainer(Trainer):
+    """Rank 0 under `--sync server`: it applies the workers' gradients in place of acting and learning."""
+
+    def iterate(self) -> None:
+        """Serve one push."""
+        self.accumulate(self.strategy.serve(self.stop.requested))
+
+    def pop_report(self) -> Sequence[float]:
+        """Return this rank's `REPORTED`, which has no episodes."""
+        return (float(self.stop.requested), *[0.0] * (len(REPORTED) - 1))
+
+    def close(self) -> None:
+        """Close nothing: there are no environments."""
