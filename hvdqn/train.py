@@ -33,7 +33,18 @@ from typing import Any, TypeVar
 import torch
 
 from hvdqn import __version__
-from hvdqn.checkpoint import LEARNER, Checkpoint, Checkpoints
+from hvdqn.checkpoint import (
+    LEARNER,
+    Checkpoint,
+    Checkpoints,
+    Progress,
+    best_evaluation,
+    contents,
+    find_checkpoint,
+    reset_environments,
+    restore,
+)
+from hvdqn.checkpoint.resume import set_aside
 from hvdqn.clock import Clock
 from hvdqn.comm import Comm, connect, launcher_rank, launcher_size
 from hvdqn.config import Config, as_yaml, check_engine, check_world, parse, unused_settings
@@ -56,7 +67,6 @@ from hvdqn.metrics import Metrics, PhaseTimer, WaitHint, replace_file, write_sum
 from hvdqn.parts import Parts, build_parts, device_kind, importance_at, recording
 from hvdqn.replay import Batch
 from hvdqn.replay.frames import DeviceFrames
-from hvdqn.resume import Progress, begin, best_evaluation, contents, find_checkpoint, restore, set_aside
 from hvdqn.seeds import rank_seeds
 
 gc.freeze()  # nor is it looked at again
@@ -123,7 +133,7 @@ class Training:
         """Begin the run, or go on from a checkpoint; say so, after what was said while looking for one."""
         changed: list[str] = []
         if checkpoint is None:
-            begin(self.parts)
+            reset_environments(self.parts)
         else:
             self.progress, changed = restore(self.parts, checkpoint, self.config, self.comm)
             self.saved_at_env_steps = self.clock.env_steps
