@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from hvdqn.checkpoint import Checkpoints
+from hvdqn.checkpoint import Checkpoints, Progress, reset_environments
 from hvdqn.comm import Comm
 from hvdqn.comm.horovod import ElasticWorld
 from hvdqn.comm.local import LocalComm
@@ -45,7 +45,6 @@ from hvdqn.learner import Learned
 from hvdqn.metrics import PhaseTimer
 from hvdqn.parts import Parts, build_parts, make_clock, make_epsilons, make_learner
 from hvdqn.replay import Batch
-from hvdqn.resume import Progress, begin
 from hvdqn.sync.gradients import Gradients
 from hvdqn.train import (
     Rest,
@@ -297,7 +296,7 @@ class Member:
         training = ElasticTraining(self.world, config, comm, run_dir, self.stop, parts, checkpoints)
         training.take_over(memento)
         if before is None:
-            begin(parts)
+            reset_environments(parts)
         else:
             training.hint = before.hint  # given once in a run
         training.agree_on_filling(before is not None and before.filling_env_steps <= 0)

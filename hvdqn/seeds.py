@@ -1,4 +1,4 @@
-"""Every random number of a run comes from one seed, spawned per rank and per use."""
+"""The random streams of a run, all spawned from one seed per rank and per use."""
 
 from __future__ import annotations
 
@@ -12,23 +12,31 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Seeds:
-    """Independent streams of one rank (numpy's `SeedSequence.spawn`)."""
+    """Seeds and generators of one rank, statistically independent (numpy's `SeedSequence.spawn`).
+
+    Args:
+        environments: seed of the training environments.
+        evaluation: seed of the evaluation environments and of random actions in them.
+        exploration: draws the random actions of training.
+        replay: draws the minibatches.
+        noise: seed of torch's generator: noisy networks, the fractions of IQN, dropout in a user's torso.
+    """
 
     environments: int
     evaluation: int
     exploration: np.random.Generator
     replay: np.random.Generator
     noise: int
-    """Of torch's own generator: the noise of networks, the fractions of IQN, the dropout of a user's torso."""
 
 
 def rank_seeds(seed: int, rank: int, env_steps: int = 0) -> Seeds:
-    """The streams of one rank; they do not depend on how many ranks there are.
+    """Return the seeds of one rank. They do not depend on the number of ranks.
 
     Args:
-        seed: of the run.
+        seed: seed of the run.
         rank: this rank.
-        env_steps: where the run is resumed, so that what cannot be resumed exactly does not repeat itself.
+        env_steps: global env steps at which the run resumes, so that streams that start anew do not repeat
+            themselves.
     """
     uses = np.random.SeedSequence(seed, spawn_key=(rank, env_steps)).spawn(5)
     environments, evaluation, noise = (int(uses[i].generate_state(1)[0] >> 1) for i in (0, 1, 4))
@@ -37,7 +45,7 @@ def rank_seeds(seed: int, rank: int, env_steps: int = 0) -> Seeds:
 
 
 def torch_state(device: torch.device) -> dict[str, NDArray[np.uint8]]:
-    """Where torch's generators are, of the CPU and of a rank's GPU."""
+    """Return the states of torch's generators: of the CPU, and of `device` if it is a GPU."""
     state = {"cpu": torch.get_rng_state().numpy()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device).numpy()
@@ -45,7 +53,7 @@ def torch_state(device: torch.device) -> dict[str, NDArray[np.uint8]]:
 
 
 def load_torch_state(state: Mapping[str, NDArray[np.uint8]], device: torch.device) -> None:
-    """Put back what `torch_state` gave; a generator that it does not know goes on as it is."""
+    """Set torch's generators to the states that `torch_state` returned; one without a state is left as it is."""
     torch.set_rng_state(torch.tensor(state["cpu"]))
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(torch.tensor(state["cuda"]), device)

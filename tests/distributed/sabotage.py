@@ -19,7 +19,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from hvdqn import checkpoint
+from hvdqn.checkpoint import directory
 from hvdqn.comm import launcher_rank
 from hvdqn.learner import Learner
 
@@ -206,7 +206,7 @@ def signalled_while_writing(env: Env) -> Env:
 
 @functools.cache
 def _wrap_write_part() -> list[Callable[[Path, int], None]]:
-    write_part = checkpoint.write_part
+    write_part = directory.write_part
     faults: list[Callable[[Path, int], None]] = []
     calls = 0
 
@@ -217,7 +217,7 @@ def _wrap_write_part() -> list[Callable[[Path, int], None]]:
             faults[0](path, calls)
         return write_part(path, *arguments)
 
-    checkpoint.write_part = faulty
+    directory.write_part = faulty
     return faults
 
 

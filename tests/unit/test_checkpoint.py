@@ -1,4 +1,4 @@
-"""What is written is read back, and what is broken is found."""
+"""Checkpoints return what was saved, and corrupted ones are detected."""
 
 from __future__ import annotations
 
@@ -8,24 +8,33 @@ import pickle
 import random
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import safetensors.numpy
 import torch
 
-from hvdqn import checkpoint
 from hvdqn.checkpoint import (
     BrokenCheckpointError,
     Checkpoints,
     OtherFormatError,
+    Progress,
+    contents,
+    directory,
+    load_shared_state,
     open_checkpoint,
     rank_part,
     read_part,
+    reset_environments,
+    shared_state,
     write_part,
 )
 from hvdqn.comm import connect
+from hvdqn.comm.local import LocalComm
+from hvdqn.config import parse
 from hvdqn.metrics import PhaseTimer
+from hvdqn.parts import build_parts
 
 CONTENT = {
     "learner": {"online": torch.arange(6, dtype=torch.float32), "step": torch.tensor(7.0)},
@@ -82,55 +91,55 @@ def test_only_plain_data_is_written(tmp_path):
             write_part(tmp_path / "x.safetensors", {"f": hidden})
 
 
-def test_newest_of_several_is_found_and_old_ones_go(tmp_path):
+def test_newest_checkpoint_is_found_and_old_ones_are_deleted(tmp_path):
     store = checkpoints(tmp_path, keep=2)
     for env_steps in (10, 20, 30):
         assert save(store, env_steps) == ""
     assert sorted(p.name for p in tmp_path.iterdir()) == ["000000000020", "000000000030", "latest"]
     assert (tmp_path / "latest").resolve().name == "000000000030"
-    found, wrong = store.newest_whole()
+    found, wrong = store.newest_valid()
     assert found is not None
     assert (found.env_steps, wrong) == (30, {})
     assert found.read(rank_part(0))["clock"]["env_steps"] == 40
 
 
-def test_a_half_written_one_is_not_seen(tmp_path):
+def test_an_incomplete_checkpoint_is_ignored(tmp_path):
     store = checkpoints(tmp_path)
     save(store, 10)
     (tmp_path / ".000000000020.tmp").mkdir()
-    (tmp_path / "000000000030").mkdir()  # such as a crash of the file system leaves
-    found, wrong = store.newest_whole()
+    (tmp_path / "000000000030").mkdir()  # a crash of the file system can leave this
+    found, wrong = store.newest_valid()
     assert found is not None
     assert found.env_steps == 10
     assert len(wrong) == 1
 
 
-def test_broken_ones_are_set_aside_and_latest_points_at_a_whole_one(tmp_path):
+def test_broken_checkpoints_are_set_aside_and_latest_points_at_a_valid_one(tmp_path):
     store = checkpoints(tmp_path, keep=1)
     save(store, 10)
-    whole = tmp_path / "000000000010"
+    valid = tmp_path / "000000000010"
     (tmp_path / "000000000020").mkdir()
     (tmp_path / "latest").unlink()
     (tmp_path / "latest").symlink_to("000000000020")
-    found, broken = store.newest_whole()
-    store.fall_back(found, broken)
-    assert (tmp_path / "latest").resolve() == whole
+    found, broken = store.newest_valid()
+    store.set_aside_broken(found, broken)
+    assert (tmp_path / "latest").resolve() == valid
     assert (tmp_path / "000000000020.broken").is_dir()
-    assert save(store, 15) == ""  # and it is the one kept, not the broken one that was newer
-    assert store.newest_whole()[0].env_steps == 15
+    assert save(store, 15) == ""  # `keep` does not count the broken one, which is newer
+    assert store.newest_valid()[0].env_steps == 15
 
 
-def test_without_a_whole_one_there_is_no_latest(tmp_path):
+def test_without_a_valid_checkpoint_there_is_no_latest(tmp_path):
     store = checkpoints(tmp_path)
     save(store, 10)
     (tmp_path / "000000000010" / "manifest.json").unlink()
-    found, broken = store.newest_whole()
-    store.fall_back(found, broken)
+    found, broken = store.newest_valid()
+    store.set_aside_broken(found, broken)
     assert found is None
     assert not (tmp_path / "latest").is_symlink()
 
 
-def test_the_best_is_kept_beside_the_newest(tmp_path):
+def test_the_best_checkpoint_is_kept_besides_the_newest(tmp_path):
     store = checkpoints(tmp_path, keep=1)
     for env_steps in (10, 20, 30):
         save(store, env_steps)
@@ -144,13 +153,13 @@ def test_the_best_is_kept_beside_the_newest(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == names
 
 
-def test_what_a_killed_attempt_left_is_swept_away(tmp_path):
+def test_leftovers_of_a_killed_save_are_deleted(tmp_path):
     store = checkpoints(tmp_path)
-    left = tmp_path / ".000000000010.tmp"
-    left.mkdir(parents=True)
-    (left / "rank-00000.safetensors").write_bytes(b"half a shard")
+    leftover = tmp_path / ".000000000010.tmp"
+    leftover.mkdir(parents=True)
+    (leftover / "rank-00000.safetensors").write_bytes(b"half a shard")
     save(store, 20)
-    assert not left.exists()
+    assert not leftover.exists()
 
 
 MEMORY = """
@@ -182,7 +191,7 @@ print(written, read)
 
 
 def test_neither_writing_nor_reading_a_shard_doubles_its_memory(tmp_path):
-    """141 MB of frames; both figures in MB beyond the ring itself, whose own pages are touched as it fills."""
+    """A shard has 141 MB of frames. Both figures are MB beyond the memory of the replay itself."""
     command = [sys.executable, "-c", MEMORY, str(tmp_path / "x.safetensors")]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     written, read = map(float, done.stdout.split())
@@ -190,8 +199,8 @@ def test_neither_writing_nor_reading_a_shard_doubles_its_memory(tmp_path):
     assert read < 40
 
 
-def test_two_hundred_random_corruptions_and_none_loads_silently(tmp_path):
-    """Bits flipped, ends cut, bytes put in, files gone, over all files of a checkpoint."""
+def test_two_hundred_random_corruptions_are_all_detected(tmp_path):
+    """Flip a bit, cut the end, insert a byte or delete a file, in any file of a checkpoint."""
     store = checkpoints(tmp_path, keep=2)
     save(store, 10)
     save(store, 20)
@@ -199,24 +208,24 @@ def test_two_hundred_random_corruptions_and_none_loads_silently(tmp_path):
     rng = random.Random(5)
     for _ in range(200):
         victim = rng.choice(victims)
-        whole = victim.read_bytes()
-        torn = bytearray(whole)
-        kind = rng.choice(["flip", "cut", "insert", "gone"])
+        original = victim.read_bytes()
+        corrupted = bytearray(original)
+        kind = rng.choice(["flip", "cut", "insert", "delete"])
         if kind == "flip":
-            torn[rng.randrange(len(torn))] ^= 1 << rng.randrange(8)
+            corrupted[rng.randrange(len(corrupted))] ^= 1 << rng.randrange(8)
         elif kind == "cut":
-            del torn[rng.randrange(len(torn)) :]
+            del corrupted[rng.randrange(len(corrupted)) :]
         elif kind == "insert":
-            torn.insert(rng.randrange(len(torn)), rng.randrange(256))
+            corrupted.insert(rng.randrange(len(corrupted)), rng.randrange(256))
         victim.unlink()
-        if kind != "gone":
-            victim.write_bytes(torn)
-        found, wrong = store.newest_whole()
+        if kind != "delete":
+            victim.write_bytes(corrupted)
+        found, wrong = store.newest_valid()
         assert found is not None
-        assert found.env_steps == 10, f"{kind} in {victim.name} went unnoticed"
+        assert found.env_steps == 10, f"{kind} in {victim.name} was not detected"
         assert len(wrong) == 1
-        victim.write_bytes(whole)
-    found, _ = store.newest_whole()
+        victim.write_bytes(original)
+    found, _ = store.newest_valid()
     assert found is not None
     assert found.env_steps == 20
 
@@ -226,13 +235,13 @@ class Bomb:
         return (exec, ("raise SystemExit('code from a checkpoint ran')",))
 
 
-def test_a_hostile_checkpoint_runs_nothing(tmp_path):
-    """A pickle where weights should be, with a manifest that vouches for it."""
+def test_a_pickle_in_a_checkpoint_is_not_executed(tmp_path):
+    """`read_part` does not compare digests, so this is the case in which the manifest agrees with the pickle."""
     store = checkpoints(tmp_path)
     save(store, 10)
     weights = tmp_path / "000000000010" / "rank-00000.safetensors"
-    for hostile in (pickle.dumps(Bomb()), torch_pickle(tmp_path)):
-        weights.write_bytes(hostile)
+    for malicious in (pickle.dumps(Bomb()), torch_pickle(tmp_path)):
+        weights.write_bytes(malicious)
         with pytest.raises(BrokenCheckpointError):
             read_part(weights)
 
@@ -242,8 +251,8 @@ def torch_pickle(tmp_path):
     return (tmp_path / "bomb.pt").read_bytes()
 
 
-def test_a_hostile_header_runs_nothing(tmp_path):
-    """Names of types that hold Python objects, and nesting without end."""
+def test_a_malicious_header_is_not_executed(tmp_path):
+    """The header names dtypes that hold Python objects, or nests without end."""
     path = tmp_path / "x.safetensors"
     for text in (
         '{"__array__": "0", "__dtype__": "O"}',
@@ -260,7 +269,7 @@ def test_a_hostile_header_runs_nothing(tmp_path):
         open_checkpoint(manifest.parent)
 
 
-def test_an_unknown_format_is_refused(tmp_path):
+def test_an_altered_manifest_is_refused(tmp_path):
     store = checkpoints(tmp_path)
     save(store, 10)
     path = tmp_path / "000000000010" / "manifest.json"
@@ -270,34 +279,81 @@ def test_an_unknown_format_is_refused(tmp_path):
         open_checkpoint(tmp_path / "000000000010")
 
 
-def test_one_of_another_version_is_refused_and_not_set_aside(tmp_path, monkeypatch):
+def test_another_format_is_refused_and_not_set_aside(tmp_path, monkeypatch):
     store = checkpoints(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "FORMAT", 99)
+        patch.setattr(directory, "FORMAT", 99)
         save(store, 10)
     with pytest.raises(OtherFormatError, match="has format 99, this version reads"):
-        store.newest_whole()
+        store.newest_valid()
     assert (tmp_path / "000000000010").is_dir()
 
 
-def test_a_file_that_cannot_be_read_now_is_not_taken_for_a_broken_one(tmp_path, monkeypatch):
+def test_a_temporary_read_error_does_not_mark_a_checkpoint_as_broken(tmp_path, monkeypatch):
     store = checkpoints(tmp_path)
     save(store, 10)
 
     def stale(*_):
         raise OSError(errno.ESTALE, "Stale file handle")
 
-    monkeypatch.setattr(checkpoint, "_digest", stale)
+    monkeypatch.setattr(directory, "file_digest", stale)
     with pytest.raises(OSError, match="Stale file handle"):
-        store.newest_whole()
+        store.newest_valid()
     assert (tmp_path / "000000000010").is_dir()
 
 
-def test_a_disk_that_fails_leaves_the_old_checkpoint(tmp_path):
+def test_a_failed_write_leaves_the_old_checkpoint(tmp_path):
     store = checkpoints(tmp_path)
     save(store, 10)
-    (tmp_path / ".000000000020.tmp").write_text("a file where the directory must go")
+    (tmp_path / ".000000000020.tmp").write_text("a file in place of the directory")
     assert "rank 0" in save(store, 20)
-    found, _ = store.newest_whole()
+    found, _ = store.newest_valid()
     assert found is not None
     assert found.env_steps == 10
+
+
+@contextmanager
+def small_parts():
+    parts = build_parts(parse(["--preset", "smoke", "--hidden", "8"]), LocalComm(), PhaseTimer())
+    try:
+        yield parts
+    finally:
+        parts.envs.close()
+
+
+def test_contents_have_the_names_that_earlier_versions_wrote():
+    with small_parts() as parts:
+        reset_environments(parts)
+        written = contents(parts, LocalComm(), Progress(keeps_replay=True))
+        assert written.keys() == {"learner", "rank-00000"}
+        assert written["learner"].keys() == {"learner", "counters", "clock", "progress"}
+        assert written["rank-00000"].keys() == {"actor", "clock", "replay", "seconds", "torch"}
+        assert contents(parts, LocalComm(), Progress(keeps_replay=False))["rank-00000"]["replay"] is None
+
+
+@pytest.mark.parametrize("through_file", [False, True])
+def test_shared_state_makes_another_rank_equal(tmp_path, through_file):
+    progress = Progress(failed_checkpoints=1, evaluation={"eval_return_mean": 3.5}, world_changes=2)
+    with small_parts() as before, small_parts() as after:
+        for tensor in before.learner.state().values():
+            tensor.copy_(torch.rand_like(tensor))
+        before.learner.skipped_updates = 7
+        before.clock.advance(808)
+        before.clock.updates = 30
+        state = shared_state(before.learner, before.clock, progress)
+        if through_file:
+            write_part(tmp_path / "x.safetensors", state)
+            state = read_part(tmp_path / "x.safetensors")
+        assert load_shared_state(state, after.learner, after.clock) == progress
+        assert after.learner.skipped_updates == 7
+        assert after.clock.state() == before.clock.state()
+        for name, tensor in before.learner.state().items():
+            assert torch.equal(after.learner.state()[name], tensor), name
+
+
+def test_updates_wait_for_replay_to_fill_if_it_was_not_saved():
+    with small_parts() as before, small_parts() as after:
+        before.clock.advance(808)
+        state = shared_state(before.learner, before.clock, Progress())
+        load_shared_state(state, after.learner, after.clock, refill=True)
+        assert after.clock.updates_owed(808 + after.clock.learning_starts) == after.clock.updates

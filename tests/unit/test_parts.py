@@ -19,7 +19,7 @@ from threadpoolctl import ThreadpoolController, threadpool_limits
 import hvdqn.networks.torsos
 from hvdqn import train
 from hvdqn.acting import Actor
-from hvdqn.checkpoint import open_checkpoint, rank_part
+from hvdqn.checkpoint import open_checkpoint, rank_part, restore
 from hvdqn.comm.local import LocalComm
 from hvdqn.config import Config, parse, preset_config
 from hvdqn.errors import UserError
@@ -28,7 +28,6 @@ from hvdqn.metrics import PhaseTimer
 from hvdqn.parts import build_parts, choose_device, importance_at, share_of_cores
 from hvdqn.presets import JOINED, PRESETS
 from hvdqn.replay import PrioritizedSampler
-from hvdqn.resume import restore
 from hvdqn.seeds import torch_state
 from tests.ranks import ThreadComm, run_ranks
 from tests.unit.test_train import run

@@ -174,7 +174,7 @@ HERE = {
     "run directory is a file": wrong(
         "--run-dir {tmp}/file", "cannot write", "{tmp}/file", "File exists", "--run-dir", files={"file": ""}
     ),
-    "no checkpoint to resume": wrong("--resume must", "--resume must", "there is none", "--run-dir"),
+    "no checkpoint to resume": wrong("--resume must", "--resume must", "holds no checkpoint", "--run-dir"),
     "env kwargs no JSON": wrong("--env-kwargs {{x", "--env-kwargs", "not JSON", '{"name": value}'),
     "env kwargs unknown": wrong(
         '--env-kwargs {{"gravity":1}}', "--env-kwargs", "does not suit 'CartPole-v1'", "gravity"

@@ -1,0 +1,315 @@
+"""The checkpoints of a run directory: complete or absent, checksummed, without pickle.
+
+    checkpoints/000000050000/      env steps, zero-padded
+        manifest.json              versions, config, world size, size and sha256 of every file
+        learner.safetensors        networks and optimizer, clock and counters (rank 0)
+        rank-00000.safetensors     that rank's replay shard, random states and environments
+    checkpoints/latest             link to the newest checkpoint
+    checkpoints/best               link to the weights of the best evaluation
+
+A checkpoint is written to a hidden directory, flushed to disk and then renamed, so that a crash never leaves half of
+one. Training waits during the write: replay must not change, and a copy of it would double the memory. The time it
+takes is phase `save` in `summary.json`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hvdqn import __version__
+from hvdqn.checkpoint.files import BrokenCheckpointError, file_digest, read_part, write_part
+from hvdqn.comm import Comm
+from hvdqn.metrics import PhaseTimer
+
+FORMAT = 2
+MANIFEST = "manifest.json"
+
+# These errors mean that a file is missing, so its checkpoint is broken. Other OSErrors may be temporary failures of
+# the file system, such as a stale handle, and must not condemn a checkpoint.
+_MISSING = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+
+
+class OtherFormatError(BrokenCheckpointError):
+    """A checkpoint is intact, but another version of hvdqn wrote it in another format."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk whose manifest has been read and verified.
+
+    Args:
+        path: its directory.
+        manifest: the content of `manifest.json`.
+        verified: True if some rank has compared every file with the manifest; `read` does not repeat that.
+    """
+
+    path: Path
+    manifest: Mapping[str, Any]
+    verified: bool = False
+
+    @property
+    def env_steps(self) -> int:
+        """Global env steps at which it was written."""
+        return int(self.manifest["env_steps"])
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks that wrote it."""
+        return int(self.manifest["world_size"])
+
+    def verify(self, name: str, alive: Callable[[], None] = lambda: None) -> None:
+        """Compare one file with the manifest.
+
+        Args:
+            name: name of the file, a key of the manifest's `files`.
+            alive: called after each block that is read, to show the watchdog that the rank is making progress.
+
+        Raises:
+            BrokenCheckpointError: the file is missing, or its length or content differs.
+            OSError: the file exists but cannot be read at the moment.
+        """
+        expected = self.manifest["files"][name]
+        try:
+            found = file_digest(self.path / name, alive)
+        except _MISSING as error:
+            raise BrokenCheckpointError(f"{self.path / name}: {error.strerror}") from None
+        if found != (expected["sha256"], expected["bytes"]):
+            raise BrokenCheckpointError(
+                f"{self.path / name} is not what was written (sha256 or length differs)"
+            )
+
+    def read(self, part: str) -> Any:
+        """Return the content of one part as it was passed to `Checkpoints.save`; see `read_part`.
+
+        Raises:
+            BrokenCheckpointError: the file is broken.
+        """
+        name = part + ".safetensors"
+        if not self.verified:
+            self.verify(name)
+        return read_part(self.path / name)
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Read and verify the manifest of a checkpoint. Its other files are verified when they are read.
+
+    Raises:
+        BrokenCheckpointError: the manifest is missing, incomplete or altered.
+        OtherFormatError: the manifest is intact, but this version does not read its format.
+    """
+    try:
+        text = (path / MANIFEST).read_text(encoding="utf-8")
+        manifest = json.loads(text)
+        manifest.pop("sha256")
+        intact = text == _manifest_text(manifest)
+        version = manifest["format"]
+    except (*_MISSING, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        raise BrokenCheckpointError(f"{path / MANIFEST} is missing or damaged") from None
+    if not intact:
+        raise BrokenCheckpointError(f"{path / MANIFEST} is not what was written (sha256 differs)")
+    if version != FORMAT:
+        raise OtherFormatError(f"{path} has format {version}, this version reads {FORMAT}")
+    return Checkpoint(path, manifest)
+
+
+class Checkpoints:
+    """The checkpoints of one run directory, which all ranks can read and write.
+
+    Every public method is collective: all ranks call it together and get the same result.
+
+    Args:
+        directory: `RUN_DIR/checkpoints`.
+        comm: the ranks.
+        keep: number of checkpoints to keep; older ones are deleted.
+        timer: times the waits for other ranks, and shows the watchdog that long reads and writes make progress.
+    """
+
+    def __init__(self, directory: Path, comm: Comm, keep: int, timer: PhaseTimer) -> None:
+        self.directory, self.comm, self.keep, self.timer = directory, comm, keep, timer
+
+    def save(
+        self, env_steps: int, parts: Mapping[str, Any], config: Mapping[str, Any], best: bool = False
+    ) -> str:
+        """Write a checkpoint; return "", or the reason if any rank failed, and then leave the others as they are.
+
+        Args:
+            env_steps: global env steps, which name the checkpoint's directory.
+            parts: content of each file that this rank writes, by the file's name without its suffix.
+            config: the settings of the run, stored in the manifest.
+            best: point the link `best` at this checkpoint instead of the link `latest`.
+        """
+        name = f"{'best-' if best else ''}{env_steps:012d}"
+        temporary = self.directory / f".{name}.tmp"
+        failure = self._on_rank_0(lambda: self._make_empty(temporary))
+        if failure:
+            return failure
+        files: dict[str, Any] = {}
+        try:
+            for part, content in parts.items():
+                file = part + ".safetensors"
+                files[file] = write_part(temporary / file, content, self.timer.alive)
+        except OSError as error:
+            failure = f"rank {self.comm.rank}: {error}"
+        with self.timer.during("comm"):
+            reports = self.comm.all_gather_object((failure, files))
+        failure = next((text for text, _ in reports if text), "")
+        if not failure:
+            all_files = {file: entry for _, written in reports for file, entry in written.items()}
+            manifest = _make_manifest(env_steps, self.comm.size, config, all_files)
+            failure = self._on_rank_0(lambda: self._commit(temporary, name, manifest))
+        if failure:
+            self._on_rank_0(self._delete_temporary)
+        return failure
+
+    def newest_valid(self) -> tuple[Checkpoint | None, dict[str, str]]:
+        """Return the newest checkpoint that is not broken, and the broken ones that are newer.
+
+        Each rank verifies its share of a checkpoint's files. The broken ones map their name to what is wrong.
+
+        Raises:
+            OtherFormatError: on all ranks, if a checkpoint has a format that this version does not read.
+        """
+        broken: dict[str, str] = {}
+        names = self.comm.broadcast_object(self._names() if self.comm.rank == 0 else [])
+        for name in reversed(names):
+            found, error = None, None
+            try:
+                found = open_checkpoint(self.directory / name)
+                files = sorted(found.manifest["files"])
+                for file in files[self.comm.rank :: self.comm.size]:
+                    found.verify(file, self.timer.alive)
+            except BrokenCheckpointError as caught:
+                error = caught
+            with self.timer.during("comm"):
+                errors = [one for one in self.comm.all_gather_object(error) if one]
+            for one in errors:
+                if isinstance(one, OtherFormatError):
+                    raise one
+            if found is not None and not errors:
+                return replace(found, verified=True), broken
+            broken[name] = str(errors[0])
+        return None, broken
+
+    def set_aside_broken(self, found: Checkpoint | None, broken: Mapping[str, str]) -> None:
+        """Rename broken checkpoints to `NAME.broken` and point `latest` at the valid one that was found.
+
+        Args:
+            found: the checkpoint that `newest_valid` returned; without one, `latest` is removed.
+            broken: the broken checkpoints that it returned; without any, nothing changes.
+        """
+        if broken:
+            self._on_rank_0(lambda: self._set_aside_broken(found, broken))
+
+    def _set_aside_broken(self, found: Checkpoint | None, broken: Mapping[str, str]) -> None:
+        for name in broken:
+            aside = self.directory / f"{name}.broken"
+            shutil.rmtree(aside, ignore_errors=True)
+            (self.directory / name).rename(aside)
+        latest = self.directory / "latest"
+        if found is None:
+            latest.unlink(missing_ok=True)
+        else:
+            _link(latest, found.path.name)
+
+    def _names(self) -> list[str]:
+        """Return the names of all checkpoints but the best and the broken ones, oldest first."""
+        if not self.directory.is_dir():
+            return []
+        return sorted(entry.name for entry in self.directory.iterdir() if entry.name.isdigit())
+
+    def _make_empty(self, temporary: Path) -> None:
+        self._delete_temporary()
+        temporary.mkdir(parents=True)
+
+    def _delete_temporary(self) -> None:
+        """Delete what killed or failed attempts to save have left."""
+        for path in self.directory.glob(".*.tmp"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _commit(self, temporary: Path, name: str, manifest: Mapping[str, Any]) -> None:
+        """Add the manifest to the files that are written, and give the checkpoint its name."""
+        with (temporary / MANIFEST).open("w", encoding="utf-8") as file:
+            file.write(_manifest_text(manifest))
+            file.flush()
+            os.fsync(file.fileno())
+        _fsync_directory(temporary)
+        final = self.directory / name
+        # A run that resumes repeats an evaluation at the same env step, and may write a better `best` then.
+        if final.exists():
+            final.rename(self.directory / f".{name}.old.tmp")
+        temporary.rename(final)
+        _link(self.directory / ("latest" if name.isdigit() else "best"), name)
+        _fsync_directory(self.directory)
+        self._prune(name)
+
+    def _prune(self, newest: str) -> None:
+        """Delete all but the `keep` newest checkpoints, or all best ones but the newest, whichever was saved."""
+        if newest.isdigit():
+            old = self._names()[: -self.keep]
+        else:
+            old = [entry.name for entry in self.directory.glob("best-*") if entry.name != newest]
+        for name in old:
+            shutil.rmtree(self.directory / name, ignore_errors=True)
+        self._delete_temporary()
+
+    def _on_rank_0(self, action: Callable[[], None]) -> str:
+        """Call `action` on rank 0; return "" on all ranks, or the reason if it failed."""
+        failure = ""
+        if self.comm.rank == 0:
+            try:
+                action()
+            except OSError as error:
+                failure = f"rank 0: {error}"
+        with self.timer.during("comm"):
+            return self.comm.broadcast_object(failure)
+
+
+def _make_manifest(
+    env_steps: int, world_size: int, config: Mapping[str, Any], files: Mapping[str, Any]
+) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "env_steps": env_steps,
+        "world_size": world_size,
+        "versions": {
+            "hvdqn": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
+        "config": dict(config),
+        "files": dict(files),
+    }
+
+
+def _manifest_text(manifest: Mapping[str, Any]) -> str:
+    """Return the content of `manifest.json`: the manifest and, last, its own digest."""
+    digest = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
+    return json.dumps({**manifest, "sha256": digest}, indent=1)
+
+
+def _fsync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _link(link: Path, target: str) -> None:
+    """Point a symbolic link at another target in one atomic step."""
+    temporary = link.with_name(f".{link.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    temporary.replace(link)

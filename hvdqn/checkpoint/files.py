@@ -1,0 +1,170 @@
+"""One file of a checkpoint: nested dicts and lists with arrays as leaves, in safetensors format.
+
+The arrays are the tensors of the safetensors file. Everything else is JSON in the file's metadata, in which
+`{"__array__": NAME}` takes the place of an array. Reading a file never executes anything in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import torch
+from numpy.typing import NDArray
+
+_DTYPES = {
+    "|b1": "BOOL", "|u1": "U8", "|i1": "I8", "<i2": "I16", "<u2": "U16", "<i4": "I32", "<u4": "U32",
+    "<i8": "I64", "<u8": "U64", "<f2": "F16", "<f4": "F32", "<f8": "F64",
+}  # fmt: skip
+_ARRAY, _DTYPE = "__array__", "__dtype__"
+_BLOCK_BYTES = 1 << 24
+_UNREADABLE = (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError)
+
+
+class BrokenCheckpointError(RuntimeError):
+    """A checkpoint is incomplete, or differs from what was written."""
+
+
+def write_part(path: Path, content: Any, alive: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """Write one file of a checkpoint; return its `sha256` and its size in `bytes`, for the manifest.
+
+    Arrays are written straight from their own memory: a replay shard would not fit into memory twice, and the
+    safetensors library's own writer makes a copy. The hash is computed in a second thread during the write.
+
+    Args:
+        path: the file to write.
+        content: nested dicts and lists of numbers, text, None, arrays and tensors.
+        alive: called after each block of 16 MiB, to show the watchdog that the write is making progress.
+
+    Raises:
+        OSError: the file cannot be written.
+        TypeError: `content` holds any other type.
+    """
+    arrays: dict[str, NDArray[Any]] = {}
+    header = _header(_extract_arrays(content, arrays), arrays)
+    blocks = [memoryview(header), *(_bytes_of(array) for array in arrays.values())]
+    digest = hashlib.sha256()
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as hasher:
+        for block in blocks:
+            for start in range(0, len(block), _BLOCK_BYTES):
+                piece = block[start : start + _BLOCK_BYTES]
+                hashed = hasher.submit(digest.update, piece)
+                _write_all(file, piece)
+                hashed.result()
+                alive()
+        os.fsync(file.fileno())
+        size = file.tell()
+    return {"sha256": digest.hexdigest(), "bytes": size}
+
+
+def read_part(path: Path) -> Any:
+    """Return the content of a file that `write_part` wrote; tensors come back as arrays, tuples as lists.
+
+    The arrays are views of the memory-mapped file and are read from disk when they are used. Copy those that are
+    needed after the file is deleted or overwritten.
+
+    Raises:
+        BrokenCheckpointError: the file is missing or is not in this format.
+    """
+    try:
+        # The "pt" framework maps the file into memory; the "numpy" framework would copy each array.
+        with safetensors.safe_open(path, framework="pt") as file:
+            data = json.loads(file.metadata()["data"])
+            return _insert_arrays(data, file)
+    except _UNREADABLE as error:
+        raise BrokenCheckpointError(f"{path} cannot be read: {error}") from None
+
+
+def file_digest(path: Path, alive: Callable[[], None] = lambda: None) -> tuple[str, int]:
+    """Return the sha256 of a file and its size in bytes.
+
+    Args:
+        path: the file to read.
+        alive: called after each block of 16 MiB, to show the watchdog that the read is making progress.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+            size += len(block)
+            alive()
+    return digest.hexdigest(), size
+
+
+def _header(data: Any, arrays: Mapping[str, NDArray[Any]]) -> bytes:
+    """Return the start of a safetensors file: the length of its header, then the header as padded JSON."""
+    header: dict[str, Any] = {"__metadata__": {"data": json.dumps(data)}}
+    offset = 0
+    for name, array in arrays.items():
+        header[name] = {
+            "dtype": _DTYPES[array.dtype.str],
+            "shape": array.shape,
+            "data_offsets": [offset, offset + array.nbytes],
+        }
+        offset += array.nbytes
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return struct.pack("<Q", len(encoded)) + encoded
+
+
+def _extract_arrays(content: Any, arrays: dict[str, NDArray[Any]]) -> Any:
+    """Return `content` as JSON data, with each array moved to `arrays` and replaced by its name there."""
+    if isinstance(content, torch.Tensor):
+        content = content.detach().cpu().numpy()
+    if isinstance(content, np.generic):
+        content = np.asarray(content)
+    if isinstance(content, np.ndarray):
+        return _extract_array(content, arrays)
+    if isinstance(content, Mapping):
+        return {str(key): _extract_arrays(value, arrays) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_extract_arrays(value, arrays) for value in content]
+    if content is None or isinstance(content, (str, int, float)):
+        return content
+    raise TypeError(f"{type(content).__name__} is not plain data")
+
+
+def _extract_array(array: NDArray[Any], arrays: dict[str, NDArray[Any]]) -> dict[str, str]:
+    if array.dtype.kind not in "biufcSU":
+        raise TypeError(f"an array of {array.dtype} is not plain data")
+    name, dtype = str(len(arrays)), array.dtype.str
+    # ascontiguousarray copies only strided arrays, and replay has none. It makes scalars one-dimensional: reshape.
+    array = np.ascontiguousarray(array).reshape(array.shape)
+    if dtype in _DTYPES:
+        arrays[name] = array
+        return {_ARRAY: name}
+    # safetensors has no complex numbers, text or big-endian numbers: store them as bytes.
+    arrays[name] = array[..., None].view(np.uint8)
+    return {_ARRAY: name, _DTYPE: dtype}
+
+
+def _insert_arrays(data: Any, file: Any) -> Any:
+    """Return `data` with each array of the safetensors file back in its place."""
+    if isinstance(data, dict):
+        if _ARRAY in data:
+            array = file.get_tensor(data[_ARRAY]).numpy()
+            return array.view(data[_DTYPE])[..., 0] if _DTYPE in data else array
+        return {key: _insert_arrays(value, file) for key, value in data.items()}
+    if isinstance(data, list):
+        return [_insert_arrays(value, file) for value in data]
+    return data
+
+
+def _bytes_of(array: NDArray[Any]) -> memoryview:
+    return array.reshape(-1).view(np.uint8).data if array.size else memoryview(b"")
+
+
+def _write_all(file: Any, view: memoryview) -> None:
+    while len(view):
+        view = view[file.write(view) :]  # an unbuffered write may write only a part
