@@ -4,22 +4,23 @@
 #   docker build -t hvdqn-cpu --build-arg BASE_IMAGE=debian:bookworm-slim \
 #       --build-arg RUNTIME_IMAGE=debian:bookworm-slim .                          CPU
 #
-#   docker run --rm hvdqn                                                         prints the help
+#   docker run --rm hvdqn                                                         print the help
 #   docker run --rm --gpus all --shm-size 1g -v "$PWD/runs:/workspace/runs" --user "$(id -u):$(id -g)" \
 #       hvdqn horovodrun -np 8 python -m hvdqn.train --preset atari --env ALE/Breakout-v5
 #
-# --shm-size   Ranks of one host talk through /dev/shm (Open MPI some 4 MB a rank, NCCL up to 30 MB). Docker gives 64 MB:
-#              with more than a few ranks they fail with a bus error. --ipc host does as well.
-# SYS_PTRACE   Open MPI copies large messages straight from one rank's memory into another's, which a container's
-#              default seccomp profile may forbid. It is therefore off, see OMPI_MCA_btl_vader_... below. With
-#              --cap-add SYS_PTRACE -e OMPI_MCA_btl_vader_single_copy_mechanism=cma it is on.
-# docker stop  sends SIGUSR2. mpirun, and horovodrun over MPI, hand it to every rank: they write a checkpoint and exit
+# --shm-size   Ranks on one host exchange data through /dev/shm (Open MPI about 4 MB per rank, NCCL up to 30 MB). The
+#              default of 64 MB is enough for a few ranks; more fail with a bus error. --ipc host works too.
+# SYS_PTRACE   Open MPI can copy large messages directly between the memories of two ranks, which a container's default
+#              seccomp profile may forbid. So it is off, see OMPI_MCA_btl_vader_... below. To turn it on, use
+#              --cap-add SYS_PTRACE -e OMPI_MCA_btl_vader_single_copy_mechanism=cma.
+# docker stop  sends SIGUSR2. mpirun, and horovodrun over MPI, pass it to every rank: they write a checkpoint and exit
 #              with 75. Give them time: docker stop -t 120.
 #
-# Build arguments. BASE_IMAGE builds, RUNTIME_IMAGE runs: two images of one release of Debian or Ubuntu, since the
-# environment that is built in one and copied to the other uses its Python. For a GPU image BASE_IMAGE has nvcc; its CUDA
-# must be of the same major version as torch's (torch 2.13: CUDA 13). torch brings its own CUDA libraries, so that
-# nvidia/cuda:13.0.2-base-ubuntu24.04 is enough to run, and saves 2 GB, if nothing else needs those of the system.
+# Build arguments. The image is built in BASE_IMAGE and runs in RUNTIME_IMAGE. Both must be of the same release of
+# Debian or Ubuntu, since the environment that is copied from one to the other uses the system's Python. For a GPU image
+# BASE_IMAGE needs nvcc, of the same CUDA major version as torch (torch 2.13: CUDA 13). torch contains its own CUDA
+# libraries, so nvidia/cuda:13.0.2-base-ubuntu24.04 is enough as RUNTIME_IMAGE, unless you add other programs that need
+# those of the system.
 ARG BASE_IMAGE=nvidia/cuda:13.0.2-devel-ubuntu24.04
 ARG RUNTIME_IMAGE=nvidia/cuda:13.0.2-runtime-ubuntu24.04
 
@@ -30,18 +31,20 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 
 ARG TORCH_VERSION=2.13.0
-# What every CPU of the last ten years has. Horovod's own default is whatever the building machine has.
+# Instructions that every CPU of the last ten years has. Horovod's default is those of the machine that builds it.
 ARG HOROVOD_BUILD_ARCH_FLAGS="-mavx -mf16c -mfma"
-# What CUDA 13 still knows and hvdqn may meet: 75 is Turing, 80 and 86 Ampere, 89 Ada, 90 Hopper, 100 and 120 Blackwell.
+# GPUs that CUDA 13 supports: 75 is Turing, 80 and 86 Ampere, 89 Ada, 90 Hopper, 100 and 120 Blackwell.
 ARG HOROVOD_BUILD_CUDA_CC_LIST=75,80,86,89,90,100,120
 ENV HVDQN_VENV=/opt/hvdqn
 
-# First what changes rarely, against an empty package: an edited source then leaves Horovod's layer as it is.
+# Install the dependencies and Horovod with only the files that this needs. The layer is then reused when other files
+# of hvdqn change.
 WORKDIR /src
 COPY pyproject.toml ./
 COPY launch/setup.sh launch/install_horovod.sh launch/
+COPY hvdqn/launchers/__init__.py hvdqn/launchers/horovod_build.py hvdqn/launchers/horovod_check.py hvdqn/launchers/
 RUN --mount=type=cache,target=/root/.cache \
-    mkdir hvdqn && touch README.md LICENSE hvdqn/__init__.py \
+    touch README.md LICENSE hvdqn/__init__.py \
     && if command -v nvcc >/dev/null; then device=gpu; else device=cpu; unset HOROVOD_BUILD_CUDA_CC_LIST; fi \
     && HVDQN_TORCH="${TORCH_VERSION}" HVDQN_HOROVOD="$device" launch/setup.sh \
     && "$HVDQN_VENV/bin/python" -m pip uninstall --yes --quiet hvdqn cmake ninja
@@ -67,9 +70,9 @@ LABEL org.opencontainers.image.title="hvdqn" \
     org.opencontainers.image.base.name="${RUNTIME_IMAGE}" \
     hvdqn.torch="${TORCH_VERSION}"
 
-# tini is process 1: it hands signals on and buries orphans. ssh (no sshd): mpirun looks for it even on a single host.
-# sh is bash: horovodrun becomes `sh -c "mpirun ..."`, which bash replaces by mpirun. dash would stay in between, and die
-# of the signal that was meant for the ranks.
+# tini is process 1: it passes signals on and reaps orphans. ssh (without sshd): mpirun needs it even on a single host.
+# sh is bash: horovodrun runs `sh -c "mpirun ..."`, and bash replaces itself with mpirun. dash would keep running, and
+# the signal for the ranks would end it.
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends \
         libpython3-stdlib openssh-client python3 tini \
@@ -82,12 +85,12 @@ COPY --from=build /opt/hvdqn /opt/hvdqn
 ENV PATH=/opt/hvdqn/bin:$PATH \
     OMPI_MCA_btl_vader_single_copy_mechanism=none
 
-# Said here rather than by a traceback later.
+# Fail here with a clear message instead of later with a traceback.
 RUN python -c "import torch" \
     || { echo "RUNTIME_IMAGE=${RUNTIME_IMAGE} is not of the same release as BASE_IMAGE: Python differs" >&2; exit 1; }
 
 USER hvdqn
-# Any user id may write here (--user), and horovodrun finds a home to write to.
+# Writable for any user id (--user), also as the home directory that horovodrun writes to.
 WORKDIR /workspace
 ENV HOME=/workspace
 STOPSIGNAL SIGUSR2

@@ -5,6 +5,8 @@ from __future__ import annotations
 EXIT_FINISHED = 0
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
+EXIT_JOB_FAILED = 70
+"""All ranks of an elastic job failed together. launch/elastic.sh ends the job with `EXIT_FAILED`."""
 EXIT_REQUEUE = 75
 """Stopped by a signal after a checkpoint: start it again with the same run directory and it goes on."""
 

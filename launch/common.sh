@@ -1,47 +1,48 @@
 # shellcheck shell=bash disable=SC2034
-# What horovodrun.sh, mpirun.sh, torchrun.sh and elastic.sh share. They source it; the comment below ends their --help.
+# Sourced by horovodrun.sh, mpirun.sh, torchrun.sh and elastic.sh. The text from "Flags:" on ends their --help.
 #
 # Flags:
-#   -np N                   ranks; default: all slots of --hosts
-#   --hosts h1:4,h2:4       hosts, and how many ranks each may hold (mostly one a GPU; without a number, one). hvdqn and
-#                           its environment lie at the same path on all of them. Default: N ranks on this host
-#   --interfaces eth0       the network interfaces, separated by commas, by which the hosts reach each other. Name them
-#                           where a host has more than one network (docker0 counts): launchers guess, and wrongly guessed
-#                           is a job that hangs
-#   -x NAME                 let the ranks see this variable too. May be repeated
-#   --env-file FILE         each rank's shell sources FILE before Python starts: the way for secrets, see below
-#   --launcher-args "..."   words to add to the launcher's own command line
-#   --                      flags of `python -m hvdqn.train` follow, or a whole command, as in `-- python -m hvdqn bench`
+#   -np N                   number of ranks; default: all slots of --hosts
+#   --hosts h1:4,h2:4       hosts, and how many ranks each may run (usually one per GPU; 1 if there is no number). hvdqn
+#                           and its environment must be at the same path on all of them. Default: N ranks on this host
+#   --interfaces eth0       network interfaces by which the hosts reach each other, separated by commas. Set it if a
+#                           host has more than one (docker0 counts): launchers guess, and a wrong guess makes the job hang
+#   -x NAME                 pass this variable to the ranks as well. May be repeated
+#   --env-file FILE         each rank's shell sources FILE before Python starts. Use it for secrets, see below
+#   --launcher-args "..."   arguments to add to the launcher's own command line
+#   --                      then flags of `python -m hvdqn.train`, or a whole command, as in `-- python -m hvdqn bench`
 #
 # Environment of the ranks: launchers put variables on command lines, where `ps` shows them to everyone on every host.
-# So ranks see only what they need (PATH, HOME, LANG, LD_LIBRARY_PATH, PYTHON*, CUDA_*, NCCL_*, OMP_*, HVDQN_*, HOROVOD_*,
-# OMPI_*, UCX_*, SLURM_*, ...: `passed` in launch/common.sh) and what -x names, and nothing that is named like a secret.
-# A key or token belongs into a file that only you can read (chmod 600), on a file system that all hosts share:
+# Therefore ranks get only the variables that they need (PATH, HOME, LANG, LD_LIBRARY_PATH, PYTHON*, CUDA_*, NCCL_*,
+# OMP_*, HVDQN_*, HOROVOD_*, OMPI_*, UCX_*, SLURM_*, ...) and those named by -x, and none whose name looks like a
+# secret. Put a key or token into a file that only you can read, on a file system that all hosts share:
 #
 #   echo WANDB_API_KEY=... >~/.hvdqn.env; chmod 600 ~/.hvdqn.env      then --env-file ~/.hvdqn.env
 #
-# ssh: hosts must let you in without a password. Ports, users and keys belong into ~/.ssh/config. SSH_AUTH_SOCK is passed.
-# HVDQN_VENV: the environment that runs hvdqn; default: .venv of this repository, else the Python of PATH.
+# ssh: hosts must accept your login without a password. Set ports, users and keys in ~/.ssh/config. Ranks get
+# SSH_AUTH_SOCK.
 #
-# A stop (SIGTERM, SIGUSR2 or Ctrl-C to this script) reaches the ranks on this host, and through them all: they write a
-# checkpoint and exit with 75. A second one ends the job at once.
+# HVDQN_VENV: the environment that contains hvdqn; default: .venv of this repository, else the Python of PATH.
 #
-# Exit: the code of hvdqn, which some launchers lose: 0 finished, 2 wrong input, 75 stopped by a signal after a
-# checkpoint, 1 failed (also: a host cannot be reached); 128 + n where a rank was killed by signal n.
+# Stop: send SIGTERM, SIGUSR2 or Ctrl-C to this script. It signals the ranks on this host, and through them all ranks
+# stop: they write a checkpoint and exit with 75. A second signal ends the job at once.
+#
+# Exit code: that of hvdqn, even where the launcher itself would lose it: 0 finished; 2 wrong input; 75 stopped by a
+# signal after a checkpoint; 1 failed, for example because a host cannot be reached; 128 + n if signal n killed a rank.
 # End of the help.
 
 readonly me=${0##*/}
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
 repo=${here%/*}
 
-# Names of the variables that ranks may see, and the names that no command line may hold.
-readonly passed='PATH|HOME|USER|LOGNAME|SHELL|LANG|LC_.*|TZ|TERM|COLUMNS|TMPDIR|XDG_CACHE_HOME|SSH_AUTH_SOCK|KRB5CCNAME'
-readonly passed_too='LD_LIBRARY_PATH|PYTHON.*|VIRTUAL_ENV|CONDA_PREFIX|(CUDA|NVIDIA|OMP|MKL|OPENBLAS)_.*'
-readonly passed_also='(HVDQN|HOROVOD|NCCL|GLOO|TORCH|PYTORCH|TORCHELASTIC|OMPI|OPAL|PMIX|PRTE|UCX|FI|SLURM|PBS|LSB)_.*'
+# Patterns for the names of variables that ranks get, and for names that must not appear on any command line.
+readonly passed_user='PATH|HOME|USER|LOGNAME|SHELL|LANG|LC_.*|TZ|TERM|COLUMNS|TMPDIR|XDG_CACHE_HOME|SSH_AUTH_SOCK|KRB5CCNAME'
+readonly passed_python='LD_LIBRARY_PATH|PYTHON.*|VIRTUAL_ENV|CONDA_PREFIX|(CUDA|NVIDIA|OMP|MKL|OPENBLAS)_.*'
+readonly passed_job='(HVDQN|HOROVOD|NCCL|GLOO|TORCH|PYTORCH|TORCHELASTIC|OMPI|OPAL|PMIX|PRTE|UCX|FI|SLURM|PBS|LSB)_.*'
 readonly secret='KEY|TOKEN|SECRET|PASSW|CREDENTIAL|JWT'
-is_secret() { [[ ${1^^} =~ $secret && $1 != *_IB_PKEY ]]; } # a partition of InfiniBand is none
+is_secret() { [[ ${1^^} =~ $secret && $1 != *_IB_PKEY ]]; } # *_IB_PKEY is a partition of InfiniBand, not a secret
 
-# BatchMode: a host that asks for a password is an error now, not a prompt that nobody sees.
+# BatchMode: a host that asks for a password is an error, not a prompt that nobody sees.
 readonly ssh_options=(-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=15 -o ServerAliveCountMax=3)
 
 die() { # die CODE MESSAGE
@@ -49,42 +50,42 @@ die() { # die CODE MESSAGE
     exit "$1"
 }
 
+# Prints the comment at the top of the script, then the flags that all scripts share.
 show_help() {
-    local file
-    for file in "$0" "${BASH_SOURCE[0]}"; do
-        sed -n '2,/^\(set \|# End of the help\)/{/^# End/d;/^# shellcheck/d;/^#/s/^# \{0,1\}//p}' "$file"
-    done
+    sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0"
+    sed -n '/^# Flags:$/,/^# End of the help/{/^# End/d;s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
     exit 0
 }
 
-# Reads the flags. A script's own are read by its `own_flag NAME VALUE`: it returns how many words it took, 0 for none.
+# Reads the flags. Each script has a function `own_flag NAME VALUE` for its own flags, which returns the number of words
+# that it used, 0 for an unknown flag.
 parse_flags() {
     np='' hosts='' interfaces='' env_file=''
     exported=() launcher_args=() command=()
-    local taken
+    local used
     while (($#)); do
         case $1 in
             -h | --help) show_help ;;
             --) shift && command=("$@") && return ;;
             -np | --hosts | --interfaces | -x | --env-file | --launcher-args)
-                (($# > 1)) || die 2 "$1 wants a value; see $me --help"
+                (($# > 1)) || die 2 "$1 needs a value; see $me --help"
                 read_flag "$1" "$2"
-                taken=2
+                used=2
                 ;;
             *)
-                taken=0
-                own_flag "$1" "${2:-}" || taken=$?
-                ((taken)) || die 2 "unknown argument '$1'; flags of training go behind '--'; see $me --help"
+                used=0
+                own_flag "$1" "${2:-}" || used=$?
+                ((used)) || die 2 "unknown argument '$1'; put flags of training after '--'; see $me --help"
                 ;;
         esac
-        shift "$taken"
+        shift "$used"
     done
 }
 
 read_flag() { # read_flag NAME VALUE
     case $1 in
         -np)
-            [[ $2 =~ ^[1-9][0-9]*$ ]] || die 2 "-np '$2' is no number of ranks; give one, as in -np 8"
+            [[ $2 =~ ^[1-9][0-9]*$ ]] || die 2 "-np '$2' is not a number of ranks; give one, as in -np 8"
             np=$2
             ;;
         --hosts) hosts=$2 ;;
@@ -103,13 +104,13 @@ read_flag() { # read_flag NAME VALUE
     esac
 }
 
-# Sets `names` and `slots`, one entry a host, and `np`.
+# Sets `names` and `slots`, with one entry per host, and `np`.
 read_hosts() {
     names=() slots=()
     local host total=0 list
     IFS=, read -ra list <<<"$hosts"
     for host in "${list[@]}"; do
-        [[ $host =~ ^[A-Za-z0-9._-]+(:[1-9][0-9]*)?$ ]] || die 2 "--hosts: '$host' is no host; write them as h1:4,h2:4"
+        [[ $host =~ ^[A-Za-z0-9._-]+(:[1-9][0-9]*)?$ ]] || die 2 "--hosts: '$host' is not a host; write them as h1:4,h2:4"
         names+=("${host%:*}")
         [[ $host == *:* ]] && slots+=("${host#*:}") || slots+=(1)
         total=$((total + slots[-1]))
@@ -123,12 +124,13 @@ read_hosts() {
     for ((i = 0; i < ${#names[@]}; i++)); do hosts+=${hosts:+,}${names[i]}:${slots[i]}; done
 }
 
+# Sets `python`, and `command` to the whole command line of a rank.
 find_python() {
     local venv=${HVDQN_VENV:-$repo/.venv}
     if [[ -n ${HVDQN_VENV:-} || -x $venv/bin/python ]]; then
         python=$venv/bin/python
         [[ -x $python ]] || die 2 "no Python at $python; run launch/setup.sh, or set HVDQN_VENV to another environment"
-        venv=$(cd -- "$venv" && pwd) # absolute: it is named on other hosts
+        venv=$(cd -- "$venv" && pwd) # an absolute path, because other hosts use it
         python=$venv/bin/python
         export PATH=$venv/bin:$PATH
     else
@@ -144,42 +146,31 @@ need_module() { # need_module MODULE REMEDY
         die 2 "$1 is not installed for $python; $2"
 }
 
-# Sets `remote`: those of `names` that are not this host. A host is this one where its address can be bound to.
+# Sets `remote` to those of `names` that are not this host.
 find_remote_hosts() {
     remote=()
     ((${#names[@]})) || return 0
     local found
-    found=$("$python" - "${names[@]}" <<'PY'
-import socket
-import sys
-
-for name in sys.argv[1:]:
-    try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.bind((name, 0))
-    except OSError:
-        print(name)
-PY
-    )
+    found=$("$python" -m hvdqn.launchers.remote_hosts "${names[@]}")
     [[ -z $found ]] || mapfile -t remote <<<"$found"
 }
 
-# Ask all remote hosts at once whether they are there and have what this host has. Launchers would find out too, but one
-# after the other, after minutes, or without saying which host it was.
-check_hosts() { # check_hosts PROGRAM...: which must lie on every host
-    local host file wants
-    wants="cd $(quote "$PWD")"
-    for file; do wants+=" && test -x $(quote "$file")"; done
-    local -A asked=()
+# Checks all remote hosts at the same time: they must be up and have the folder and programs that this host has.
+# Launchers would fail too, but after minutes, one host after the other, or without naming the host.
+check_hosts() { # check_hosts PROGRAM...
+    local host file check
+    check="cd $(quote "$PWD")"
+    for file; do check+=" && test -x $(quote "$file")"; done
+    local -A checks=()
     for host in "${remote[@]}"; do
-        # shellcheck disable=SC2029 # quoted for the other side
-        ssh "${ssh_options[@]}" "$host" "$wants" 2>"$scratch/ssh-$host" &
-        asked[$host]=$!
+        # shellcheck disable=SC2029 # quoted for the remote shell
+        ssh "${ssh_options[@]}" "$host" "$check" 2>"$scratch/ssh-$host" &
+        checks[$host]=$!
     done
     local code failed=0
     for host in "${remote[@]}"; do
         code=0
-        wait "${asked[$host]}" || code=$?
+        wait "${checks[$host]}" || code=$?
         if ((code == 255)); then
             printf '%s: error: cannot reach host %s by ssh: %s\n' "$me" "$host" "$(tail -n 1 "$scratch/ssh-$host" | tr -d '\r')" >&2
             failed=1
@@ -192,28 +183,28 @@ check_hosts() { # check_hosts PROGRAM...: which must lie on every host
     ((failed == 0)) || exit "$failed"
 }
 
-quote() { # for the shell of another host, which may not be bash
+quote() { # quote WORD: for any POSIX shell, since a remote shell may not be bash
     printf "'%s'" "${1//\'/\'\\\'\'}"
 }
 
-# Sets `rank_env`: NAME=VALUE of all that ranks see. The launcher runs under `env -i` with it.
+# Sets `rank_env`, the environment of the ranks, as NAME=VALUE. The launcher runs under `env -i` with it.
 compose_environment() {
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # of NumPy, and of torch until hvdqn shares out the cores itself
-    [[ -t 1 ]] || export TERM=dumb               # launchers give ranks a terminal whatever their own output is
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # until hvdqn divides the cores among the ranks
+    [[ -t 1 ]] || export TERM=dumb               # launchers give ranks a terminal even if this script has none
     rank_env=()
     local name
     while read -r name; do
-        if [[ $name =~ ^($passed|$passed_too|$passed_also)$ ]] && ! is_secret "$name"; then
+        if [[ $name =~ ^($passed_user|$passed_python|$passed_job)$ ]] && ! is_secret "$name"; then
             rank_env+=("$name=${!name}")
         fi
     done < <(compgen -e)
     for name in "${exported[@]}"; do rank_env+=("$name=${!name}"); done
 }
 
-# Every rank starts as this line: it leaves its process id where `pass_stop` of this host finds it, sources the file with
-# the secrets, and becomes the command.
+# Puts a small shell program in front of `command`. It leaves the rank's process id in a file for `forward_stop`,
+# sources the file with secrets, and becomes the command.
 wrap_command() {
-    # shellcheck disable=SC2016 # expanded by the rank
+    # shellcheck disable=SC2016 # expanded by the rank's shell
     local -r start='pids=$1 file=$2; shift 2
 [ ! -d "$pids" ] || : >"$pids/$(uname -n):$$"
 if [ -n "$file" ]; then
@@ -225,12 +216,13 @@ exec "$@"'
     command=(sh -c "$start" rank "$scratch/ranks" "$env_file" "${command[@]}")
 }
 
-pass_stop() {
+# Handles a signal to this script: the first one asks the ranks on this host to write a checkpoint and stop.
+forward_stop() {
     interrupted=1
     stops=$((stops + 1))
-    local ranks=("$scratch/ranks/$(uname -n)":*) # TMPDIR may be shared by hosts
+    local ranks=("$scratch/ranks/$(uname -n)":*) # other hosts may share TMPDIR, so the name contains the host
     if ((stops > 1)) || [[ ! -e ${ranks[0]} ]]; then
-        ((stops > 1)) || printf '%s: no rank on this host to stop by a checkpoint: ending the job\n' "$me" >&2
+        ((stops > 1)) || printf '%s: no rank runs on this host, so none can write a checkpoint: ending the job\n' "$me" >&2
         kill -TERM "${launched[@]}" 2>/dev/null || true
     else
         printf '%s: stopping: the ranks write a checkpoint\n' "$me" >&2
@@ -238,8 +230,8 @@ pass_stop() {
     fi
 }
 
-# Sets `code` to a child's exit code, however often a signal interrupts the waiting.
-await() { # await PID
+# Sets `code` to the exit code of a child. A signal interrupts `wait`, so it may take several calls.
+wait_for() { # wait_for PID
     interrupted=1
     while ((interrupted)); do
         interrupted=0
@@ -248,17 +240,17 @@ await() { # await PID
     done
 }
 
-# Runs the launcher in the background, where signals meant for it come to this script.
+# Runs the launcher in the background, so that this script receives the signals.
 run_launcher() { # run_launcher COMMAND...
     launched=() stops=0
-    trap pass_stop TERM USR2 INT
+    trap forward_stop TERM USR2 INT
     env -i "${rank_env[@]}" "$@" &
     launched=("$!")
-    await "$!"
+    wait_for "$!"
     exit "$code"
 }
 
-# Sets `mpi_args`, and Open MPI's own variables where the user has not: they reach the ranks' hosts with the environment.
+# Sets `mpi_args`, and those of Open MPI's variables that the user has not set.
 mpi_settings() {
     local mpirun
     mpirun=$(command -v mpirun) ||
@@ -267,12 +259,12 @@ mpi_settings() {
         die 2 "$mpirun is not Open MPI's, whose flags this script uses; start hvdqn with your MPI's own mpiexec"
     check_hosts "$python" "$mpirun"
 
-    # Where mpirun finds its daemon on the other hosts: ssh there has none of this shell's PATH and LD_LIBRARY_PATH.
+    # The folder of mpirun's daemon on the other hosts: ssh does not get this shell's PATH and LD_LIBRARY_PATH.
     mpi_args=(--prefix "$(dirname -- "$(dirname -- "$mpirun")")")
     : "${OMPI_MCA_plm_rsh_args:=${ssh_options[*]}}"
-    # Two connections: btl carries the tensors, oob the daemons' messages.
+    # btl connects the ranks, oob the daemons.
     [[ -z $interfaces ]] || : "${OMPI_MCA_btl_tcp_if_include:=$interfaces}" "${OMPI_MCA_oob_tcp_if_include:=$interfaces}"
-    # The refusal to run as root is meant for people at a prompt; in a container there is often nobody else.
+    # Open MPI does not run as root unless told to. In a container there is often no other user.
     ((EUID)) || : "${OMPI_ALLOW_RUN_AS_ROOT:=1}" "${OMPI_ALLOW_RUN_AS_ROOT_CONFIRM:=1}"
     export "${!OMPI_@}"
 }
@@ -285,6 +277,7 @@ prepare() { # prepare FLAGS...
 set_up() {
     read_hosts
     find_python
+    need_module hvdqn "run launch/setup.sh"
     scratch=$(mktemp -d "${TMPDIR:-/tmp}/hvdqn-launch.XXXXXX")
     trap 'rm -rf -- "$scratch"' EXIT
     find_remote_hosts

@@ -5,10 +5,11 @@
 #   launch/horovodrun.sh --hosts h1:4,h2:4 --interfaces eth0 -- --preset atari --run-dir /shared/runs/breakout
 #   launch/horovodrun.sh -np 2 --gloo -- --preset smoke
 #
-#   --mpi     ranks are started by mpirun, small tensors travel over MPI (the default, and the faster one)
-#   --gloo    ranks are started over ssh by horovodrun itself: where there is no MPI between the hosts
-# Stalls: Horovod warns after 60 s in which some ranks wait for others; after --stall-timeout (600 s) hvdqn itself names
-# the rank that hangs and ends the job. Other limits of Horovod's: HOROVOD_STALL_..., see horovodrun --help.
+#   --mpi     start ranks with mpirun and send small tensors over MPI (the default, and faster)
+#   --gloo    start ranks over ssh, without MPI; for hosts that have no MPI in common
+#
+# Stalls: Horovod prints a warning when some ranks have waited for others for 60 s. After --stall-timeout (600 s) hvdqn
+# names the rank that hangs and ends the job. For Horovod's own limits (HOROVOD_STALL_...) see horovodrun --help.
 #
 set -euo pipefail
 # shellcheck source=launch/common.sh
@@ -21,22 +22,6 @@ own_flag() {
     esac
 }
 
-# horovodrun ends every failed job with a traceback and 1. What it knows is in the text of its exception.
-readonly horovodrun='
-import re, sys
-from horovod.runner.launch import run_commandline
-
-sys.argv[0] = "horovodrun"
-try:
-    run_commandline()
-except Exception as error:
-    first = re.search(r"Process name: (\d+)\nExit code: (-?\d+)", str(error))
-    if first is None:
-        sys.exit(f"horovodrun.sh: error: {error}")
-    code = int(first[2])
-    sys.exit(code if code >= 0 else 128 - code)
-'
-
 main() {
     controller=mpi
     prepare "$@"
@@ -44,16 +29,16 @@ main() {
 
     local flags=(
         -np "$np" "--$controller"
-        # Else it takes over for an hour, from ~/.horovod and for all jobs, what it found out about hosts once.
+        # Its cache in ~/.horovod would reuse for an hour, in all jobs, what it once found out about hosts.
         --disable-cache
     )
     [[ -z $hosts ]] || flags+=(-H "$hosts")
-    # Without, it starts a probe on every host and takes the interfaces that all have in common.
+    # Otherwise it starts a probe on every host and uses the interfaces that all have in common.
     [[ -z $interfaces ]] || flags+=(--network-interfaces "$interfaces")
 
     if [[ $controller == mpi ]]; then
         mpi_settings
-        # One string, read by a shell. With the tag off, lines are not torn by '[1,0]<stdout>:'.
+        # One string, which a shell reads. Without orte_tag_output 0, mpirun puts '[1,0]<stdout>:' into the output.
         local word words="--mca orte_tag_output 0"
         for word in "${mpi_args[@]}" "${launcher_args[@]}"; do words+=" $(quote "$word")"; done
         flags+=("--mpi-args=$words")
@@ -61,12 +46,12 @@ main() {
         check_hosts "$python"
         flags+=("${launcher_args[@]}")
     fi
-    # 30 s each by default: too short for imports from a slow network disk, and for ranks that wait for an evaluation.
+    # The defaults of 30 s are too short for slow imports and for ranks that wait during an evaluation.
     export HOROVOD_START_TIMEOUT=${HOROVOD_START_TIMEOUT:-120}
     export HOROVOD_GLOO_TIMEOUT_SECONDS=${HOROVOD_GLOO_TIMEOUT_SECONDS:-600}
     wrap_command
     compose_environment
-    run_launcher "$python" -c "$horovodrun" "${flags[@]}" "${command[@]}"
+    run_launcher "$python" -m hvdqn.launchers.horovodrun "${flags[@]}" "${command[@]}"
 }
 
 main "$@"

@@ -1,40 +1,40 @@
 #!/usr/bin/env bash
-# From a fresh clone to a trained agent: set up, then train CartPole on two ranks with Horovod, and say how well it plays.
-# Training takes about a minute on 2 cores; the first set-up some minutes more, later ones a second.
+# From a fresh clone to a trained agent: set up the environment, train CartPole on two ranks with Horovod, and print how
+# well the agent plays. Training takes about a minute on 2 cores, the first set-up some minutes, later ones a second.
 #
-#   launch/quickstart.sh                          CartPole; exits with 1 unless it reaches a mean return of 475
-#   launch/quickstart.sh --seed 3                 flags are passed on to `python -m hvdqn.train`
+#   launch/quickstart.sh                          CartPole; exits with 1 if the mean return is below 475
+#   launch/quickstart.sh --seed 3                 flags are passed to `python -m hvdqn.train`
 #   launch/quickstart.sh --preset minatar --env MinAtar/Breakout-v1
 #
-# Where no C++ compiler is found, so that there is no Horovod, the same job runs under torchrun.
-# Settings of setup.sh (HVDQN_PYTHON, HVDQN_VENV, HVDQN_TORCH, HVDQN_SYSTEM_MPI, HVDQN_HOROVOD) hold here too.
+# Without a C++ compiler Horovod cannot be built, and the same job runs under torchrun. The settings of setup.sh
+# (HVDQN_PYTHON, HVDQN_VENV, HVDQN_TORCH, HVDQN_SYSTEM_MPI, HVDQN_HOROVOD) apply here too.
 #
-# Exit: 0 solved; 1 finished below 475, or failed; else the code of setup.sh or of hvdqn.train (2: wrong input).
+# Exit code: 0 solved; 1 finished below 475, or failed; else that of setup.sh or hvdqn.train (2: wrong input).
 set -euo pipefail
 
 readonly ranks=2
-readonly solved=475 # Gymnasium's own threshold of CartPole-v1: a mean return of 475 of at most 500
+readonly solved=475 # Gymnasium's threshold for CartPole-v1, whose returns go up to 500
 
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
 repo=${here%/*}
 venv=${HVDQN_VENV:-$repo/.venv}
 
-# What the user's flags leave to this script: the run directory, the preset, whether CartPole's threshold applies.
+# Sets `run_dir`, `min_return` (empty if the user chose another task) and `added`, the flags that the user left out.
 read_flags() {
     run_dir=
-    judged=yes
+    min_return=$solved
     local preset=
     while (($#)); do
         case $1 in
             --run[-_]dir) run_dir=${2:-} ;;
             --run[-_]dir=*) run_dir=${1#*=} ;;
-            --preset | --preset=*) preset=given judged= ;;
-            --env | --env=* | --config | --config=*) judged= ;;
+            --preset | --preset=*) preset=given min_return= ;;
+            --env | --env=* | --config | --config=*) min_return= ;;
         esac
         shift
     done
     added=()
-    # On the CPU, where so small a network is fastest. Also, NCCL takes no two ranks on one GPU.
+    # On the CPU, where such a small network is fastest. Also, NCCL needs a GPU for each rank.
     [[ -n $preset ]] || added+=(--preset cartpole --device cpu)
     if [[ -z $run_dir ]]; then
         run_dir=$repo/runs/quickstart-$(date +%Y%m%d-%H%M%S)
@@ -42,23 +42,23 @@ read_flags() {
     fi
 }
 
-# MPI rather than Gloo: it runs where the host's name does not resolve (Gloo then crashes), it passes on the exit
-# code of hvdqn (Gloo turns each into 1), small allreduces are faster, and the environment stays off the command line.
+# MPI rather than Gloo: Gloo crashes if the host's name does not resolve, ends with 1 whatever hvdqn's exit code is, is
+# slower for small tensors, and puts the environment on the command line.
 launch_with_horovod() {
-    local arguments="--mca orte_tag_output 0" # without: '[1,0]<stdout>:' before every piece of a line
+    local arguments="--mca orte_tag_output 0" # otherwise mpirun puts '[1,0]<stdout>:' into the output
     if ((EUID == 0)); then
         export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
     fi
     if ! command -v ssh >/dev/null; then
-        export OMPI_MCA_plm=isolated # Open MPI wants an ssh even for one host, unless told that there is one only
+        export OMPI_MCA_plm=isolated # otherwise Open MPI needs ssh even for one host
     fi
-    # --disable-cache: what horovodrun remembers for an hour, in one file for all jobs, it finds out here in no time.
+    # --disable-cache: the cache is one file for all jobs, and saves nothing on one host.
     horovodrun -np "$ranks" --mpi --mpi-args="$arguments" --disable-cache python -m hvdqn.train "$@"
 }
 
-# --standalone takes a free port, so that two jobs on one host do not meet.
+# --standalone uses a free port, so that two jobs on one host do not connect to each other.
 launch_with_torchrun() {
-    export OMP_NUM_THREADS=1 # what torchrun sets anyway, with a warning; hvdqn sets torch's threads itself
+    export OMP_NUM_THREADS=1 # torchrun would set it with a warning; hvdqn sets torch's threads itself
     torchrun --standalone --nproc-per-node "$ranks" -m hvdqn.train "$@"
 }
 
@@ -72,22 +72,12 @@ train() {
     fi
 }
 
-# Prints the evaluation of summary.json and where everything lies; fails where the mean is below the threshold.
+# Prints the evaluation and the paths of the results. Sets `code` to 1 if the mean return is below `min_return`.
 report() {
     local checkpoints=("$run_dir"/checkpoints/[0-9]*)
     hvdqn plot "$run_dir" -o "$run_dir/curve.png" >/dev/null
     printf '\n'
-    python - "$run_dir/summary.json" "${judged:+$solved}" <<'PY' || code=1
-import json
-import pathlib
-import sys
-
-summary = json.loads(pathlib.Path(sys.argv[1]).read_text())
-mean, std, episodes = (summary[f"eval_{name}"] for name in ("return_mean", "return_std", "episodes"))
-print(f"Greedy evaluation  mean {mean:.1f}, standard deviation {std:.1f} over {episodes} episodes")
-if sys.argv[2] and not mean >= float(sys.argv[2]):
-    sys.exit(f"quickstart.sh: a mean return of {mean:.1f} is below {sys.argv[2]}, where {summary['env']} counts as solved")
-PY
+    python -m hvdqn.launchers.quickstart "$run_dir/summary.json" "$min_return" || code=1
     printf '%-18s %s\n' "Run directory" "$run_dir" "Curve" "$run_dir/curve.png" "Checkpoint" "${checkpoints[-1]}"
     printf '%-18s %d s: set-up %d s, training %d s\n' "Time" "$SECONDS" "$setup_seconds" "$((train_seconds))"
     printf 'Play it again:     hvdqn eval %s\n' "$run_dir"

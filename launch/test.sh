@@ -1,15 +1,18 @@
 #!/usr/bin/env bash
-# Set up, then lint, type-check and run the tests. Every check runs even if one before it failed.
+# Set up the environment, then lint, type-check and run the tests. All checks run, even after one has failed.
 #
-#   launch/test.sh                     everything: some 11 minutes on 2 cores
-#   launch/test.sh --fast              the unit tests only: under a minute
-#   launch/test.sh tests/launch -k x   other arguments go to pytest; a path given takes the place of all tests
+#   launch/test.sh                     everything: about 11 minutes on 2 cores
+#   launch/test.sh --fast              only the unit tests: under a minute
+#   launch/test.sh tests/launch -k x   other arguments go to pytest; a path replaces all tests
 #
-# Files of tests run side by side: many tests wait more than they compute.
-# Environment: HVDQN_TEST_WORKERS is how many at a time; default: cores + 2, at most 8; 0: one after the other, as --pdb
-# wants it. HVDQN_TEST_IMAGE=0 leaves the image out, HVDQN_CHAOS_MINUTES=20 makes the run under random faults longer.
-# CI=true makes a missing shellcheck a failure. Settings of setup.sh (HVDQN_VENV, ...) hold here too.
-# Exit: 0 if all passed, 1 if a check failed, else the code of setup.sh.
+# Test files run in parallel. Environment:
+#   HVDQN_TEST_WORKERS       how many at a time; default: cores + 2, at most 8; 0 (for --pdb): in this process
+#   HVDQN_TEST_IMAGE=0       skip the tests of the image
+#   HVDQN_CHAOS_MINUTES=20   how long the test with random faults runs
+#   CI=true                  fail if shellcheck is missing
+# The settings of setup.sh (HVDQN_VENV, ...) apply here too.
+#
+# Exit code: 0 if all passed, 1 if a check failed, else that of setup.sh.
 set -euo pipefail
 
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
@@ -58,14 +61,14 @@ main() {
         export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
     fi
     if ! command -v ssh >/dev/null; then
-        export OMPI_MCA_plm=isolated # without ssh, mpirun starts ranks on one host only, and only so
+        export OMPI_MCA_plm=isolated # otherwise Open MPI needs ssh even for one host
     fi
 
     check "ruff check" ruff check .
     check "ruff format" ruff format --check .
     check "mypy" mypy --strict hvdqn
     check "shellcheck" check_scripts
-    # Last, so that pytest's own summary ends the output.
+    # Last, so that the output ends with pytest's summary.
     printf '\n== pytest\n'
     local workers=$(($(nproc) + 2))
     workers=${HVDQN_TEST_WORKERS:-$((workers < 8 ? workers : 8))}

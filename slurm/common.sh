@@ -1,41 +1,41 @@
 #!/usr/bin/env bash
-# What the batch scripts here share. Each finds this repository, names it in HVDQN_HOME, and sources this file.
+# Functions for the batch scripts in this folder, which find this repository (HVDQN_HOME) and source this file.
 
 readonly STOPPED=75                   # hvdqn's exit code: stopped by a signal, after a checkpoint
-readonly KILLED_BY_USR2=$((128 + 12)) # the signal came before Python could catch it: nothing was under way yet
-readonly KILLED_BY_TERM=$((128 + 15)) # the same; srun ends so whoever still starts when another rank has failed
+readonly KILLED_BY_USR2=$((128 + 12)) # the signal came before Python could catch it, so there is nothing to save
+readonly KILLED_BY_TERM=$((128 + 15)) # as above; srun also ends ranks in this way if another one fails
 
-# What scontrol calls this job. The number of a whole array is also the number of one of its tasks, so a task says
-# both: `scontrol requeue 17` would start every task of array 17 again.
+# The name of this job for scontrol. A task of an array needs the form ARRAY_TASK: `scontrol requeue 17` would requeue
+# every task of array 17.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 readonly job=${job:-$SLURM_JOB_ID}
 readonly ranks=${SLURM_NTASKS:-1} cpus=${SLURM_CPUS_PER_TASK:-1} restarts=${SLURM_RESTART_COUNT:-0}
 
-say() { printf 'hvdqn job %s: %s\n' "$job" "$*"; }
+info() { printf 'hvdqn job %s: %s\n' "$job" "$*"; }
 
-die() { # die MESSAGE: the input is wrong
-    say "error: $*" >&2
+die() { # die MESSAGE: for wrong input
+    info "error: $*" >&2
     exit 2
 }
 
-# Read site.env, and set what follows from it and from Slurm.
+# Sources site.env and sets the environment of the ranks.
 load_site() {
     local -r site=${HVDQN_SITE_ENV:-$HVDQN_HOME/slurm/site.env}
     if [[ -e $site ]]; then
-        set +eu # modules and activate scripts are not written for strict shells
+        set +eu # modules and activate scripts may fail under -eu
         # shellcheck source=/dev/null
         source "$site"
         set -eu
     elif [[ -n ${HVDQN_SITE_ENV:-} ]]; then
         die "HVDQN_SITE_ENV names $site, which is not there"
     fi
-    export OMP_NUM_THREADS=$cpus # ranks of one node share it: a rank has one thread for each core it was given
-    export PYTHONUNBUFFERED=1    # output as it comes, into a file too
-    count_gpus
+    export OMP_NUM_THREADS=$cpus # one thread for each core of a rank
+    export PYTHONUNBUFFERED=1    # write output at once, also to a file
+    check_gpus
 }
 
-# Sets `run_dir`, absolute: what the arguments name last. Else there is one folder a job, so that a requeued job finds its
-# checkpoints again.
+# Sets `run_dir` to the absolute path of the last --run-dir in the arguments. The default contains the job id, so that a
+# requeued job finds its checkpoints.
 choose_run_dir() { # choose_run_dir ARGUMENT...
     run_dir=
     while (($#)); do
@@ -49,14 +49,15 @@ choose_run_dir() { # choose_run_dir ARGUMENT...
     [[ $run_dir == /* ]] || run_dir=$PWD/$run_dir
 }
 
-# Two ranks on one GPU end inside NCCL, which says little; a GPU without a rank is paid for and idle.
-count_gpus() {
+# Warns if there is not one rank per GPU. Two ranks on one GPU fail in NCCL with an unclear message; a GPU without a
+# rank is idle.
+check_gpus() {
     local -r gpus=$((${SLURM_GPUS_ON_NODE:-0} * SLURM_JOB_NUM_NODES))
     ((gpus == 0 || gpus == ranks)) ||
-        say "warning: $ranks ranks and $gpus GPUs; one rank a GPU is --ntasks-per-node=$SLURM_GPUS_ON_NODE"
+        info "warning: $ranks ranks and $gpus GPUs; for one rank per GPU use --ntasks-per-node=$SLURM_GPUS_ON_NODE"
 }
 
-# The Python that has torch and Horovod; hvdqn itself as it stands in this repository.
+# Puts the environment with torch and Horovod into PATH, and this repository's hvdqn into PYTHONPATH.
 load_python() {
     local -r venv=${HVDQN_VENV:-$HVDQN_HOME/.venv}
     if [[ -x $venv/bin/python ]]; then
@@ -70,26 +71,26 @@ load_python() {
             "an environment that has it: HVDQN_VENV in site.env, from site.env.example"
 }
 
-# Start a command on every task, wait for all, and return the highest of their exit codes.
+# Runs a command on every task and returns the highest of their exit codes.
 run_ranks() { # run_ranks [SRUN_FLAG...] COMMAND [ARGUMENT...]
     local -r flags=(
-        --mpi="${HVDQN_MPI:-pmix}" # how ranks find each other; `srun --mpi=list` shows what this Slurm has
-        --kill-on-bad-exit=1       # a rank dies: end the others, which would wait for it
-        --unbuffered               # output as it comes
-        --cpus-per-task="$cpus"    # srun does not take it from sbatch since Slurm 22.05
-        --export=ALL               # what site.env has set, also where sbatch was told --export=NONE
+        --mpi="${HVDQN_MPI:-pmix}" # how ranks find each other; `srun --mpi=list` shows the choices
+        --kill-on-bad-exit=1       # when a rank dies, end the others, which would wait for it
+        --unbuffered               # write output at once
+        --cpus-per-task="$cpus"    # since Slurm 22.05 srun does not inherit it from sbatch
+        --export=ALL               # pass on what site.env has set, even under sbatch --export=NONE
     )
     srun "${flags[@]}" "$@" &
     local -r step=$!
-    # Slurm signals ranks directly. What reaches this shell alone (--signal=B:..., scancel --batch) goes on to them:
-    # srun hands USR2 to every rank. And it must not end this shell, which is to requeue the job.
-    # shellcheck disable=SC2064 # the number of this step, now
+    # Slurm signals the ranks directly. Signals to this shell alone (--signal=B:..., scancel --batch) are passed to
+    # srun, which sends USR2 to every rank. They must not end this shell, which has to requeue the job.
+    # shellcheck disable=SC2064 # expand the step's process id now
     trap "kill -USR2 $step 2>/dev/null || true" TERM USR2
-    while kill -0 "$step" 2>/dev/null; do wait "$step" || true; done # a trapped signal ends wait, not the ranks
+    while kill -0 "$step" 2>/dev/null; do wait "$step" || true; done # a trapped signal interrupts `wait`
     wait "$step"
 }
 
-# What Slurm knows of this job; nothing where its controller, which may be restarting, does not answer.
+# Prints Slurm's record of this job, or nothing if the controller does not answer, for example while it restarts.
 job_record() {
     for _ in {1..6}; do
         scontrol show job "$job" && return
@@ -97,30 +98,31 @@ job_record() {
     done
 }
 
-# End the job with the ranks' exit code; where it says "stopped by a signal", have Slurm start the job again.
+# Ends the job with the exit code of the ranks, and requeues it if they were stopped by a signal.
 finish() { # finish CODE
     local -r most=${HVDQN_MAX_RESTARTS:-20}
     local code=$1 state
-    # srun returns the highest code of its ranks: it hides that of the one that failed.
+    # srun returns the highest code of its ranks, which here hides that of the one that failed.
     ((code != KILLED_BY_TERM)) || code=1
     ((code == STOPPED || code == KILLED_BY_USR2)) || exit "$code"
 
     state=$(job_record)
     if [[ -n $state && $state != *JobState=RUNNING* && $state != *Reason=TimeLimit* ]]; then
-        say "stopped because Slurm ends this job (scancel, or a requeue of its own); its run directory is $run_dir"
-    # A signal that comes with the start comes with every start. Slurm sends that of --signal up to 60 s early: where
-    # --time is at most 300 + 60 s it was that one, unless Slurm wants the nodes for another job, which it notes.
+        info "stopped because Slurm ends this job (scancel, or a requeue of its own); its run directory is $run_dir"
+    # Do not requeue a job that the signal of --signal stops right at the start: it would stop every time. Slurm sends
+    # that signal up to 60 s early, so a stop within 60 s is due to it if --time is at most 300 + 60 s. The exception is
+    # that Slurm needs the nodes for another job, which shows in PreemptTime.
     elif ((SECONDS < 60)) && [[ $state == *TimeLimit=00:0[0-6]:* && $state == *PreemptTime=None* ]]; then
-        say "stopped by a signal after $SECONDS s, and not requeued: --time must be well above the 300 s of --signal;" \
+        info "stopped by a signal after $SECONDS s, and not requeued: --time must be well above the 300 s of --signal;" \
             "give --time=0:30:00 or --signal=USR2@60, and --run-dir $run_dir to go on"
     elif ((restarts >= most)); then
-        say "stopped by a signal, and not requeued after $restarts restarts (HVDQN_MAX_RESTARTS=$most);" \
+        info "stopped by a signal, and not requeued after $restarts restarts (HVDQN_MAX_RESTARTS=$most);" \
             "to go on, submit again with --run-dir $run_dir"
     else
-        # Said before: a requeue ends what still runs of the job, this shell and scontrol too, which is no refusal.
-        say "stopped by a signal; requeued, restart $((restarts + 1)) of at most $most"
+        # Printed first, because the requeue also ends this shell and scontrol: a killed scontrol (> 128) succeeded.
+        info "stopped by a signal; requeued, restart $((restarts + 1)) of at most $most"
         scontrol requeue "$job" || (($? > 128)) ||
-            say "no: Slurm refused to requeue; to go on, submit again with --run-dir $run_dir"
+            info "no: Slurm refused to requeue; to go on, submit again with --run-dir $run_dir"
     fi
     exit "$code"
 }

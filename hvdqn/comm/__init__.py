@@ -1,58 +1,90 @@
-"""The few collectives a rank needs, over whichever engine the launcher allows.
+"""The collectives that ranks need, over the engine that fits the launcher.
 
 comm = connect("auto")
-pending = comm.allreduce_sum_async(gradient, "gradient")
+handle = comm.allreduce_sum_async(gradient, "gradient")
 ...
-pending.wait()
+handle.wait()
 comm.close()
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 
-from hvdqn.comm import auto
-from hvdqn.comm.auto import CHOICES, launcher_rank, launcher_size
+from hvdqn.comm.auto import (
+    CHOICES,
+    LauncherInfo,
+    check_size,
+    choose_engine,
+    detect_launchers,
+    launcher_rank,
+    launcher_size,
+)
 from hvdqn.comm.base import Comm, Handle
+from hvdqn.comm.local import LocalComm
 from hvdqn.errors import LaunchError
 
-__all__ = ["CHOICES", "Comm", "Handle", "LaunchError", "connect", "launcher_rank", "launcher_size"]
+__all__ = [
+    "CHOICES",
+    "Comm",
+    "Handle",
+    "LaunchError",
+    "LocalComm",
+    "connect",
+    "launcher_rank",
+    "launcher_size",
+]
 
 
 def connect(choice: str, device: str = "cpu") -> Comm:
     """Connect this process to the other ranks of its job.
 
     Args:
-        choice: auto, local, horovod, torch or mpi. auto follows the launcher and says why in `Comm.why`.
-        device: where the tensors to reduce will lie, as torch spells it ("cpu", "cuda", "cuda:1").
+        choice: auto, local, horovod, torch or mpi. auto picks the engine that fits the launcher; `Comm.why` says why.
+        device: where the tensors to reduce are, as torch names it ("cpu", "cuda", "cuda:1").
 
     Raises:
-        LaunchError: the engine cannot work as this process was started, or it connected another number of
-            ranks than the launcher promised: never a silent world of one.
+        LaunchError: the engine does not work under this launcher, or it connects another number of ranks than
+            the launcher started.
     """
-    chosen = auto.choose(choice)
-    comm = _start(chosen, device)
+    chosen = choose_engine(choice)
+    comm = _CONNECT[chosen.engine](device, chosen.launcher)
     comm.why = chosen.why
-    auto.check_size(chosen.engine, comm.size, auto.promises(os.environ))
+    check_size(chosen.engine, comm.size, detect_launchers(os.environ))
     return comm
 
 
-def _start(chosen: auto.Choice, device: str) -> Comm:
-    # Imported here: each engine brings a library that the others' users may not have, and that costs time.
-    promise = chosen.promise
-    if chosen.engine == "horovod":
-        from hvdqn.comm.horovod import HorovodComm
+# Each engine is imported only when it is used: its library may not be installed, and importing it takes time.
 
-        return HorovodComm(device, over_mpi=promise is not None and promise.starts_mpi)
-    if chosen.engine == "mpi":
-        from hvdqn.comm.mpi import MpiComm
 
-        return MpiComm()
-    if chosen.engine == "torch":
-        from hvdqn.comm.torch import TorchComm
-
-        assert promise is not None, "choose() has refused this"
-        return TorchComm(device, promise.rank, promise.size)
-    from hvdqn.comm.local import LocalComm
-
+def _connect_local(device: str, launcher: LauncherInfo | None) -> Comm:
     return LocalComm()
+
+
+def _connect_horovod(device: str, launcher: LauncherInfo | None) -> Comm:
+    from hvdqn.comm.horovod import HorovodComm
+
+    return HorovodComm(device, over_mpi=launcher is not None and launcher.starts_mpi)
+
+
+def _connect_torch(device: str, launcher: LauncherInfo | None) -> Comm:
+    from hvdqn.comm.torch import TorchComm
+
+    assert launcher is not None, "choose_engine raises when no launcher is found"
+    return TorchComm(device, launcher.rank, launcher.size)
+
+
+def _connect_mpi(device: str, launcher: LauncherInfo | None) -> Comm:
+    from hvdqn.comm.mpi import MpiComm
+
+    return MpiComm()
+
+
+# One entry for every engine in CHOICES. A missing one raises KeyError.
+_CONNECT: Mapping[str, Callable[[str, LauncherInfo | None], Comm]] = {
+    "local": _connect_local,
+    "horovod": _connect_horovod,
+    "torch": _connect_torch,
+    "mpi": _connect_mpi,
+}

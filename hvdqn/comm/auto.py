@@ -1,4 +1,4 @@
-"""Read from the environment which launcher started this process, and which engine can connect it."""
+"""Detect the launcher that started this process, and choose an engine that works under it."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from importlib.util import find_spec
 
 from hvdqn.errors import LaunchError
 
-# Where launchers are nested (srun starts mpirun's daemons; srun or mpirun start one torchrun a host) the
-# variables of all of them are here at once: the innermost comes first.
-# launcher, variable of the rank, variable of the size, what else must be set
+# Launchers may be nested: srun starts mpirun's daemons, and srun or mpirun may start one torchrun on each host. The
+# variables of all of them are then set, so the list begins with the innermost one.
+# launcher, variable of the rank, variable of the size, another variable that must be set
 _LAUNCHERS = (
     ("torchrun", "RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"),
     ("horovodrun", "HOROVOD_RANK", "HOROVOD_SIZE", ""),
-    ("mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", ""),  # horovodrun --mpi is one of these
+    ("mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", ""),  # also horovodrun --mpi
     ("mpiexec", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", ""),
     ("mpiexec", "PMI_RANK", "PMI_SIZE", ""),
-    # Not SLURM_NTASKS: a batch script and an salloc shell have it, with SLURM_PROCID=0, and are no tasks of a step.
+    # Not SLURM_NTASKS: batch scripts and salloc shells have it too, with SLURM_PROCID=0.
     ("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", ""),
     ("PMIx", "PMIX_RANK", "", ""),
     ("hand", "RANK", "WORLD_SIZE", "MASTER_ADDR"),
@@ -27,32 +27,47 @@ _MPI_LAUNCHERS = ("mpirun", "mpiexec", "srun", "PMIx")
 
 
 @dataclass(frozen=True, slots=True)
-class Promise:
-    """What one launcher's variables say about this process."""
+class LauncherInfo:
+    """A launcher that started this process, as its environment variables describe it.
+
+    Attributes:
+        launcher: the name of the launcher.
+        rank: the rank of this process, 0 <= rank < size.
+        size: how many ranks the launcher started; 0 if its variables do not say.
+        variable: the environment variable that holds the size.
+    """
 
     launcher: str
     rank: int
-    size: int  # 0 where the launcher does not say
-    variable: str  # where the size was read
+    size: int
+    variable: str
 
     @property
     def starts_mpi(self) -> bool:
-        """Whether MPI_Init can find the other ranks under this launcher."""
+        """Return True if MPI_Init finds the other ranks under this launcher."""
         return self.launcher in _MPI_LAUNCHERS
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The engine to connect, one line on why, and the launcher that this process has to thank (or None)."""
+    """The engine to use, one line that says why, and the innermost launcher (None if there is none)."""
 
     engine: str
     why: str
-    promise: Promise | None
+    launcher: LauncherInfo | None
 
 
 @dataclass(frozen=True, slots=True)
 class _Engine:
-    """What an engine needs, and what to tell a user who has something else."""
+    """The requirements of an engine, and the words of its error messages.
+
+    Attributes:
+        module: the module that must be installed.
+        install: how to install it.
+        launchers: the launchers under which it works.
+        start: the command that starts ranks for it.
+        wrong_size: the remedy if it connects another number of ranks than the launcher started.
+    """
 
     module: str
     install: str
@@ -88,43 +103,45 @@ _ENGINES = {
 CHOICES = ("auto", *_ENGINES)
 
 
-def promises(environ: Mapping[str, str]) -> list[Promise]:
-    """Return what each launcher around this process promised, the innermost first.
+def detect_launchers(environ: Mapping[str, str]) -> list[LauncherInfo]:
+    """Return the launchers whose variables are set, the innermost first.
 
     Raises:
-        LaunchError: a variable is no number, or a rank lies outside its world.
+        LaunchError: a variable is not a number, or a rank is not between 0 and size - 1.
     """
     found = []
-    for launcher, rank_name, size_name, also in _LAUNCHERS:
-        if not all(name in environ for name in (rank_name, size_name, also) if name):
+    for launcher, rank_name, size_name, required in _LAUNCHERS:
+        if not all(name in environ for name in (rank_name, size_name, required) if name):
             continue
-        said = ", ".join(f"{name}={environ[name]}" for name in (rank_name, size_name) if name)
+        settings = ", ".join(f"{name}={environ[name]}" for name in (rank_name, size_name) if name)
         try:
             rank = int(environ[rank_name])
             size = int(environ[size_name]) if size_name else 0
         except ValueError:
-            raise LaunchError(f"{said}: whole numbers are needed; unset them, or use a launcher") from None
+            raise LaunchError(
+                f"{settings}: whole numbers are needed; unset them, or use a launcher"
+            ) from None
         if rank < 0 or (size_name and rank >= size):
-            raise LaunchError(f"{said}: ranks go from 0 to size - 1; unset them, or use a launcher")
-        found.append(Promise(launcher, rank, size, size_name))
+            raise LaunchError(f"{settings}: ranks go from 0 to size - 1; unset them, or use a launcher")
+        found.append(LauncherInfo(launcher, rank, size, size_name))
     return found
 
 
 def launcher_rank(environ: Mapping[str, str] = os.environ) -> int:
-    """Return the rank that the launcher gave this process, 0 if it gave none; nothing need be connected."""
-    promise = _innermost(environ)
-    return promise.rank if promise else 0
+    """Return the rank that the launcher gave this process, 0 if there is none. Works before `connect`."""
+    launcher = _innermost(environ)
+    return launcher.rank if launcher else 0
 
 
 def launcher_size(environ: Mapping[str, str] = os.environ) -> int:
-    """Return how many ranks the launcher promised: 1 without a launcher, 0 where it does not say."""
-    promise = _innermost(environ)
-    return promise.size if promise else 1
+    """Return how many ranks the launcher started: 1 without a launcher, 0 if its variables do not say."""
+    launcher = _innermost(environ)
+    return launcher.size if launcher else 1
 
 
-def _innermost(environ: Mapping[str, str]) -> Promise | None:
+def _innermost(environ: Mapping[str, str]) -> LauncherInfo | None:
     try:
-        return next(iter(promises(environ)), None)
+        return next(iter(detect_launchers(environ)), None)
     except LaunchError:
         return None
 
@@ -132,68 +149,68 @@ def _innermost(environ: Mapping[str, str]) -> Promise | None:
 def _is_installed(module: str) -> bool:
     try:
         return find_spec(module) is not None
-    except ModuleNotFoundError:  # the package it would be in is missing
+    except ModuleNotFoundError:  # its parent package is missing
         return False
 
 
-def choose(
+def choose_engine(
     choice: str,
     environ: Mapping[str, str] = os.environ,
     is_installed: Callable[[str], bool] = _is_installed,
 ) -> Choice:
-    """Turn `--comm` and the launcher's environment into the engine to connect.
+    """Return the engine to use for `--comm choice` under the launcher that started this process.
 
     Raises:
-        LaunchError: the engine asked for cannot work as this process was started.
+        LaunchError: the requested engine does not work under this launcher, or is not installed.
     """
     if choice not in CHOICES:
         raise LaunchError(f"--comm {choice} is unknown; choose one of {', '.join(CHOICES)}")
-    found = promises(environ)
-    promise = found[0] if found else None
+    launchers = detect_launchers(environ)
+    launcher = launchers[0] if launchers else None
     if choice == "auto":
-        _refuse_unlaunched_slurm(promise, environ)
-        engine, why = _pick(promise, environ, is_installed)
+        _check_slurm_step(launcher, environ)
+        engine, why = _pick_engine(launcher, environ, is_installed)
     else:
         engine, why = choice, "asked for by --comm"
-        _check_launcher(engine, found, environ)
+        _check_launcher(engine, launchers, environ)
     if not is_installed(_ENGINES[engine].module):
         raise LaunchError(
             f"{_ENGINES[engine].module.split('.')[0]} is not installed; {_ENGINES[engine].install}, "
             "or start with torchrun"
         )
-    return Choice(engine, why, promise)
+    return Choice(engine, why, launcher)
 
 
-def _refuse_unlaunched_slurm(promise: Promise | None, environ: Mapping[str, str]) -> None:
-    """Refuse plain `python` in a batch script or salloc shell of many tasks: it would run just once."""
+def _check_slurm_step(launcher: LauncherInfo | None, environ: Mapping[str, str]) -> None:
+    """Raise if a Slurm job of many tasks runs plain `python`: that starts one process instead of one per task."""
     tasks = environ.get("SLURM_NTASKS", "")
-    alone = promise is None or (promise.launcher == "srun" and promise.size == 1)
-    if alone and tasks.isdecimal() and int(tasks) > 1:
+    single = launcher is None or (launcher.launcher == "srun" and launcher.size == 1)
+    if single and tasks.isdecimal() and int(tasks) > 1:
         raise LaunchError(
             f"this Slurm job has SLURM_NTASKS={tasks} but no launcher started this process; put srun, mpirun "
             "or horovodrun before python, or ask for a single process with --comm local"
         )
 
 
-def _pick(
-    promise: Promise | None, environ: Mapping[str, str], is_installed: Callable[[str], bool]
+def _pick_engine(
+    launcher: LauncherInfo | None, environ: Mapping[str, str], is_installed: Callable[[str], bool]
 ) -> tuple[str, str]:
-    """Return the engine that suits the launcher, and why."""
-    if promise is None:
+    """Return the engine that fits the launcher, and why."""
+    if launcher is None:
         return "local", "no launcher started this process"
-    if promise.size == 1:
-        return "local", f"started by {promise.launcher} as a single rank"
-    why = f"started by {promise.launcher}"
-    if promise.launcher in ("torchrun", "hand"):
+    if launcher.size == 1:
+        return "local", f"started by {launcher.launcher} as a single rank"
+    why = f"started by {launcher.launcher}"
+    if launcher.launcher in ("torchrun", "hand"):
         if not _has_master(environ):
             raise LaunchError(
                 f"{why}, but MASTER_ADDR and MASTER_PORT are not both set; use torchrun, or set them"
             )
         return "torch", why
-    if promise.launcher == "horovodrun":
+    if launcher.launcher == "horovodrun":
         return "horovod", why
     has_pmi = any(name.startswith(("PMI_", "PMIX_")) for name in environ)
-    if promise.launcher == "srun" and not has_pmi and _has_master(environ):
+    if launcher.launcher == "srun" and not has_pmi and _has_master(environ):
         return "torch", f"{why} without PMI but with MASTER_ADDR"
     if is_installed("horovod.torch") or not is_installed("mpi4py"):
         return "horovod", why
@@ -204,36 +221,43 @@ def _has_master(environ: Mapping[str, str]) -> bool:
     return "MASTER_ADDR" in environ and "MASTER_PORT" in environ
 
 
-def _check_launcher(name: str, found: list[Promise], environ: Mapping[str, str]) -> None:
-    if name == "local":
-        check_size(name, 1, found)
+def _check_launcher(engine: str, launchers: list[LauncherInfo], environ: Mapping[str, str]) -> None:
+    """Raise if the engine that --comm names does not work under the innermost launcher."""
+    if engine == "local":
+        check_size(engine, 1, launchers)
         return
-    launcher = found[0].launcher if found else "no launcher"
-    possible = launcher in _ENGINES[name].launchers
-    if name == "torch":
-        possible = possible and found[0].size > 0 and _has_master(environ)
-    if not possible:
+    name = launchers[0].launcher if launchers else "no launcher"
+    works = name in _ENGINES[engine].launchers
+    if engine == "torch":
+        works = works and launchers[0].size > 0 and _has_master(environ)
+    if not works:
         raise LaunchError(
-            f"--comm {name} cannot connect a process started by {launcher}; "
-            f"start it with {_ENGINES[name].start}, or drop --comm"
+            f"--comm {engine} cannot connect a process started by {name}; "
+            f"start it with {_ENGINES[engine].start}, or drop --comm"
         )
 
 
-def check_size(name: str, size: int, found: list[Promise]) -> None:
-    """Compare the world that engine `name` connected with what the launchers promised.
+def check_size(engine: str, size: int, launchers: list[LauncherInfo]) -> None:
+    """Raise if the number of ranks that the engine connected is not what the launchers started.
 
-    Those around the innermost one may have started fewer processes (one torchrun a host), but not more.
+    This catches ranks that each run alone without noticing. An outer launcher may have started fewer processes than
+    there are ranks (one torchrun on each host), but not more.
+
+    Args:
+        engine: as --comm names it.
+        size: how many ranks it connected.
+        launchers: the launchers around this process, the innermost first.
 
     Raises:
-        LaunchError: they differ: every rank may be in a silent world of one.
+        LaunchError: the numbers differ.
     """
-    for depth, promise in enumerate(found):
-        if promise.size > size or (depth == 0 and 0 < promise.size < size):
-            inner = found[0].launcher
+    for depth, launcher in enumerate(launchers):
+        if launcher.size > size or (depth == 0 and 0 < launcher.size < size):
+            inner = launchers[0].launcher
             remedy = (
-                _ENGINES[name].wrong_size if depth == 0 else f"make one {inner} job of their {inner} jobs"
+                _ENGINES[engine].wrong_size if depth == 0 else f"make one {inner} job of their {inner} jobs"
             )
             raise LaunchError(
-                f"{promise.variable}={promise.size}: {promise.launcher} started {promise.size} ranks, but "
-                f"--comm {name} connects {size}; {remedy}"
+                f"{launcher.variable}={launcher.size}: {launcher.launcher} started {launcher.size} ranks, but "
+                f"--comm {engine} connects {size}; {remedy}"
             )

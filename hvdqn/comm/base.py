@@ -1,4 +1,4 @@
-"""What a rank may ask of its peers: a handful of collectives, the same on every engine."""
+"""The interface of all engines: the collectives that ranks need."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ T = TypeVar("T")
 
 
 class Handle(Protocol):
-    """An allreduce under way."""
+    """An allreduce in progress."""
 
     def wait(self) -> Tensor:
-        """Return the tensor summed up, the same object that was given, once every rank's part is in it."""
+        """Wait for the sum over all ranks and return it: the tensor that was passed, overwritten in place."""
         ...
 
 
 class Comm(ABC):
-    """The ranks of one job. Every collective must be called by all ranks, in the same order.
+    """The ranks of one job. All ranks must call the same collectives in the same order.
 
-    Tensors are reduced and broadcast in place and must be contiguous. A rank that fails in the middle
-    leaves its peers inside a collective: call `abort`, never return, when an exception is not the user's.
+    Tensors are reduced and broadcast in place and must be contiguous. If a rank fails while other ranks may be waiting
+    in a collective, it must call `abort`: the other ranks would wait forever for a rank that only returns.
 
     Attributes:
         name: the engine, as `--comm` names it.
-        why: one line on how the engine was chosen.
+        why: one line that says why this engine was chosen.
         rank: this process, 0 <= rank < size.
-        size: processes in the job.
-        local_rank: this process among those of its host.
-        local_size: processes on this host.
-        ranks_may_share_a_gpu: whether it reduces tensors of two ranks on one GPU.
+        size: number of processes in the job.
+        local_rank: index of this process among those on its host.
+        local_size: number of processes on this host.
+        ranks_may_share_a_gpu: whether the engine can reduce tensors of two ranks that use the same GPU.
     """
 
     name: ClassVar[str]
@@ -50,54 +50,54 @@ class Comm(ABC):
 
     @abstractmethod
     def allreduce_sum_async(self, tensor: Tensor, name: str) -> Handle:
-        """Begin to replace `tensor` by its sum over all ranks; leave it alone until `wait` returns.
+        """Start to sum `tensor` over all ranks, in place. Do not touch it until the handle's `wait` has returned.
 
-        All ranks end with the same bits, and equal inputs give equal bits in every run of the same size.
-        Several may be under way under different names; wait for them in the order they were launched.
+        All ranks get the same bits, and equal inputs give equal bits in every run of the same size. Several sums with
+        different names may be in progress; wait for them in the order in which they were started.
 
         Args:
-            tensor: [n] float32 or float64, the same n and dtype on every rank.
-            name: the same on every rank and in every update (Horovod caches the agreement by name).
+            tensor: [n] float32 or float64, with the same n and dtype on every rank.
+            name: the same on every rank and in every update (Horovod caches its negotiation by name).
         """
 
     @abstractmethod
     def broadcast_(self, tensor: Tensor, root: int = 0) -> None:
-        """Overwrite `tensor` (any shape and dtype, the same on every rank) with rank `root`'s."""
+        """Overwrite `tensor` with that of rank `root`. Any shape and dtype, the same on every rank."""
 
     @abstractmethod
     def broadcast_object(self, obj: T, root: int = 0) -> T:
-        """Return rank `root`'s `obj` on every rank; it travels pickled between the ranks of this job only."""
+        """Return the object of rank `root` on every rank. It is pickled and only sent between ranks of this job."""
 
     @abstractmethod
     def all_gather_object(self, obj: T) -> list[T]:
-        """Return every rank's `obj`, ordered by rank; pickled as in `broadcast_object`."""
+        """Return the objects of all ranks, ordered by rank. They are pickled, as in `broadcast_object`."""
 
     def cores_of_host(self) -> list[set[int]]:
-        """The cores that each rank of this host may use; a collective call."""
+        """Return the CPU cores that each rank on this host may use. A collective call."""
         host, mine = socket.gethostname(), os.sched_getaffinity(0)
         return [cores for name, cores in self.all_gather_object((host, mine)) if name == host]
 
     @abstractmethod
     def barrier(self) -> None:
-        """Return once every rank has called this."""
+        """Return when every rank has called this."""
 
     def abort(self, code: int) -> NoReturn:
-        """End the whole job now with `code` (not 0), without waiting for any peer. Any thread may call it.
+        """End the whole job at once with exit code `code` (not 0), without waiting for other ranks. Thread-safe.
 
-        A normal exit would not do: exit hooks of the engines wait for peers that will never answer.
+        A normal exit would hang: the engines' exit hooks wait for ranks that no longer answer.
         """
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         self._end_peers(code)
         os._exit(code)
 
-    # Engines whose launcher ends the other ranks when one exits non-zero have nothing to add.
+    # Most launchers end the other ranks when one exits with a code that is not 0, so most engines need not override it.
     def _end_peers(self, code: int) -> None:  # noqa: B027
-        """Tell the launcher to end the job, where it would not notice by this process's exit."""
+        """Ask the launcher to end the job, if it does not do so when this process exits."""
 
     @abstractmethod
     def close(self) -> None:
-        """Leave the job together with all other ranks; nothing can be sent afterwards.
+        """Disconnect, together with all other ranks. No collective may follow.
 
-        Do this last: launchers end the other ranks once one has exited with a code that is not 0.
+        Call this last: launchers end the other ranks when one has exited with a code that is not 0.
         """

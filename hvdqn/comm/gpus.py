@@ -1,4 +1,4 @@
-"""Which GPU each rank takes."""
+"""Assign a GPU to each rank."""
 
 from __future__ import annotations
 
@@ -9,19 +9,22 @@ import torch
 
 
 def visible_gpus() -> list[str]:
-    """UUIDs of the GPUs that this process sees, in the order in which torch numbers them."""
+    """Return the UUIDs of the GPUs that this process sees, in torch's order."""
     return [str(torch.cuda.get_device_properties(gpu).uuid) for gpu in range(torch.cuda.device_count())]
 
 
-def assign_gpus(seen: Sequence[Sequence[str]]) -> list[str | None]:
-    """Each rank's GPU: of those that it sees, the one that the fewest ranks before it have; None if it sees none.
+def assign_gpus(visible: Sequence[Sequence[str]]) -> list[str | None]:
+    """Return the GPU of each rank: the visible one with the fewest ranks so far, None if the rank sees no GPU.
 
-    A launcher may show all ranks of a host the same GPUs, or each of them another one, which is everybody's number 0
-    (`srun --gpus-per-task=1`).
+    GPUs are compared by UUID because a launcher may show all ranks of a host the same GPUs, or each rank a different
+    one that every rank then calls number 0 (`srun --gpus-per-task=1`).
+
+    Args:
+        visible: the GPUs that each rank sees, from `visible_gpus`.
     """
-    taken: Counter[str | None] = Counter()
-    dealt = []
-    for gpus in seen:
-        dealt.append(min(gpus, key=lambda gpu: taken[gpu], default=None))
-        taken[dealt[-1]] += 1
-    return dealt
+    ranks_on: Counter[str | None] = Counter()
+    assigned = []
+    for gpus in visible:
+        assigned.append(min(gpus, key=lambda gpu: ranks_on[gpu], default=None))
+        ranks_on[assigned[-1]] += 1
+    return assigned

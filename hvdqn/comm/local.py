@@ -1,4 +1,4 @@
-"""One process: every collective is the identity and costs nothing."""
+"""The engine of a single process: every collective is the identity."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class _Done:
+    """The handle of an allreduce that has nothing to wait for."""
+
     tensor: Tensor
 
     def wait(self) -> Tensor:
@@ -22,7 +24,7 @@ class _Done:
 
 
 class LocalComm(Comm):
-    """A world of one."""
+    """A job with one rank."""
 
     name = "local"
 

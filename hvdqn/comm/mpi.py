@@ -1,4 +1,4 @@
-"""Plain MPI through mpi4py: no negotiation and no helper threads, the cheapest engine for small networks."""
+"""The engine for plain MPI, through mpi4py. Without negotiation and helper threads, it suits small networks best."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ T = TypeVar("T")
 
 
 def start_mpi() -> ModuleType:
-    """Import `mpi4py.MPI`, which starts MPI and will finalize it at exit.
+    """Import and return `mpi4py.MPI`, which starts MPI and finalizes it at exit.
 
     Raises:
         LaunchError: mpi4py is missing or finds no MPI library.
     """
-    # An Open MPI from a wheel was built for another folder. Its own mpirun tells the ranks where it lies now;
-    # srun does not, and MPI_Init would end the process.
+    # An Open MPI from a wheel was built for another folder. Its mpirun sets OPAL_PREFIX to the present one. srun does
+    # not, and MPI_Init would end the process.
     if (Path(sys.prefix) / "lib" / "libmpi.so").exists():
         os.environ.setdefault("OPAL_PREFIX", sys.prefix)
     try:
@@ -40,87 +40,90 @@ def start_mpi() -> ModuleType:
     return MPI
 
 
-class _Staged:
-    """The pinned host copy of one CUDA tensor, kept from update to update."""
+class _HostCopy:
+    """A copy of a CUDA tensor in pinned host memory. It is reused in every update."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self.tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         self._copied: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
-    def fetch(self, tensor: Tensor) -> None:
-        self.host.copy_(tensor, non_blocking=True)
+    def start_copy(self, tensor: Tensor) -> None:
+        """Start to copy `tensor` from the GPU."""
+        self.tensor.copy_(tensor, non_blocking=True)
         self._copied.record()
 
-    def arrived(self) -> Tensor:
-        self._copied.synchronize()  # the CPU waits for the GPU here
-        return self.host
+    def wait(self) -> Tensor:
+        """Block until the copy is complete, and return it."""
+        self._copied.synchronize()
+        return self.tensor
 
 
 class _Pending:
-    """A sum that is taken when it is waited for.
+    """A sum that `wait` computes with a blocking call.
 
-    Open MPI moves a nonblocking collective on only inside other MPI calls, and there are none while the
-    environments step: MPI_Iallreduce hid nothing and cost 1.4 to 2.4 times the blocking call (2 ranks on one
-    host, 1.7e4 to 1.7e6 floats).
+    Open MPI advances a nonblocking collective only inside other MPI calls, and there are none while the environments
+    step. So MPI_Iallreduce would overlap nothing, and it is slower than the blocking call.
     """
 
-    __slots__ = ("_comm", "_staged", "_tensor")
+    __slots__ = ("_comm", "_host_copy", "_tensor")
 
-    def __init__(self, comm: MpiComm, tensor: Tensor, staged: _Staged | None = None) -> None:
+    def __init__(self, comm: MpiComm, tensor: Tensor, host_copy: _HostCopy | None = None) -> None:
         self._comm: MpiComm | None = comm
-        self._tensor, self._staged = tensor, staged
+        self._tensor, self._host_copy = tensor, host_copy
 
     def wait(self) -> Tensor:
+        """Wait for the sum and return the tensor."""
         comm, self._comm = self._comm, None
-        if comm is None:  # waited for before
+        if comm is None:  # a second call
             return self._tensor
-        if self._staged is None:
+        if self._host_copy is None:
             comm.sum_(self._tensor)
         else:
-            self._tensor.copy_(comm.sum_(self._staged.arrived()), non_blocking=True)
+            self._tensor.copy_(comm.sum_(self._host_copy.wait()), non_blocking=True)
         return self._tensor
 
 
-# Bytes of all ranks' messages up to which they are summed up from shared memory. On two ranks that takes as long as
-# MPI_Allreduce there, and longer beyond; but nobody waits until the others have stepped their environments.
+# Messages are summed through shared memory if those of all ranks together are at most this many bytes. Larger ones are
+# faster with MPI_Allreduce.
 SHARED_UP_TO = 1 << 20
 
 
 class MpiComm(Comm):
     """The ranks of MPI_COMM_WORLD.
 
-    CUDA tensors travel through pinned host memory, short messages of ranks of one host through memory that they share.
+    CUDA tensors are copied to pinned host memory and reduced there. If all ranks are on one host, short messages are
+    summed through shared memory.
     """
 
     name = "mpi"
 
     def __init__(self) -> None:
         self._mpi: Any = start_mpi()
-        # A communicator of its own: no message of another user of MPI in this process can be taken for ours.
+        # A communicator of its own: other users of MPI in this process, such as Horovod, cannot receive its messages.
         self._world: Any = self._mpi.COMM_WORLD.Dup()
         host = self._world.Split_type(self._mpi.COMM_TYPE_SHARED)
         super().__init__(self._world.rank, self._world.size, host.rank, host.size)
         self._host: Any = host if 1 < host.size == self._world.size else None
-        """All ranks, if they share memory."""
+        """All ranks, if they share memory; else None."""
         if self._host is None:
             host.Free()
         self._shared: dict[str, SharedSum] = {}
-        self._staged: dict[str, _Staged] = {}
+        self._host_copies: dict[str, _HostCopy] = {}
 
     def allreduce_sum_async(self, tensor: Tensor, name: str) -> Handle:
         """See `Comm`."""
         check_reducible(tensor)
         if not tensor.is_cuda:
-            shared = self._sharing(tensor, name)
+            shared = self._shared_sum(tensor, name)
             return _Pending(self, tensor) if shared is None else shared.post(tensor)
-        staged = self._staged.get(name)
-        if staged is None or staged.host.shape != tensor.shape or staged.host.dtype != tensor.dtype:
-            staged = self._staged[name] = _Staged(tensor)
-        staged.fetch(tensor)
-        return _Pending(self, tensor, staged)
+        copy = self._host_copies.get(name)
+        if copy is None or copy.tensor.shape != tensor.shape or copy.tensor.dtype != tensor.dtype:
+            copy = self._host_copies[name] = _HostCopy(tensor)
+        copy.start_copy(tensor)
+        return _Pending(self, tensor, copy)
 
-    def _sharing(self, tensor: Tensor, name: str) -> SharedSum | None:
-        """What is shared for messages of this name; None: they are not for shared memory."""
+    def _shared_sum(self, tensor: Tensor, name: str) -> SharedSum | None:
+        """Return the shared memory for messages with this name, None if they are to be summed by MPI."""
         if self._host is None:
             return None
         shared = self._shared.get(name)
@@ -132,27 +135,27 @@ class MpiComm(Comm):
             self._shared.pop(name).close()
         try:
             shared = SharedSum(self._mpi, self._host, tensor)
-        except self._mpi.Exception:  # no room in the memory that a container may share, say
+        except self._mpi.Exception:  # for example because a container limits its shared memory
             shared = None
-        everywhere = all(self._host.allgather(shared is not None))
-        if shared is None or not everywhere:
+        all_have_it = all(self._host.allgather(shared is not None))
+        if shared is None or not all_have_it:
             self._host = None
             return None
         self._shared[name] = shared
         return shared
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """Replace a host tensor by its sum over all ranks, now, and return it."""
+        """Sum a host tensor over all ranks, in place, and return it. Blocks."""
         self._world.Allreduce(self._mpi.IN_PLACE, tensor.detach().numpy())
         return tensor
 
     def broadcast_(self, tensor: Tensor, root: int = 0) -> None:
         """See `Comm`."""
-        sent = as_bytes(tensor)
-        host = sent.cpu()  # the same memory where the tensor is on the host
+        view = as_bytes(tensor)
+        host = view.cpu()  # no copy if the tensor is on the host
         self._world.Bcast(host.numpy(), root)
-        if sent.is_cuda:
-            sent.copy_(host)
+        if view.is_cuda:
+            view.copy_(host)
 
     def broadcast_object(self, obj: T, root: int = 0) -> T:
         """See `Comm`."""
@@ -169,22 +172,25 @@ class MpiComm(Comm):
         self._world.Barrier()
 
     def duplicate(self) -> Any:
-        """A communicator of its own between all ranks, for messages between two of them; a collective call."""
+        """Return a new communicator of all ranks, for messages from rank to rank. A collective call."""
         return self._world.Dup()
 
     def first_done(self, requests: Sequence[Any]) -> int | None:
-        """Which of these messages has come, by its place among them; None if none has."""
+        """Return the index of a request that is complete, None if none is. Does not block."""
         index, done = self._mpi.Request.Testany(requests)
         return index if done else None
 
     def keep(self, ranks: Sequence[int]) -> None:
-        """Go on without the other ranks, which may be dead; called by all that stay, who are numbered anew."""
+        """Continue with these ranks only. Sets the new `rank` and `size`.
+
+        All `ranks` must call it; the others may be dead.
+        """
         self._world = self._world.Create_group(self._world.group.Incl(ranks))
-        self._host = None  # what is shared with the dead is not given back
+        self._host = None  # freeing the shared memory would need the ranks that are gone
         self.rank, self.size = self._world.rank, self._world.size
 
     def _end_peers(self, code: int) -> None:
-        # srun, unlike mpirun, lets the others go on when one rank exits.
+        # Unlike mpirun, srun by default lets the other ranks run on when one exits.
         self._mpi.COMM_WORLD.Abort(code)
 
     def close(self) -> None:

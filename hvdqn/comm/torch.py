@@ -19,29 +19,32 @@ from hvdqn.errors import LaunchError
 
 T = TypeVar("T")
 
-# How far apart the ranks of a job may arrive: imports from a network disk are slow.
+# How long ranks wait for each other at the start. Imports from a network file system are slow.
 CONNECT_TIMEOUT = timedelta(minutes=5)
-# The longest one rank may keep the others waiting (a checkpoint, a long evaluation).
+# How long one rank may keep the others waiting, for example while it writes a checkpoint.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(slots=True)
 class _Pending:
+    """An allreduce in progress; `work` is None once it was waited for."""
+
     work: dist.Work | None
     tensor: Tensor
 
     def wait(self) -> Tensor:
+        """Wait for the sum and return the tensor."""
         if self.work is not None:
             self.work.wait()
             self.work = None
         return self.tensor
 
 
-def _meet(rank: int, size: int) -> tuple[Store, list[str]]:
-    """Meet the other ranks at MASTER_ADDR:MASTER_PORT; return the store there and every rank's host name.
+def _connect_store(rank: int, size: int) -> tuple[Store, list[str]]:
+    """Connect to the store at MASTER_ADDR:MASTER_PORT; return it and the host name of every rank.
 
     Raises:
-        LaunchError: some rank has not come within `CONNECT_TIMEOUT`, or no store answers at that address.
+        LaunchError: not all ranks connected within `CONNECT_TIMEOUT`, or no store answers at that address.
     """
     try:
         store, _, _ = next(rendezvous("env://", rank, size, timeout=CONNECT_TIMEOUT))
@@ -58,28 +61,28 @@ def _meet(rank: int, size: int) -> tuple[Store, list[str]]:
         ) from None
 
 
-def _have_a_gpu_each(size: int, device: str) -> bool:
-    """Whether every rank of the job has a GPU that no other one has; a collective call, wherever tensors lie."""
-    seen: list[list[str]] = [[]] * size
-    dist.all_gather_object(seen, visible_gpus() if device.startswith("cuda") else [])
-    dealt = assign_gpus(seen)
-    return None not in dealt and len(set(dealt)) == size
+def _each_rank_has_its_own_gpu(size: int, device: str) -> bool:
+    """Return True if no two ranks share a GPU and none is without one. A collective call, for any device."""
+    visible: list[list[str]] = [[]] * size
+    dist.all_gather_object(visible, visible_gpus() if device.startswith("cuda") else [])
+    assigned = assign_gpus(visible)
+    return None not in assigned and len(set(assigned)) == size
 
 
 class TorchComm(Comm):
-    """All ranks of the job, over torch.distributed. All is Gloo's where ranks share a GPU: NCCL would refuse."""
+    """All ranks of the job, over torch.distributed. Without a GPU for each rank, which NCCL needs, Gloo does it all."""
 
     name = "torch"
 
     def __init__(self, device: str, rank: int, size: int) -> None:
-        store, hosts = _meet(rank, size)
-        # Objects, barriers and host tensors travel over Gloo even where gradients travel over NCCL.
+        store, hosts = _connect_store(rank, size)
+        # NCCL only reduces and broadcasts CUDA tensors: objects, barriers and host tensors always go over Gloo.
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
         self._on_device: dist.ProcessGroup | None = None
-        if _have_a_gpu_each(size, device):
+        if _each_rank_has_its_own_gpu(size, device):
             self._on_device = dist.new_group(backend="nccl", timeout=COLLECTIVE_TIMEOUT)
-        here = [peer for peer in range(size) if hosts[peer] == hosts[rank]]
-        super().__init__(rank, size, local_rank=here.index(rank), local_size=len(here))
+        local = [peer for peer in range(size) if hosts[peer] == hosts[rank]]
+        super().__init__(rank, size, local_rank=local.index(rank), local_size=len(local))
 
     def _group(self, tensor: Tensor) -> dist.ProcessGroup | None:
         return self._on_device if tensor.is_cuda else None
@@ -113,5 +116,5 @@ class TorchComm(Comm):
 
     def close(self) -> None:
         """See `Comm`."""
-        self.barrier()  # the first rank to hang up fails whatever the others still have under way
+        self.barrier()  # collectives that other ranks have in progress would fail when this one disconnects
         dist.destroy_process_group()

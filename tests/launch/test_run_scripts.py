@@ -1,4 +1,4 @@
-"""The launch scripts on this host: wrong input, exit codes that launchers lose, a stop."""
+"""The launch scripts on this host: help, wrong input, exit codes, signals."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def run(*words: str, **environment: str) -> Result:
 
 
 def refusal(result: Result) -> str:
-    """The one line of a launch that was refused."""
+    """Return the error line of a launch that failed with exit code 2."""
     assert result.returncode == 2, result
     assert result.stdout == "", result
     assert result.stderr.count("\n") == 1, result
@@ -64,16 +64,27 @@ def test_help_explains_every_flag(script: str) -> None:
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
+def test_help_contains_only_what_users_need(script: str) -> None:
+    """It is the comment at the top of the script, then the flags that all scripts share. Nothing on common.sh."""
+    comment = (REPOSITORY / "launch" / script).read_text().partition("\nset -euo")[0].splitlines()[1:]
+    own, _, shared = run(script, "--help").stdout.partition("Flags:\n")
+    assert own.splitlines() == [line.removeprefix("#").removeprefix(" ") for line in comment]
+    assert shared.startswith("  -np N")
+    for other in {*SCRIPTS, "common.sh"} - {script}:
+        assert other not in own + shared
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
         ([], "how many ranks? Give -np N"),
-        (["-np"], "-np wants a value"),
-        (["-np", "many"], "-np 'many' is no number of ranks"),
-        (["-np", "0"], "-np '0' is no number of ranks"),
-        (["-np", "2", "--preset", "smoke"], "unknown argument '--preset'; flags of training go behind '--'"),
+        (["-np"], "-np needs a value"),
+        (["-np", "many"], "-np 'many' is not a number of ranks"),
+        (["-np", "0"], "-np '0' is not a number of ranks"),
+        (["-np", "2", "--preset", "smoke"], "unknown argument '--preset'; put flags of training after '--'"),
         (["-np", "3", "--hosts", "localhost:2"], "-np 3 is more than the 2 slots of --hosts localhost:2"),
-        (["--hosts", "h1:4,h2:x"], "'h2:x' is no host; write them as h1:4,h2:4"),
+        (["--hosts", "h1:4,h2:x"], "'h2:x' is not a host; write them as h1:4,h2:4"),
         (["-np", "2", "-x", "NO_SUCH_VARIABLE"], "there is no such variable"),
         (["-np", "2", "-x", "WANDB_API_KEY"], "put it into a file and name that with --env-file"),
         (["-np", "2", "-x", "SLURM_JWT"], "-x SLURM_JWT would show a secret in ps"),
@@ -92,11 +103,11 @@ def test_wrong_input_is_one_line_and_exit_2(script: str, words: list[str], expec
             ["--hosts", "h1,h2", "--min-np", "3"],
             "--min-np 3, -np 2, --max-np 2: each must be at least the one before",
         ),
-        (["--hosts", "h1,h2", "--max-np", "few"], "--max-np 'few' is no whole number above 0"),
+        (["--hosts", "h1,h2", "--max-np", "few"], "--max-np 'few' is not a whole number above 0"),
         (["--hosts", "h1,h2", "--cooldown", "600"], "--cooldown '600': give seconds as MIN,MAX"),
-        (["--discovery", "/nowhere/hosts"], "--discovery '/nowhere/hosts' is no program"),
+        (["--discovery", "/nowhere/hosts"], "--discovery '/nowhere/hosts' is not a program"),
         (["--discovery", "/bin/false"], "/false failed (1); it must print hosts"),
-        (["--hosts", "h1,h2", "--", "echo"], "'echo': behind '--' stand flags of training"),
+        (["--hosts", "h1,h2", "--", "echo"], "'echo': only flags of training may follow '--'"),
     ],
 )
 def test_wrong_input_of_elastic(words: list[str], expected: str) -> None:
@@ -104,7 +115,7 @@ def test_wrong_input_of_elastic(words: list[str], expected: str) -> None:
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_an_environment_that_is_not_there(script: str) -> None:
+def test_a_missing_environment(script: str) -> None:
     assert "no Python at /nowhere/bin/python" in refusal(run(script, "-np", "2", HVDQN_VENV="/nowhere"))
 
 
@@ -117,7 +128,7 @@ def test_an_environment_that_is_not_there(script: str) -> None:
         ("mpirun.sh", "no mpirun in PATH; run launch/setup.sh"),
     ],
 )
-def test_the_launcher_is_missing(script: str, expected: str, tmp_path: Path) -> None:
+def test_a_missing_launcher(script: str, expected: str, tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True, timeout=60)
     path = [place for place in os.environ["PATH"].split(os.pathsep) if not shutil.which("mpirun", path=place)]
     ranks = ["--hosts", "localhost,127.0.0.1"] if script == "elastic.sh" else ["-np", "2"]
@@ -126,8 +137,8 @@ def test_the_launcher_is_missing(script: str, expected: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("words", RUNS.values(), ids=RUNS)
-def test_a_stop_reaches_all_ranks_and_is_told_by_the_exit_code(words: list[str], tmp_path: Path) -> None:
-    """Also: what follows `--` arrives whole, whatever shells and launchers stand in between."""
+def test_a_signal_stops_all_ranks_with_exit_code_75(words: list[str], tmp_path: Path) -> None:
+    """Also: arguments after `--` reach hvdqn unchanged through all shells and launchers."""
     run_dir = tmp_path / """a run "of" 'mine' $HOME $$ ${local_rank}"""
     with start([*words, "-np", "2", "--", *ENDLESS, "--run-dir", str(run_dir)], cwd=tmp_path) as job:
         job.wait_for("/s  updates")
@@ -140,15 +151,15 @@ def test_a_stop_reaches_all_ranks_and_is_told_by_the_exit_code(words: list[str],
 
 
 @pytest.mark.parametrize("words", RUNS.values(), ids=RUNS)
-def test_wrong_input_of_hvdqn_comes_through(words: list[str]) -> None:
+def test_exit_code_2_of_hvdqn_is_passed_on(words: list[str]) -> None:
     result = run(*words, "-np", "2", "--", "--preset", "smoky")
     assert result.returncode == 2, result
     assert result.stderr.count("unknown preset 'smoky'") == 1, result
     assert "Traceback" not in result.stderr + result.stdout, result
 
 
-@pytest.mark.parametrize("launcher", ["horovodrun-gloo", "torchrun"])  # mpirun knows by itself
-def test_a_killed_rank_comes_through(launcher: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", ["horovodrun-gloo", "torchrun"])  # mpirun does it by itself
+def test_the_exit_code_names_the_signal_that_killed_a_rank(launcher: str, tmp_path: Path) -> None:
     with start([*RUNS[launcher], "-np", "2", "--", *ENDLESS, "--run-dir", str(tmp_path)]) as job:
         job.wait_for("/s  updates")
         job.ranks()[1].kill()
@@ -165,7 +176,7 @@ def test_a_whole_command_and_a_variable() -> None:
     assert result.stdout == "a 'b' \"c\" dark blue False\n"
 
 
-def test_what_is_named_like_a_secret_is_kept_from_command_lines() -> None:
+def test_variables_named_like_secrets_are_not_on_command_lines() -> None:
     names = ("HVDQN_token", "SLURM_JWT", "HVDQN_COLOUR", "NCCL_IB_PKEY")
     program = f"import os; print(*(name for name in {names} if name in os.environ))"
     result = run("mpirun.sh", "-np", "1", "--", sys.executable, "-c", program, **dict.fromkeys(names, "x"))
@@ -173,7 +184,7 @@ def test_what_is_named_like_a_secret_is_kept_from_command_lines() -> None:
     assert result.stdout == "HVDQN_COLOUR NCCL_IB_PKEY\n"
 
 
-def test_torchrun_asks_nothing_of_hosts_without_ranks() -> None:
+def test_torchrun_does_not_contact_hosts_without_ranks() -> None:
     program = "import os; print(os.environ['WORLD_SIZE'], 'rank')"
     hosts = ["--hosts", "localhost:1,nowhere.invalid:1", "-np", "1"]
     result = run("torchrun.sh", *hosts, "--", sys.executable, "-c", program)
@@ -181,7 +192,7 @@ def test_torchrun_asks_nothing_of_hosts_without_ranks() -> None:
     assert result.stdout == "1 rank\n"
 
 
-def test_torchrun_wants_a_first_host_that_the_others_can_find() -> None:
+def test_torchrun_needs_a_first_host_that_the_others_can_find() -> None:
     result = run("torchrun.sh", "--hosts", "localhost:1,nowhere.invalid:1", "--", "true")
     assert result.returncode == 2, result
-    assert "cannot find the first one as 'localhost'; give the name" in result.stderr
+    assert "cannot find the first one as 'localhost'; give the name by which they know it" in result.stderr

@@ -287,7 +287,7 @@ def test_wrong_input_ends_at_once_with_its_exit_code(cluster: Cluster, clone: Pa
     assert info["JobState"] == "FAILED"
     assert info["Restarts"] == "0"
     assert info["ExitCode"] == "2:0", job.output()
-    assert "warning: 2 ranks and 1 GPUs; one rank a GPU is --ntasks-per-node=1" in job.output()
+    assert "warning: 2 ranks and 1 GPUs; for one rank per GPU use --ntasks-per-node=1" in job.output()
     assert job.output().count("unknown preset 'smok'; did you mean 'smoke'?") == 1
 
 

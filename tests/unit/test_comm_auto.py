@@ -1,4 +1,4 @@
-"""What the launchers' environments are taken for, without starting any of them."""
+"""Launchers are detected from their environment variables, and an engine is chosen. No launcher is started."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import hvdqn.comm
-from hvdqn.comm import connect, launcher_rank, launcher_size
-from hvdqn.comm.auto import check_size, choose, promises
+from hvdqn.comm import CHOICES, connect, launcher_rank, launcher_size
+from hvdqn.comm.auto import check_size, choose_engine, detect_launchers
 from hvdqn.comm.torch import TorchComm
 from hvdqn.errors import LaunchError
 
@@ -29,14 +29,14 @@ SRUN_PMIX = {**SRUN, "PMIX_RANK": "1"}
 
 
 def one(environ: dict[str, str]) -> dict[str, str]:
-    """The same launcher, asked for one process."""
+    """Return the environment of the same launcher with a single rank."""
     return {
         name: "0" if name.endswith(("_RANK", "RANK", "PROCID")) else "1" if value == "2" else value
         for name, value in environ.items()
     }
 
 
-def everything(module: str) -> bool:
+def all_installed(module: str) -> bool:
     return True
 
 
@@ -56,16 +56,16 @@ def everything(module: str) -> bool:
         ({"PMIX_RANK": "1"}, "horovod", "PMIx", 1),
         (TORCHRUN, "torch", "torchrun", 1),
         (BY_HAND, "torch", "hand", 1),
-        # One launcher inside another: the innermost has made the ranks.
+        # Nested launchers: the innermost started the ranks.
         ({**SBATCH, **HOROVODRUN}, "horovod", "horovodrun", 1),
         ({**SBATCH, **MPIRUN}, "horovod", "mpirun", 1),
         ({**SBATCH, **TORCHRUN}, "torch", "torchrun", 1),
         ({**TORCHRUN, **MPIRUN, **SRUN}, "torch", "torchrun", 1),
         ({**MPIRUN, **SRUN, "SLURM_PROCID": "0"}, "horovod", "mpirun", 1),
-        # Generic names alone prove nothing.
+        # These variables alone do not show that a launcher started the process.
         ({"RANK": "1", "WORLD_SIZE": "2"}, "local", None, 0),
         ({"HOROVOD_RANK": "1"}, "local", None, 0),
-        # Worlds that are meant to be of one.
+        # Jobs with one rank.
         (one(HOROVODRUN), "local", "horovodrun", 0),
         (one(MPIRUN), "local", "mpirun", 0),
         (one(SRUN_PMIX), "local", "srun", 0),
@@ -76,15 +76,15 @@ def everything(module: str) -> bool:
 def test_auto_follows_the_launcher(
     environ: dict[str, str], engine: str, launcher: str | None, rank: int
 ) -> None:
-    choice = choose("auto", environ, everything)
+    choice = choose_engine("auto", environ, all_installed)
     assert choice.engine == engine
-    assert (choice.promise.launcher if choice.promise else None) == launcher
+    assert (choice.launcher.launcher if choice.launcher else None) == launcher
     assert (launcher or "no launcher") in choice.why
     assert launcher_rank(environ) == rank
 
 
-def test_auto_takes_mpi4py_where_horovod_is_missing() -> None:
-    choice = choose("auto", MPIRUN, lambda module: module != "horovod.torch")
+def test_auto_chooses_mpi4py_if_horovod_is_missing() -> None:
+    choice = choose_engine("auto", MPIRUN, lambda module: module != "horovod.torch")
     assert choice.engine == "mpi"
     assert "Horovod is not installed" in choice.why
 
@@ -129,11 +129,11 @@ def test_auto_takes_mpi4py_where_horovod_is_missing() -> None:
         ("nccl", {}, "", "--comm nccl is unknown; choose one of auto, local, horovod, torch, mpi"),
     ],
 )
-def test_what_cannot_work_is_refused_with_a_remedy(
+def test_an_engine_that_cannot_work_is_refused_with_a_remedy(
     choice: str, environ: dict[str, str], missing: str, message: str
 ) -> None:
     with pytest.raises(LaunchError) as refusal:
-        choose(choice, environ, lambda module: module not in missing.split())
+        choose_engine(choice, environ, lambda module: module not in missing.split())
     assert message in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
@@ -149,17 +149,17 @@ def test_what_cannot_work_is_refused_with_a_remedy(
         ("torch", {**SRUN, **MASTER}),
     ],
 )
-def test_what_can_work_may_be_asked_for(choice: str, environ: dict[str, str]) -> None:
-    assert choose(choice, environ, everything).engine == choice
+def test_an_engine_that_can_work_may_be_requested(choice: str, environ: dict[str, str]) -> None:
+    assert choose_engine(choice, environ, all_installed).engine == choice
 
 
 @pytest.mark.parametrize(
     ("environ", "size", "right"),
     [
         (MPIRUN, 2, True),
-        (MPIRUN, 1, False),  # a silent world of one
+        (MPIRUN, 1, False),  # each rank runs alone
         (MPIRUN, 4, False),
-        ({"PMIX_RANK": "1"}, 4, True),  # promised no number
+        ({"PMIX_RANK": "1"}, 4, True),  # its variables hold no size
         ({**TORCHRUN, "WORLD_SIZE": "8", **SRUN}, 8, True),  # srun started one torchrun on each of two hosts
         ({**TORCHRUN, "WORLD_SIZE": "8", **SRUN}, 4, False),
         ({**one(TORCHRUN), **SRUN}, 1, False),
@@ -167,25 +167,35 @@ def test_what_can_work_may_be_asked_for(choice: str, environ: dict[str, str]) ->
         ({}, 1, True),
     ],
 )
-def test_the_world_is_compared_with_every_promise(environ: dict[str, str], size: int, right: bool) -> None:
+def test_the_size_is_compared_with_every_launcher(environ: dict[str, str], size: int, right: bool) -> None:
     if right:
-        check_size("horovod", size, promises(environ))
+        check_size("horovod", size, detect_launchers(environ))
     else:
         with pytest.raises(LaunchError, match=rf"started \d ranks, but --comm horovod connects {size}; .+"):
-            check_size("horovod", size, promises(environ))
+            check_size("horovod", size, detect_launchers(environ))
 
 
-def test_the_rank_is_known_without_any_connection_and_never_fails() -> None:
+def test_launcher_rank_needs_no_connection_and_ignores_errors() -> None:
     assert launcher_rank({}) == 0
     assert launcher_rank(SRUN) == 1
     assert launcher_rank({**MPIRUN, "OMPI_COMM_WORLD_RANK": "x"}) == 0
 
 
-def test_the_size_that_a_launcher_promised():
+def test_launcher_size() -> None:
     assert launcher_size({}) == 1
     assert launcher_size(SRUN) == 2
     assert launcher_size({"PMIX_RANK": "1"}) == 0
     assert launcher_size({**MPIRUN, "OMPI_COMM_WORLD_RANK": "x"}) == 1
+
+
+def test_connect_knows_every_engine() -> None:
+    assert hvdqn.comm._CONNECT.keys() == set(CHOICES) - {"auto"}
+
+
+def test_connect_raises_if_an_engine_was_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hvdqn.comm, "_CONNECT", {})
+    with pytest.raises(KeyError, match="local"):
+        connect("local")
 
 
 def test_local_is_the_identity() -> None:
@@ -202,7 +212,7 @@ def test_local_is_the_identity() -> None:
     comm.close()
 
 
-def test_a_rank_that_never_comes_is_told_about(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connecting_fails_if_a_rank_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     import datetime
 
     import hvdqn.comm.torch as engine
@@ -220,7 +230,7 @@ def imports(path: Path) -> set[str]:
     return plain | {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
 
 
-def test_each_engine_keeps_its_library_to_itself() -> None:
+def test_only_its_engine_imports_a_library() -> None:
     for path in Path(hvdqn.comm.__file__).parent.glob("*.py"):
         roots = {name.split(".")[0] for name in imports(path)}
         ours = {name for name in imports(path) if name.split(".")[0] == "hvdqn"}

@@ -1,4 +1,4 @@
-"""Elastic runs without a launcher: what a member keeps when its world ends, and where ranks stand in the next."""
+"""Elastic runs without a launcher: what a rank keeps when another is lost, and its place in the next world."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hvdqn.clock import Clock
-from hvdqn.comm.horovod import ElasticWorld, place_among
 from hvdqn.comm.local import LocalComm
 from hvdqn.config import parse
-from hvdqn.elastic import Alone, Member, elastic_config, elastic_options
+from hvdqn.elastic.__main__ import Alone, Member, elastic_config, elastic_options
+from hvdqn.elastic.world import ElasticWorld, place_among
 from hvdqn.errors import UserError
 from hvdqn.faults import StopSignal
 from hvdqn.metrics import PhaseTimer

@@ -28,12 +28,13 @@ from typing import Any, NoReturn, TypeVar
 
 from hvdqn.checkpoint import Checkpoints, Progress, reset_environments
 from hvdqn.comm import Comm
-from hvdqn.comm.horovod import ElasticWorld
 from hvdqn.comm.local import LocalComm
 from hvdqn.config import Config, check_world, parse
+from hvdqn.elastic.world import ElasticWorld
 from hvdqn.errors import (
     EXIT_FAILED,
     EXIT_FINISHED,
+    EXIT_JOB_FAILED,
     EXIT_REQUEUE,
     DriftError,
     LaunchError,
@@ -60,7 +61,6 @@ from hvdqn.train import (
 
 T = TypeVar("T")
 
-EXIT_JOB_FAILED = 70
 # Iterations between looks whether hosts came or went.
 LOOK_ITERATIONS = 128
 
