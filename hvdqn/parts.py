@@ -6,9 +6,8 @@ import math
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,9 +27,10 @@ from hvdqn.metrics import PhaseTimer
 from hvdqn.networks import QNetwork, make_network
 from hvdqn.replay import Importance, PrioritizedSampler, Replay, Ring, Sampler, UniformSampler
 from hvdqn.replay.frames import DeviceFrames, HostFrames, MakeFrames, PinnedFrames
+from hvdqn.rank import Acting, Parts
 from hvdqn.role import Role, assign_role
 from hvdqn.seeds import rank_seeds
-from hvdqn.sync import Strategy, make_strategy
+from hvdqn.sync import make_strategy
 
 # Below this many parameters an operation is too short to be worth a second thread.
 PARAMETERS_WORTH_THREADS = 500_000
@@ -42,40 +42,6 @@ class Spaces(NamedTuple):
     observation_shape: tuple[int, ...]
     is_image: bool
     actions: int
-
-
-@dataclass
-class Acting:
-    """What a rank needs to act and to remember. No environment is reset yet, and replay is empty."""
-
-    envs: Environments
-    actor: Actor
-    replay: Replay
-
-
-@dataclass
-class Parts:
-    """What one rank trains with.
-
-    Attributes:
-        role: whether this rank acts.
-        clock, learner, strategy, epsilons, timer, device: of this rank.
-        threads: that this rank may use.
-        overlap: what happens while the environments step: "exchange": gradients travel; "update": a GPU takes a whole
-            update; "none": nothing.
-        acting: None on a rank that serves.
-    """
-
-    role: Role
-    clock: Clock
-    learner: Learner
-    strategy: Strategy
-    epsilons: Epsilons
-    timer: PhaseTimer
-    device: torch.device
-    threads: int
-    overlap: Literal["none", "exchange", "update"]
-    acting: Acting | None
 
 
 def build_parts(config: Config, comm: Comm, timer: PhaseTimer, env_steps: int = 0) -> Parts:

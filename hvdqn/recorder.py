@@ -13,7 +13,8 @@ from hvdqn.comm import Comm
 from hvdqn.config import Config
 from hvdqn.evaluate import Evaluator
 from hvdqn.metrics import Metrics, WaitHint, write_summary
-from hvdqn.parts import Parts, recording
+from hvdqn.parts import recording
+from hvdqn.rank import Parts
 from hvdqn.seeds import rank_seeds
 from hvdqn.summary import log_summary, summarize
 from hvdqn.sync import Totals

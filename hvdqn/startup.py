@@ -14,7 +14,8 @@ from hvdqn.config import Config, check_engine, check_world
 from hvdqn.errors import UserError
 from hvdqn.faults import StopSignal
 from hvdqn.metrics import PhaseTimer
-from hvdqn.parts import Parts, build_parts
+from hvdqn.parts import build_parts
+from hvdqn.rank import Parts
 from hvdqn.recorder import Recorder
 from hvdqn.role import assign_role
 from hvdqn.run_directory import record_config

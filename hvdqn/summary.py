@@ -11,7 +11,7 @@ from hvdqn import __version__
 from hvdqn.checkpoint import Progress
 from hvdqn.comm import Comm
 from hvdqn.config import Config, unused_settings
-from hvdqn.parts import Parts
+from hvdqn.rank import Parts
 from hvdqn.sync import Strategy, Totals
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from hvdqn.comm import Comm
 from hvdqn.config import Config
 from hvdqn.faults import StopSignal, check_replicas
-from hvdqn.parts import Acting, Parts, importance_at
+from hvdqn.parts import importance_at
+from hvdqn.rank import Acting, Parts
 from hvdqn.recorder import Recorder
 from hvdqn.replay import Batch
 from hvdqn.sync import Outcome

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from hvdqn.acting import Actor
-from hvdqn.clock import Clock
 from hvdqn.comm import Comm
-from hvdqn.learner import Learner
-from hvdqn.metrics import PhaseTimer
-from hvdqn.replay import Replay
+from hvdqn.rank import Parts
 from hvdqn.seeds import torch_state
+from hvdqn.sync import Totals
 
 LEARNER = "learner"
 """Name of the part that rank 0 writes for all ranks."""
@@ -23,17 +20,6 @@ LEARNER = "learner"
 def rank_part(rank: int) -> str:
     """Return the name of the part that a rank writes for itself."""
     return f"rank-{rank:05d}"
-
-
-class RankParts(Protocol):
-    """The parts of one rank whose state a checkpoint holds: those of `hvdqn.parts.Parts`, which imports come later."""
-
-    learner: Learner
-    clock: Clock
-    replay: Replay
-    actor: Actor
-    timer: PhaseTimer
-    device: torch.device
 
 
 @dataclass
@@ -47,47 +33,61 @@ class Progress:
     world_changes: int = 0  # only elastic runs have any
 
 
-def shared_state(learner: Learner, clock: Clock, progress: Progress) -> dict[str, Any]:
+def shared_state(parts: Parts, totals: Totals, progress: Progress) -> dict[str, Any]:
     """Return the state that is the same on every rank: networks, optimizer, counters, clock and progress.
 
     Tensors are not copied.
     """
+    strategy = parts.strategy
+    carried = {f"sync.{name}": tensor for name, tensor in strategy.state().items()}
     return {
-        "learner": learner.state(),
-        "counters": learner.counters(),
-        "clock": clock.state(),
+        "learner": {**parts.learner.state(), **carried},
+        "counters": {
+            **totals.counters(),
+            "skipped_in_a_row": strategy.skipped_in_a_row,
+            "sync": strategy.counters(),
+        },
+        "clock": parts.clock.state(),
         "progress": asdict(progress),
     }
 
 
 def load_shared_state(
-    state: Mapping[str, Any], learner: Learner, clock: Clock, refill: bool = False
+    state: Mapping[str, Any], parts: Parts, totals: Totals, refill: bool = False
 ) -> Progress:
-    """Load what `shared_state` returned into the learner and the clock, and return its progress.
+    """Load what `shared_state` returned, and return its progress.
 
     Args:
         state: from another rank, or from a checkpoint, where arrays stand in for tensors.
-        learner: built with the same network and optimizer settings.
-        clock: may count updates at another rate than before; see `Clock.resume`.
+        parts: built with the same network and optimizer settings.
+        totals: of this rank.
         refill: True if replay is empty, so that it must fill before the next update.
     """
-    learner.load_state({name: torch.as_tensor(values) for name, values in state["learner"].items()})
-    learner.load_counters(state["counters"])
-    clock.resume(state["clock"], refill)
+    tensors = {name: torch.as_tensor(values) for name, values in state["learner"].items()}
+    prefix = "sync."
+    carried = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    counters, strategy = state["counters"], parts.strategy
+    parts.learner.load_state(tensors)
+    strategy.load_state(carried)
+    totals.load_counters(counters)
+    strategy.skipped_in_a_row = counters["skipped_in_a_row"]
+    strategy.load_counters(counters["sync"])
+    parts.clock.resume(state["clock"], refill)
     return Progress(**state["progress"])
 
 
-def contents(parts: RankParts, comm: Comm, progress: Progress) -> dict[str, Any]:
+def contents(parts: Parts, comm: Comm, totals: Totals, progress: Progress) -> dict[str, Any]:
     """Return what this rank writes to a checkpoint, by the name of the part."""
+    acting = parts.acting
     written: dict[str, Any] = {
         rank_part(comm.rank): {
-            "actor": parts.actor.state(),
+            "actor": acting.actor.state() if acting else None,
             "clock": parts.clock.own_state(),
-            "replay": parts.replay.state() if progress.keeps_replay else None,
+            "replay": acting.replay.state() if acting and progress.keeps_replay else None,
             "seconds": parts.timer.seconds(),
             "torch": torch_state(parts.device),
         }
     }
     if comm.rank == 0:
-        written[LEARNER] = shared_state(parts.learner, parts.clock, progress)
+        written[LEARNER] = shared_state(parts, totals, progress)
     return written

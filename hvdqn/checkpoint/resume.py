@@ -8,16 +8,18 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from hvdqn.checkpoint.contents import LEARNER, Progress, RankParts, load_shared_state, rank_part
+from hvdqn.checkpoint.contents import LEARNER, Progress, load_shared_state, rank_part
 from hvdqn.checkpoint.directory import Checkpoint, Checkpoints, OtherFormatError, open_checkpoint
 from hvdqn.checkpoint.files import BrokenCheckpointError
 from hvdqn.clock import Clock
 from hvdqn.comm import Comm
-from hvdqn.config import Config, acting_place, acting_ranks
+from hvdqn.config import Config
 from hvdqn.errors import UserError
 from hvdqn.metrics import METRICS_FILE, SUMMARY_FILE
+from hvdqn.rank import Parts
 from hvdqn.replay import reshard
 from hvdqn.seeds import load_torch_state
+from hvdqn.sync import Totals
 
 # What a run is of cannot change between its attempts: its seed, its environment, its network and its optimizer.
 FIXED = (
@@ -110,13 +112,14 @@ def best_evaluation(run_dir: Path) -> float:
         return -math.inf
 
 
-def reset_environments(parts: RankParts) -> None:
-    """Reset the environments and add their first observations to replay."""
-    parts.replay.start(parts.actor.start())
+def reset_environments(parts: Parts) -> None:
+    """Reset the environments and add their first observations to replay, on a rank that acts."""
+    if parts.acting is not None:
+        parts.acting.replay.start(parts.acting.actor.start())
 
 
 def restore(
-    parts: RankParts, checkpoint: Checkpoint, config: Config, comm: Comm
+    parts: Parts, checkpoint: Checkpoint, config: Config, comm: Comm, totals: Totals
 ) -> tuple[Progress, list[str]]:
     """Load a checkpoint into the parts of this rank; a collective call.
 
@@ -135,14 +138,14 @@ def restore(
     # The files are memory-mapped: a rank reads from disk only what it uses of the other ranks' shards.
     ranks = [comm.rank] if same_shapes else range(checkpoint.world_size)
     shards = [checkpoint.read(rank_part(rank)) for rank in ranks]
-    has_replay = all(shard["replay"] is not None for shard in shards)
-    progress = load_shared_state(shared, parts.learner, parts.clock, refill=not has_replay)
+    has_replay = bool(shared["progress"]["keeps_replay"])
+    progress = load_shared_state(shared, parts, totals, refill=not has_replay)
     parts.timer.load(shards[0]["seconds"])
     exact = False
     if has_replay and same_shapes:
         exact = _load_rank_state(parts, shards[0])
     elif has_replay:
-        _reshard_replay(parts, shards, config, comm)
+        _reshard_replay(parts, shards)
     if not exact:
         reset_environments(parts)
     exact = all(comm.all_gather_object(exact))
@@ -164,22 +167,23 @@ def _same_shapes(checkpoint: Checkpoint, config: Config, comm: Comm) -> bool:
     return checkpoint.world_size == comm.size and all(before[name] == now[name] for name in SHAPES)
 
 
-def _load_rank_state(parts: RankParts, state: Mapping[str, Any]) -> bool:
+def _load_rank_state(parts: Parts, state: Mapping[str, Any]) -> bool:
     """Load what this rank wrote itself; return False if its environments must be reset."""
     parts.clock.load_own_state(state.get("clock", {}))
-    parts.replay.load_state(state["replay"])
     load_torch_state(state["torch"], parts.device)
-    return parts.actor.load_state(state["actor"])
+    if parts.acting is None:
+        return True
+    parts.acting.replay.load_state(state["replay"])
+    return parts.acting.actor.load_state(state["actor"])
 
 
-def _reshard_replay(
-    parts: RankParts, shards: Sequence[Mapping[str, Any]], config: Config, comm: Comm
-) -> None:
+def _reshard_replay(parts: Parts, shards: Sequence[Mapping[str, Any]]) -> None:
     """Load this rank's share of the transitions in all shards."""
-    if config.parallel.sync == "server" and comm.rank == 0:
-        return  # the server has no replay
-    place, ranks = acting_place(config, comm.rank), acting_ranks(config, comm.size)
-    parts.replay.load_state(reshard([shard["replay"] for shard in shards], parts.replay.ring, place, ranks))
+    if parts.acting is None:
+        return
+    states = [shard["replay"] for shard in shards if shard["replay"] is not None]
+    replay, role = parts.acting.replay, parts.role
+    replay.load_state(reshard(states, replay, role.index, role.of))
 
 
 def _describe_resume(
