@@ -194,6 +194,10 @@ class Actor:
         self.q_values = Recorded(self._q_values, record, device) if record else self._q_values
         self.random = RandomActions(envs.envs, envs.actions, rng, repeat)
 
+    def set_network(self, network: QNetwork) -> None:
+        """Act with this network from now on; also to be called if its parameters moved to other memory."""
+        self.passes = make_passes(network)
+
     def start(self) -> NDArray[np.generic]:
         """Reset every environment; return the first observations."""
         first = self.envs.reset()

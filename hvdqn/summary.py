@@ -76,6 +76,7 @@ def summarize(
         "updates": clock.updates,
         "skipped_updates": totals.skipped_updates,
         "failed_checkpoints": progress.failed_checkpoints,
+        "world_changes": progress.world_changes,
         **parts.strategy.counters(),
         "traffic": _traffic(parts.strategy),
         "wall_seconds": wall_seconds,

@@ -1,0 +1,113 @@
+"""The training loop of an elastic job: a `Trainer` that can be left in the middle and continued in another world."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from hvdqn.checkpoint import load_shared_state, shared_state
+from hvdqn.comm import Comm
+from hvdqn.config import Config
+from hvdqn.elastic.world import ElasticWorld
+from hvdqn.faults import StopSignal
+from hvdqn.rank import Parts
+from hvdqn.recorder import Recorder
+from hvdqn.replay import Batch
+from hvdqn.trainer import Trainer
+
+# Iterations between checks whether hosts came or went.
+CHECK_ITERATIONS = 128
+
+
+class HostsChangedError(Exception):
+    """The launcher has a new plan of who belongs to the job. Raised on all ranks at once, between iterations."""
+
+
+class ElasticTrainer(Trainer):
+    """Trains in one world: from the moment its ranks connect until one of them is lost or another is to join.
+
+    Args:
+        world: the job, through all its worlds.
+        config: settings of a world of this size.
+        comm: the ranks of this world.
+        stop: whether this rank was asked to stop.
+        parts: of this rank.
+        recorder: of the run.
+    """
+
+    def __init__(
+        self,
+        world: ElasticWorld,
+        config: Config,
+        comm: Comm,
+        stop: StopSignal,
+        parts: Parts,
+        recorder: Recorder,
+    ) -> None:
+        super().__init__(config, comm, stop, parts, recorder)
+        self.world = world
+        self.filling_env_steps = 0  # global env steps left until this rank's replay counts as filled
+
+    def position(self) -> tuple[int, ...]:
+        """Return how far this rank got: larger is further, equal is the same bit for bit."""
+        recorder = self.recorder
+        done = recorder.progress.evaluated_at_env_steps, recorder.saved_at_env_steps, recorder.logged_at_env_steps
+        return (self.clock.env_steps, self.clock.updates, *done)
+
+    def leave(self) -> None:
+        """Leave this world; an update that was under way does not count."""
+        if self.updating:
+            self.updating = False
+            self.clock.updates -= 1
+        self.recorder.metrics.close()
+
+    def shared_state(self) -> dict[str, Any]:
+        """Return all that ranks have in common, for ranks that are behind or new."""
+        recorder = self.recorder
+        return {
+            **shared_state(self.parts, recorder.totals, recorder.progress),
+            "run_dir": str(recorder.run_dir),
+            "stop_voted": self.stop_voted,
+            "saved_at_env_steps": recorder.saved_at_env_steps,
+            "logged_at_env_steps": recorder.logged_at_env_steps,
+            "seconds": self.timer.seconds(),
+        }
+
+    def load_shared_state(self, state: Mapping[str, Any]) -> None:
+        """Continue where the rank was that `state` is from."""
+        recorder = self.recorder
+        recorder.progress = load_shared_state(state, self.parts, recorder.totals)
+        recorder.progress.world_changes += 1
+        self.stop_voted = state["stop_voted"]
+        recorder.saved_at_env_steps = state["saved_at_env_steps"]
+        recorder.logged_at_env_steps = state["logged_at_env_steps"]
+        recorder.resume()
+
+    def agree_on_filling(self, filled: bool) -> None:
+        """Share whether this rank's replay is filled. If no rank's is, all start to learn at the same time."""
+        if not any(self.comm.all_gather_object(filled)):
+            self.clock.refill()
+        elif not filled:
+            self.filling_env_steps = self.clock.learning_starts
+
+    def iterate(self) -> None:
+        """Take the updates that are due, and one step in every environment."""
+        super().iterate()
+        self.filling_env_steps -= self.clock.envs
+
+    def sample(self) -> Batch | None:
+        """Return this rank's next minibatch; None while its replay fills."""
+        return super().sample() if self.filling_env_steps <= 0 else None
+
+    def run_due_events(self) -> None:
+        """Do what the last env steps made due besides updates.
+
+        Raises:
+            HostsChangedError: it is time for a new world.
+        """
+        super().run_due_events()
+        if self.clock.due(CHECK_ITERATIONS * self.clock.envs):
+            with self.timer.during("comm"):
+                changed = self.comm.broadcast_object(self.comm.rank == 0 and self.world.changed())
+            if changed and self.clock.env_steps < self.config.run.total_env_steps:
+                raise HostsChangedError
