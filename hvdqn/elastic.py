@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from hvdqn.checkpoint import Checkpoints
-from hvdqn.comm import Comm
+from hvdqn.comm import Comm, launcher_rank, launcher_size
 from hvdqn.comm.horovod import ElasticWorld
 from hvdqn.comm.local import LocalComm
 from hvdqn.config import Config, check_world, parse
@@ -40,23 +40,23 @@ from hvdqn.errors import (
     NonFiniteError,
     UserError,
 )
-from hvdqn.faults import StopSignal, Watchdog, sole_job
+from hvdqn.faults import StopSignal, Watchdog
 from hvdqn.learner import Learned
+from hvdqn.logs import setup_logging
 from hvdqn.metrics import PhaseTimer
 from hvdqn.parts import Parts, build_parts, make_clock, make_epsilons, make_learner
+from hvdqn.process import tune_process
 from hvdqn.replay import Batch
 from hvdqn.resume import Progress, begin
+from hvdqn.run_directory import open_run_dir, record_config, sole_job
 from hvdqn.sync.gradients import Gradients
 from hvdqn.train import (
     Rest,
     Training,
     check_same_config,
-    open_run_dir,
-    record_config,
     refuse,
     refuse_unconnected,
     start,
-    tune_process,
 )
 
 T = TypeVar("T")
@@ -234,6 +234,7 @@ class Member:
             if comm is None:
                 give_up(f"host {os.environ['HOROVOD_HOSTNAME']} was taken from the job")
             self.comm = comm
+            setup_logging(comm.rank, comm.size)
             try:
                 return self.live()
             except HostsChangedError:
@@ -382,6 +383,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tune_process()
     stop = StopSignal()
     try:
+        setup_logging(launcher_rank(), launcher_size())
         max_np, join_timeout, rest = elastic_options(sys.argv[1:] if argv is None else argv)
         config = elastic_config(rest, max_np)
         member = Member(config, max_np, ElasticWorld(join_timeout), stop)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +10,6 @@ from functools import partial
 
 import numpy as np
 import torch
-from threadpoolctl import threadpool_limits
 
 from hvdqn.acting import Actor, Epsilons
 from hvdqn.clock import Clock, ReportedClock
@@ -25,13 +23,11 @@ from hvdqn.graphs import Record, record_cuda_graph
 from hvdqn.learner import Learner
 from hvdqn.metrics import PhaseTimer
 from hvdqn.networks import QNetwork, make_network
+from hvdqn.process import share_of_cores, use_threads
 from hvdqn.replay import Importance, PrioritizedSampler, Replay, Ring, Sampler, UniformSampler
 from hvdqn.replay.frames import DeviceFrames, HostFrames, MakeFrames, PinnedFrames
 from hvdqn.seeds import rank_seeds
 from hvdqn.sync import make_sync
-
-# Below this many parameters an operation is too short to be worth a second thread.
-PARAMETERS_WORTH_THREADS = 500_000
 
 
 @dataclass
@@ -301,21 +297,3 @@ def check_gpus(dealt: Sequence[str | None], comm: Comm) -> None:
             f"--comm {comm.name} wants a GPU for each rank, and {ranks} ranks see {gpus} GPU{'s' * (gpus != 1)}; start "
             "fewer ranks on a host, choose --comm mpi, or start with torchrun"
         )
-
-
-def use_threads(network: QNetwork, most: int) -> None:
-    """Let torch and NumPy work with so many threads, from now on, or with one where the network is small."""
-    small = sum(p.numel() for p in network.parameters()) < PARAMETERS_WORTH_THREADS
-    threads = 1 if small else most
-    torch.set_num_threads(threads)
-    threadpool_limits(threads, user_api="blas")
-
-
-def share_of_cores(config: Config, comm: Comm) -> int:
-    """Threads of this rank: its share of the cores it may use, so that ranks of one host do not fight.
-
-    A collective call: a launcher may have bound each rank to cores of its own, or all to the same.
-    """
-    mine = os.sched_getaffinity(0)
-    sharing = sum(not mine.isdisjoint(cores) for cores in comm.cores_of_host())
-    return config.parallel.threads_per_rank or max(1, len(mine) // sharing)

@@ -26,6 +26,7 @@ from hvdqn.errors import UserError
 from hvdqn.metrics import METRICS_FILE, SUMMARY_FILE
 from hvdqn.parts import Parts
 from hvdqn.replay import reshard
+from hvdqn.run_directory import set_aside
 from hvdqn.seeds import load_torch_state, torch_state
 
 # What a run is of cannot change between its attempts: its seed, its environment, its network and its optimizer.
@@ -111,21 +112,6 @@ def find_checkpoint(
         where = f"; its records until now are in {' and '.join(kept)}" if kept else ""
         lines.append(f"warning: {what}: the run begins anew{where}")
     return found, lines
-
-
-def set_aside(path: Path) -> str:
-    """Rename a file that would be overwritten; its new name, or "" where there is nothing in it.
-
-    Raises:
-        OSError: it cannot be renamed.
-    """
-    if not path.is_file() or not path.stat().st_size:
-        return ""
-    old, number = path.with_name(f"{path.name}.old"), 1
-    while old.exists():
-        number += 1
-        old = path.with_name(f"{path.name}.old{number}")
-    return path.rename(old).name
 
 
 def _check_fixed(before: Mapping[str, Any], now: Mapping[str, Any], run_dir: Path) -> None:

@@ -17,11 +17,7 @@ import gc
 
 gc.disable()  # what imports make stays: to look for garbage among it takes a fifth of a rank's start
 
-import ctypes
-import os.path
-import re
 import shutil
-import socket
 import sys
 import time
 import traceback
@@ -30,13 +26,11 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-
 from hvdqn import __version__
 from hvdqn.checkpoint import LEARNER, Checkpoint, Checkpoints
 from hvdqn.clock import Clock
 from hvdqn.comm import Comm, connect, launcher_rank, launcher_size
-from hvdqn.config import Config, as_yaml, check_engine, check_world, parse, unused_settings
+from hvdqn.config import Config, check_engine, check_world, parse, unused_settings
 from hvdqn.envs import find_spec
 from hvdqn.errors import (
     EXIT_FAILED,
@@ -50,13 +44,16 @@ from hvdqn.errors import (
     UserError,
 )
 from hvdqn.evaluate import Evaluator
-from hvdqn.faults import StopSignal, Watchdog, check_replicas, raise_on_all_ranks, sole_job
+from hvdqn.faults import StopSignal, Watchdog, check_replicas
 from hvdqn.learner import Learned
-from hvdqn.metrics import Metrics, PhaseTimer, WaitHint, replace_file, write_summary
+from hvdqn.logs import setup_logging
+from hvdqn.metrics import Metrics, PhaseTimer, WaitHint, write_summary
 from hvdqn.parts import Parts, build_parts, device_kind, importance_at, recording
+from hvdqn.process import tune_process
 from hvdqn.replay import Batch
 from hvdqn.replay.frames import DeviceFrames
-from hvdqn.resume import Progress, begin, best_evaluation, contents, find_checkpoint, restore, set_aside
+from hvdqn.resume import Progress, begin, best_evaluation, contents, find_checkpoint, restore
+from hvdqn.run_directory import open_run_dir, record_config, sole_job
 from hvdqn.seeds import rank_seeds
 
 gc.freeze()  # nor is it looked at again
@@ -164,7 +161,7 @@ class Training:
         """Train to the end; save, evaluate, record."""
         self.run()
         self.agree()
-        self.stop.agreed = True
+        self.stop.all_ranks_agreed = True
         self.save()
         self.evaluate()
         self.close()
@@ -281,7 +278,7 @@ class Training:
         episodes = self.parts.envs.finished()
         greediest = [e.episode_return for e in episodes if self.parts.epsilons.greediest[e.env]]
         return (
-            float(self.stop.received),
+            float(self.stop.requested),
             float(len(episodes)),
             sum(e.episode_return for e in episodes),
             float(sum(e.length for e in episodes)),
@@ -317,7 +314,7 @@ class Training:
         """Play greedily, every rank its share, until it is done or a rank was told to stop."""
         if self.progress.evaluated_at_env_steps == self.clock.env_steps or self.learner.stop_voted:
             return
-        evaluation = self.evaluator.run(self.learner.online, lambda: self.stop.received)
+        evaluation = self.evaluator.run(self.learner.online, lambda: self.stop.requested)
         if evaluation is None:
             self.learner.stop_voted = True
             return
@@ -455,76 +452,6 @@ class Training:
         )
 
 
-def open_run_dir(config: Config, comm: Comm) -> Path:
-    """The run directory, made by rank 0; where the user names none, one that no other run has.
-
-    Raises:
-        UserError: rank 0 cannot write to it, or another rank does not see what it writes.
-    """
-    named = config.run.run_dir
-    words = (
-        config.environment.env,
-        config.preset,
-        f"seed{config.run.seed}",
-        time.strftime("%Y%m%d-%H%M%S"),
-    )
-    path = Path(named or "runs/" + "-".join(re.sub(r"[^\w.]+", "_", word) for word in words if word))
-
-    def make() -> str:
-        if comm.rank > 0:
-            return ""
-        try:
-            made = path if named else _new_directory(path)
-            made.mkdir(parents=True, exist_ok=True)
-            (made / proof).touch()
-        except OSError as error:
-            raise UserError(
-                f"cannot write to the run directory '{path}': {error.strerror}; choose another with --run-dir"
-            ) from None
-        return str(made)
-
-    proof = comm.broadcast_object(f".proof-{time.time_ns()}")
-    run_dir = Path(comm.broadcast_object(raise_on_all_ranks(comm, make)))
-    try:
-        raise_on_all_ranks(comm, lambda: look_for(run_dir / proof, comm.rank))
-    except UserError:
-        with suppress(OSError):
-            (run_dir / proof).unlink()
-            run_dir.rmdir()
-        raise
-    if comm.rank == 0:
-        (run_dir / proof).unlink(missing_ok=True)
-    return run_dir
-
-
-def look_for(proof: Path, rank: int, patience_seconds: float = 10.0) -> None:
-    """Wait until this rank sees the file that rank 0 has put into the run directory; some file systems take a moment.
-
-    Raises:
-        UserError: it does not see it.
-    """
-    deadline = time.monotonic() + patience_seconds
-    while not os.path.exists(proof):  # noqa: PTH110 - Path's raises where a folder may not be entered
-        if time.monotonic() > deadline:
-            raise UserError(
-                f"rank {rank} on host {socket.gethostname()} does not see what rank 0 writes to the run directory "
-                f"'{proof.parent}'; with --run-dir name a folder that all hosts share"
-            )
-        time.sleep(0.1)
-
-
-def _new_directory(path: Path) -> Path:
-    """Make it, or one beside it where it is that of another run, which began in the same second."""
-    made, number = path, 1
-    while True:
-        try:
-            made.mkdir(parents=True)
-            return made
-        except FileExistsError:
-            number += 1
-            made = path.with_name(f"{path.name}-{number}")
-
-
 def check_same_config(config: Config, comm: Comm) -> None:
     """Refuse ranks that were started with different settings.
 
@@ -590,7 +517,7 @@ def start(
     check_that_it_learns(config, parts.clock)
     # By settings that come after the end nothing is trained.
     if checkpoint is None or checkpoint.env_steps < config.run.total_env_steps:
-        said += record_config(config, comm, run_dir, anew=checkpoint is None)
+        record_config(config, comm, run_dir, anew=checkpoint is None)
     training = kind(config, comm, run_dir, stop, parts, checkpoints)
     training.begin(checkpoint, said)
     return training
@@ -610,54 +537,6 @@ def check_that_it_learns(config: Config, clock: Clock) -> None:
         )
 
 
-def record_config(config: Config, comm: Comm, run_dir: Path, anew: bool = False) -> list[str]:
-    """Write `config.yaml`; a disk that fails is said by the line returned, and does not end the run.
-
-    Args:
-        config: what to write.
-        comm: the ranks, of which rank 0 writes.
-        run_dir: where to.
-        anew: the run begins, and another file of that name, the user's own perhaps, is set aside.
-    """
-    path, text = run_dir / "config.yaml", as_yaml(config).encode()
-    try:
-        if comm.rank == 0:
-            if anew and path.is_file() and path.read_bytes() != text:
-                set_aside(path)
-            replace_file(path, text)
-    except OSError as error:
-        return [f"warning: config.yaml could not be written: {error}"]
-    return []
-
-
-def tune_process() -> None:
-    """Set this process up for training. To be called before it has other threads, which inherit part of it."""
-    flush_denormals()
-    keep_freed_memory()
-
-
-def flush_denormals() -> None:
-    """Have the processor take numbers below 1e-38 for zero, where it can.
-
-    Adam's moments of weights without a gradient fade to that, and some processors then need a hundred times as long for
-    each: a third of the optimizer's time in a small network, measured on an Intel Xeon.
-    """
-    torch.set_flush_denormal(True)
-
-
-def keep_freed_memory() -> None:
-    """Have the C library keep up to 1 GiB of what is freed, in place of giving it back to the kernel each time.
-
-    An update makes the same large tensors again and again, and pages that come anew from the kernel cost up to a tenth
-    of its time. Where the C library has no `mallopt`, nothing is changed.
-    """
-    trim_threshold, mmap_threshold = -1, -3  # <malloc.h>
-    with suppress(AttributeError, OSError):
-        library = ctypes.CDLL(None)
-        library.mallopt(mmap_threshold, 1 << 25)
-        library.mallopt(trim_threshold, 1 << 30)
-
-
 def main(argv: Sequence[str] | None = None, work: Work = train) -> int:
     """Entry point of every rank; returns the exit code.
 
@@ -668,11 +547,13 @@ def main(argv: Sequence[str] | None = None, work: Work = train) -> int:
     tune_process()
     stop = StopSignal()
     try:
+        setup_logging(launcher_rank(), launcher_size())
         config = parse(sys.argv[1:] if argv is None else argv)
         find_spec(config.environment.env)  # before connecting, which takes seconds
         comm = connect(config.parallel.comm, device_kind(config))
     except (UserError, LaunchError) as error:
         return refuse_unconnected(str(error), stop)
+    setup_logging(comm.rank, comm.size)
     timer = PhaseTimer()
     try:
         return work_and_leave(work, config, comm, stop, timer)
@@ -725,9 +606,9 @@ def refuse_unconnected(message: str, stop: StopSignal) -> int:
             time.sleep(3)
         return EXIT_USER_ERROR
     deadline = time.monotonic() + 8.0  # rank 0 may start later by seconds, on a busy machine, and then waits
-    while not stop.received and time.monotonic() < deadline:
+    while not stop.requested and time.monotonic() < deadline:
         time.sleep(0.1)
-    if not stop.received:
+    if not stop.requested:
         print(f"hvdqn: error: rank {rank} alone: {message}", file=sys.stderr, flush=True)
     return EXIT_USER_ERROR
 
