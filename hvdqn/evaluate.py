@@ -24,7 +24,8 @@ from hvdqn.errors import UserError
 from hvdqn.graphs import Record
 from hvdqn.metrics import PhaseTimer
 from hvdqn.networks import QNetwork
-from hvdqn.parts import network_for, use_threads
+from hvdqn.parts import network_for
+from hvdqn.process import use_threads
 from hvdqn.seeds import rank_seeds
 from hvdqn.video import check_video, record
 

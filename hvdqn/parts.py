@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from collections.abc import Sequence
 from functools import partial
@@ -11,7 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from threadpoolctl import threadpool_limits
 
 from hvdqn.acting import Actor, Epsilons
 from hvdqn.clock import Clock, WorkerClock
@@ -27,14 +25,11 @@ from hvdqn.metrics import PhaseTimer
 from hvdqn.networks import QNetwork, make_network
 from hvdqn.replay import Importance, PrioritizedSampler, Replay, Ring, Sampler, UniformSampler
 from hvdqn.replay.frames import DeviceFrames, HostFrames, MakeFrames, PinnedFrames
+from hvdqn.process import share_of_cores, use_threads
 from hvdqn.rank import Acting, Parts
 from hvdqn.role import Role, assign_role
 from hvdqn.seeds import rank_seeds
 from hvdqn.sync import make_strategy
-
-# Below this many parameters an operation is too short to be worth a second thread.
-PARAMETERS_WORTH_THREADS = 500_000
-
 
 class Spaces(NamedTuple):
     """What a network must know of its environments."""
@@ -314,21 +309,3 @@ def check_gpus(assigned: Sequence[str | None], comm: Comm) -> None:
             f"--comm {comm.name} wants a GPU for each rank, and {ranks} ranks see {gpus} GPU{'s' * (gpus != 1)}; start "
             "fewer ranks on a host, choose --comm mpi, or start with torchrun"
         )
-
-
-def use_threads(network: QNetwork, most: int) -> None:
-    """Set the number of threads of torch and NumPy: `most`, or one if the network is small."""
-    small = sum(p.numel() for p in network.parameters()) < PARAMETERS_WORTH_THREADS
-    threads = 1 if small else most
-    torch.set_num_threads(threads)
-    threadpool_limits(threads, user_api="blas")
-
-
-def share_of_cores(config: Config, comm: Comm) -> int:
-    """Return the threads of this rank: its share of the cores it may use, so that ranks of a host do not compete.
-
-    A collective call: a launcher may have bound each rank to cores of its own, or all to the same.
-    """
-    mine = os.sched_getaffinity(0)
-    sharing = sum(not mine.isdisjoint(cores) for cores in comm.cores_of_host())
-    return config.parallel.threads_per_rank or max(1, len(mine) // sharing)

@@ -59,9 +59,9 @@ def engines(options: Namespace, flags: Sequence[str], stop: StopSignal) -> list[
     for name in available():
         words = ["allreduce", "--seconds", str(options.allreduce_seconds), *flags]
         try:
-            job = bench(words, name, options.np, stopped=lambda: stop.received)
+            job = bench(words, name, options.np, stopped=lambda: stop.requested)
         except UserError as error:
-            if stop.received:
+            if stop.requested:
                 raise StoppedError("stopped by a signal before all was measured") from None
             print(f"{name} is left out: {error}", file=sys.stderr)
         else:

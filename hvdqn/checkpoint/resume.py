@@ -18,6 +18,7 @@ from hvdqn.errors import UserError
 from hvdqn.metrics import METRICS_FILE, SUMMARY_FILE
 from hvdqn.rank import Parts
 from hvdqn.replay import reshard
+from hvdqn.run_directory import set_aside
 from hvdqn.seeds import load_torch_state
 from hvdqn.sync import Totals
 
@@ -78,21 +79,6 @@ def _check_resume(resume: str, found: Checkpoint | None, broken: Mapping[str, st
     if resume == "must" and found is None:
         reason = f"no valid checkpoint ({next(iter(broken.values()))})" if broken else "no checkpoint"
         raise UserError(f"--resume must, but '{run_dir}' holds {reason}; give the --run-dir of a run")
-
-
-def set_aside(path: Path) -> str:
-    """Rename a file that would be overwritten; its new name, or "" where there is nothing in it.
-
-    Raises:
-        OSError: it cannot be renamed.
-    """
-    if not path.is_file() or not path.stat().st_size:
-        return ""
-    old, number = path.with_name(f"{path.name}.old"), 1
-    while old.exists():
-        number += 1
-        old = path.with_name(f"{path.name}.old{number}")
-    return path.rename(old).name
 
 
 def _check_fixed(before: Mapping[str, Any], now: Mapping[str, Any], run_dir: Path) -> None:

@@ -1,7 +1,7 @@
-"""Faults done for real to one rank, given to a run as `--wrapper tests.distributed.sabotage:NAME`.
+"""Real faults on one rank, selected with `--wrapper tests.distributed.sabotage:NAME`.
 
-The wrapper is called in every rank with each environment; rank 1 does the damage. It begins once learning has, in
-the 200th step of its environments, so that every rank is inside its loop.
+Every rank calls the wrapper with each environment; only rank 1 does damage. Most faults begin with the 200th step of
+its environments, when learning has begun and every rank is inside its loop.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ Result = tuple[Any, Any, bool, bool, dict[str, Any]]
 
 
 class Sabotaged(gym.Wrapper[Any, Any, Any, Any]):
-    """On rank 1, hands the results of steps from `FIRST_STEP` on to `damage`, `times` times."""
+    """On rank 1, replace the results of `times` steps, from `FIRST_STEP` on, by what `damage` returns for them."""
 
     taken = 0  # over all environments of this process
     done = 0
 
     def __init__(self, env: Env, damage: Callable[[Result], Result], times: int) -> None:
         super().__init__(env)
-        # A function, and so no part of the state that a checkpoint keeps: the next attempt has its own.
+        # Functions are not part of the state that a checkpoint keeps: the next attempt has its own.
         self.damage = lambda result: damage(result) if self._is_its_turn(times) else result
 
     def step(self, action: Any) -> Result:
@@ -100,14 +100,14 @@ def slow_to_build(env: Env) -> Env:
 
 
 def ten_times_slower(env: Env) -> Env:
-    """And its clock is eleven days ahead."""
+    """Make steps slow, and set rank 1's clock eleven days ahead."""
     _skew_clock()
 
-    def dawdles(result: Result) -> Result:
+    def slowed(result: Result) -> Result:
         time.sleep(0.01)  # a step of CartPole takes less than a hundredth of it
         return result
 
-    return Sabotaged(env, dawdles, times=1_000_000)
+    return Sabotaged(env, slowed, times=1_000_000)
 
 
 @functools.cache
@@ -118,17 +118,17 @@ def _skew_clock() -> None:
 
 
 def rank_1_five_times_slower(env: Env) -> Env:
-    """Each step of an environment sleeps 2 ms, on rank 1 10 ms: the cores are not what ranks wait for."""
+    """Sleep 2 ms in each step of an environment, 10 ms on rank 1, so that ranks do not wait for cores."""
     slow = 5 if launcher_rank() == 1 else 1
-    return Dawdling(env, 2e-3 * slow)
+    return SlowSteps(env, 2e-3 * slow)
 
 
 def all_equally_slow(env: Env) -> Env:
-    """The same without a straggler."""
-    return Dawdling(env, 2e-3)
+    """Sleep 2 ms in each step on all ranks."""
+    return SlowSteps(env, 2e-3)
 
 
-class Dawdling(gym.Wrapper[Any, Any, Any, Any]):
+class SlowSteps(gym.Wrapper[Any, Any, Any, Any]):
     def __init__(self, env: Env, seconds: float) -> None:
         super().__init__(env)
         self.seconds = seconds
@@ -145,19 +145,19 @@ def nan_gradient(env: Env) -> Env:
 
 @functools.cache
 def _wrap_backward() -> None:
-    """Spoil the gradients of rank 1's updates 5 to 7."""
+    """Put a NaN into the gradients of rank 1's updates 5 to 7."""
     backward = Learner.backward
     calls = 0
 
-    def spoilt(self: Learner, batch: Any) -> Any:
+    def with_nan(self: Learner, batch: Any) -> Any:
         nonlocal calls
-        told = backward(self, batch)
+        result = backward(self, batch)
         calls += 1
         if self.comm.rank == 1 and 5 <= calls < 8:
             self.gradient[17] = float("nan")
-        return told
+        return result
 
-    Learner.backward = spoilt  # type: ignore[method-assign]
+    Learner.backward = with_nan  # type: ignore[method-assign]
 
 
 def flipped_bit(env: Env) -> Env:
@@ -173,17 +173,17 @@ def _wrap_finish() -> None:
 
     def flips(self: Learner) -> Any:
         nonlocal calls
-        told = finish(self)
+        result = finish(self)
         calls += 1
         if self.comm.rank == 1 and calls == 20:
             self.parameters.numpy().view(np.uint8)[4 * 123] ^= 1
-        return told
+        return result
 
     Learner.finish_update = flips  # type: ignore[method-assign]
 
 
 def full_disk(env: Env) -> Env:
-    """From its second checkpoint on, rank 1 can write no file above 1 kB."""
+    """Limit rank 1's files to 1 kB from its second checkpoint on."""
     _before_shard(lambda path, calls: _limit_files() if calls == 2 else None)
     return env
 
@@ -193,13 +193,13 @@ def _limit_files() -> None:
 
 
 def removed_directory(env: Env) -> Env:
-    """While its second checkpoint is being written, rank 1 deletes the folder of checkpoints."""
+    """Delete the folder of checkpoints while rank 1 writes its second one."""
     _before_shard(lambda path, calls: shutil.rmtree(path.parents[1]) if calls == 2 else None)
     return env
 
 
 def signalled_while_writing(env: Env) -> Env:
-    """Rank 1 gets SIGTERM in the middle of its first checkpoint."""
+    """Send SIGTERM to rank 1 in the middle of its first checkpoint."""
     _before_shard(lambda path, calls: os.kill(os.getpid(), signal.SIGTERM) if calls == 1 else None)
     return env
 
@@ -226,13 +226,13 @@ def _before_shard(fault: Callable[[Path, int], None]) -> None:
 
 
 def another_build(env: Env) -> Env:
-    """An environment whose insides are others where HVDQN_TEST_FAULT is set, as after an upgrade."""
+    """Wrap the environment once more if HVDQN_TEST_FAULT is set, as an upgrade might."""
     return gym.Wrapper(env) if os.environ.get("HVDQN_TEST_FAULT") else env
 
 
 def chosen(env: Env) -> Env:
-    """The fault that HVDQN_TEST_FAULT names, so that each attempt of one run can have another; none without."""
+    """Apply the fault that HVDQN_TEST_FAULT names, if any, so that each attempt of one run can have another one."""
     name = os.environ.get("HVDQN_TEST_FAULT", "")
     wrapped: Env = globals()[name](env) if name else env
-    # Always wrapped, so that an attempt can take over the environments of the one before.
+    # Always wrapped, so that an attempt can restore the environments of the one before.
     return wrapped if isinstance(wrapped, Sabotaged) else Sabotaged(wrapped, lambda result: result, times=0)

@@ -1,7 +1,7 @@
-"""A run under random faults, started again each time as a scheduler would, still learns what it should.
+"""A run under random faults still learns if it is started again each time, as a scheduler would do.
 
-Three minutes here; HVDQN_CHAOS_MINUTES=20 for longer. A run that is done makes room for the next, with another seed.
-When time is up the first is finished in peace, a later one is left where it is.
+It takes three minutes, or HVDQN_CHAOS_MINUTES. When a run is finished the next one starts with another seed. When time
+is up the first run is finished without further faults; a later run is left unfinished.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.distributed
 MINUTES = float(os.environ.get("HVDQN_CHAOS_MINUTES", "3"))
 SOLVED = 475.0
 TOTAL_ENV_STEPS, CHECKPOINT_EVERY = 50_000, 2_000
-ATTEMPT_SECONDS = 1200.0  # against a hang: a whole run in peace takes 1 to 12 minutes
+ATTEMPT_SECONDS = 1200.0  # a whole run without faults takes 1 to 12 minutes
 LAUNCHERS = ("mpirun", "mpirun", "torchrun", "torchrun", "horovodrun-gloo", "horovodrun-mpi")
 STALL = ("--stall-timeout", "15")
 
@@ -49,11 +49,11 @@ def signals(number: int, everyone: bool, times: int = 1) -> Injection:
 
 @dataclass(frozen=True)
 class Fault:
-    """Something that goes wrong in one attempt."""
+    """A fault in one attempt."""
 
-    ends: str  # stopped: 75 where the launcher passes it on; failed: neither 0 nor 75; finished: not at all
-    inject: Injection | None = None  # from outside
-    inside: str = ""  # of it: what `sabotage.chosen` does in rank 1
+    ends: str  # stopped: 75 where the launcher passes it on; failed: neither 0 nor 75
+    inject: Injection | None = None  # sent from outside to its ranks
+    inside: str = ""  # the name of a fault that `sabotage.chosen` does in rank 1
     between: Callable[[Path], None] | None = None  # done to the newest checkpoint before the attempt
 
 
@@ -82,7 +82,7 @@ FAULTS = {
 
 @dataclass
 class Run:
-    """One run over its attempts."""
+    """One run and its attempts."""
 
     directory: Path
     seed: int
@@ -90,7 +90,7 @@ class Run:
     met: Counter[str] = field(default_factory=Counter)
 
     def attempt(self, fault: Fault | None) -> bool:
-        """One start of it, with a fault or left in peace; whether the run is done."""
+        """Start the run once, with a fault or without; return True if the run is finished."""
         # torchrun gives a rank half a minute to answer its SIGTERM, and a stopped one never does.
         patient = fault is FAULTS["SIGSTOP"]
         launcher = self.rng.choice([name for name in LAUNCHERS if not (patient and name == "torchrun")])
@@ -99,7 +99,7 @@ class Run:
         if fault and fault.between and len(before) > 1:
             fault.between(self.directory / "checkpoints" / f"{before.pop():012d}")
         with self.begin(launcher, fault) as job:
-            job.wait_until(lambda: "replay" in job.output(), "it said what it runs")
+            job.wait_until(lambda: "replay" in job.output(), "the run has started")
             self.check_resumed(job, before)
             if fault and fault.inject and self.wait(job, new=self.rng.randrange(3)):
                 fault.inject(job, self.rng)
@@ -115,14 +115,14 @@ class Run:
         return start(launcher, 2, ["-m", "hvdqn.train", *flags], ATTEMPT_SECONDS, env=variables)
 
     def check_resumed(self, job: Job, whole: list[int]) -> None:
-        """It goes on from the newest whole checkpoint, neither before nor beyond it."""
+        """Check that the run resumed from the newest whole checkpoint."""
         if whole:
             job.wait_for("resumed from")
             (env_steps,) = re.findall(r"resumed from .* at env step ([\d,]+)", job.output())
             assert int(env_steps.replace(",", "")) == whole[-1], job.output()
 
     def wait(self, job: Job, new: int) -> bool:
-        """For so many new checkpoints and then a moment; False where the end is too near for a fault."""
+        """Wait for this many new checkpoints and up to a second more; return False if the run is about to end."""
         last = TOTAL_ENV_STEPS - CHECKPOINT_EVERY
         until = min(max(saved(self.directory), default=0) + new * CHECKPOINT_EVERY, last)
         job.wait_until(lambda: max(saved(self.directory), default=0) >= until, f"a checkpoint at {until}")
@@ -158,7 +158,7 @@ def test_a_run_under_random_faults_still_solves_cartpole(tmp_path):
             met[name] += not done
         if not done:
             break
-        # Greedy play swings between updates: solved is the run whose best network, which it keeps, is.
+        # Returns of greedy play vary between updates: a run counts as solved by its best network, which it keeps.
         assert max(evaluations(run.directory).values()) >= SOLVED, met
         solved += 1
     print(f"{solved} runs solved, {met.total()} faults in {MINUTES:g} minutes: {dict(met)}")

@@ -1,4 +1,4 @@
-"""What happens when: each fault done for real to a run under a real launcher, as README's table says."""
+"""Real faults in runs under real launchers, as README's table describes them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SLACK_SECONDS = 10.0
 
 
 def seconds_since(began: float, what: str) -> float:
-    """Also printed, for whoever collects them: pytest -rP."""
+    """Return the seconds since `began`, and print them (shown by pytest -rP)."""
     seconds = time.monotonic() - began
     print(f"{what}: {seconds:.1f} s")
     return seconds
@@ -114,13 +114,13 @@ def test_a_signal_while_a_checkpoint_is_written_waits_for_it(tmp_path):
 
 
 def test_control_c_in_a_terminal_stops_after_a_checkpoint(tmp_path):
-    """Open MPI's launcher kills its ranks after a second, unless it is told otherwise; then it takes all that time."""
+    """By default Open MPI's launcher kills its ranks one second after Ctrl-C; this variable sets another delay."""
     patience = {"OMPI_MCA_odls_base_sigkill_timeout": "8"}
     with begin("mpirun", 2, tmp_path, *ENDLESS, **patience) as job:
         wait_for_checkpoint(job, tmp_path, 1000)
         os.killpg(job.launcher.pid, signal.SIGINT)
         result = job.wait()
-    assert result.returncode == 1, result  # mpirun's own, whatever its ranks say
+    assert result.returncode == 1, result  # mpirun's own code, whatever the codes of its ranks
     assert summary(tmp_path)["stopped_by"] == "signal"
     assert max(saved(tmp_path)) == summary(tmp_path)["env_steps"]
 
@@ -133,7 +133,7 @@ def test_control_c_twice_exits_at_once(tmp_path):
         pressed = time.monotonic()
         result = job.wait()
         assert seconds_since(pressed, "second Ctrl-C to end") < SLACK_SECONDS, result
-    assert result.returncode == 130, result  # and not 75: it did not wait for a checkpoint
+    assert result.returncode == 130, result  # not 75: it did not wait for a checkpoint
     assert saved(tmp_path) == []
 
 
@@ -160,16 +160,16 @@ def test_a_killed_rank_ends_the_job_and_the_next_start_resumes(tmp_path, launche
     assert summary(tmp_path)["env_steps"] >= newest + 200
 
 
-def ends_by_watchdog(job: Job, began: float, *said: str) -> None:
+def ends_by_watchdog(job: Job, began: float, *messages: str) -> None:
     job.wait_for("--stall-timeout")
-    found = seconds_since(began, f"hang to word of it, --stall-timeout {STALL_TIMEOUT_SECONDS:g}")
+    found = seconds_since(began, f"hang to message, --stall-timeout {STALL_TIMEOUT_SECONDS:g}")
     assert found < STALL_TIMEOUT_SECONDS + SLACK_SECONDS, job.output()
     result = job.wait()
     seconds_since(began, "hang to end")
     assert result.returncode not in (0, 75), result
     assert result.stderr.count("--stall-timeout") == 1, result
-    for words in said:
-        assert words in result.stderr, result
+    for message in messages:
+        assert message in result.stderr, result
 
 
 @pytest.mark.parametrize("launcher", ["horovodrun-gloo", "mpirun"])
@@ -181,21 +181,21 @@ def test_a_stopped_rank_is_named_and_the_job_ends(tmp_path, launcher):
 
 
 @pytest.mark.parametrize(
-    ("launcher", "fault", "said"),
+    ("launcher", "fault", "message"),
     [
         ("torchrun", "hangs", "rank 1 hangs in phase 'env'"),
         ("mpirun", "hangs_while_built", "rank 1 hangs in phase 'other'"),
     ],
 )
-def test_a_rank_that_hangs_in_its_environment_is_named(tmp_path, launcher, fault, said):
+def test_a_rank_that_hangs_in_its_environment_is_named(tmp_path, launcher, fault, message):
     flags = (*sabotage(fault), "--stall-timeout", f"{STALL_TIMEOUT_SECONDS:g}")
     with begin(launcher, 2, tmp_path, *ENDLESS, *flags) as job:
         job.wait_for("hanging now")
-        ends_by_watchdog(job, time.monotonic(), said)
+        ends_by_watchdog(job, time.monotonic(), message)
 
 
 @pytest.mark.parametrize("launcher", ["horovodrun-gloo", "mpirun", "torchrun"])
-def test_an_exception_on_one_rank_is_told_once_and_ends_the_job(tmp_path, launcher):
+def test_an_exception_on_one_rank_is_printed_once_and_ends_the_job(tmp_path, launcher):
     result = train(launcher, 2, tmp_path, *ENDLESS, *sabotage("bug"))
     assert result.returncode not in (0, 2, 75), result
     assert result.seconds < TIMEOUT_SECONDS / 2
@@ -208,15 +208,15 @@ def test_an_exception_on_one_rank_is_told_once_and_ends_the_job(tmp_path, launch
 
 
 @pytest.mark.parametrize("fault", ["nan_reward", "inf_reward", "nan_observation", "nan_gradient"])
-def test_what_is_not_finite_on_one_rank_is_skipped_by_all(tmp_path, fault):
+def test_all_ranks_skip_an_update_that_is_not_finite_on_one_rank(tmp_path, fault):
     result = train("mpirun", 2, tmp_path, *sabotage(fault), "--total-env-steps", "1000")
     assert result.returncode == 0, result
     skipped = summary(tmp_path)["skipped_updates"]
     assert skipped == 3 if fault == "nan_gradient" else skipped > 0
-    assert summary(tmp_path)["eval_return_mean"] > 0  # and each target sync has found the ranks equal
+    assert summary(tmp_path)["eval_return_mean"] > 0  # every target sync found the ranks equal
 
 
-def test_numbers_that_stay_not_finite_end_the_run_and_name_the_rank(tmp_path):
+def test_updates_that_stay_not_finite_end_the_run_and_name_the_rank(tmp_path):
     result = train("torchrun", 2, tmp_path, *ENDLESS, *sabotage("nan_rewards"))
     assert result.returncode == 1, result
     assert (
@@ -230,15 +230,15 @@ def test_a_flipped_bit_is_found_at_the_next_target_sync_and_its_rank_named(tmp_p
     assert result.returncode == 1, result
     found = re.findall(r"at env step (\d+) the weights of rank 1 differ from the other ranks'", result.stderr)
     assert len(found) == 1, result
-    # 3 ranks take one update every 12 env steps from 200 on: the 20th at 440. Every 200 there is a sync.
+    # 3 ranks make one update every 12 env steps from 200 on, the 20th at 440. The target is synced every 200 env steps.
     assert int(found[0]) == 600, result
     assert saved(tmp_path) == []
 
 
-# --- unequal ranks; those of different settings are in test_wrong_input.py
+# --- unequal ranks; different settings on ranks are in test_wrong_input.py
 
 
-def test_a_slow_rank_with_a_skewed_clock_changes_nothing_but_the_speed(tmp_path):
+def test_a_slow_rank_with_a_wrong_clock_changes_only_the_speed(tmp_path):
     flags = ("--total-env-steps", "600", "--vectorization", "sync")
     even, uneven = tmp_path / "even", tmp_path / "uneven"
     result = train("torchrun", 2, even, *flags)
@@ -254,7 +254,7 @@ def test_a_slow_rank_with_a_skewed_clock_changes_nothing_but_the_speed(tmp_path)
 # --- disks
 
 
-def test_a_disk_that_one_rank_cannot_write_to_costs_a_checkpoint_and_not_the_run(tmp_path):
+def test_a_disk_that_one_rank_cannot_write_to_costs_checkpoints_and_not_the_run(tmp_path):
     result = train("mpirun", 2, tmp_path, "--total-env-steps", "3008", *sabotage("full_disk"))
     assert result.returncode == 0, result
     assert result.stdout.count("the one before stands: rank 1: [Errno 27] File too large") == 2, result
@@ -277,7 +277,7 @@ def small_disk(tmp_path):
     mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(disk)]
     made = subprocess.run(mount, capture_output=True, text=True, check=False)
     if made.returncode != 0:
-        pytest.skip(f"no small disk can be mounted here, so a full one is NOT tested: {made.stderr.strip()}")
+        pytest.skip(f"no small disk can be mounted here, so a full disk is NOT tested: {made.stderr.strip()}")
     yield disk
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
 

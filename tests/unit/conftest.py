@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from hvdqn import logs
+
 
 @pytest.fixture(autouse=True)
 def _signals_as_before() -> Iterator[None]:
@@ -20,3 +22,10 @@ def _signals_as_before() -> Iterator[None]:
 def _denormals_as_before() -> None:
     """Training in this process has it flush them, and Hypothesis refuses to draw numbers where that is so."""
     torch.set_flush_denormal(False)
+
+
+@pytest.fixture(autouse=True)
+def _logging_of_one_rank() -> None:
+    """Show log messages as a process without a launcher does, not through the progress display of an earlier test."""
+    logs.setup_logging(rank=0, size=1)
+    logs._output_handler.display = None

@@ -13,15 +13,14 @@ PACKAGE = Path(__file__).parents[2] / "hvdqn"
 LAYERS = (
     {"hvdqn"},
     {"errors"},
-    {"launchers", "presets"},
+    {"logs", "presets"},
     {"config"},
     {"clock", "comm", "graphs", "losses", "metrics", "optimizers", "replay", "seeds", "trailer"},
     {"envs", "networks", "plot"},
-    {"faults", "sync"},
-    {"acting", "learner"},
-    {"checkpoint"},
+    {"checkpoint", "faults", "sync"},
+    {"acting", "learner", "process", "run_directory"},
     {"parts", "video"},
-    {"evaluate", "export"},
+    {"evaluate", "export", "resume"},
     {"train"},
     {"bench", "elastic"},
     {"__main__"},
@@ -30,13 +29,7 @@ LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 
 # Who alone may import a library, wherever in the file.
 ONLY = {
-    "horovod": {
-        "comm/horovod.py",
-        "elastic/driver.py",
-        "elastic/world.py",
-        "launchers/horovod_check.py",
-        "launchers/horovodrun.py",
-    },
+    "horovod": {"comm/horovod.py"},
     "mpi4py": {"comm/mpi.py", "sync/server.py"},
     "ale_py": {"envs/atari.py", "envs/make.py", "bench/peer_sb3.py"},
     "stable_baselines3": {"bench/peer_sb3.py"},

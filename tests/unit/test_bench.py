@@ -284,10 +284,11 @@ def test_a_job_ends_when_its_benchmark_is_stopped(
     monkeypatch.setattr(
         costs, "bench", lambda words, name, np, stopped: jobs.run(["sleep", "100"], stopped=stopped)
     )
-    monkeypatch.setattr(StopSignal, "received", True)
+    stop = StopSignal()
+    stop.requested = True
     began = time.monotonic()
     with pytest.raises(StoppedError, match="before all was measured"):
-        costs.engines(Namespace(allreduce_seconds=1.0, np=2), [], StopSignal())
+        costs.engines(Namespace(allreduce_seconds=1.0, np=2), [], stop)
     assert time.monotonic() - began < 50
     assert "left out" not in capsys.readouterr().err
 
@@ -395,7 +396,9 @@ def test_a_stopped_benchmark_has_measured_nothing(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     file = tmp_path / "result.json"
-    monkeypatch.setattr(StopSignal, "received", True)
+    stop = StopSignal()
+    stop.requested = True
+    monkeypatch.setattr("hvdqn.train.StopSignal", lambda: stop)
     assert bench.main([name, "--preset", "smoke", "--eval-episodes", "2", "--json", str(file)]) == 1
     assert capsys.readouterr().err == "hvdqn: error: stopped by a signal before all was measured\n"
     assert not file.exists()

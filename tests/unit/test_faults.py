@@ -1,9 +1,7 @@
-"""Signals, stalls and drift, as far as one process can show them; tests/distributed/test_faults.py does it for real."""
+"""Signals, the watchdog and the replica check in one process; tests/distributed/test_faults.py tests them on ranks."""
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 import signal
 import subprocess
@@ -15,9 +13,8 @@ from types import SimpleNamespace
 import pytest
 
 from hvdqn.comm import connect
-from hvdqn.comm.local import LocalComm
 from hvdqn.errors import DriftError, UserError
-from hvdqn.faults import Heartbeat, Watchdog, check_replicas, raise_on_all_ranks, sole_job, why_stalled
+from hvdqn.faults import Heartbeat, Watchdog, check_replicas, raise_on_all_ranks, why_stalled
 from hvdqn.metrics import PhaseTimer
 
 PATIENCE_SECONDS = 8.0
@@ -45,23 +42,23 @@ def beat(phase: str, idle: float, age: float = 0.5) -> Heartbeat:
         pytest.param(
             [beat("comm", 9), beat("env", 9), beat("env", 9, age=9)],
             ["rank 2 does not answer"],
-            id="silence explains the rest",
+            id="a silent rank explains the ones that hang",
         ),
         pytest.param([beat("comm", 9), beat("comm", 9)], ["every rank waits for the others"], id="deadlock"),
         pytest.param([beat("comm", 900), beat("env", 3)], [], id="waiting for a slow rank"),
-        pytest.param([beat("comm", 900), beat("comm", 1)], [], id="a rank that came just now"),
+        pytest.param([beat("comm", 900), beat("comm", 1)], [], id="a rank that began to wait just now"),
         pytest.param([beat("env", 9)], ["rank 0 hangs in phase 'env' for 9 s"], id="alone"),
     ],
 )
-def test_who_is_blamed_for_a_stall(beats, causes):
-    said = why_stalled(beats, PATIENCE_SECONDS)
-    assert len(said) == len(causes)
-    for clause, expected in zip(said, causes, strict=True):
+def test_which_ranks_are_named_for_a_stall(beats, causes):
+    found = why_stalled(beats, PATIENCE_SECONDS)
+    assert len(found) == len(causes)
+    for clause, expected in zip(found, causes, strict=True):
         assert clause.startswith(expected)
 
 
 class Alone:
-    """A comm that only notes that it was told to abort."""
+    """A comm that only records that `abort` was called."""
 
     rank, size = 0, 1
 
@@ -72,7 +69,7 @@ class Alone:
         self.aborted.set()
 
 
-def test_watchdog_ends_a_stall_and_says_why(tmp_path, capfd):
+def test_watchdog_ends_a_stalled_job_and_prints_the_reason(tmp_path, capfd):
     comm, timer = Alone(), PhaseTimer()
     timer.start("env")
     began = time.monotonic()
@@ -83,7 +80,7 @@ def test_watchdog_ends_a_stall_and_says_why(tmp_path, capfd):
     dog.close()
 
 
-def test_watchdog_lets_be_what_moves_and_leaves_nothing(tmp_path):
+def test_watchdog_does_not_end_a_job_that_makes_progress_and_removes_its_files(tmp_path):
     comm, timer = Alone(), PhaseTimer()
     dog = Watchdog(tmp_path / "heartbeats", comm, timer, timeout_seconds=1.0)
     for _ in range(30):
@@ -96,11 +93,11 @@ def test_watchdog_lets_be_what_moves_and_leaves_nothing(tmp_path):
 
 
 def test_a_job_suspended_as_a_whole_has_not_stalled(tmp_path, monkeypatch):
-    """After SIGSTOP and SIGCONT to all ranks, hours have passed on every clock."""
+    """After SIGSTOP and SIGCONT to all ranks, every clock has advanced by hours."""
     comm, timer = Alone(), PhaseTimer()
     timer.start("env")
     away, clock = 0.0, time.monotonic
-    monkeypatch.setattr("hvdqn.faults.time.monotonic", lambda: clock() + away)
+    monkeypatch.setattr("hvdqn.faults.watchdog.time.monotonic", lambda: clock() + away)
     dog = Watchdog(tmp_path / "heartbeats", comm, timer, timeout_seconds=8.0)
     time.sleep(1.2)
     away = 10_000.0
@@ -109,19 +106,19 @@ def test_a_job_suspended_as_a_whole_has_not_stalled(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("told", "agreed", "phase", "age_seconds", "ends"),
+    ("requested", "agreed", "phase", "age_seconds", "ends"),
     [
-        pytest.param(True, False, "env", 60, True, id="nothing heard of the other"),
-        pytest.param(True, False, "env", -60, False, id="the other lives"),
-        pytest.param(True, False, "save", 60, False, id="the other writes, and its disk is slow"),
-        pytest.param(True, True, "env", 60, False, id="both have agreed to stop, and write"),
-        pytest.param(False, False, "env", 60, False, id="not told to stop"),
+        pytest.param(True, False, "env", 60, True, id="the other rank is silent"),
+        pytest.param(True, False, "env", -60, False, id="the other rank lives"),
+        pytest.param(True, False, "save", 60, False, id="the other rank writes a checkpoint to a slow disk"),
+        pytest.param(True, True, "env", 60, False, id="both have agreed to stop and write a checkpoint"),
+        pytest.param(False, False, "env", 60, False, id="not asked to stop"),
     ],
 )
-def test_a_rank_told_to_stop_does_not_wait_long_for_a_silent_one(
-    told, agreed, phase, age_seconds, ends, tmp_path, monkeypatch, capfd
+def test_a_rank_that_was_asked_to_stop_does_not_wait_long_for_a_silent_rank(
+    requested, agreed, phase, age_seconds, ends, tmp_path, monkeypatch, capfd
 ):
-    monkeypatch.setattr("hvdqn.faults.STOP_PATIENCE_SECONDS", 1.5)
+    monkeypatch.setattr("hvdqn.faults.watchdog.STOP_PATIENCE_SECONDS", 1.5)
     comm, timer = Alone(), PhaseTimer()
     comm.size = 2
     timer.start("comm")
@@ -129,15 +126,14 @@ def test_a_rank_told_to_stop_does_not_wait_long_for_a_silent_one(
     other.write_text(f'{{"phase": "{phase}", "idle_seconds": 0}}')
     then = time.time() - age_seconds
     os.utime(other, (then, then))
-    dog = Watchdog(
-        tmp_path, comm, timer, timeout_seconds=600.0, stop=SimpleNamespace(received=told, agreed=agreed)
-    )
+    stop = SimpleNamespace(requested=requested, all_ranks_agreed=agreed)
+    dog = Watchdog(tmp_path, comm, timer, timeout_seconds=600.0, stop=stop)
     assert comm.aborted.wait(30 if ends else 3) == ends
-    assert ("and told to stop: rank 1 does not answer for 6" in capfd.readouterr().err) == ends
+    assert ("s after a signal to stop: rank 1 does not answer for 6" in capfd.readouterr().err) == ends
     dog.close()
 
 
-def test_no_watchdog_where_none_is_wanted(tmp_path):
+def test_a_timeout_of_zero_disables_the_watchdog(tmp_path):
     dog = Watchdog(tmp_path / "heartbeats", Alone(), PhaseTimer(), timeout_seconds=0.0)
     dog.close()
     assert not (tmp_path / "heartbeats").exists()
@@ -151,7 +147,7 @@ print("ready", flush=True)
 mutex = ctypes.create_string_buffer(64)
 library = ctypes.CDLL(None)
 library.pthread_mutex_lock(mutex)
-library.pthread_mutex_lock(mutex)  # as in a collective whose peer is gone: no Python code runs any more
+library.pthread_mutex_lock(mutex)  # like a collective whose peer is gone: no Python code runs any more
 """
 
 
@@ -162,89 +158,37 @@ def test_a_second_interrupt_ends_a_rank_that_is_blocked_in_a_library():
         for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
             process.send_signal(number)
             time.sleep(0.3)
-            assert process.poll() is None, "it has a checkpoint to write"
+            assert process.poll() is None, "it still has to write a checkpoint"
         process.send_signal(signal.SIGINT)
         assert process.wait(10) == 128 + signal.SIGINT
 
 
-def test_a_signal_that_an_environment_handles_is_no_stop():
+def test_a_signal_that_an_environment_handles_does_not_stop_the_run():
     code = (
         "import os, signal, time; from hvdqn.faults import StopSignal\n"
-        "stop = StopSignal(); signal.signal(signal.SIGALRM, lambda *_: print('heard'))\n"
+        "stop = StopSignal(); signal.signal(signal.SIGALRM, lambda *_: print('handled'))\n"
         "signal.alarm(1); time.sleep(2)\n"
-        "print(stop.received); os.kill(os.getpid(), signal.SIGUSR2); time.sleep(0.5); print(stop.name)"
+        "print(stop.requested); os.kill(os.getpid(), signal.SIGUSR2); time.sleep(0.5); print(stop.name)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
     )
-    assert done.stdout.split() == ["heard", "False", "SIGUSR2"]
+    assert done.stdout.split() == ["handled", "False", "SIGUSR2"]
 
 
-def test_drift_names_the_ranks():
+def test_the_drift_error_names_the_ranks():
     check_replicas([], 100)
     with pytest.raises(DriftError, match="at env step 100 the weights of rank 1, 3 differ"):
         check_replicas([1, 3], 100)
 
 
-def test_wrong_input_of_one_rank_is_refused_on_all():
+def test_wrong_input_on_one_rank_raises_on_all_ranks():
     class Second(type(connect("local"))):
         def all_gather_object(self, obj):
-            assert timer.phase == "comm"  # it waits: no watchdog may take it for one that hangs
+            assert timer.phase == "comm"  # the watchdog must see that this rank waits
             return [None, "rank 1 found no such environment"]
 
     timer = PhaseTimer()
     with pytest.raises(UserError, match="rank 1 found no such environment"):
         raise_on_all_ranks(Second(), lambda: 1, timer)
     assert raise_on_all_ranks(connect("local"), lambda: 1) == 1
-
-
-def test_two_jobs_do_not_train_in_one_directory(tmp_path):
-    with sole_job(tmp_path, LocalComm()):
-        assert (tmp_path / "lock").exists()
-        with (
-            pytest.raises(UserError, match=f"another job trains in '{tmp_path}'; .* another --run-dir"),
-            sole_job(tmp_path, LocalComm(), patience_seconds=0.0),
-        ):
-            raise AssertionError("it was let in")
-    assert not list(tmp_path.iterdir())
-
-
-def test_where_there_are_no_locks_a_line_says_so(tmp_path, monkeypatch, capsys):
-    def refuse(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
-    with sole_job(tmp_path, LocalComm()):
-        pass
-    warning = (
-        f"hvdqn: warning: there are no locks in '{tmp_path}': see to it that no second job trains there\n"
-    )
-    assert capsys.readouterr().err == warning
-
-
-def test_a_job_whose_ranks_were_lost_while_they_met_holds_nothing(tmp_path, monkeypatch):
-    def lost(_):
-        raise ConnectionError
-
-    comm = LocalComm()
-    monkeypatch.setattr(comm, "all_gather_object", lost)
-    with pytest.raises(ConnectionError), sole_job(tmp_path, comm):
-        raise AssertionError("it went on")
-    with sole_job(tmp_path, LocalComm(), patience_seconds=0.0):
-        pass
-
-
-def test_a_job_waits_a_moment_for_one_that_is_ending(tmp_path):
-    """A process that is killed while it holds the directory."""
-    code = (
-        "import sys, time, pathlib; from hvdqn.comm.local import LocalComm; from hvdqn.faults import sole_job\n"
-        "with sole_job(pathlib.Path(sys.argv[1]), LocalComm()): print('held', flush=True); time.sleep(60)"
-    )
-    words = [sys.executable, "-c", code, str(tmp_path)]
-    with subprocess.Popen(words, stdout=subprocess.PIPE) as other:
-        assert other.stdout is not None
-        other.stdout.readline()
-        threading.Timer(0.5, other.kill).start()
-        with sole_job(tmp_path, LocalComm()):
-            assert other.wait(timeout=10) == -signal.SIGKILL
-    assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""What a run leaves behind, and what of it survives kills, resumes and failing disks."""
+"""Metrics of a run: timing, files and console, also after kills, resumes and errors of the disk."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_each_moment_belongs_to_one_phase(monkeypatch: pytest.MonkeyPatch) -> No
     assert timer.phase == "act"
 
 
-def test_timer_goes_on_from_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timer_continues_from_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     timer = PhaseTimer()
@@ -76,11 +76,11 @@ def test_timer_goes_on_from_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize(
-    ("engine", "parameters", "says_mpi"),
+    ("engine", "parameters", "suggests_mpi"),
     [("horovod", 10_000, True), ("horovod", 2_000_000, False), ("mpi", 10_000, False)],
 )
-def test_waiting_for_a_third_of_the_time_is_hinted_at_once(
-    monkeypatch: pytest.MonkeyPatch, engine: str, parameters: int, says_mpi: bool
+def test_a_rank_that_waits_for_a_third_of_the_time_gets_one_hint(
+    monkeypatch: pytest.MonkeyPatch, engine: str, parameters: int, suggests_mpi: bool
 ) -> None:
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
@@ -95,25 +95,25 @@ def test_waiting_for_a_third_of_the_time_is_hinted_at_once(
         return hint.due()
 
     assert spend(70.0, 30.0) == ""
-    said = spend(1.0, 1.0)  # since the last call, not since the beginning
-    assert said.startswith("hint: 50% of the time")
-    assert ("--comm mpi" in said) == says_mpi
+    hinted = spend(1.0, 1.0)  # since the last call, not since the beginning
+    assert hinted.startswith("hint: 50% of the time")
+    assert ("--comm mpi" in hinted) == suggests_mpi
     assert spend(1.0, 9.0) == ""
 
 
 def test_switching_is_cheap() -> None:
     timer = PhaseTimer()
-    start = time.process_time()  # which others on this machine do not add to
+    start = time.process_time()  # not affected by other processes
     for _ in range(10_000):
         timer.start("act")
         timer.start("env")
-    assert (time.process_time() - start) / 20_000 < 5e-6  # 0.1 us; the rest is for a slow machine
+    assert (time.process_time() - start) / 20_000 < 5e-6  # with a margin for slow machines
 
 
 # metrics.jsonl
 
 
-def test_one_line_a_record_with_non_finite_as_null(tmp_path: Path) -> None:
+def test_one_line_per_record_with_null_for_non_finite_numbers(tmp_path: Path) -> None:
     metrics, _ = open_metrics(tmp_path)
     metrics.log(100, 7, {"loss": 0.5, "episodes": 3, "episode_return_mean": math.nan, "q_mean": -math.inf})
     first, *rest = lines_of(tmp_path)
@@ -143,7 +143,7 @@ def test_rates_are_those_since_the_last_line_that_moved(
     assert last["wall_seconds"] == 7
 
 
-def test_resume_cuts_what_lies_beyond_the_checkpoint(tmp_path: Path) -> None:
+def test_resume_removes_records_beyond_the_checkpoint(tmp_path: Path) -> None:
     metrics, _ = open_metrics(tmp_path)
     for env_steps in (100, 200, 300, 400):
         metrics.log(env_steps, env_steps // 10, {"loss": 1.0})
@@ -158,7 +158,7 @@ def test_resume_cuts_what_lies_beyond_the_checkpoint(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_a_torn_last_line_is_left_out_and_a_torn_line_within_is_named(tmp_path: Path) -> None:
+def test_an_incomplete_last_line_is_ignored_and_a_damaged_line_before_it_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"env_steps": 1}\n{"env_steps": 2}\n{"env_st')
     assert read_metrics(path) == [{"env_steps": 1}, {"env_steps": 2}]
@@ -180,7 +180,7 @@ def test_tensorboard_reads_the_events(tmp_path: Path) -> None:
     assert [step for step, _ in scalars_of(tmp_path, "time/env_steps_per_second")] == [100, 200]
 
 
-def test_tensorboard_drops_what_a_resume_does_again(tmp_path: Path) -> None:
+def test_tensorboard_drops_records_that_a_resume_repeats(tmp_path: Path) -> None:
     metrics, _ = open_metrics(tmp_path)
     for env_steps in (100, 200, 300):
         metrics.log(env_steps, 1, {"loss": 1.0})
@@ -189,6 +189,24 @@ def test_tensorboard_drops_what_a_resume_does_again(tmp_path: Path) -> None:
     again.log(300, 1, {"loss": 2.0})
     assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 2
     assert scalars_of(tmp_path, "train/loss") == [(100, 1.0), (200, 1.0), (300, 2.0)]
+
+
+def test_without_tensorboard_one_warning_is_given_and_the_other_records_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("event_pb2", "summary_pb2"):
+        monkeypatch.setitem(sys.modules, f"tensorboard.compat.proto.{name}", None)
+    metrics, stream = open_metrics(tmp_path)
+    for env_steps in (100, 200):
+        metrics.log(env_steps, 1, {"loss": 1.0})
+    metrics.close()
+    warnings = [line for line in stream.getvalue().splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 1
+    assert "no TensorBoard events are written" in warnings[0]
+    assert "pip install tensorboard" in warnings[0]
+    assert len(lines_of(tmp_path)) == 2
+    assert metrics.write_failures == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_torch_and_tensorboard_are_not_loaded_before_the_first_record() -> None:
@@ -209,7 +227,6 @@ def test_other_ranks_have_the_same_interface_and_no_outputs(
     with Metrics(None, 1000, PhaseTimer()) as metrics:
         metrics.resume(0, 0)
         metrics.log(100, 10, {"loss": 0.5})
-        metrics.say("hello")
     assert capfd.readouterr() == ("", "")
     assert not list(tmp_path.iterdir())
     assert metrics.write_failures == 0
@@ -238,7 +255,7 @@ def test_a_removed_run_directory_does_not_end_the_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which only Linux has")
-def test_a_full_disk_is_counted_and_said_once(tmp_path: Path) -> None:
+def test_a_full_disk_is_counted_and_reported_once(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     metrics, stream = open_metrics(tmp_path, line_every_seconds=0)
     for env_steps in (100, 200, 300):
@@ -279,7 +296,6 @@ def test_a_console_that_is_gone_does_not_end_the_run(tmp_path: Path) -> None:
 
     metrics = Metrics(tmp_path, 1000, PhaseTimer(), stream=Gone())
     metrics.log(100, 1, {"loss": 1.0})
-    metrics.say("hello")
     metrics.close()
     assert metrics.write_failures > 0
     assert len(lines_of(tmp_path)) == 1
@@ -300,7 +316,7 @@ def test_the_plain_line() -> None:
     )
 
 
-def test_lines_are_held_back_and_the_last_one_comes_at_the_end(tmp_path: Path) -> None:
+def test_lines_are_held_back_and_the_last_one_is_printed_at_the_end(tmp_path: Path) -> None:
     metrics, stream = open_metrics(tmp_path, total_env_steps=300, line_every_seconds=3600)
     for env_steps in (100, 200, 300):
         metrics.log(env_steps, 1, {})
@@ -334,22 +350,17 @@ def test_numbers_for_people(value: float, text: str) -> None:
     assert number(value) == text
 
 
-def test_say_prints_what_a_stream_cannot_encode(tmp_path: Path) -> None:
-    raw = io.BytesIO()
-    stream = io.TextIOWrapper(raw, encoding="ascii")
-    Metrics(tmp_path, 10, PhaseTimer(), stream=stream).say("run [bold]é[/bold] :smile:")
-    assert raw.getvalue() == rb"run [bold]\xe9[/bold] :smile:" + b"\n"
-
-
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_the_bar_on_a_terminal(tmp_path: Path, encoding: str) -> None:
     code = """
-import sys
+import logging, sys
 from pathlib import Path
+from hvdqn.logs import setup_logging
 from hvdqn.metrics import Metrics, PhaseTimer
+setup_logging(0, 1)
 with Metrics(Path(sys.argv[1]), 1000, PhaseTimer()) as metrics:
     metrics.log(500, 50, {"loss": 0.5, "epsilon": 0.41})
-    metrics.say("checkpoint [bold]\\u00e9[/bold] :smile:")
+    logging.getLogger("hvdqn.test").info("checkpoint [bold]\\u00e9[/bold] :smile:")
     metrics.log(1000, 100, {"loss": 0.25})
 """
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "PYTHONIOENCODING": encoding}
@@ -369,9 +380,13 @@ with Metrics(Path(sys.argv[1]), 1000, PhaseTimer()) as metrics:
     assert "500/1,000 (50%)" in shown
     assert "1,000/1,000 (100%)" in shown
     assert "updates 100  loss 0.25  epsilon 0.41" in shown
-    said = "é" if encoding == "utf-8" else r"\xe9"
-    assert f"checkpoint [bold]{said}[/bold] :smile:" in shown
-    assert shown.index("\x1b[?25h") < shown.index("500/1,000")  # a killed run leaves the cursor as it was
+    letter = "é" if encoding == "utf-8" else r"\xe9"
+    assert f"checkpoint [bold]{letter}[/bold] :smile:" in shown
+    assert "left 0:00:00" in shown
+    assert shown.index("checkpoint") < shown.rindex("1,000/1,000"), "the message is above the bar"
+    assert shown.index("\x1b[?25h") < shown.index(
+        "500/1,000"
+    )  # also a run that is killed leaves the cursor visible
 
 
 # summary.json

@@ -289,7 +289,7 @@ def train(run_dir, size, *flags):
     run_dir.mkdir(exist_ok=True)
 
     def body(comm):
-        training = start(Training, config, comm, run_dir, SimpleNamespace(received=False), PhaseTimer())
+        training = start(Training, config, comm, run_dir, SimpleNamespace(requested=False), PhaseTimer())
         training.complete()
         return training
 

@@ -1,4 +1,4 @@
-"""Whole runs on one process: what they leave behind, that they repeat, and environments nobody here wrote."""
+"""Whole runs in one process: their files, their reproducibility, and third-party environments."""
 
 from __future__ import annotations
 
@@ -20,9 +20,8 @@ import yaml
 from hvdqn import __main__, train
 from hvdqn.checkpoint import Checkpoints, open_checkpoint
 from hvdqn.comm.local import LocalComm
-from hvdqn.config import Config
 from hvdqn.evaluate import Evaluation, Evaluator
-from hvdqn.faults import sole_job
+from hvdqn.run_directory import sole_job
 from tests.launchers import clean_environment
 
 SMALL = ["--preset", "smoke", "--total-env-steps", "600", "--eval-episodes", "2"]
@@ -73,7 +72,7 @@ def test_the_run_directory_holds_the_record(first: tuple[Path, dict[str, Any]]) 
     latest = run_dir / "checkpoints" / "latest"
     assert latest.resolve().name == f"{600:012d}"
     assert open_checkpoint(latest).env_steps == 600
-    assert not list(run_dir.rglob(".*")), "something temporary was left"
+    assert not list(run_dir.rglob(".*")), "a temporary file was left"
     assert not list((run_dir / "heartbeats").glob("*")), "a heartbeat was left"
 
 
@@ -107,22 +106,6 @@ def test_a_setting_that_does_nothing_is_said_once(tmp_path: Path, capsys: pytest
     run(tmp_path, "--sync-every", "7")
     warning = "warning: --sync-every does nothing without --sync parameters\n"
     assert capsys.readouterr().out.count(warning) == 1
-
-
-def test_runs_that_begin_in_the_same_second_do_not_share_a_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train.time, "strftime", lambda _: "now")
-    made = [train.open_run_dir(Config(), LocalComm()).name for _ in range(3)]
-    assert made == ["CartPole_v1-seed1-now", "CartPole_v1-seed1-now-2", "CartPole_v1-seed1-now-3"]
-    named = Config().replace(run_dir="mine")
-    assert train.open_run_dir(named, LocalComm()) == train.open_run_dir(named, LocalComm()) == Path("mine")
-
-
-def test_a_run_directory_leaves_no_trace_of_the_proof_that_all_see_it(tmp_path: Path) -> None:
-    run_dir = train.open_run_dir(Config().replace(run_dir=str(tmp_path / "run")), LocalComm())
-    assert list(run_dir.iterdir()) == []
 
 
 def test_records_of_a_run_without_checkpoints_are_set_aside(
@@ -312,7 +295,7 @@ def need_third_party() -> None:
         pytest.skip("popgym is not installed (the extra `test`): third-party environments are NOT tested")
 
 
-def test_a_process_that_trains_takes_denormals_for_zero(tmp_path):
+def test_a_process_that_trains_treats_denormals_as_zero(tmp_path):
     small = torch.tensor([1e-38])
     assert (small * 0.01).item() > 0
     run(tmp_path)

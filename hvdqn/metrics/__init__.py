@@ -1,0 +1,40 @@
+"""Metrics of a run: where the time goes, `metrics.jsonl`, TensorBoard events, and progress on the console.
+
+Importing this package does not import torch.
+"""
+
+from hvdqn.metrics.console import LineConsole
+from hvdqn.metrics.metrics import Metrics
+from hvdqn.metrics.status import Status, number
+from hvdqn.metrics.timing import PHASES, Phase, PhaseTimer, WaitHint
+from hvdqn.metrics.writers import (
+    METRICS_FILE,
+    SUMMARY_FILE,
+    JsonLines,
+    Record,
+    TensorBoard,
+    finite,
+    read_metrics,
+    replace_file,
+    write_summary,
+)
+
+__all__ = [
+    "METRICS_FILE",
+    "PHASES",
+    "SUMMARY_FILE",
+    "JsonLines",
+    "LineConsole",
+    "Metrics",
+    "Phase",
+    "PhaseTimer",
+    "Record",
+    "Status",
+    "TensorBoard",
+    "WaitHint",
+    "finite",
+    "number",
+    "read_metrics",
+    "replace_file",
+    "write_summary",
+]

@@ -1,0 +1,111 @@
+"""Records of a run, written to all outputs of rank 0."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from hvdqn.logs import close_display, open_display
+from hvdqn.metrics.console import Console, open_console
+from hvdqn.metrics.timing import PhaseTimer
+from hvdqn.metrics.writers import METRICS_FILE, JsonLines, Record, TensorBoard, Writer
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+log = logging.getLogger(__name__)
+
+
+class Metrics:
+    """Write the counters and values of training to `metrics.jsonl`, TensorBoard and the console.
+
+    Only rank 0 has outputs. A disk that fails does not end a run: the first error is logged, all are counted in
+    `write_failures`, and the next record tries again.
+
+    Args:
+        run_dir: existing directory for `metrics.jsonl` and TensorBoard events; None for ranks above 0.
+        total_env_steps: where the run ends, for the share done and the time left.
+        timer: its total is the `wall_seconds` of every record.
+        line_every_seconds: minimum wall time between two progress lines where there is no terminal.
+        stream: the console; standard output if None.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path | None,
+        total_env_steps: int,
+        timer: PhaseTimer,
+        *,
+        line_every_seconds: float = 5.0,
+        stream: TextIO | None = None,
+    ) -> None:
+        self.write_failures = 0
+        self._timer = timer
+        self._rates_since: tuple[int, int, float] = (0, 0, timer.total_seconds())
+        self._console: Console | None = None
+        self._writers: list[Writer] = []
+        if run_dir is not None:
+            self._console = open_console(stream or sys.stdout, total_env_steps, line_every_seconds)
+            open_display(self._console)
+            self._writers = [JsonLines(run_dir / METRICS_FILE), TensorBoard(run_dir), self._console]
+
+    def resume(self, env_steps: int, updates: int) -> None:
+        """Drop the records beyond the checkpoint that the run resumes from, so that curves do not overlap."""
+        self._rates_since = (env_steps, updates, self._timer.total_seconds())
+        for writer in self._writers:
+            self._attempt(writer.resume, env_steps)
+
+    def log(self, env_steps: int, updates: int, values: Mapping[str, float]) -> None:
+        """Write global counters and named values, with the rates since the last record that had new env steps."""
+        wall_seconds = self._timer.total_seconds()
+        numbers = {name: v if isinstance(v, int) else float(v) for name, v in values.items()}
+        rates = self._rates(env_steps, updates, wall_seconds)
+        record = Record(env_steps, updates, wall_seconds, {**rates, **numbers})
+        for writer in self._writers:
+            self._attempt(writer.write, record)
+
+    def say(self, text: str) -> None:
+        """Log one message at level INFO."""
+        log.info(text)
+
+    def close(self) -> None:
+        """Show the last record that the console held back, and remove the bar."""
+        for writer in self._writers:
+            self._attempt(writer.close)
+        self._writers = []
+        if self._console is not None:
+            close_display(self._console)
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _rates(self, env_steps: int, updates: int, wall_seconds: float) -> dict[str, float]:
+        since_env_steps, since_updates, since_seconds = self._rates_since
+        seconds = wall_seconds - since_seconds
+        if env_steps == since_env_steps or seconds <= 0:  # such as an evaluation just after a training record
+            return {}
+        self._rates_since = (env_steps, updates, wall_seconds)
+        return {
+            "env_steps_per_second": (env_steps - since_env_steps) / seconds,
+            "updates_per_second": (updates - since_updates) / seconds,
+        }
+
+    def _attempt(self, write: Callable[..., None], *arguments: Any) -> None:
+        try:
+            write(*arguments)
+        except OSError as error:
+            self.write_failures += 1
+            if self.write_failures == 1:
+                where = f" {error.filename}" if error.filename else ""
+                log.warning(
+                    f"cannot write metrics{where}: {error.strerror or error}. Training goes on; records are lost until "
+                    "this is fixed"
+                )

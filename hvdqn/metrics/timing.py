@@ -1,0 +1,92 @@
+"""Wall time of training by phase."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Literal, get_args
+
+Phase = Literal["act", "env", "add", "sample", "compute", "comm", "optimizer", "save", "other"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
+
+
+class PhaseTimer:
+    """Measure the wall time of training by phase. Exactly one phase runs at any moment, so the phases sum to it.
+
+    A new timer runs, in phase `other`. Switching phases is cheap enough for the training loop.
+    """
+
+    __slots__ = ("_seconds", "_since", "changes", "phase")
+
+    def __init__(self) -> None:
+        self.phase: Phase = "other"
+        self.changes = 0  # the watchdog takes a rank whose count stands still for one that hangs
+        self._seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
+        self._since = time.perf_counter()
+
+    def start(self, phase: Phase) -> Phase:
+        """Switch to `phase` and return the phase that ran before, so that a caller can switch back."""
+        now = time.perf_counter()
+        before = self.phase
+        self._seconds[before] += now - self._since
+        self.phase = phase
+        self.changes += 1
+        self._since = now
+        return before
+
+    @contextmanager
+    def during(self, phase: Phase) -> Iterator[None]:
+        """Run the body in `phase`, then switch back. After an exception `phase` stays, to show where it was raised."""
+        before = self.start(phase)
+        yield
+        self.start(before)
+
+    def alive(self) -> None:
+        """Show the watchdog that a long piece of work makes progress."""
+        self.changes += 1
+
+    def seconds(self) -> dict[str, float]:
+        """Return the seconds of each phase until now, including attempts before a resume."""
+        self.start(self.phase)
+        return dict(self._seconds)
+
+    def total_seconds(self) -> float:
+        """Return the wall seconds of training until now: the sum over all phases."""
+        return sum(self.seconds().values())
+
+    def load(self, seconds: Mapping[str, float]) -> None:
+        """Add the seconds that a checkpoint recorded with `seconds()`."""
+        for phase in PHASES:
+            self._seconds[phase] += seconds.get(phase, 0.0)
+
+
+class WaitHint:
+    """Advise the user, once in a run, if a rank waits for other ranks for much of its time.
+
+    Args:
+        timer: of this rank.
+        engine: the communication engine, as `--comm` names it.
+        parameters: number of parameters of the network.
+    """
+
+    SHARE = 0.3
+    SMALL_PARAMETERS = 500_000
+
+    def __init__(self, timer: PhaseTimer, engine: str, parameters: int) -> None:
+        self._timer, self._given = timer, False
+        self._since = timer.seconds()
+        self._remedy = "a larger --batch-per-rank makes updates rarer at the same --replay-ratio"
+        if engine not in ("mpi", "local") and parameters < self.SMALL_PARAMETERS:
+            self._remedy = f"for a network this small use mpirun with --comm mpi; {self._remedy}"
+
+    def due(self) -> str:
+        """Return the advice if this rank waited too much since the last call, else an empty string."""
+        seconds = self._timer.seconds()
+        waited = seconds["comm"] - self._since["comm"]
+        share = waited / max(sum(seconds.values()) - sum(self._since.values()), 1e-9)
+        self._since = seconds
+        if share <= self.SHARE or self._given:
+            return ""
+        self._given = True
+        return f"hint: {share:.0%} of the time went into waiting for other ranks; {self._remedy}"

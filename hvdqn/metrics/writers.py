@@ -1,0 +1,225 @@
+"""Files of a run that programs read: `metrics.jsonl`, TensorBoard events and `summary.json`."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import logging
+import math
+import os
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from tensorboard.compat.proto.event_pb2 import Event
+
+log = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
+SUMMARY_FILE = "summary.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One call of `Metrics.log`: global counters, wall time of training, and named values."""
+
+    env_steps: int
+    updates: int
+    wall_seconds: float
+    values: dict[str, int | float]
+
+
+class Writer(Protocol):
+    """A destination of records. Any method may raise OSError; `Metrics` catches it."""
+
+    def resume(self, env_steps: int) -> None:
+        """Drop the records beyond `env_steps`."""
+
+    def write(self, record: Record) -> None:
+        """Write one record."""
+
+    def close(self) -> None:
+        """Write what is still held back."""
+
+
+class JsonLines:
+    """Write `metrics.jsonl`: one JSON object per line, with null for non-finite numbers."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def resume(self, env_steps: int) -> None:
+        """Remove the lines beyond `env_steps`, and a last line that is incomplete because a kill interrupted it."""
+        if not self._path.exists():
+            return
+        text = self._path.read_bytes()
+        kept = b"".join(
+            line
+            for line in text.splitlines(keepends=True)
+            if line.endswith(b"\n") and _env_steps_of(line) <= env_steps
+        )
+        if kept != text:
+            replace_file(self._path, kept)
+
+    def write(self, record: Record) -> None:
+        """Append one line."""
+        counters = {
+            "env_steps": record.env_steps,
+            "updates": record.updates,
+            "wall_seconds": round(record.wall_seconds, 3),
+        }
+        line = json.dumps(finite({**counters, **record.values}), allow_nan=False)
+        _append(self._path, line.encode() + b"\n")
+
+    def close(self) -> None:
+        """Do nothing: no line is held back."""
+
+
+class TensorBoard:
+    """Write an event file with the scalars `train/*`, `eval/*` and `time/*` over global env steps.
+
+    It does not use TensorBoard's own writer: that writes in a thread, which hides errors of the disk and does not
+    survive a fork. Without the tensorboard package no event file is written, and one warning is logged.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+        self._path = directory / name
+        self._purge_env_steps: int | None = None
+        self._header_written = False
+        self._installed = True
+
+    def resume(self, env_steps: int) -> None:
+        """Make TensorBoard drop what earlier event files hold beyond `env_steps`."""
+        self._purge_env_steps = env_steps + 1
+
+    def write(self, record: Record) -> None:
+        """Append one event with all scalars of the record."""
+        if not self._installed:
+            return
+        try:  # imported with the first record, so that starting a run does not wait for it
+            from tensorboard.compat.proto.event_pb2 import Event
+            from tensorboard.compat.proto.summary_pb2 import Summary
+        except ImportError as error:
+            self._installed = False
+            log.warning(f"no TensorBoard events are written ({error}): pip install tensorboard")
+            return
+        named = {**record.values, "updates": record.updates, "wall_seconds": record.wall_seconds}
+        scalars = [Summary.Value(tag=_tag(name), simple_value=value) for name, value in named.items()]
+        event = Event(wall_time=time.time(), step=record.env_steps, summary=Summary(value=scalars))
+        events = [event] if self._header_written else [*self._header(), event]
+        _append(self._path, _encode(events))
+        self._header_written = True
+
+    def close(self) -> None:
+        """Do nothing: no event is held back."""
+
+    def _header(self) -> list[Event]:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+        header = [Event(wall_time=time.time(), file_version="brain.Event:2")]
+        if self._purge_env_steps is not None:
+            restart = SessionLog(status=SessionLog.START)
+            header.append(Event(wall_time=time.time(), step=self._purge_env_steps, session_log=restart))
+        return header
+
+
+def _tag(name: str) -> str:
+    if name.startswith("eval_"):
+        return "eval/" + name.removeprefix("eval_")
+    return ("time/" if "second" in name else "train/") + name
+
+
+def _encode(events: list[Event]) -> bytes:
+    """Return the events as the records of an event file, with their lengths and checksums."""
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    buffer = io.BytesIO()
+    writer = RecordWriter(buffer)
+    for event in events:
+        writer.write(event.SerializeToString())
+    return buffer.getvalue()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a `metrics.jsonl`, without a last line that is incomplete.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: another line is not a JSON object; the message has its number.
+    """
+    lines = path.read_bytes().splitlines(keepends=True)
+    if lines and not lines[-1].endswith(b"\n"):
+        lines.pop()
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict):
+            raise ValueError(f"line {number} is no JSON object")
+        records.append(record)
+    return records
+
+
+def write_summary(run_dir: Path, summary: Mapping[str, Any]) -> None:
+    """Write `summary.json` in one step, in the given order, with null for non-finite numbers.
+
+    Raises:
+        OSError: it cannot be written; an older summary is unchanged.
+    """
+    text = json.dumps(finite(summary), allow_nan=False, indent=2)
+    replace_file(run_dir / SUMMARY_FILE, text.encode() + b"\n")
+
+
+def _env_steps_of(line: bytes) -> float:
+    """Return the global env steps of a line; infinity if it is not a record."""
+    try:
+        return float(json.loads(line)["env_steps"])
+    except (ValueError, TypeError, KeyError):
+        return math.inf
+
+
+def finite(value: Any) -> Any:
+    """Return the value with None for every non-finite number, also inside mappings and lists."""
+    if isinstance(value, Mapping):
+        return {name: finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _append(path: Path, data: bytes) -> None:
+    """Append all of `data`, or nothing if the disk is full.
+
+    The file is opened for every call, so that writing works again when a file system returns.
+    """
+    with path.open("ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        if file.write(data) != len(data):
+            file.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Replace a file in one step; the new content is on the disk before it becomes visible.
+
+    Raises:
+        OSError: it cannot be written; the file is unchanged.
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with draft.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,63 @@
+"""Settings of this process: floating-point mode, memory allocator, threads."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from contextlib import suppress
+
+import torch
+from threadpoolctl import threadpool_limits
+
+from hvdqn.comm import Comm
+from hvdqn.config import Config
+from hvdqn.networks import QNetwork
+
+# In a network with fewer parameters than this, one operation is too short for a second thread to help.
+PARAMETERS_WORTH_THREADS = 500_000
+
+
+def tune_process() -> None:
+    """Set this process up for training. Call it before other threads start: they inherit the floating-point mode."""
+    flush_denormals()
+    keep_freed_memory()
+
+
+def flush_denormals() -> None:
+    """Make the processor treat numbers below 1e-38 as zero, if it can.
+
+    Adam's moments of weights without a gradient fade to such numbers, and some processors compute with them very
+    slowly.
+    """
+    torch.set_flush_denormal(True)
+
+
+def keep_freed_memory() -> None:
+    """Make the C library keep up to 1 GiB of freed memory instead of returning it to the kernel.
+
+    Every update allocates the same large tensors again, and new pages from the kernel cost time. Without `mallopt` in
+    the C library nothing changes.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD in <malloc.h>
+    with suppress(AttributeError, OSError):
+        library = ctypes.CDLL(None)
+        library.mallopt(mmap_threshold, 1 << 25)
+        library.mallopt(trim_threshold, 1 << 30)
+
+
+def use_threads(network: QNetwork, threads: int) -> None:
+    """Set the number of threads of torch and NumPy: one for a small network, else `threads`."""
+    small = sum(p.numel() for p in network.parameters()) < PARAMETERS_WORTH_THREADS
+    used = 1 if small else threads
+    torch.set_num_threads(used)
+    threadpool_limits(used, user_api="blas")
+
+
+def share_of_cores(config: Config, comm: Comm) -> int:
+    """Return the number of threads of this rank: `--threads-per-rank`, or its share of the cores it may use.
+
+    A collective call: launchers may bind each rank to cores of its own, or all ranks of a host to the same cores.
+    """
+    mine = os.sched_getaffinity(0)
+    sharing = sum(not mine.isdisjoint(cores) for cores in comm.cores_of_host())
+    return config.parallel.threads_per_rank or max(1, len(mine) // sharing)

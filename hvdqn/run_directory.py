@@ -1,0 +1,177 @@
+"""The run directory: made by rank 0, visible to all ranks, locked against other jobs; its `config.yaml`."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os.path
+import re
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from hvdqn.comm import Comm
+from hvdqn.config import Config, as_yaml
+from hvdqn.errors import UserError
+from hvdqn.faults import raise_on_all_ranks
+from hvdqn.metrics import replace_file
+
+log = logging.getLogger(__name__)
+
+
+def open_run_dir(config: Config, comm: Comm) -> Path:
+    """Return the run directory, after rank 0 has made it; without `--run-dir` a new one. A collective call.
+
+    Raises:
+        UserError: rank 0 cannot write to it, or another rank does not see it.
+    """
+    probe = comm.broadcast_object(f".visible-{time.time_ns()}")
+    made = raise_on_all_ranks(comm, lambda: _make_run_dir(config, probe) if comm.rank == 0 else "")
+    run_dir = Path(comm.broadcast_object(made))
+    try:
+        raise_on_all_ranks(comm, lambda: wait_until_visible(run_dir / probe, comm.rank))
+    except UserError:
+        with contextlib.suppress(OSError):
+            (run_dir / probe).unlink()
+            run_dir.rmdir()
+        raise
+    if comm.rank == 0:
+        (run_dir / probe).unlink(missing_ok=True)
+    return run_dir
+
+
+def _make_run_dir(config: Config, probe: str) -> str:
+    """Make the run directory and a file named `probe` in it; return its path."""
+    named = config.run.run_dir
+    path = Path(named) if named else _default_path(config)
+    try:
+        if named:
+            path.mkdir(parents=True, exist_ok=True)
+        else:
+            path = _make_new_directory(path)
+        (path / probe).touch()
+    except OSError as error:
+        raise UserError(
+            f"cannot write to the run directory '{path}': {error.strerror}; choose another with --run-dir"
+        ) from None
+    return str(path)
+
+
+def _default_path(config: Config) -> Path:
+    """Return `runs/<environment>-<preset>-seed<seed>-<time>`."""
+    time_now = time.strftime("%Y%m%d-%H%M%S")
+    words = (config.environment.env, config.preset, f"seed{config.run.seed}", time_now)
+    return Path("runs") / "-".join(re.sub(r"[^\w.]+", "_", word) for word in words if word)
+
+
+def _make_new_directory(path: Path) -> Path:
+    """Make a directory that did not exist, with a number appended if another run began in the same second."""
+    new, number = path, 1
+    while True:
+        try:
+            new.mkdir(parents=True)
+            return new
+        except FileExistsError:
+            number += 1
+            new = path.with_name(f"{path.name}-{number}")
+
+
+def wait_until_visible(probe: Path, rank: int, patience_seconds: float = 10.0) -> None:
+    """Wait until this rank sees the file that rank 0 wrote; some network file systems take a moment.
+
+    Raises:
+        UserError: it does not see the file in time.
+    """
+    deadline = time.monotonic() + patience_seconds
+    while not os.path.exists(probe):  # noqa: PTH110 - Path.exists raises if the directory may not be entered
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"rank {rank} on host {socket.gethostname()} does not see what rank 0 writes to the run directory "
+                f"'{probe.parent}'; with --run-dir name a folder that all hosts share"
+            )
+        time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def sole_job(run_dir: Path, comm: Comm, patience_seconds: float = 10.0) -> Iterator[None]:
+    """Lock the run directory against other jobs while the body runs; a collective call.
+
+    The kernel releases the lock however the job ends. On a file system without locks one warning is logged, and
+    nothing is locked.
+
+    Args:
+        run_dir: where the lock file is.
+        comm: the ranks of this job; rank 0 holds the lock.
+        patience_seconds: how long to wait for another job, which may be about to end.
+
+    Raises:
+        UserError: another job trains in this directory.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def lock() -> None:
+            if comm.rank == 0:
+                stack.enter_context(_locked(run_dir / "lock", patience_seconds))
+
+        raise_on_all_ranks(comm, lock)
+        yield
+
+
+@contextlib.contextmanager
+def _locked(path: Path, patience_seconds: float) -> Iterator[None]:
+    lock = FileLock(path, timeout=patience_seconds, poll_interval=0.1, mode=0o644, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(
+            f"another job trains in '{path.parent}'; wait until it ends, or choose another --run-dir"
+        ) from None
+    except OSError:
+        log.warning(
+            f"the file system of '{path.parent}' has no locks: make sure that no second job trains there"
+        )
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            # While it is locked: a job that already waits for this file sees that it was removed, and makes a new one.
+            with contextlib.suppress(OSError):
+                path.unlink()
+            lock.release()
+
+
+def record_config(config: Config, comm: Comm, run_dir: Path, anew: bool = False) -> None:
+    """Write `config.yaml`. A disk that fails does not end the run: it is logged.
+
+    Args:
+        config: what to write.
+        comm: the ranks, of which rank 0 writes.
+        run_dir: where to write.
+        anew: the run begins, and a different file of that name, perhaps written by the user, is renamed and kept.
+    """
+    path, text = run_dir / "config.yaml", as_yaml(config).encode()
+    try:
+        if comm.rank == 0:
+            if anew and path.is_file() and path.read_bytes() != text:
+                set_aside(path)
+            replace_file(path, text)
+    except OSError as error:
+        log.warning(f"config.yaml could not be written: {error}")
+
+
+def set_aside(path: Path) -> str:
+    """Rename a file that would be overwritten to `*.old`; return its new name, or "" if it is missing or empty.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    if not path.is_file() or not path.stat().st_size:
+        return ""
+    old, number = path.with_name(f"{path.name}.old"), 1
+    while old.exists():
+        number += 1
+        old = path.with_name(f"{path.name}.old{number}")
+    return path.rename(old).name
