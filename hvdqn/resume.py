@@ -21,23 +21,19 @@ from hvdqn.checkpoint import (
     rank_part,
 )
 from hvdqn.comm import Comm
-from hvdqn.config import Config, acting_place, acting_ranks
+from hvdqn.config import (
+    Config,
+    acting_place,
+    acting_ranks,
+    incidental_settings,
+    settings_fixed_on_resume,
+    settings_of_exact_resume,
+)
 from hvdqn.errors import UserError
 from hvdqn.metrics import METRICS_FILE, SUMMARY_FILE
 from hvdqn.parts import Parts
 from hvdqn.replay import reshard
 from hvdqn.seeds import load_torch_state, torch_state
-
-# What a run is of cannot change between its attempts: its seed, its environment, its network and its optimizer.
-FIXED = (
-    "seed", "env", "env_kwargs", "wrapper", "frame_stack", "torso", "hidden", "head", "dueling", "noisy", "layer_norm",
-    "center_images", "atoms", "v_min", "v_max", "quantiles", "iqn_embedding", "optimizer", "replay", "sync", "outer_lr",
-    "outer_momentum",
-)  # fmt: skip
-# Nor can these, if it is to go on bit for bit.
-SHAPES = ("envs_per_rank", "replay_capacity", "vectorization")
-# These say where and how a run is started, not what it is.
-INCIDENTAL = {"run_dir", "resume", "preset"}
 
 
 @dataclass
@@ -129,7 +125,7 @@ def set_aside(path: Path) -> str:
 
 
 def _check_fixed(before: Mapping[str, Any], now: Mapping[str, Any], run_dir: Path) -> None:
-    for name in FIXED:
+    for name in settings_fixed_on_resume():
         if before.get(name, now[name]) != now[name]:
             raise UserError(
                 f"'{run_dir}' was begun with --{name.replace('_', '-')} {before[name]}, not {now[name]}; "
@@ -197,7 +193,7 @@ def _restore_shard(
     """What is each rank's own; whether replay was kept, and whether the environments go on where they were."""
     before, now = checkpoint.manifest["config"], config.flat()
     same_world = checkpoint.world_size == comm.size
-    same_shapes = same_world and all(before[name] == now[name] for name in SHAPES)
+    same_shapes = same_world and all(before[name] == now[name] for name in settings_of_exact_resume())
     ranks = [comm.rank] if same_shapes else range(checkpoint.world_size)
     # Mapped from their files: what a rank does not need of them is not read.
     shards = [checkpoint.read(rank_part(rank)) for rank in ranks]
@@ -218,8 +214,9 @@ def _restore_shard(
 
 
 def _changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    unreported = incidental_settings()
     return [
         f"--{name.replace('_', '-')} was {before[name]}, is {value}"
         for name, value in now.items()
-        if name in before and name not in INCIDENTAL and before[name] != value
+        if name in before and name not in unreported and before[name] != value
     ]

@@ -7,7 +7,7 @@
     torchrun --nproc-per-node 8 -m hvdqn.train --preset atari      torch.distributed, no Horovod needed
 
 Every rank runs this file. It builds the parts, runs the loop (`Training.run`) and closes. Settings and their
-flags: `hvdqn/config.py`, or `--help`. Exit codes: 0 finished, 2 wrong input, 75 stopped by a signal after a
+flags: `hvdqn/config/settings.py`, or `--help`. Exit codes: 0 finished, 2 wrong input, 75 stopped by a signal after a
 checkpoint (start it again with the same run directory and it goes on), 1 anything else.
 """
 
@@ -36,7 +36,7 @@ from hvdqn import __version__
 from hvdqn.checkpoint import LEARNER, Checkpoint, Checkpoints
 from hvdqn.clock import Clock
 from hvdqn.comm import Comm, connect, launcher_rank, launcher_size
-from hvdqn.config import Config, as_yaml, check_engine, check_world, parse, unused_settings
+from hvdqn.config import Config, acting_ranks, as_yaml, check_engine, check_world, parse, unused_settings
 from hvdqn.envs import find_spec
 from hvdqn.errors import (
     EXIT_FAILED,
@@ -550,7 +550,7 @@ def train(config: Config, comm: Comm, stop: StopSignal, timer: PhaseTimer) -> in
     """
     check_same_config(config, comm)
     check_engine(config, comm.name, comm.size)
-    check_world(config, comm.size)
+    check_world(config, acting_ranks(config, comm.size))
     run_dir = open_run_dir(config, comm)
     try:
         seconds = config.parallel.stall_timeout

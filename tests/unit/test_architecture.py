@@ -13,7 +13,6 @@ PACKAGE = Path(__file__).parents[2] / "hvdqn"
 LAYERS = (
     {"hvdqn"},
     {"errors"},
-    {"presets"},
     {"config"},
     {"clock", "comm", "graphs", "losses", "metrics", "optimizers", "replay", "seeds", "trailer"},
     {"envs", "networks", "plot"},
@@ -119,7 +118,7 @@ def test_a_library_has_its_place(library: str) -> None:
     assert users <= ONLY[library]
 
 
-@pytest.mark.parametrize("room", ["config", "presets", "plot"])
+@pytest.mark.parametrize("room", ["config", "plot"])
 def test_without_torch(room: str) -> None:
     """Directly or through what they import: `--help`, wrong flags and plots must not wait for torch."""
     reached, waiting = set(), {room}

@@ -22,11 +22,11 @@ from hvdqn.acting import Actor
 from hvdqn.checkpoint import open_checkpoint, rank_part
 from hvdqn.comm.local import LocalComm
 from hvdqn.config import Config, parse, preset_config
+from hvdqn.config.presets import JOINED, PRESETS
 from hvdqn.errors import UserError
 from hvdqn.learner import REPORTED
 from hvdqn.metrics import PhaseTimer
 from hvdqn.parts import build_parts, choose_device, importance_at, share_of_cores
-from hvdqn.presets import JOINED, PRESETS
 from hvdqn.replay import PrioritizedSampler
 from hvdqn.resume import restore
 from hvdqn.seeds import torch_state
