@@ -1,10 +1,17 @@
-"""The `hvdqn` command: train, eval, bench and plot. Each is imported only when it is called."""
+"""The `hvdqn` command: train, eval, bench and plot. Each is imported only when it is called.
+
+Shell completion of the commands and their flags, for bash (or zsh, or fish):
+
+    hvdqn --tyro-print-completion bash > ~/.local/share/bash-completion/completions/hvdqn
+"""
 
 from __future__ import annotations
 
 import importlib
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import Annotated, Any, Union
 
 COMMANDS = {
     "train": ("hvdqn.train", "train a network; under a launcher, on all its ranks"),
@@ -12,26 +19,80 @@ COMMANDS = {
     "bench": ("hvdqn.bench", "what training costs on this machine, and where the time goes"),
     "plot": ("hvdqn.plot", "draw learning curves of one or many runs"),
 }
+COMPLETION_FLAG = "--tyro-print-completion"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Hand the rest of the command line to the command that it names; return its exit code."""
+    """Run the command that the first word names with the words after it; return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
-        print("usage: hvdqn COMMAND [...]\n")
-        for name, (_, summary) in COMMANDS.items():
-            print(f"  {name:8}{summary}")
-        print("\n'hvdqn COMMAND --help' says more.")
+        print(usage())
         return 0
+    if words[0] == COMPLETION_FLAG:
+        return complete(words[1:])
     if words[0] not in COMMANDS:
-        print(f"hvdqn: error: unknown command '{words[0]}'; there are {', '.join(COMMANDS)}", file=sys.stderr)
-        return 2
-    if (
-        "" not in sys.path
-    ):  # the current folder, with a user's torso or wrapper in it: `python -m` looks there too
+        near = get_close_matches(words[0], COMMANDS, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(COMMANDS)}"
+        return refuse(f"unknown command '{words[0]}'; {hint}")
+    # Modules in the current folder, such as a user's torso or wrapper, can be imported as with `python -m`.
+    if "" not in sys.path:
         sys.path.insert(0, "")
     code: int = importlib.import_module(COMMANDS[words[0]][0]).main(words[1:])
     return code
+
+
+def usage() -> str:
+    """Return the help of the command itself."""
+    lines = [f"  {name:8}{summary}" for name, (_, summary) in COMMANDS.items()]
+    return "\n".join(
+        (
+            "usage: hvdqn COMMAND [...]\n",
+            *lines,
+            "\n'hvdqn COMMAND --help' lists the flags of a command.",
+            f"'hvdqn {COMPLETION_FLAG} bash' prints a completion script; zsh and fish work too.",
+        )
+    )
+
+
+def complete(words: Sequence[str]) -> int:
+    """Print the script that completes this command in a shell; return the exit code."""
+    from hvdqn.config import print_completion
+    from hvdqn.errors import UserError
+
+    try:
+        print_completion(options_of_commands(), " ".join(words), "hvdqn")
+    except UserError as error:
+        return refuse(str(error))
+    return 0
+
+
+def options_of_commands() -> Any:
+    """Return the union of the commands' options, from which the completion script is made.
+
+    A benchmark has flags of its own beside those of training; only the latter are completed.
+    """
+    from tyro.conf import subcommand
+
+    from hvdqn.bench import COMMANDS as BENCHMARKS
+    from hvdqn.config import Config
+    from hvdqn.evaluate import EvalOptions
+    from hvdqn.plot import PlotOptions
+
+    benchmarks: Any = Union[tuple(Annotated[Config, subcommand(name)] for name in BENCHMARKS)]  # noqa: UP007
+    options: dict[str, Any] = {"train": Config, "eval": EvalOptions, "bench": benchmarks, "plot": PlotOptions}
+    commands = (
+        Annotated[options[name], subcommand(name, description=summary)]
+        for name, (_, summary) in COMMANDS.items()
+    )
+    return Union[tuple(commands)]  # noqa: UP007
+
+
+def refuse(message: str) -> int:
+    """Print what is wrong with the input; return the exit code."""
+    from hvdqn.errors import EXIT_USER_ERROR
+
+    print(f"hvdqn: error: {message}", file=sys.stderr)
+    return EXIT_USER_ERROR
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import numpy as np
 import tyro
 import yaml
 
-from hvdqn.config import Config, did_you_mean, parse_flags
+from hvdqn.config import Config, did_you_mean, parse_flags, settings_of_same_curve
 from hvdqn.errors import UserError
 from hvdqn.metrics import METRICS_FILE, SUMMARY_FILE, read_metrics
 
@@ -43,12 +43,6 @@ MANIFEST = "checkpoints/latest/manifest.json"
 
 # What every curve is told by.
 BASE = ("preset", "env", "world_size")
-# Settings in which runs may differ and still be seeds of one experiment.
-NEUTRAL = {
-    "seed", "run_dir", "resume", "device", "comm", "threads_per_rank", "log_every",
-    "checkpoint_every", "checkpoint_keep", "checkpoint_replay", "eval_every", "eval_episodes", "stall_timeout",
-    "replay_device", "cuda_graphs",
-}  # fmt: skip
 
 # Okabe & Ito's colours, told apart by colour-blind readers; their yellow is too pale for a line on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -333,7 +327,8 @@ def _group_keys(runs: list[Run], group: str | None) -> list[str]:
     known = {key for run in runs for key in run.settings}
     if group is None:
         base = [key for key in BASE if key in known]
-        return [*base, *(key for key in Config().flat() if key not in NEUTRAL and _splits(runs, base, key))]
+        distinguishing = [key for key in Config().flat() if key not in settings_of_same_curve()]
+        return [*base, *(key for key in distinguishing if _splits(runs, base, key))]
     words = [word.strip().replace("-", "_") for word in group.split(",") if word.strip()]
     keys = ["world_size" if word == "np" else word for word in words]
     for key in keys:

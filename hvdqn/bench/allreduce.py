@@ -18,7 +18,7 @@ import torch
 from hvdqn.bench import ranks
 from hvdqn.bench.report import Parser, above_zero, print_table, write_json
 from hvdqn.comm import Comm
-from hvdqn.config import Config, check_engine, check_world
+from hvdqn.config import Config, acting_ranks, check_engine, check_world
 from hvdqn.errors import EXIT_FINISHED
 from hvdqn.faults import StopSignal
 from hvdqn.metrics import PhaseTimer
@@ -134,7 +134,7 @@ def time_allreduce(
     """Build this configuration's network, time messages of its size and of others; returns the exit code."""
     check_same_config(config, comm)
     check_engine(config, comm.name, comm.size)
-    check_world(config, comm.size)
+    check_world(config, acting_ranks(config, comm.size))
     parts = build_parts(config, comm, timer)
     found = measure(comm, parts.device, parts.learner.message.numel(), seconds)
     parts.envs.close()

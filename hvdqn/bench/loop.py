@@ -20,7 +20,7 @@ from typing import Any
 from hvdqn.bench import ranks
 from hvdqn.bench.report import Parser, above_zero, print_table, write_json
 from hvdqn.comm import Comm
-from hvdqn.config import Config, check_world
+from hvdqn.config import Config, acting_ranks, check_world
 from hvdqn.errors import EXIT_FINISHED, StoppedError, UserError
 from hvdqn.faults import StopSignal
 from hvdqn.metrics import PHASES, PhaseTimer
@@ -216,7 +216,7 @@ def prepared(config: Config, comm: Comm, whole: bool) -> Config:
     check_same_config(config, comm)
     if config.parallel.sync == "server":
         raise UserError("a benchmark times ranks that step together; use --sync gradients or parameters")
-    check_world(config, comm.size)
+    check_world(config, acting_ranks(config, comm.size))
     return config
 
 

@@ -13,7 +13,12 @@ from hvdqn.checkpoint.directory import Checkpoint, Checkpoints, OtherFormatError
 from hvdqn.checkpoint.files import BrokenCheckpointError
 from hvdqn.clock import Clock
 from hvdqn.comm import Comm
-from hvdqn.config import Config
+from hvdqn.config import (
+    Config,
+    incidental_settings,
+    settings_fixed_on_resume,
+    settings_of_exact_resume,
+)
 from hvdqn.errors import UserError
 from hvdqn.metrics import METRICS_FILE, SUMMARY_FILE
 from hvdqn.rank import Parts
@@ -21,18 +26,6 @@ from hvdqn.replay import reshard
 from hvdqn.run_directory import set_aside
 from hvdqn.seeds import load_torch_state
 from hvdqn.sync import Totals
-
-# What a run is of cannot change between its attempts: its seed, its environment, its network and its optimizer.
-FIXED = (
-    "seed", "env", "env_kwargs", "wrapper", "frame_stack", "torso", "hidden", "head", "dueling", "noisy", "layer_norm",
-    "center_images", "atoms", "v_min", "v_max", "quantiles", "iqn_embedding", "optimizer", "replay", "sync", "outer_lr",
-    "outer_momentum",
-)  # fmt: skip
-# Nor can these, if it is to go on bit for bit.
-SHAPES = ("envs_per_rank", "replay_capacity", "vectorization")
-# These say where and how a run is started, not what it is.
-INCIDENTAL = {"run_dir", "resume", "preset"}
-
 
 def find_checkpoint(
     config: Config, checkpoints: Checkpoints, run_dir: Path
@@ -82,7 +75,7 @@ def _check_resume(resume: str, found: Checkpoint | None, broken: Mapping[str, st
 
 
 def _check_fixed(before: Mapping[str, Any], now: Mapping[str, Any], run_dir: Path) -> None:
-    for name in FIXED:
+    for name in settings_fixed_on_resume():
         if before.get(name, now[name]) != now[name]:
             raise UserError(
                 f"'{run_dir}' was begun with --{name.replace('_', '-')} {before[name]}, not {now[name]}; "
@@ -150,7 +143,7 @@ def _check_parameters(before: int, now: int, path: Path) -> None:
 def _same_shapes(checkpoint: Checkpoint, config: Config, comm: Comm) -> bool:
     """Return True if each rank can load its own shard as it is."""
     before, now = checkpoint.manifest["config"], config.flat()
-    return checkpoint.world_size == comm.size and all(before[name] == now[name] for name in SHAPES)
+    return checkpoint.world_size == comm.size and all(before[name] == now[name] for name in settings_of_exact_resume())
 
 
 def _load_rank_state(parts: Parts, state: Mapping[str, Any]) -> bool:
@@ -194,8 +187,9 @@ def _describe_resume(
 
 def _changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Return a line of text for each setting that differs from before."""
+    unreported = incidental_settings()
     return [
         f"--{name.replace('_', '-')} was {before[name]}, is {value}"
         for name, value in now.items()
-        if name in before and name not in INCIDENTAL and before[name] != value
+        if name in before and name not in unreported and before[name] != value
     ]

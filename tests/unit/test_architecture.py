@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[2] / "hvdqn"
 LAYERS = (
     {"hvdqn"},
     {"errors"},
-    {"logs", "presets"},
+    {"logs"},
     {"config"},
     {"clock", "comm", "graphs", "losses", "metrics", "optimizers", "replay", "seeds", "trailer"},
     {"envs", "networks", "plot"},

@@ -1,16 +1,31 @@
-"""Precedence, round trips and one-line errors of the command line."""
+"""Settings: precedence, round trips, what their annotations declare, and one-line errors of flags and YAML."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
+import subprocess
+import sys
 
 import pytest
 import yaml
 
-from hvdqn.config import Config, as_yaml, check_world, parse, preset_config, unused_settings
+from hvdqn.config import (
+    Config,
+    as_yaml,
+    check_world,
+    incidental_settings,
+    parse,
+    preset_config,
+    settings_fixed_on_resume,
+    settings_of_exact_resume,
+    settings_of_same_curve,
+    unused_settings,
+)
+from hvdqn.config.fields import above, at_least, at_most, between
+from hvdqn.config.presets import PRESETS
+from hvdqn.config.settings import SETTINGS
 from hvdqn.errors import UserError
-from hvdqn.presets import PRESETS
 
 
 def test_precedence_defaults_preset_file_flags(tmp_path):
@@ -32,6 +47,73 @@ def test_written_config_repeats_the_run(preset, tmp_path):
     assert parse(["--config", str(tmp_path / "config.yaml")]) == config
 
 
+def test_a_repeated_flag_counts_once_and_a_repeated_wrapper_is_added():
+    config = parse(["--lr", "1", "--lr=2", "--wrapper", "a:b", "--wrapper=c:d"])
+    assert config.learning.lr == 2
+    assert config.environment.wrapper == ("a:b", "c:d")
+
+
+def test_underscores_count_as_hyphens_and_negative_numbers_as_values():
+    config = parse(
+        ["--total_env_steps", "3000", "--head", "c51", "--v_min", "-1e1", "--v-max=-.5", "--hidden"]
+    )
+    assert config.run.total_env_steps == 3000
+    assert (config.network.v_min, config.network.v_max, config.network.hidden) == (-10.0, -0.5, ())
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("lr: [1, 2]", ["--lr is [1, 2]", "a number"]),
+        ("lr: true", ["--lr is True", "a number"]),
+        ("seed: true", ["--seed", "True is no whole number"]),
+        ("seed: 1.5", ["--seed", "1.5 is no whole number"]),
+        ("seed: {a: 1}", ["--seed", "no whole number"]),
+        ("hidden: [64, wide]", ["--hidden", "'wide' is no whole number"]),
+        ("hidden: 64,64", ["--hidden", "blanks between", "64 64"]),
+        ("dueling: 1", ["dueling is 1", "true or false"]),
+        ("loss: hubert", ["--loss is 'hubert'", "huber, mse"]),
+        ("env: [CartPole-v1]", ["env is ['CartPole-v1']", "text"]),
+        ("run_dir: on", ["run_dir is True", "in quotes"]),
+        ("env_kwargs: {day: 2024-01-31}", ["env_kwargs", "JSON", "in quotes"]),
+        ("preset: cartpol", ["unknown preset 'cartpol'", "'cartpole'"]),
+        ("batch_per_rank: 0", ["in the config file", "--batch-per-rank is 0", "at least 1"]),
+    ],
+)
+def test_mistakes_in_a_file_are_one_line_with_the_remedy(text, words, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError) as refused:
+        parse(["--config", str(file)])
+    message = str(refused.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_a_flag_replaces_a_value_that_is_out_of_range_in_the_file(tmp_path):
+    (tmp_path / "run.yaml").write_text("gamma: 1.5\n")
+    assert parse(["--config", str(tmp_path / "run.yaml"), "--gamma", "0.9"]).learning.gamma == 0.9
+
+
+def test_help_shows_the_values_of_the_preset_and_of_the_file(tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("batch_per_rank: 77\n")
+    with pytest.raises(SystemExit) as left:
+        parse(["--preset", "cartpole", "--config", str(tmp_path / "run.yaml"), "--help"])
+    assert left.value.code == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Rewards summed before bootstrapping. (default: 3)" in said
+    assert "Global batch = size x batch_per_rank. (default: 77)" in said
+
+
+def test_nothing_here_imports_torch():
+    code = "import sys; from hvdqn.config import parse; parse(['--preset', 'atari']); print('torch' in sys.modules)"
+    said = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert said.stdout == "False\n"
+
+
 def test_every_setting_is_documented():
     for section in dataclasses.fields(Config):
         if isinstance(section.default_factory, type):
@@ -42,12 +124,12 @@ def test_every_setting_is_documented():
 
 
 @pytest.mark.parametrize("names", ["minatar,rainbow,smoke", "smoke, rainbow,minatar"])
-def test_an_algorithm_holds_over_an_environment_and_smoke_over_both(names):
+def test_an_algorithm_wins_over_an_environment_and_smoke_over_both(names):
     joined = preset_config(names)
     assert joined.preset == names.replace(" ", "")
     assert joined.environment.env == PRESETS["minatar"]["env"]
     assert joined.network.head == "c51"
-    assert joined.network.layer_norm, "what holds where both are named"
+    assert joined.network.layer_norm, "set only for the pair of them"
     assert joined.run.total_env_steps == PRESETS["smoke"]["total_env_steps"]
 
 
@@ -69,15 +151,15 @@ def test_help_names_the_presets(capsys):
     assert all(name in said for name in PRESETS)
 
 
-@pytest.mark.parametrize("written", ["1000000", "1_000_000", "1e6", "1.0E6"])
-def test_whole_numbers_as_people_write_them(written, tmp_path):
+@pytest.mark.parametrize("written", ["1000000", "1_000_000", "1e6", "1.0E6", "1.0e+6"])
+def test_spellings_of_whole_numbers(written, tmp_path):
     assert parse(["--total-env-steps", written]).run.total_env_steps == 1_000_000
     (tmp_path / "run.yaml").write_text(f"total_env_steps: {written}\nhidden: [{written}, 8]\n")
     config = parse(["--config", str(tmp_path / "run.yaml")])
     assert (config.run.total_env_steps, config.network.hidden) == (1_000_000, (1_000_000, 8))
 
 
-def test_a_file_as_people_write_it(tmp_path):
+def test_a_file_with_values_of_other_yaml_types(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("wrapper: a:b\nrun_dir:\ncheckpoint_replay: no\ndouble: no\nlr: 1\n")
     config = parse(["--config", str(file)])
@@ -116,6 +198,11 @@ def test_env_kwargs_may_be_a_mapping_in_a_file(tmp_path):
         (["--lr", "nan"], ["--lr", "finite"]),
         (["--hidden", "8", "0"], ["--hidden", "at least 1"]),
         (["--target-every", "0"], ["--target-every", "--target-tau"]),
+        (["--batch-per-rank", "--lr", "1"], ["--batch-per-rank needs a value", "such as 32"]),
+        (["--env"], ["--env needs a value"]),
+        (["--seed", "1_0.5"], ["--seed", "'1_0.5' is no whole number", "1e6"]),
+        (["--no-doubl"], ["unknown argument '--no-doubl'", "did you mean '--no-double'"]),
+        (["-x", "1"], ["unknown argument '-x'"]),
     ],
 )
 def test_mistakes_are_one_line_with_the_remedy(argv, words):
@@ -136,19 +223,77 @@ def test_mistakes_are_one_line_with_the_remedy(argv, words):
             ["--preset", "rainbow", "--munchausen-clip", "-2"],
             ["--munchausen-clip does nothing without --munchausen"],
         ),
-        (["--preset", "rainbow", "--head", "qr"], []),  # what is c51's is the preset's, not the user's
+        (["--preset", "rainbow", "--head", "qr"], []),  # the settings of c51 are the preset's, not the user's
         (
             ["--exploration", "ladder", "--epsilon-end", "0.2", "--ladder-alpha", "3", "--optimizer", "sgd"],
             ["--epsilon-end does nothing without --exploration linear or --exploration softmax"],
         ),
     ],
 )
-def test_what_a_run_does_not_heed_is_said(argv, lines):
+def test_settings_without_effect_are_reported(argv, lines):
     assert unused_settings(parse(argv)) == lines
 
 
-def test_shards_shrink_with_the_world():
+def test_shards_shrink_with_the_number_of_ranks():
     config = Config().replace(replay_capacity=1_200, batch_per_rank=400)
-    check_world(config, size=2)
+    check_world(config, ranks=2)
     with pytest.raises(UserError, match="300"):
-        check_world(config, size=4)
+        check_world(config, ranks=4)
+
+
+# What the annotations of settings declare
+
+
+def test_settings_that_a_resume_must_keep():
+    assert set(settings_fixed_on_resume()) == {
+        "seed", "env", "env_kwargs", "wrapper", "frame_stack", "torso", "hidden", "head", "dueling", "noisy",
+        "layer_norm", "center_images", "atoms", "v_min", "v_max", "quantiles", "iqn_embedding", "optimizer", "replay",
+        "sync", "outer_lr", "outer_momentum",
+    }  # fmt: skip
+
+
+def test_settings_that_an_exact_resume_must_keep():
+    assert set(settings_of_exact_resume()) == {"envs_per_rank", "replay_capacity", "vectorization"}
+
+
+def test_settings_whose_change_a_resume_does_not_report():
+    assert set(incidental_settings()) == {"run_dir", "resume", "preset"}
+
+
+def test_settings_in_which_runs_of_one_curve_may_differ():
+    assert set(settings_of_same_curve()) == {
+        "seed", "run_dir", "resume", "device", "comm", "threads_per_rank", "log_every", "checkpoint_every",
+        "checkpoint_keep", "checkpoint_replay", "eval_every", "eval_episodes", "stall_timeout", "replay_device",
+        "cuda_graphs",
+    }  # fmt: skip
+
+
+def test_a_dependency_names_a_setting_and_values_that_it_can_have():
+    for field in SETTINGS.values():
+        for needs in field.needs:
+            chooser = SETTINGS[needs.setting]
+            assert set(needs.values) <= set(chooser.choices or (True, False)), field.name
+
+
+def test_every_default_lies_in_its_range():
+    for field in SETTINGS.values():
+        numbers = field.default if isinstance(field.default, tuple) else (field.default,)
+        assert all(number in allowed for allowed in field.ranges for number in numbers), field.name
+
+
+@pytest.mark.parametrize(
+    ("allowed", "inside", "outside", "words"),
+    [
+        (at_least(1), [1, 2, 10**30], [0, -1], "at least 1"),
+        (at_least(0), [0, 0.5], [-0.1], "0 or more"),
+        (at_most(255), [255, -3], [256], "at most 255"),
+        (above(0), [1e-300], [0, -1], "above 0"),
+        (between(0, 1), [0, 0.5, 1], [-0.1, 1.1], "within [0, 1]"),
+        (between(0, 1, excluded=(0,)), [1e-9, 1], [0, 0.0, 1.1], "within (0, 1]"),
+        (between(0, 1, excluded=(1,)), [0, 0.9], [1, 1.0], "within [0, 1)"),
+    ],
+)
+def test_ranges(allowed, inside, outside, words):
+    assert all(number in allowed for number in inside)
+    assert not any(number in allowed for number in outside)
+    assert allowed.words == words

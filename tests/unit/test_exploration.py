@@ -66,8 +66,8 @@ def test_others_are_alike_in_all_environments(kind, expected):
 def test_a_ladder_needs_two_rungs():
     config = Config().replace(exploration="ladder", envs_per_rank=1)
     with pytest.raises(UserError, match=r"--exploration ladder .* raise --envs-per-rank"):
-        check_world(config, size=1)
-    check_world(config, size=2)
+        check_world(config, ranks=1)
+    check_world(config, ranks=2)
 
 
 def test_each_environment_explores_by_its_own_epsilon():

@@ -26,7 +26,7 @@ from hvdqn.errors import UserError
 from hvdqn.learner import REPORTED
 from hvdqn.metrics import PhaseTimer
 from hvdqn.parts import build_parts, choose_device, importance_at
-from hvdqn.presets import JOINED, PRESETS
+from hvdqn.config.presets import JOINED, PRESETS
 from hvdqn.process import share_of_cores
 from hvdqn.replay import PrioritizedSampler
 from hvdqn.seeds import torch_state

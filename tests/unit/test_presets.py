@@ -8,9 +8,9 @@ import pytest
 
 from hvdqn.comm.local import LocalComm
 from hvdqn.config import Config, check_world, parse
+from hvdqn.config.presets import PRESETS
 from hvdqn.metrics import PhaseTimer
 from hvdqn.parts import build_parts
-from hvdqn.presets import PRESETS
 
 NEEDS = {
     "lunarlander": "Box2D",

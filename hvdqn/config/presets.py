@@ -1,10 +1,9 @@
-"""Tuned configurations by family, each with the source of its numbers.
+"""Presets: tuned settings of environments and algorithms, each with the source of its numbers.
 
-A preset is a mapping from flag names to values that replace defaults. They are written for one rank:
-with more ranks the global batch grows, the replay ratio stays, and `lr_scaling` adapts the learning rate.
-Those named for an environment say how it is played; those named for an algorithm which parts it has, and join
-the former: `--preset atari,rainbow`, where the algorithm's parts hold. `v_min` and `v_max` bound an environment's
-discounted returns, for c51.
+A preset maps names of settings to values that replace the defaults. Its numbers are for one rank: with more ranks the
+global batch grows, the replay ratio stays, and `lr_scaling` adapts the learning rate. An environment's preset and an
+algorithm's preset can be joined, as in `--preset atari,rainbow`; where both set something, the algorithm wins. An
+environment's `v_min` and `v_max` bound its discounted returns, for c51.
 """
 
 from __future__ import annotations
@@ -12,7 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-# Mnih et al. 2015: none of the later parts.
+from hvdqn.config.names import did_you_mean
+from hvdqn.errors import UserError
+
+# Mnih et al. 2015, without any later extension.
 PLAIN: Mapping[str, Any] = {
     "double": False,
     "dueling": False,
@@ -25,8 +27,9 @@ PLAIN: Mapping[str, Any] = {
     "loss": "huber",
 }
 
-# Dabney et al. 2018b, section 4; N, N', K and the embedding as in Dopamine's iqn_icml. Gradients are sums over N, and
-# not clipped. Adam's epsilon follows the global batch, here and in rainbow, as in Stooke and Abbeel 2018.
+# Dabney et al. 2018b, section 4; N, N', K and the embedding are those of Dopamine's iqn_icml. The loss is summed over
+# N, so gradients are large and are not clipped. Adam's epsilon shrinks with the global batch, here and in rainbow, as
+# in Stooke and Abbeel 2018.
 IQN: Mapping[str, Any] = {
     **PLAIN,
     "head": "iqn",
@@ -38,8 +41,8 @@ IQN: Mapping[str, Any] = {
     "optimizer_eps_scaling": "inverse",
 }
 
-# Mnih et al. 2015 in CleanRL's dqn_atari setting (Adam, lr 1e-4): batch 32 every 4 steps, replay 1M,
-# epsilon to 0.01 within 1M steps, target every 1,000 updates.
+# Mnih et al. 2015 with the settings of CleanRL's dqn_atari (Adam, lr 1e-4): a batch of 32 every 4 steps, 1M transitions
+# of replay, epsilon falls to 0.01 within 1M steps, the target is copied every 1,000 updates.
 ATARI: Mapping[str, Any] = {
     "env": "ALE/Pong-v5",
     "total_env_steps": 10_000_000,
@@ -62,7 +65,7 @@ ATARI: Mapping[str, Any] = {
 }
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    # Seconds, to see that everything is in place, of any environment. It is not meant to learn.
+    # A run of seconds that checks the installation, with any environment. It is not meant to learn.
     "smoke": {
         "total_env_steps": 2_000,
         "replay_capacity": 2_000,
@@ -73,11 +76,10 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "checkpoint_every": 1_000,
         "log_every": 200,
     },
-    # rl-baselines3-zoo, hyperparams/dqn.yml, CartPole-v1: an update every 2 env steps, epsilon to 0.04 within 16% of
-    # 50k steps. Ours: 3-step returns, a target that follows, a smaller network with layer norm (without it, it takes
-    # three times as long), Munchausen (Vieillard et al. 2020), with which two ranks were there within 10k env steps on
-    # each of five seeds, and, so that the policy stays steady once it is there, dueling, a learning rate that falls, an
-    # epsilon that keeps Adam's steps small where gradients are, and a larger gamma.
+    # From rl-baselines3-zoo, hyperparams/dqn.yml, CartPole-v1: an update every 2 env steps; epsilon falls to 0.04
+    # within 16% of 50k steps. Added for fast learning: 3-step returns, a soft target, a smaller network with layer norm
+    # and Munchausen (Vieillard et al. 2020). Added for a steady policy at the end: dueling, a learning rate that falls
+    # to 0, a larger gamma, and a larger epsilon of Adam, which keeps its steps small when gradients are small.
     "cartpole": {
         "env": "CartPole-v1",
         "total_env_steps": 50_000,
@@ -105,9 +107,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "v_min": 0.0,
         "v_max": 200.0,
     },
-    # rl-baselines3-zoo, hyperparams/dqn.yml and qrdqn.yml, Acrobot-v1: the network, replay, batch; 25 quantiles, with
-    # which it plays better by 7 than with a scalar head. Else as `cartpole`: one-step returns without layer norm stay
-    # at -500 with some seeds.
+    # From rl-baselines3-zoo, hyperparams/dqn.yml and qrdqn.yml, Acrobot-v1: network, replay, batch and 25 quantiles.
+    # The rest is as in `cartpole`; with one-step returns and no layer norm, some seeds never leave a return of -500.
     "acrobot": {
         "env": "Acrobot-v1",
         "total_env_steps": 100_000,
@@ -132,10 +133,9 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "v_min": -100.0,
         "v_max": 0.0,
     },
-    # rl-baselines3-zoo, hyperparams/dqn.yml, MountainCar-v0: gamma 0.98. Else as `cartpole`, but for the ladder of
-    # epsilons (Horgan et al. 2018) and random actions that are repeated (Dabney et al. 2021). Of episodes that explore
-    # so around one constant action, 2.5% reach the flag in a simulation; 0.6% with mu = 2 and a ladder of alpha = 7,
-    # where one seed in five had hardly learned by the end.
+    # From rl-baselines3-zoo, hyperparams/dqn.yml, MountainCar-v0: gamma 0.98. The rest is as in `cartpole`, with two
+    # means to explore: the ladder of epsilons (Horgan et al. 2018) and repeated random actions (Dabney et al. 2021).
+    # Both papers explore less (ladder_alpha 7, epsilon_repeat 2), and so too few episodes reach the flag.
     "mountaincar": {
         "env": "MountainCar-v0",
         "total_env_steps": 120_000,
@@ -159,9 +159,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "v_min": -50.0,
         "v_max": 0.0,
     },
-    # rl-baselines3-zoo, hyperparams/dqn.yml, LunarLander: batch 128, epsilon's schedule. Else as `cartpole`, with twice
-    # the replay ratio, and with 25 quantiles, Munchausen (Vieillard et al. 2020) and repeated random actions: 236, not
-    # 170 as without the three.
+    # From rl-baselines3-zoo, hyperparams/dqn.yml, LunarLander: batch 128 and the schedule of epsilon. The rest is as in
+    # `cartpole`, with twice the replay ratio, 25 quantiles and repeated random actions, which raise the final return.
     "lunarlander": {
         "env": "LunarLander-v3",
         "total_env_steps": 100_000,
@@ -189,8 +188,9 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "v_min": -300.0,
         "v_max": 300.0,
     },
-    # Young and Tian 2019 (MinAtar), DQN: batch 32, replay 100k, target every 1,000 frames, epsilon within 100k frames
-    # to 0.1, here to 0.01; Adam as in Obando-Ceron and Castro 2021. v_max puts c51's atoms 0.5 apart: rewards are 1.
+    # Young and Tian 2019 (MinAtar), DQN: batch 32, 100k transitions of replay, a target update every 1,000 updates,
+    # epsilon falls within 100k frames (to 0.1 there, to 0.01 here). Adam as in Obando-Ceron and Castro 2021. Rewards
+    # are 1, and v_max puts the atoms of c51 at distances of 0.5.
     "minatar": {
         "env": "MinAtar/Breakout-v1",
         "total_env_steps": 2_000_000,
@@ -211,8 +211,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "v_max": 25.0,
     },
     "atari": ATARI,
-    # As `atari`, less of it, with images that are centered (without, nothing was learned within 250k env steps), 3-step
-    # returns, dueling and a learning rate that falls: while it did not, the policy went to and fro between 5 and 16.
+    # A shorter `atari` with centered images (otherwise learning starts much later), 3-step returns, dueling, and a
+    # learning rate that falls, which keeps the policy steady at the end.
     "pong": {
         **ATARI,
         "total_env_steps": 700_000,
@@ -228,8 +228,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "eval_every": 50_000,
         "checkpoint_every": 50_000,
     },
-    # What `hvdqn bench peers` times: Stable-Baselines3's DQN (Huber, no Double DQN, clipping at 10) with the network,
-    # batch and learning rate of CleanRL's dqn, one update of 128 transitions every 8 env steps.
+    # The workload of `hvdqn bench peers`: Stable-Baselines3's DQN (Huber loss, no Double DQN, gradients clipped to norm
+    # 10) with the network, batch and learning rate of CleanRL's dqn; one update of 128 transitions every 8 env steps.
     "bench-cartpole": {
         **PLAIN,
         "env": "CartPole-v1",
@@ -281,7 +281,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "optimizer_eps_scaling": "inverse",
     },
     "iqn": IQN,
-    # Vieillard et al. 2020, table 1 and the authors' code: alpha 0.9, tau 0.03, clip -1, and it acts by the softmax.
+    # Vieillard et al. 2020, table 1 and the authors' code: alpha 0.9, tau 0.03, clip -1, softmax policy for acting.
     "m-iqn": {
         **IQN,
         "munchausen": True,
@@ -293,15 +293,13 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     },
 }  # fmt: skip
 
-# Whose parts hold over an environment's.
+# Presets of algorithms. Joined with an environment's preset, they win.
 ALGORITHMS = ("dqn", "double-dueling", "rainbow", "iqn", "m-iqn")
 
-# What holds where both are named: an algorithm's learning rate is another on every family.
+# Settings of an environment and an algorithm together: the best learning rate of an algorithm depends on both.
 JOINED: Mapping[tuple[str, str], Mapping[str, Any]] = {
-    # Twice the batch of `minatar`, hence epsilon 0.01 / batch, rounded, and a larger lr, which falls. One seed each,
-    # with noise as the only exploration: Asterix came to 11 after 400k frames with layer norm, to 3 without; on
-    # Seaquest, whose image was then read along the wrong axes, the noise died out before anything was found, so a few
-    # random actions stay beside it.
+    # Twice the batch of `minatar`, so epsilon of Adam is 0.01 / batch (rounded), and lr is larger and falls. Layer norm
+    # speeds up learning. Noise as the only exploration can die out early, so epsilon-greedy stays on beside it.
     ("minatar", "rainbow"): {
         "batch_per_rank": 64,
         "lr": 5e-4,
@@ -312,14 +310,14 @@ JOINED: Mapping[tuple[str, str], Mapping[str, Any]] = {
     },
     # Wang et al. 2016, section 4.2.
     ("atari", "double-dueling"): {"lr": 6.25e-5},
-    # Hessel et al. 2018, table 1: in frames, learning starts at 80k, target every 32k.
+    # Hessel et al. 2018, table 1: learning starts at 80k frames, target update every 32k frames; 4 frames are a step.
     ("atari", "rainbow"): {
         "lr": 6.25e-5,
         "optimizer_eps": 1.5e-4,
         "learning_starts": 20_000,
         "target_every": 8_000,
     },
-    # Dabney et al. 2018b, section 4: lr 5e-5, epsilon 0.01 / 32; learning start and target as in Dopamine's iqn_icml.
+    # Dabney et al. 2018b, section 4: lr 5e-5, epsilon 0.01 / 32. Learning start and target as in Dopamine's iqn_icml.
     ("atari", "iqn"): {
         "lr": 5e-5,
         "optimizer_eps": 3.125e-4,
@@ -335,3 +333,46 @@ JOINED: Mapping[tuple[str, str], Mapping[str, Any]] = {
         "exploration_env_steps": 250_000,
     },
 }  # fmt: skip
+
+
+def preset_names(text: str) -> list[str]:
+    """Return the names in `--preset TEXT`, each once.
+
+    Raises:
+        UserError: there is no such preset.
+    """
+    names = list(dict.fromkeys(filter(None, map(str.strip, text.split(",")))))
+    for name in names:
+        if name not in PRESETS:
+            raise UserError(
+                f"unknown preset '{name}'{did_you_mean(name, PRESETS)}; there are {', '.join(PRESETS)}"
+            )
+    return names
+
+
+def preset_settings(text: str) -> dict[str, Any]:
+    """Return the settings of one preset, or of several joined by commas. Their order does not matter.
+
+    The preset of an algorithm wins over that of an environment, and `smoke` wins over both.
+
+    Raises:
+        UserError: there is no such preset, or two of them exclude each other.
+    """
+    names = preset_names(text)
+    algorithms = [name for name in names if name in ALGORITHMS]
+    environments = [name for name in names if name not in (*algorithms, "smoke")]
+    for kind in (environments, algorithms):
+        if len(kind) > 1:
+            raise UserError(
+                f"--preset {text}: {kind[0]} and {kind[1]} cannot both hold; join an environment's with an "
+                "algorithm's, as atari,rainbow"
+            )
+    settings: dict[str, Any] = {}
+    for name in (*environments, *algorithms):
+        settings |= PRESETS[name]
+    for pair, joined in JOINED.items():
+        if set(pair) <= set(names):
+            settings |= joined
+    if "smoke" in names:
+        settings |= PRESETS["smoke"]
+    return settings

@@ -1,0 +1,68 @@
+"""Settings of a run: declared once in `settings.py`, read from flags and YAML, checked. Nothing here imports torch.
+
+settings.py    all settings: default, range, dependencies, help
+fields.py      the notes that a setting carries, and how to read them
+presets.py     tuned values
+parsing.py     command line -> Config; flags.py and values.py read flags and single values
+validation.py  checks of ranges and of settings that contradict each other
+"""
+
+from __future__ import annotations
+
+from hvdqn.config.flags import parse_flags, print_completion
+from hvdqn.config.names import did_you_mean, import_attribute, import_module
+from hvdqn.config.parsing import as_yaml, parse
+from hvdqn.config.presets import ALGORITHMS, JOINED, PRESETS
+from hvdqn.config.settings import (
+    Config,
+    EnvironmentConfig,
+    ExplorationConfig,
+    LearningConfig,
+    NetworkConfig,
+    ParallelConfig,
+    ReplayConfig,
+    RunConfig,
+    incidental_settings,
+    preset_config,
+    settings_fixed_on_resume,
+    settings_of_exact_resume,
+    settings_of_same_curve,
+)
+from hvdqn.config.validation import (
+    acting_place,
+    acting_ranks,
+    check_engine,
+    check_world,
+    unused_settings,
+)
+
+__all__ = [
+    "ALGORITHMS",
+    "JOINED",
+    "PRESETS",
+    "Config",
+    "EnvironmentConfig",
+    "ExplorationConfig",
+    "LearningConfig",
+    "NetworkConfig",
+    "ParallelConfig",
+    "ReplayConfig",
+    "RunConfig",
+    "acting_place",
+    "acting_ranks",
+    "as_yaml",
+    "check_engine",
+    "check_world",
+    "did_you_mean",
+    "import_attribute",
+    "import_module",
+    "incidental_settings",
+    "parse",
+    "parse_flags",
+    "preset_config",
+    "print_completion",
+    "settings_fixed_on_resume",
+    "settings_of_exact_resume",
+    "settings_of_same_curve",
+    "unused_settings",
+]

@@ -1,0 +1,167 @@
+"""Command lines: read the flags of a dataclass, print its help and write a completion script.
+
+Flags are read here and converted by the same code as a YAML file, so that every mistake is one line with the remedy.
+tyro prints the help and the completion script from the same dataclass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn, TypeVar
+
+import tyro
+from tyro import MISSING_NONPROP
+
+from hvdqn.config.fields import Field, fields_of
+from hvdqn.config.names import did_you_mean
+from hvdqn.config.values import value_of_words
+from hvdqn.errors import UserError
+
+T = TypeVar("T")
+
+HELP_FLAGS = ("-h", "--help")
+SHELLS = ("bash", "zsh", "fish")
+
+
+def parse_flags(kind: type[T], argv: Sequence[str], prog: str) -> T:
+    """Return an instance of a dataclass with the values of a command line.
+
+    Raises:
+        UserError: an argument is unknown or missing, or has a wrong value.
+        SystemExit: 0 after `--help`.
+    """
+    if any(word in HELP_FLAGS for word in argv):
+        print_help(kind, prog)
+    given = read_flags(kind, argv)
+    for field in fields_of(kind).values():
+        if field.default is dataclasses.MISSING and field.name not in given:
+            if field.item_type is None:
+                raise UserError(f"{field.name.upper()} is missing; see {prog} --help")
+            given[field.name] = ()
+    return kind(**given)
+
+
+def read_flags(kind: type[Any], argv: Sequence[str]) -> dict[str, Any]:
+    """Return the values that a command line gives, by field name. If a flag is repeated, the last one counts.
+
+    Raises:
+        UserError: an argument is unknown or has a wrong value.
+    """
+    flags = _flags(kind)
+    positional = [field for field in fields_of(kind).values() if field.positional]
+    given: dict[str, Any] = {}
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        flag, attached = _split(word, flags)
+        if flag in flags:
+            field = flags[flag]
+            if field.type is bool:
+                _refuse_value_of_switch(field, attached, words)
+                given[field.name] = not flag.startswith("--no-")
+                continue
+            value = value_of_words(field, _take_values(field, attached, words))
+        elif positional and not _looks_like_flag(word):
+            field = positional[0] if positional[0].item_type else positional.pop(0)
+            value = value_of_words(field, [word])
+        else:
+            raise UserError(f"unknown argument '{flag}'{did_you_mean(flag, flags)}; see --help for all flags")
+        collects = field.repeatable or (field.positional and field.item_type)
+        given[field.name] = (*given.get(field.name, ()), *value) if collects else value
+    return given
+
+
+def _flags(kind: type[Any]) -> Mapping[str, Field]:
+    """Return the field of every flag: `--lr`, `-o`, and both `--double` and `--no-double`."""
+    flags: dict[str, Field] = {}
+    for field in fields_of(kind).values():
+        if not field.positional:
+            negation = [f"--no-{field.flag[2:]}"] if field.type is bool else []
+            flags |= dict.fromkeys([field.flag, *field.aliases, *negation], field)
+    return flags
+
+
+def _split(word: str, flags: Mapping[str, Field]) -> tuple[str, str | None]:
+    """Split `--lr=0.1` and `-oFILE` into the flag and its value. Underscores in long flags count as hyphens."""
+    flag, equals, value = word.partition("=")
+    if flag.startswith("--"):
+        flag = flag.replace("_", "-")
+    elif flag not in flags and word[:2] in flags:
+        return word[:2], word[2:]
+    return flag, value if equals else None
+
+
+def _take_values(field: Field, attached: str | None, words: list[str]) -> list[str]:
+    """Remove the values of a flag from the words after it and return them.
+
+    Raises:
+        UserError: there is none.
+    """
+    taken = [] if attached is None else [attached]
+    takes_many = field.item_type is not None and not field.repeatable
+    while words and (takes_many or not taken) and not _looks_like_flag(words[0]):
+        taken.append(words.pop(0))
+    if not taken and not takes_many:
+        example = "" if field.default in (None, "", (), dataclasses.MISSING) else f", such as {field.default}"
+        raise UserError(f"{field.flag} needs a value{example}; see --help")
+    return taken
+
+
+def _looks_like_flag(word: str) -> bool:
+    """Return True for `--lr` and `-o`, but not for negative numbers such as `-1` or `-inf`."""
+    if word.lower() in ("-inf", "-infinity", "-nan"):
+        return False
+    return word.startswith("-") and word.lstrip("-")[:1].isalpha()
+
+
+def _refuse_value_of_switch(field: Field, attached: str | None, words: Sequence[str]) -> None:
+    """Refuse `--double false` and `--double=false`.
+
+    Raises:
+        UserError: a switch has a value.
+    """
+    next_word = words[0].lower() if words else ""
+    if attached is not None or next_word in ("true", "false", "yes", "no", "on", "off", "0", "1"):
+        raise UserError(f"{field.flag} takes no value; write {field.flag} or --no-{field.flag[2:]}")
+
+
+def print_help(kind: type[T], prog: str, default: T | None = None) -> NoReturn:
+    """Print all flags with the values of `default`, and leave.
+
+    Raises:
+        SystemExit: 0.
+    """
+    _print_with_tyro(kind, prog, ["--help"], MISSING_NONPROP if default is None else default)
+    raise SystemExit(0)
+
+
+def print_completion(commands: Any, shell: str, prog: str) -> None:
+    """Print the script that completes a command line in a shell.
+
+    Args:
+        commands: a union of dataclasses, each annotated as a subcommand.
+        shell: one of `SHELLS`.
+        prog: name of the program.
+
+    Raises:
+        UserError: there is no completion for this shell.
+    """
+    if shell not in SHELLS:
+        raise UserError(f"there is no completion for the shell '{shell}'; there are {', '.join(SHELLS)}")
+    _print_with_tyro(commands, prog, ["--tyro-print-completion", shell], MISSING_NONPROP)
+
+
+def _print_with_tyro(kind: Any, prog: str, argv: Sequence[str], default: Any) -> None:
+    """Print what tyro prints for `--help` and the like, also into a pipe that closes early (`--help | head`)."""
+    out = io.StringIO()
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(out):
+        tyro.cli(kind, prog=prog, args=argv, default=default, config=(tyro.conf.OmitArgPrefixes,))
+    try:
+        print(out.getvalue(), flush=True)
+    except BrokenPipeError:  # Python flushes once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,159 @@
+"""Checks of settings: their ranges, settings that contradict each other, and settings without effect."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from hvdqn.config.fields import Needs, flag_of
+from hvdqn.config.names import did_you_mean
+from hvdqn.config.settings import SETTINGS, Config, LearningConfig, NetworkConfig, preset_config
+from hvdqn.errors import UserError
+
+TORSOS = ("auto", "mlp", "nature", "impala", "minatar")
+
+
+def check(config: Config) -> None:
+    """Check everything that one process can check before it connects to the others.
+
+    Raises:
+        UserError: a value cannot be right, or two settings contradict each other.
+    """
+    _check_ranges(config.flat())
+    _check_network(config.network, config.learning)
+    _check_munchausen(config.network, config.learning)
+    _check_exploration(config)
+    if config.parallel.tolerate_dead_workers and config.parallel.stall_timeout == 0:
+        raise UserError(
+            "--tolerate-dead-workers needs the watchdog to find them; leave --stall-timeout 0 out, or give seconds"
+        )
+    if config.learning.target_every == 0 and config.learning.target_tau == 1.0:
+        raise UserError(
+            "--target-every 0 would never update the target network; give env steps or a --target-tau below 1"
+        )
+    starts = config.replay.learning_starts
+    if config.replay.replay_capacity <= starts:
+        raise UserError(
+            f"--replay-capacity {config.replay.replay_capacity} must be above --learning-starts {starts}, or learning "
+            "would never start"
+        )
+    if config.run.total_env_steps <= starts:
+        raise UserError(
+            f"--total-env-steps {config.run.total_env_steps} must be above --learning-starts {starts}, or learning "
+            "would never start; raise one or lower the other"
+        )
+
+
+def _check_ranges(settings: Mapping[str, Any]) -> None:
+    """Check each number by itself."""
+    for name, value in settings.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{flag_of(name)} is {value}; it must be a finite number")
+        numbers = value if isinstance(value, list) else [value]
+        for allowed in SETTINGS[name].ranges:
+            if any(number not in allowed for number in numbers):
+                shown = " ".join(map(str, numbers))
+                raise UserError(f"{flag_of(name)} is {shown}; it must be {allowed.words}")
+
+
+def _check_network(network: NetworkConfig, learning: LearningConfig) -> None:
+    torso = network.torso
+    if torso not in TORSOS and ":" not in torso:
+        raise UserError(
+            f"unknown --torso '{torso}'{did_you_mean(torso, TORSOS)}; there are {', '.join(TORSOS)}, or give "
+            "module:attribute"
+        )
+    if network.head == "c51" and (network.atoms < 2 or network.v_min >= network.v_max):
+        raise UserError(
+            f"--head c51 with --atoms {network.atoms} from --v-min {network.v_min:g} to --v-max {network.v_max:g}; "
+            "give at least 2 atoms, and a --v-min below --v-max"
+        )
+    if network.head != "scalar" and learning.loss == "mse":
+        raise UserError(
+            f"--loss mse has no meaning for --head {network.head}, which has a loss of its own; use --loss huber"
+        )
+
+
+def _check_munchausen(network: NetworkConfig, learning: LearningConfig) -> None:
+    if learning.munchausen and network.head == "c51":
+        raise UserError("--munchausen is not defined for --head c51; use --head scalar, qr or iqn")
+    if learning.munchausen and learning.double:
+        raise UserError(
+            "--munchausen bootstraps from a softmax policy, which leaves --double no action to choose; add --no-double"
+        )
+
+
+def _check_exploration(config: Config) -> None:
+    repeat = config.exploration.epsilon_repeat
+    if 0 != repeat <= 1:
+        raise UserError(f"--epsilon-repeat is {repeat:g}; it must be above 1, or 0 for single actions")
+    if config.exploration.exploration == "noisy" and not config.network.noisy:
+        raise UserError("--exploration noisy needs --noisy; without its noise the agent would not explore")
+
+
+def unused_settings(config: Config) -> list[str]:
+    """Return a line for each setting that was changed from its preset but has no effect."""
+    settings, usual = config.flat(), preset_config(config.preset).flat()
+    return [
+        f"{flag_of(name)} does nothing without {_alternatives(needs)}"
+        for name, field in SETTINGS.items()
+        for needs in field.needs
+        if settings[needs.setting] not in needs.values and settings[name] != usual[name]
+    ]
+
+
+def _alternatives(needs: Needs) -> str:
+    flag = flag_of(needs.setting)
+    return " or ".join(flag if value is True else f"{flag} {value}" for value in needs.values)
+
+
+def acting_ranks(config: Config, size: int) -> int:
+    """Return how many of `size` ranks act and learn: all but the parameter server, if there is one."""
+    return size - 1 if config.parallel.sync == "server" else size
+
+
+def acting_place(config: Config, rank: int) -> int:
+    """Return the index of this rank among the acting ranks; the parameter server gets 0, which it does not use."""
+    return max(rank - 1, 0) if config.parallel.sync == "server" else rank
+
+
+def check_engine(config: Config, engine: str, size: int) -> None:
+    """Check that `--sync` works with this communication library and number of ranks.
+
+    Raises:
+        UserError: it does not.
+    """
+    if config.parallel.sync == "server" and (engine != "mpi" or size < 2):
+        found = "a single rank" if size < 2 else f"--comm {engine}"
+        raise UserError(
+            f"--sync server works between 2 or more ranks over plain MPI, not with {found}; start it with "
+            "'mpirun -np N python -m hvdqn.train --comm mpi --sync server', N of 2 or more, or use another --sync"
+        )
+
+
+def check_world(config: Config, ranks: int) -> None:
+    """Check what depends on the number of ranks that act.
+
+    Raises:
+        UserError: the replay shard of a rank is too small, or the ladder of epsilons has a single step.
+    """
+    envs = ranks * config.environment.envs_per_rank
+    if config.exploration.exploration == "ladder" and envs < 2:
+        raise UserError(
+            "--exploration ladder spreads its epsilons over environments, and there is one; raise --envs-per-rank"
+        )
+    capacity = config.replay.replay_capacity
+    shard = capacity // ranks
+    if config.replay.batch_per_rank > shard:
+        raise UserError(
+            f"--batch-per-rank {config.replay.batch_per_rank} is larger than the replay shard of a rank, {shard} "
+            f"(--replay-capacity {capacity} over {ranks} ranks); lower one or raise the other"
+        )
+    rows = shard // config.environment.envs_per_rank
+    needed = config.replay.n_step + config.environment.frame_stack
+    if rows < needed:
+        raise UserError(
+            f"--replay-capacity {capacity} leaves {rows} transitions for each of {envs} environments; n-step and "
+            f"frame stack need {needed}: raise it"
+        )

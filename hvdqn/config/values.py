@@ -1,0 +1,81 @@
+"""Read the value of a setting from the words of a command line or the data of a YAML file."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from hvdqn.config.fields import JSON_TEXT, Field
+from hvdqn.errors import UserError
+
+
+def value_of_words(field: Field, words: Sequence[str]) -> Any:
+    """Return the value that the words after a flag stand for.
+
+    Raises:
+        UserError: there is no such value.
+    """
+    if field.item_type is not None:
+        return tuple(_read(field, word, field.item_type) for word in words)
+    return _read(field, words[0], field.type)
+
+
+def value_of_data(field: Field, data: Any) -> Any:
+    """Return the value that an entry of a YAML file stands for.
+
+    Raises:
+        UserError: the entry has another type than the setting.
+    """
+    if field.item_type is not None:
+        items = data if isinstance(data, list) else [data]
+        return tuple(_read(field, item, field.item_type) for item in items)
+    if isinstance(data, dict) and JSON_TEXT in field.notes:
+        try:
+            return json.dumps(data)
+        except TypeError as error:  # such as a date, which YAML reads without quotes
+            raise UserError(f"{field.name} holds what JSON cannot: {error}; put it in quotes") from None
+    return _read(field, data, field.type)
+
+
+def _read(field: Field, data: Any, kind: Any) -> Any:
+    """Convert one word, or one scalar of a YAML file, to a bool, int, float, choice or text."""
+    if kind is bool:
+        if isinstance(data, bool):
+            return data
+        raise UserError(f"{field.name} is {data!r}; it must be true or false")
+    if kind is int:
+        return _whole_number(field, data)
+    if kind is float:
+        with contextlib.suppress(ValueError, TypeError, OverflowError):
+            if not isinstance(data, bool):
+                return float(data)
+        raise UserError(f"{field.flag} is {data!r}; it must be a number")
+    if field.choices:
+        # YAML reads the words yes and no as booleans; they are choices of --checkpoint-replay.
+        word = {True: "yes", False: "no"}[data] if isinstance(data, bool) else str(data)
+        if word not in field.choices:
+            raise UserError(f"{field.flag} is {word!r}; it must be one of {', '.join(field.choices)}")
+        return word
+    if isinstance(data, bool) or not isinstance(data, (str, int, float, datetime.date)):
+        raise UserError(f"{field.name} is {data!r}; it must be text, in quotes if need be")
+    return kind(str(data))
+
+
+def _whole_number(field: Field, data: Any) -> int:
+    """Read a whole number as people write large ones: 1000000, 1_000_000, 1e6, and 1.0e+6 in YAML."""
+    with contextlib.suppress(ValueError, TypeError, OverflowError):
+        if isinstance(data, float) and data.is_integer():
+            return int(data)
+        if isinstance(data, str) and "e" in data.lower() and float(data).is_integer():
+            return int(float(data))
+        if isinstance(data, (str, int)) and not isinstance(data, bool):
+            return int(data)
+    remedy = (
+        f"write them with blanks between, as {data.replace(',', ' ')}"
+        if isinstance(data, str) and "," in data
+        else "write it as 1000000, 1_000_000 or 1e6"
+    )
+    raise UserError(f"{field.flag}: {data!r} is no whole number; {remedy}")
