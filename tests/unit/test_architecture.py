@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[2] / "hvdqn"
 # A room may import from rooms before it and from its own files, never from rooms after it.
 LAYERS = (
     {"hvdqn"},
-    {"errors"},
+    {"errors", "step"},
     {"presets"},
     {"config"},
     {"clock", "comm", "graphs", "losses", "metrics", "optimizers", "replay", "seeds", "trailer"},
