@@ -170,7 +170,7 @@ class Learner:
         if batch is None:
             self._abstain(report)
             return
-        self.rows = batch.rows
+        self.rows = batch.row_ids
         self.trailer.write(report, float(batch.weight.max()))
         self.backward(batch)
         self.sync.begin(self)

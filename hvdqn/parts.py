@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,8 +25,8 @@ from hvdqn.graphs import Record, record_cuda_graph
 from hvdqn.learner import Learner
 from hvdqn.metrics import PhaseTimer
 from hvdqn.networks import QNetwork, make_network
-from hvdqn.replay import Importance, PrioritizedSampler, Replay, Ring, Sampler, UniformSampler
-from hvdqn.replay.frames import DeviceFrames, HostFrames, MakeFrames, PinnedFrames
+from hvdqn.replay import HOST_MEMORY, Importance, Memory, PrioritizedReplay, Replay
+from hvdqn.replay.device import DeviceMemory, PinnedMemory
 from hvdqn.seeds import rank_seeds
 from hvdqn.sync import make_sync
 
@@ -76,9 +76,9 @@ def build_parts(config: Config, comm: Comm, timer: PhaseTimer, env_steps: int = 
     use_threads(network, threads if device.type == "cpu" else 1)
     torch.manual_seed(seeds.noise)  # from here on ranks draw different numbers
     clock = make_clock(config, comm)
-    frames = place_frames(config, comm.size, envs, device, sharing)
+    memory = replay_memory(config, comm.size, envs, device, sharing)
     replay = raise_on_all_ranks(
-        comm, lambda: make_replay(config, comm.size, envs, seeds.replay, frames), timer
+        comm, lambda: make_replay(config, comm.size, envs, seeds.replay, memory), timer
     )
     return Parts(
         envs=envs,
@@ -176,10 +176,10 @@ def make_clock(config: Config, comm: Comm) -> Clock:
     return ReportedClock(envs_per_rank, batch, ratio, starts, own_earliest=earliest * envs_per_rank)
 
 
-def place_frames(
+def replay_memory(
     config: Config, size: int, envs: Environments, device: torch.device, sharing: int
-) -> MakeFrames:
-    """What keeps this rank's observations: in the memory that `--replay-device` names, or where they fit.
+) -> Memory:
+    """Return the memory for this rank's replay: the one that `--replay-device` names, or a GPU if it fits there.
 
     Args:
         config: of the job.
@@ -197,44 +197,41 @@ def place_frames(
             raise UserError(
                 "--replay-device cuda, but the networks live on the CPU here; leave it out, or give --device cuda"
             )
-        return HostFrames
+        return HOST_MEMORY
     frame = math.prod(envs.observation_shape) * envs.observation_dtype.itemsize
     needed = frame * config.replay.replay_capacity // acting_ranks(config, size)
     fits = needed * sharing <= torch.cuda.mem_get_info(device)[0] / 2
-    return (
-        partial(DeviceFrames, device=device)
-        if wanted == "cuda" or (wanted == "auto" and fits)
-        else PinnedFrames
-    )
+    on_gpu = wanted == "cuda" or (wanted == "auto" and fits)
+    return DeviceMemory(device) if on_gpu else PinnedMemory()
 
 
 def make_replay(
-    config: Config, size: int, envs: Environments, rng: np.random.Generator, frames: MakeFrames = HostFrames
+    config: Config, size: int, envs: Environments, rng: np.random.Generator, memory: Memory = HOST_MEMORY
 ) -> Replay:
-    """This rank's shard of replay.
+    """Return this rank's replay, still empty.
 
     Raises:
         UserError: it does not fit into the memory of this host.
     """
     capacity = config.replay.replay_capacity // acting_ranks(config, size)
+    arguments: dict[str, Any] = {
+        "envs": envs.envs,
+        "capacity": capacity,
+        "observation_shape": envs.observation_shape,
+        "observation_dtype": envs.observation_dtype,
+        "rng": rng,
+        "frame_stack": config.environment.frame_stack,
+        "n_step": config.replay.n_step,
+        "gamma": config.learning.gamma,
+        "memory": memory,
+    }
     try:
-        ring = Ring(
-            envs=envs.envs,
-            capacity=capacity,
-            observation_shape=envs.observation_shape,
-            observation_dtype=envs.observation_dtype,
-            frame_stack=config.environment.frame_stack,
-            n_step=config.replay.n_step,
-            gamma=config.learning.gamma,
-            frames=frames,
-        )
-        sampler: Sampler = UniformSampler(ring, rng)
         if config.replay.replay == "prioritized":
-            sampler = PrioritizedSampler(ring, rng, config.replay.priority_alpha)
+            return PrioritizedReplay(alpha=config.replay.priority_alpha, **arguments)
+        return Replay(**arguments)
     except (MemoryError, torch.OutOfMemoryError) as error:
         said = str(error).splitlines()[0]
         raise UserError(f"a replay of {capacity:,} transitions: {said}; lower --replay-capacity") from None
-    return Replay(ring, sampler)
 
 
 def importance_at(config: Config, size: int, env_steps: int) -> Importance:

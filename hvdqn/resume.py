@@ -209,7 +209,7 @@ def _restore_shard(
         parts.replay.load_state(shards[0]["replay"])
     elif kept and not (config.parallel.sync == "server" and comm.rank == 0):  # who serves does not learn
         place = acting_place(config, comm.rank), acting_ranks(config, comm.size)
-        resharded = reshard([shard["replay"] for shard in shards], parts.replay.ring, *place)
+        resharded = reshard([shard["replay"] for shard in shards], parts.replay, *place)
         parts.replay.load_state(resharded)
     if not (kept and same_shapes):
         return kept, False

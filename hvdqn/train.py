@@ -55,7 +55,6 @@ from hvdqn.learner import Learned
 from hvdqn.metrics import Metrics, PhaseTimer, WaitHint, replace_file, write_summary
 from hvdqn.parts import Parts, build_parts, device_kind, importance_at, recording
 from hvdqn.replay import Batch
-from hvdqn.replay.frames import DeviceFrames
 from hvdqn.resume import Progress, begin, best_evaluation, contents, find_checkpoint, restore, set_aside
 from hvdqn.seeds import rank_seeds
 
@@ -145,14 +144,9 @@ class Training:
     def introduce(self) -> None:
         """Say what is about to run."""
         ranks = f"{self.comm.size} rank" + "s" * (self.comm.size > 1)
-        ring = self.replay.ring
-        megabytes = ring.nbytes / 1e6
         update_every = self.clock.global_batch / self.config.replay.replay_ratio
         self.metrics.say(f"hvdqn {__version__}: {ranks}, comm {self.comm.name} ({self.comm.why})")
-        where = f", observations on {self.parts.device}" if isinstance(ring.observation, DeviceFrames) else ""
-        self.metrics.say(
-            f"each rank: {self.parts.envs.description}; replay {megabytes:,.3g} MB when full{where}"
-        )
+        self.metrics.say(f"each rank: {self.parts.envs.description}; {self.replay.description}")
         self.metrics.say(
             f"network: {self.learner.parameters.numel():,} parameters; global batch {self.clock.global_batch}, "
             f"an update every {update_every:g} env steps; {self.learner.sync.description}"
@@ -220,7 +214,7 @@ class Training:
         """Begin every update that is due, and finish all but the last; what is left to do of that."""
         rest: Rest | None = None
         while self.clock.update_due():
-            if rest and self.replay.sampler.uses_td_errors:
+            if rest and self.replay.uses_td_errors:
                 self.tell_replay(rest())
                 rest = None
             batch = self.draw()  # while a GPU works on the update before, or its gradients travel
@@ -259,7 +253,7 @@ class Training:
     def tell_replay(self, learned: Learned) -> None:
         """Tell replay how wrong a minibatch was."""
         self.timer.start("sample")
-        self.replay.update(*learned)
+        self.replay.update_priorities(*learned)
 
     def act(self, meanwhile: Rest | None = None) -> Learned | None:
         """One env step in every environment, into replay; what `meanwhile` gave, which is done while they are busy."""
@@ -364,7 +358,7 @@ class Training:
         if self.progress.keeps_replay is not None:
             return
         copies = self.config.run.checkpoint_keep + 1
-        needed = 2 * copies * self.comm.size * self.replay.ring.nbytes
+        needed = 2 * copies * self.comm.size * self.replay.nbytes
         fits = self.comm.broadcast_object(shutil.disk_usage(self.run_dir).free > needed)
         self.progress.keeps_replay = fits
         if not fits:
