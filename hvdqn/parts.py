@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from functools import partial
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -23,8 +22,8 @@ from hvdqn.graphs import Record, Recorded, record_cuda_graph
 from hvdqn.learner import Learner
 from hvdqn.metrics import PhaseTimer
 from hvdqn.networks import QNetwork, make_network
-from hvdqn.replay import Importance, PrioritizedSampler, Replay, Ring, Sampler, UniformSampler
-from hvdqn.replay.frames import DeviceFrames, HostFrames, MakeFrames, PinnedFrames
+from hvdqn.replay import HOST_MEMORY, Importance, Memory, PrioritizedReplay, Replay
+from hvdqn.replay.device import DeviceMemory, PinnedMemory
 from hvdqn.process import share_of_cores, use_threads
 from hvdqn.rank import Acting, Parts
 from hvdqn.role import Role, assign_role
@@ -36,11 +35,11 @@ class Spaces(NamedTuple):
 
     observation_shape: tuple[int, ...]
     is_image: bool
-    actions: int
+    num_actions: int
 
 
 def build_parts(config: Config, comm: Comm, timer: PhaseTimer, env_steps: int = 0) -> Parts:
-    """Build the parts of this rank; a collective call.
+    """Build the parts of this rank; a collective call. No environment is reset yet, and replay is empty.
 
     Args:
         config: checked, the same on every rank.
@@ -55,24 +54,17 @@ def build_parts(config: Config, comm: Comm, timer: PhaseTimer, env_steps: int = 
     seeds = rank_seeds(config.run.seed, comm.rank, env_steps)
     device, sharing = choose_device(config, comm, timer)
     threads = share_of_cores(config, comm)
-    environment, envs = config.environment, None
-    if role.acts:
-        envs = raise_on_all_ranks(
-            comm,
-            lambda: make_environments(environment, environment.envs_per_rank, seeds.environments, True, threads),
-            timer,
-        )
-    else:
-        raise_on_all_ranks(comm, lambda: None, timer)
+    envs = raise_on_all_ranks(
+        comm, lambda: make_own_environments(config, role, seeds.environments, threads), timer
+    )
     spaces = share_spaces(envs, comm, timer)
     torch.manual_seed(config.run.seed)
     network = raise_on_all_ranks(comm, lambda: network_for(config, spaces), timer)
     # Beside a GPU the host only makes small copies: threads of its own would take the cores from environments.
     use_threads(network, threads if device.type == "cpu" else 1)
     torch.manual_seed(seeds.noise)  # from here on ranks draw different numbers
-    acting_frames = place_frames(config, role, envs, device, sharing) if envs else HostFrames
     replay = raise_on_all_ranks(
-        comm, lambda: make_replay(config, role, envs, seeds.replay, acting_frames) if envs else None, timer
+        comm, lambda: make_own_replay(config, role, envs, seeds.replay, device, sharing), timer
     )
     clock = make_clock(config, role, comm.size)
     learner = make_learner(config, comm, network, device)
@@ -80,23 +72,49 @@ def build_parts(config: Config, comm: Comm, timer: PhaseTimer, env_steps: int = 
     acting = None
     if envs is not None and replay is not None:
         acting = Acting(envs, make_actor(config, envs, network, seeds.exploration, device), replay)
+    overlap: Literal["exchange", "update"] = "exchange" if device.type == "cpu" else "update"
     return Parts(
         role=role,
         clock=clock,
         learner=learner,
         strategy=strategy,
-        epsilons=Epsilons(config.exploration, environment.envs_per_rank, role.index, role.of),
+        epsilons=Epsilons(config.exploration, config.environment.envs_per_rank, role.index, role.of),
         timer=timer,
         device=device,
         threads=threads,
-        overlap="none" if not config.parallel.overlap else "exchange" if device.type == "cpu" else "update",
+        overlap=overlap if config.parallel.overlap else "none",
         acting=acting,
     )
 
 
+def make_own_environments(config: Config, role: Role, seed: int, threads: int) -> Environments | None:
+    """Make this rank's environments, if it acts.
+
+    Raises:
+        UserError: they cannot be made.
+    """
+    if not role.acts:
+        return None
+    return make_environments(config.environment, config.environment.envs_per_rank, seed, True, threads)
+
+
+def make_own_replay(
+    config: Config,
+    role: Role,
+    envs: Environments | None,
+    rng: np.random.Generator,
+    device: torch.device,
+    sharing: int,
+) -> Replay | None:
+    """Make this rank's replay, if it acts; see `replay_memory` and `make_replay`."""
+    if envs is None:
+        return None
+    return make_replay(config, role, envs, rng, replay_memory(config, role, envs, device, sharing))
+
+
 def share_spaces(envs: Environments | None, comm: Comm, timer: PhaseTimer) -> Spaces:
     """Return the spaces of the job's environments, also on a rank that has none; a collective call."""
-    mine = Spaces(envs.observation_shape, envs.is_image, envs.actions) if envs else None
+    mine = Spaces(envs.observation_shape, envs.is_image, envs.num_actions) if envs else None
     with timer.during("comm"):
         return next(spaces for spaces in comm.all_gather_object(mine) if spaces is not None)
 
@@ -114,7 +132,7 @@ def network_for(config: Config, spaces: Spaces | Environments) -> QNetwork:
             spaces.observation_shape,
             config.environment.frame_stack,
             spaces.is_image,
-            spaces.actions,
+            spaces.num_actions,
         )
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
@@ -184,10 +202,10 @@ def make_clock(config: Config, role: Role, size: int) -> Clock:
     return WorkerClock(envs_per_rank, batch, ratio, starts, own_earliest=earliest * envs_per_rank)
 
 
-def place_frames(
+def replay_memory(
     config: Config, role: Role, envs: Environments, device: torch.device, sharing: int
-) -> MakeFrames:
-    """Return what keeps this rank's observations: in the memory that `--replay-device` names, or where they fit.
+) -> Memory:
+    """Return the memory for this rank's replay: the one that `--replay-device` names, or a GPU if it fits there.
 
     Args:
         config: of the job.
@@ -205,44 +223,41 @@ def place_frames(
             raise UserError(
                 "--replay-device cuda, but the networks live on the CPU here; leave it out, or give --device cuda"
             )
-        return HostFrames
+        return HOST_MEMORY
     frame = math.prod(envs.observation_shape) * envs.observation_dtype.itemsize
     needed = frame * config.replay.replay_capacity // role.of
     fits = needed * sharing <= torch.cuda.mem_get_info(device)[0] / 2
-    return (
-        partial(DeviceFrames, device=device)
-        if wanted == "cuda" or (wanted == "auto" and fits)
-        else PinnedFrames
-    )
+    on_gpu = wanted == "cuda" or (wanted == "auto" and fits)
+    return DeviceMemory(device) if on_gpu else PinnedMemory()
 
 
 def make_replay(
-    config: Config, role: Role, envs: Environments, rng: np.random.Generator, frames: MakeFrames = HostFrames
+    config: Config, role: Role, envs: Environments, rng: np.random.Generator, memory: Memory = HOST_MEMORY
 ) -> Replay:
-    """Make this rank's shard of replay.
+    """Make this rank's replay, still empty.
 
     Raises:
         UserError: it does not fit into the memory of this host.
     """
     capacity = config.replay.replay_capacity // role.of
+    arguments: dict[str, Any] = {
+        "envs": envs.num_envs,
+        "capacity": capacity,
+        "observation_shape": envs.observation_shape,
+        "observation_dtype": envs.observation_dtype,
+        "rng": rng,
+        "frame_stack": config.environment.frame_stack,
+        "n_step": config.replay.n_step,
+        "gamma": config.learning.gamma,
+        "memory": memory,
+    }
     try:
-        ring = Ring(
-            envs=envs.envs,
-            capacity=capacity,
-            observation_shape=envs.observation_shape,
-            observation_dtype=envs.observation_dtype,
-            frame_stack=config.environment.frame_stack,
-            n_step=config.replay.n_step,
-            gamma=config.learning.gamma,
-            frames=frames,
-        )
-        sampler: Sampler = UniformSampler(ring, rng)
         if config.replay.replay == "prioritized":
-            sampler = PrioritizedSampler(ring, rng, config.replay.priority_alpha)
+            return PrioritizedReplay(alpha=config.replay.priority_alpha, **arguments)
+        return Replay(**arguments)
     except (MemoryError, torch.OutOfMemoryError) as error:
         said = str(error).splitlines()[0]
         raise UserError(f"a replay of {capacity:,} transitions: {said}; lower --replay-capacity") from None
-    return Replay(ring, sampler)
 
 
 def importance_at(config: Config, role: Role, env_steps: int) -> Importance:

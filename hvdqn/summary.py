@@ -39,8 +39,7 @@ def _describe_acting(parts: Parts) -> str:
     """Return what a rank acts in and remembers; empty for a rank that serves."""
     if parts.acting is None:
         return ""
-    envs, replay = parts.acting.envs, parts.acting.replay
-    return f"{envs.description}; replay {replay.nbytes / 1e6:,.3g} MB when full{replay.description}"
+    return f"{parts.acting.envs.description}; {parts.acting.replay.description}"
 
 
 def summarize(

@@ -179,7 +179,6 @@ def summarise(training: Training, timed: Sequence[Span], waiting: Sequence[Span]
     ranks = comm.all_gather_object((total.wall_seconds, mine))
     wall_seconds = sum(seconds for seconds, _ in ranks) / comm.size
     env_steps = total.iterations * training.clock.envs
-    ring = training.replay.ring
     return Loop(
         env=config.environment.env,
         preset=config.preset,
@@ -188,7 +187,7 @@ def summarise(training: Training, timed: Sequence[Span], waiting: Sequence[Span]
         envs_per_rank=config.environment.envs_per_rank,
         batch_per_rank=config.replay.batch_per_rank,
         parameters=learner.parameters.numel(),
-        replay_bytes_per_transition=ring.nbytes / (config.replay.replay_capacity // comm.size),
+        replay_bytes_per_transition=training.replay.nbytes / (config.replay.replay_capacity // comm.size),
         env_steps=env_steps,
         updates=total.updates,
         wall_seconds=wall_seconds,

@@ -7,6 +7,7 @@ its vector resets itself, an `Environments` answers every action with one `Step`
 from __future__ import annotations
 
 from hvdqn.envs.make import find_spec, make_environments
-from hvdqn.envs.vector import Environments, Episode, Step
+from hvdqn.envs.vector import Environments, Episode
+from hvdqn.step import Step
 
 __all__ = ["Environments", "Episode", "Step", "find_spec", "make_environments"]

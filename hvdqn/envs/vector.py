@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -17,27 +17,7 @@ from numpy.typing import NDArray
 
 from hvdqn.envs import snapshot
 from hvdqn.envs.atari import LIFE_LOST, AtariVector
-
-Bools = NDArray[np.bool_]
-Observation = NDArray[Any]
-
-
-@dataclass(slots=True)
-class Step:
-    """What one call of `step` did to every env of this rank. Arrays are [envs, ...], valid until the next call."""
-
-    reward: NDArray[np.float32]
-    """As the learner sees it: clipped if asked."""
-    terminated: Bools
-    truncated: Bools
-    next_observation: Observation
-    """Where the action led: the final observation if the episode ended."""
-    observation: Observation
-    """What to act on next: a reset observation where `fresh`."""
-    fresh: Bools
-    """`observation` begins a new episode."""
-    valid: Bools
-    """False: this call only reset that env (NEXT_STEP autoreset); there is nothing to learn from it."""
+from hvdqn.step import Bools, Observation, Step
 
 
 class Episode(NamedTuple):

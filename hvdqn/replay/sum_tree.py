@@ -1,4 +1,4 @@
-"""A sum tree over priorities, vectorised over the batch."""
+"""A sum tree over priorities, vectorized over the batch."""
 
 from __future__ import annotations
 
@@ -8,55 +8,56 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-Mass: TypeAlias = npt.NDArray[np.float64]
-Rows: TypeAlias = npt.NDArray[np.int64]
+from hvdqn.replay.batch import Rows
 
-# Wide nodes make few levels (5 for a million rows), each a handful of numpy calls whatever the batch.
+Priorities: TypeAlias = npt.NDArray[np.float64]
+
+# Wide nodes make few levels (5 for a million rows). Each level takes a handful of NumPy calls for the whole batch.
 _FANOUT = 16
 
 
 class SumTree:
-    """Non-negative masses of `rows` rows, all zero at first, searchable by cumulated mass.
+    """Priorities of `rows` rows, not negative and all zero at first, searchable by their cumulative sum.
 
-    A parent is the sum of its children, always computed anew and in one order: no drift, and the sums do not
-    depend on the order of updates. Memory: 8.5 bytes a row.
+    A parent is always computed anew as the sum of its children, in one order. So the sums do not drift and do not
+    depend on the order of updates. Takes 8.5 bytes per row.
     """
 
     def __init__(self, rows: int) -> None:
-        # Leaves first, each [nodes, fanout]; zeros where the rows do not fill the last node.
-        self._levels: list[Mass] = []
+        # Leaves first, each level [nodes, fanout], with zeros where the rows do not fill the last node.
+        self._levels: list[Priorities] = []
         nodes = rows
         while not self._levels or nodes > 1:
             nodes = -(-nodes // _FANOUT)
             self._levels.append(np.zeros((nodes, _FANOUT)))
-        self.mass: Mass = self._levels[0].reshape(-1)[:rows]
-        """Masses of all rows [rows]. To be read; `set` and `fill` write it."""
+        self.priorities: Priorities = self._levels[0].reshape(-1)[:rows]
+        """The priorities of all rows [rows]. Read only: call `set` or `fill` to change them."""
 
     @property
     def total(self) -> float:
-        """Sum of all masses."""
+        """The sum of all priorities."""
         return float(self._levels[-1].cumsum()[-1])
 
-    def set(self, rows: Rows, mass: Mass) -> None:
-        """Give `rows` [batch] the masses `mass` [batch]; of a row named twice the last counts."""
-        self.mass[rows] = mass
+    def set(self, rows: Rows, priorities: Priorities) -> None:
+        """Set the priorities [batch] of `rows` [batch]. If a row occurs twice, its last priority counts."""
+        self.priorities[rows] = priorities
         nodes = rows
         for children, parents in pairwise(self._levels):
             nodes = nodes // _FANOUT
-            # The same sum as in `find`, in the same order, so a search never falls off the end of a node.
+            # The same cumulative sum as in `find`, so that a search always ends inside the node.
             parents.reshape(-1)[nodes] = children.take(nodes, axis=0).cumsum(axis=1)[:, -1]
 
-    def fill(self, mass: Mass) -> None:
-        """Replace all masses [rows]."""
-        self.mass[:] = mass
+    def fill(self, priorities: Priorities) -> None:
+        """Replace all priorities [rows]."""
+        self.priorities[:] = priorities
         for children, parents in pairwise(self._levels):
             parents.reshape(-1)[: len(children)] = children.cumsum(axis=1)[:, -1]
 
-    def find(self, targets: Mass) -> Rows:
-        """Rows where the cumulated mass first exceeds `targets` [batch]; never a row of mass 0.
+    def find(self, targets: Priorities) -> Rows:
+        """Return the rows at which the cumulative sum first exceeds `targets`. Never a row of priority 0.
 
         Args:
-            targets: in [0, total).
+            targets: in [0, total). [batch].
         """
         left = targets.copy()
         nodes = np.zeros(left.shape, np.int64)
@@ -67,7 +68,7 @@ class SumTree:
             child = (sums > left[:, None]).argmax(axis=1)
             at = first + child
             before = np.where(child > 0, sums.take(at - 1, mode="clip"), 0.0)
-            # Rounding may leave as much as the child holds; beyond that, the search could end at a mass of 0.
+            # Rounding can make the rest as large as the child's sum. The search could then end at a priority of 0.
             left = np.minimum(left - before, np.nextafter(children.take(at), 0.0))
             nodes = nodes * _FANOUT + child
         return nodes

@@ -47,7 +47,7 @@ def make_batch(shape: tuple[int, ...]) -> Batch:
         next_observation=observations(),
         discount=np.where(rng.random(GLOBAL_BATCH) < 0.2, 0, 0.97).astype(np.float32),
         weight=rng.uniform(0.1, 1, GLOBAL_BATCH).astype(np.float32),
-        rows=np.arange(GLOBAL_BATCH),
+        row_ids=np.arange(GLOBAL_BATCH),
     )
 
 

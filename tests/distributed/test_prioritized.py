@@ -1,4 +1,4 @@
-"""Prioritized replay through the real learner: over unequal shards, each transition of the job counts once."""
+"""Prioritized replay with the real learner: each transition of the job counts once, on whichever rank it is."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ WORKER = str(Path(__file__).with_name("prioritized_worker.py"))
 def test_weighted_updates_are_unbiased(launcher: str, np: int) -> None:
     result = launch(launcher, np, [WORKER, "mpi" if np > 1 else "local"], timeout=240)
     assert result.returncode == 0, str(result)
-    said = re.findall(r"rank (\d) of \d: .* standard errors", result.stdout)
-    assert sorted(said) == [str(rank) for rank in range(np)]
+    ranks = re.findall(r"rank (\d) of \d: .* standard errors", result.stdout)
+    assert sorted(ranks) == [str(rank) for rank in range(np)]
 
 
 @pytest.mark.parametrize("preset", ["rainbow", "m-iqn"])
-def test_replicas_stay_equal_though_each_draws_its_own_noise(preset: str, tmp_path: Path) -> None:
-    """Priorities, noise and fractions differ from rank to rank; every 200 env steps the weights are compared."""
+def test_replicas_stay_equal_with_different_noise_on_each_rank(preset: str, tmp_path: Path) -> None:
+    """Priorities, noise and quantile fractions differ between ranks. Weights are compared every 200 env steps."""
     small = (
         "--total-env-steps",
         "800",

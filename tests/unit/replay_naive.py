@@ -1,33 +1,23 @@
-"""What replay must hold and return, told by loops over Python lists of episodes."""
+"""What replay must hold and return, computed by loops over Python lists of episodes."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from hvdqn.replay import Ring
-from hvdqn.replay.sampling import Assembler
-from hvdqn.replay.storage import RUNNING, TERMINATED, TRUNCATED
+from hvdqn.replay import Replay
+from hvdqn.replay.replay import RUNNING, TERMINATED, TRUNCATED
+from hvdqn.step import Step
 
-Script = Sequence[
-    Sequence[tuple[int, int]]
-]  # per env, (length, how it ends) of its episodes, repeated for ever
-Moment = tuple[int, int, int]  # env, episode, time: also what an observation shows
-
-
-@dataclass
-class FakeStep:
-    reward: Any
-    terminated: Any
-    truncated: Any
-    next_observation: Any
-    observation: Any
-    fresh: Any
-    valid: Any
+# Per environment, the length and the outcome of each of its episodes, repeated for ever.
+Script = Sequence[Sequence[tuple[int, int]]]
+# Environment, episode and time: also the numbers of an observation.
+Moment = tuple[int, int, int]
+AnyReplay = TypeVar("AnyReplay", bound=Replay)
 
 
 @dataclass
@@ -51,7 +41,7 @@ class Transition(NamedTuple):
 
 
 class ScriptedEnvs:
-    """Environments whose observations say where they are, with a full record of what happened."""
+    """Environments that observe their own environment, episode and time, and record all that happened."""
 
     def __init__(self, script: Script, autoreset: str, seed: int = 0) -> None:
         self.envs = len(script)
@@ -65,7 +55,7 @@ class ScriptedEnvs:
             self._begin(env)
         return self._observe()
 
-    def step(self) -> tuple[np.ndarray, FakeStep]:
+    def step(self) -> tuple[np.ndarray, Step]:
         resetting = [self.autoreset == "next_step" and self.record[env][-1].over for env in range(self.envs)]
         actions = self.rng.integers(0, 5, self.envs)
         rewards = self.rng.normal(size=self.envs).astype(np.float32)
@@ -83,7 +73,7 @@ class ScriptedEnvs:
             self._begin(env)
         observation = self._observe()
         next_observation[resetting] = observation[resetting]
-        return actions, FakeStep(
+        return actions, Step(
             rewards,
             ends == TERMINATED,
             ends == TRUNCATED,
@@ -100,8 +90,8 @@ class ScriptedEnvs:
         moments = [(env, len(done) - 1, len(done[-1].actions)) for env, done in enumerate(self.record)]
         return np.array(moments, np.float32)
 
-    def starts(self, rows_per_env: int, frame_stack: int, n_step: int) -> set[Moment]:
-        """Every moment that a transition can be built from, given how many rows a ring keeps."""
+    def sampleable(self, rows_per_env: int, frame_stack: int, n_step: int) -> set[Moment]:
+        """Return every moment at which a complete transition begins, given how many rows a ring keeps."""
         found = set()
         for env, episodes in enumerate(self.record):
             oldest = sum(len(episode.actions) + 1 for episode in episodes) - rows_per_env
@@ -134,26 +124,31 @@ class ScriptedEnvs:
 
 
 def moments(observations: np.ndarray) -> list[Moment]:
-    """What observations, or the newest frames of their stacks, show."""
+    """Return the moments of observations, or of the newest frames of their stacks."""
     newest = observations[:, -1] if observations.ndim == 3 else observations
     return [(int(env), int(episode), int(time)) for env, episode, time in newest]
 
 
-def ring_for(
+def make_replay(
     envs: ScriptedEnvs,
     capacity: int,
     frame_stack: int = 1,
     n_step: int = 1,
     gamma: float = 0.9,
+    *,
+    replay_class: type[AnyReplay] = Replay,
+    seed: int = 0,
     **others: Any,
-) -> Ring:
-    return Ring(envs.envs, capacity, (3,), np.float32, frame_stack, n_step, gamma, **others)
+) -> AnyReplay:
+    """Return an empty replay for the observations of these environments."""
+    rng = np.random.default_rng(seed)
+    return replay_class(envs.envs, capacity, (3,), np.float32, rng, frame_stack, n_step, gamma, **others)
 
 
-def check_batch(batch: Any, envs: ScriptedEnvs, ring: Ring) -> None:
-    """Every transition of the batch is what the naive loop says."""
+def check_batch(batch: Any, envs: ScriptedEnvs, replay: Replay) -> None:
+    """Check that every transition of the batch equals the naive one."""
     for i, moment in enumerate(moments(batch.observation)):
-        expected = envs.transition(moment, ring.frame_stack, ring.n_step, ring.gamma)
+        expected = envs.transition(moment, replay.frame_stack, replay.n_step, replay.gamma)
         np.testing.assert_array_equal(batch.observation[i], expected.observation)
         assert batch.action[i] == expected.action
         np.testing.assert_allclose(batch.reward[i], expected.reward, rtol=1e-5, atol=1e-6)
@@ -161,12 +156,12 @@ def check_batch(batch: Any, envs: ScriptedEnvs, ring: Ring) -> None:
         np.testing.assert_allclose(batch.discount[i], expected.discount, rtol=1e-6)
 
 
-def check_ring(ring: Ring, envs: ScriptedEnvs) -> None:
-    """The ring's starts are exactly the naive ones, and each gives the naive transition."""
-    expected = envs.starts(ring.rows_per_env, ring.frame_stack, ring.n_step)
-    rows = ring.starts()
+def check_replay(replay: Replay, envs: ScriptedEnvs) -> None:
+    """Check that the same transitions can be sampled as from the naive record, and that each equals the naive one."""
+    expected = envs.sampleable(replay.rows_per_env, replay.frame_stack, replay.n_step)
+    rows = replay.sampleable_rows()
     assert rows.size == len(expected)
     if rows.size:
-        batch = Assembler(ring).build(rows)
+        batch = replay.build_batch(rows)
         assert set(moments(batch.observation)) == expected
-        check_batch(batch, envs, ring)
+        check_batch(batch, envs, replay)

@@ -11,7 +11,7 @@ from hvdqn.config import EnvironmentConfig, ExplorationConfig, NetworkConfig
 from hvdqn.envs import Environments, make_environments
 from hvdqn.graphs import Record
 from hvdqn.networks import make_network
-from hvdqn.replay import Replay, Ring, UniformSampler
+from hvdqn.replay import Replay
 from tests.unit.scripted_envs import TWO_EPISODES
 from tests.unit.test_graphs import call_again
 
@@ -116,8 +116,8 @@ def test_the_actor_sees_the_stacks_that_replay_builds(depth):
     """Over episodes shorter and longer than the stack, ended by termination and truncation, round the ring's seam."""
     envs = scripted(2)
     actor = make_actor(envs, depth)
-    ring = Ring(2, 40, envs.observation_shape, envs.observation_dtype, frame_stack=depth, n_step=1)
-    replay = Replay(ring, UniformSampler(ring, np.random.default_rng(1)))
+    rng = np.random.default_rng(1)
+    replay = Replay(2, 40, envs.observation_shape, envs.observation_dtype, rng, frame_stack=depth)
     replay.start(actor.start())
     seen = {}
     compared = {"observation": 0, "next_observation": 0}

@@ -12,13 +12,13 @@ PACKAGE = Path(__file__).parents[2] / "hvdqn"
 # A room may import from rooms before it and from its own files, never from rooms after it.
 LAYERS = (
     {"hvdqn"},
-    {"errors"},
-    {"logs"},
+    {"errors", "step"},
+    {"presets"},
     {"config"},
     {"clock", "comm", "graphs", "losses", "metrics", "optimizers", "replay", "seeds", "trailer"},
     {"envs", "networks", "plot"},
     {"checkpoint", "faults", "sync"},
-    {"acting", "learner", "process", "run_directory"},
+    {"acting", "learner"},
     {"parts", "video"},
     {"evaluate", "export", "resume"},
     {"train"},

@@ -167,22 +167,22 @@ import resource, sys
 from pathlib import Path
 import numpy as np
 from hvdqn.checkpoint import read_part, write_part
-from hvdqn.replay import Ring
+from hvdqn.replay import Replay
 
 def anonymous_megabytes():
     return next(int(line.split()[1]) / 1e3 for line in open("/proc/self/status") if line.startswith("RssAnon"))
 
-def ring():
-    return Ring(2, 20_000, (84, 84), np.uint8)
+def replay():
+    return Replay(2, 20_000, (84, 84), np.uint8, np.random.default_rng())
 
-full = ring()
+full = replay()
 full.observation[:] = np.arange(84, dtype=np.uint8)
-full._serial[:] = full.rows_per_env
+full._newest_serial[:] = full.rows_per_env
 path = Path(sys.argv[1])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 write_part(path, {"replay": full.state()})
 written = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3 - before
-shard, empty, before = read_part(path), ring(), anonymous_megabytes()
+shard, empty, before = read_part(path), replay(), anonymous_megabytes()
 empty.load_state(shard["replay"])
 read = anonymous_megabytes() - before - empty.nbytes / 1e6
 assert (empty.observation[:] == full.observation[:]).all()

@@ -1,10 +1,9 @@
-"""What only a GPU can show. On the CPU test_graphs.py, test_learner.py and test_replay_frames.py run the same code."""
+"""What only a GPU can show. On the CPU test_graphs.py, test_learner.py and test_replay_device.py run the same code."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from functools import partial
 
 import numpy as np
 import pytest
@@ -17,12 +16,13 @@ from hvdqn.errors import UserError
 from hvdqn.graphs import record_cuda_graph
 from hvdqn.metrics import PhaseTimer
 from hvdqn.parts import build_parts, choose_device
-from hvdqn.replay.frames import DeviceFrames, HostFrames, PinnedFrames
+from hvdqn.replay import HOST_MEMORY, Replay
+from hvdqn.replay.device import DeviceMemory, PinnedMemory
 from hvdqn.seeds import load_torch_state, torch_state
 from hvdqn.train import main
 from tests.unit.test_graphs import LEARNERS, LR
 from tests.unit.test_learner import REPORT, make_batch, make_learner
-from tests.unit.test_replay_frames import SAMPLERS, replays
+from tests.unit.test_replay_device import CLASSES, replays
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="NOT RUN: torch sees no GPU here")
 
@@ -92,12 +92,12 @@ def test_a_replay_that_the_gpu_cannot_hold_is_refused():
         build_parts(parse(flags), LocalComm(), PhaseTimer())
 
 
-KINDS = (HostFrames, PinnedFrames, partial(DeviceFrames, device=GPU))
+MEMORIES = (HOST_MEMORY, PinnedMemory(), DeviceMemory(GPU))
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_minibatches_are_those_of_the_host(sampler):
-    _, made = replays(sampler, KINDS)
+@pytest.mark.parametrize("replay_class", CLASSES)
+def test_minibatches_are_those_of_the_host(replay_class):
+    made = replays(replay_class, MEMORIES)
     for _ in range(5):
         host, pinned, device = (replay.sample(16) for replay in made)
         for field in host.__slots__:
@@ -107,12 +107,11 @@ def test_minibatches_are_those_of_the_host(sampler):
         assert torch.from_numpy(pinned.reward).is_pinned()
         assert device.observation.is_cuda
         for replay in made:
-            replay.update(host.rows, np.linspace(0.1, 2.0, 16))
+            replay.update_priorities(host.row_ids, np.linspace(0.1, 2.0, 16))
 
 
 def test_observations_go_from_the_gpu_to_the_host():
-    _, made = replays("uniform", KINDS)
-    host, pinned, device = (replay.ring for replay in made)
+    host, pinned, device = replays(Replay, MEMORIES)
     rows = slice(0, 13)
     np.testing.assert_array_equal(device.observation[rows], host.observation[rows])
     pinned.observation[rows] = 0
@@ -134,11 +133,10 @@ def test_updates_do_not_depend_on_where_replay_lies(place, preset):
             parts.replay.add(actions, parts.actor.step(actions))
         for _ in range(3):
             parts.learner.begin_update(parts.replay.sample(32), REPORT)
-            parts.replay.update(*parts.learner.finish_update())
+            parts.replay.update_priorities(*parts.learner.finish_update())
         parts.envs.close()
         learned.append(parts.learner.parameters)
-        expected = DeviceFrames if where == "cuda" else PinnedFrames
-        assert isinstance(parts.replay.ring.observation, expected)
+        assert isinstance(parts.replay.memory, DeviceMemory if where == "cuda" else PinnedMemory)
     torch.testing.assert_close(*learned, rtol=1e-3, atol=1e-5)
 
 

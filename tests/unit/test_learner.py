@@ -34,7 +34,7 @@ def make_batch(size=16, inputs=4, actions=3, seed=0, dtype=np.float32):
         next_observation=rng.normal(size=(size, inputs)).astype(dtype),
         discount=np.where(rng.random(size) < 0.2, 0, 0.99).astype(np.float32),
         weight=np.ones(size, np.float32),
-        rows=np.arange(size),
+        row_ids=np.arange(size),
     )
 
 
@@ -270,7 +270,7 @@ def test_an_update_says_how_wrong_each_sample_was():
     expected = np.abs(batch.reward + batch.discount * next_q.max(axis=1) - q[np.arange(16), batch.action])
     learner.begin_update(batch, REPORT)
     rows, td_errors = learner.finish_update()
-    assert (rows == batch.rows).all()
+    assert (rows == batch.row_ids).all()
     np.testing.assert_allclose(td_errors, expected, rtol=1e-6)
 
 

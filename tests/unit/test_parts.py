@@ -19,16 +19,16 @@ from threadpoolctl import ThreadpoolController, threadpool_limits
 import hvdqn.networks.torsos
 from hvdqn import train
 from hvdqn.acting import Actor
-from hvdqn.checkpoint import open_checkpoint, rank_part, restore
+from hvdqn.checkpoint import open_checkpoint, rank_part
 from hvdqn.comm.local import LocalComm
 from hvdqn.config import Config, parse, preset_config
 from hvdqn.errors import UserError
 from hvdqn.learner import REPORTED
 from hvdqn.metrics import PhaseTimer
-from hvdqn.parts import build_parts, choose_device, importance_at
-from hvdqn.config.presets import JOINED, PRESETS
-from hvdqn.process import share_of_cores
-from hvdqn.replay import PrioritizedSampler
+from hvdqn.parts import build_parts, choose_device, importance_at, share_of_cores
+from hvdqn.presets import JOINED, PRESETS
+from hvdqn.replay import PrioritizedReplay
+from hvdqn.resume import restore
 from hvdqn.seeds import torch_state
 from tests.ranks import ThreadComm, run_ranks
 from tests.unit.test_train import run
@@ -125,7 +125,7 @@ def learn(argv: list[str], updates: int = 3) -> None:
                 config.replay.batch_per_rank, importance_at(config, 1, parts.clock.env_steps)
             )
             parts.learner.begin_update(batch, (0.0,) * len(REPORTED))
-            parts.replay.update(*parts.learner.finish_update())
+            parts.replay.update_priorities(*parts.learner.finish_update())
     finally:
         parts.envs.close()
     assert parts.learner.skipped_updates == 0
@@ -406,13 +406,13 @@ def test_td_errors_of_an_update_become_priorities():
         parts.replay.add(actions, parts.actor.step(actions))
     batch = parts.replay.sample(8)
     parts.learner.begin_update(batch, (0.0,) * len(REPORTED))
-    rows, td_errors = parts.learner.finish_update()
-    parts.replay.update(rows, td_errors)
-    at, held = parts.replay.ring.rows_of(rows)
+    row_ids, td_errors = parts.learner.finish_update()
+    assert isinstance(parts.replay, PrioritizedReplay)
+    parts.replay.update_priorities(row_ids, td_errors)
+    rows, held = parts.replay.rows_of(row_ids)
     assert held.all()
-    assert isinstance(parts.replay.sampler, PrioritizedSampler)
-    mass = parts.replay.sampler._tree.mass[at]
-    assert mass == pytest.approx(td_errors + 1e-6, rel=1e-4)
+    priorities = parts.replay._tree.priorities[rows]
+    assert priorities == pytest.approx(td_errors + 1e-6, rel=1e-4)
     parts.envs.close()
 
 

@@ -79,4 +79,4 @@ def test_one_atari_transition_takes_at_most_7500_bytes():
 def ring_bytes(config: Config) -> int:
     parts = build_parts(config, LocalComm(), PhaseTimer())
     parts.envs.close()
-    return parts.replay.ring.nbytes
+    return parts.replay.nbytes

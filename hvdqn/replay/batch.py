@@ -1,0 +1,53 @@
+"""A minibatch of transitions, and the settings of its importance weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+Floats: TypeAlias = npt.NDArray[np.float32]
+Rows: TypeAlias = npt.NDArray[np.int64]
+ObservationBatch: TypeAlias = npt.NDArray[Any] | Tensor
+
+
+@dataclass(slots=True)
+class Batch:
+    """A minibatch of n-step transitions. Its arrays are reused by the second next call of `sample`."""
+
+    observation: ObservationBatch
+    """[batch, *shape], or [batch, frame_stack, *shape] with the oldest frame first. A tensor if replay is on a GPU."""
+    action: npt.NDArray[np.int64]
+    """[batch]."""
+    reward: Floats
+    """Discounted sum of the rewards between `observation` and `next_observation` [batch]."""
+    next_observation: ObservationBatch
+    """The observation n_step steps later, or the final one if the episode ended before; same shape."""
+    discount: Floats
+    """The factor of the bootstrap value at `next_observation`: gamma ** steps, 0 where terminated [batch]."""
+    weight: Floats
+    """Importance weights [batch]. Not normalized: the learner divides them by the maximum over all ranks."""
+    row_ids: Rows
+    """Identify the transitions in `update_priorities` [batch]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Importance:
+    """The settings of importance weights. They must be equal on all ranks, or the job's gradient is biased.
+
+    Args:
+        beta: exponent of the correction; 1 corrects fully, 0 not at all.
+        n_global: transitions in the replay of the whole job.
+        size: ranks that sample, all with the same batch size.
+    """
+
+    beta: float = 0.0
+    n_global: int = 1
+    size: int = 1
+
+
+NO_CORRECTION = Importance()
+"""Gives every transition the weight 1."""

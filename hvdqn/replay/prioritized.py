@@ -1,0 +1,136 @@
+"""Prioritized experience replay (Schaul et al. 2016)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from hvdqn.replay.batch import NO_CORRECTION, Batch, Importance, Rows
+from hvdqn.replay.memory import Array
+from hvdqn.replay.replay import EMPTY_MESSAGE, Replay, State
+from hvdqn.replay.sum_tree import Priorities, SumTree
+from hvdqn.step import Bools, Observation, Step
+
+
+class PrioritizedReplay(Replay):
+    """A replay that samples row i with probability p_i / sum(p), where p = (|td error| + eps) ** alpha.
+
+    Proportional and stratified (Schaul et al. 2016). New transitions get the largest priority so far. Rows that cannot
+    be sampled have priority 0.
+
+    Args:
+        *args: those of `Replay`.
+        alpha: 0: uniform; 1: in proportion to the TD error.
+        eps: added to every TD error, so that each transition can be sampled.
+        **kwargs: those of `Replay`.
+    """
+
+    uses_td_errors: ClassVar[bool] = True
+
+    def __init__(self, *args: Any, alpha: float = 0.6, eps: float = 1e-6, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._alpha, self._eps = alpha, eps
+        self._max_priority = 1.0
+        self._tree = SumTree(self.envs * self.rows_per_env)
+        # The rows around the current one that `add` can make sampleable or not: it writes up to two rows, completes
+        # the n-step returns of n_step rows before them, and takes frames from frame_stack - 1 rows after them.
+        self._affected_offsets = np.arange(-self.n_step - 1, self.frame_stack, dtype=np.int64)
+
+    def start(self, observation: Observation) -> None:
+        """Begin an episode in every environment. `observation`: reset observations [envs, *shape]."""
+        super().start(observation)
+        self._refresh_priorities()
+
+    def add(self, action: npt.NDArray[np.integer[Any]], step: Step) -> None:
+        """Store the transition of every environment. `action`: [envs], the actions that led to `step`."""
+        super().add(action, step)
+        self._refresh_priorities()
+
+    def _refresh_priorities(self) -> None:
+        """Give the largest priority to transitions that became sampleable, and 0 to those that no longer are."""
+        rows = self.shift(self.current_row[:, None], self._affected_offsets).ravel()
+        before = self._tree.priorities.take(rows)
+        now = self._allowed_priorities(rows, before)
+        changed = now != before
+        self._tree.set(rows[changed], now[changed])
+
+    def _allowed_priorities(self, rows: Rows, priorities: Priorities) -> Priorities:
+        """Return `priorities` of `rows`: 0 if not sampleable, the largest if sampleable but 0. [batch] -> [batch]."""
+        known = np.where(priorities > 0.0, priorities, self._max_priority)
+        return np.where(self.is_sampleable(rows), known, 0.0)
+
+    def sample(self, batch_size: int, importance: Importance = NO_CORRECTION) -> Batch:
+        """Return a minibatch: one draw from each of `batch_size` equal parts of the sum of priorities.
+
+        A rank draws i with probability P_r(i) = p_i / sum_r, so the job draws it with P(i) = P_r(i) / size. Its weight
+        is (n_global * P(i)) ** -beta, to be divided by the maximum over all ranks.
+
+        Raises:
+            ValueError: there is no transition to sample yet.
+        """
+        total = self._tree.total
+        if total <= 0.0:
+            raise ValueError(EMPTY_MESSAGE)
+        targets = (np.arange(batch_size) + self._rng.random(batch_size)) * (total / batch_size)
+        rows = self._tree.find(np.minimum(targets, np.nextafter(total, 0.0)))
+        batch = self.build_batch(rows)
+        probability = self._tree.priorities.take(rows) / (total * importance.size)
+        batch.weight[:] = (importance.n_global * probability) ** -importance.beta
+        batch.row_ids = self.row_ids(rows)
+        return batch
+
+    def update_priorities(self, row_ids: Rows, td_errors: npt.NDArray[np.floating[Any]]) -> None:
+        """Set the priorities of sampled transitions. Skips rows overwritten since, and TD errors that are not finite.
+
+        Args:
+            row_ids: `Batch.row_ids` [batch].
+            td_errors: absolute TD errors [batch].
+        """
+        rows, held = self.rows_of(row_ids)
+        keep = held & (self._tree.priorities.take(rows) > 0.0) & np.isfinite(td_errors)
+        if not keep.any():
+            return
+        priorities = (np.abs(td_errors[keep], dtype=np.float64) + self._eps) ** self._alpha
+        self._max_priority = max(self._max_priority, float(priorities.max()))
+        self._tree.set(rows[keep], priorities)
+
+    def row_ids(self, rows: Rows) -> Rows:
+        """Return numbers that identify what `rows` hold now, unique in the whole run. [batch] -> [batch].
+
+        A row is overwritten when its ring is full, so TD errors that arrive late may belong to a transition that is
+        gone. `rows_of` finds that out.
+        """
+        env, slot = np.divmod(rows, self.rows_per_env)
+        newest = self._newest_serial.take(env)
+        serial = newest - (newest - slot) % self.rows_per_env
+        row_ids: Rows = serial * self.envs + env
+        return row_ids
+
+    def rows_of(self, row_ids: Rows) -> tuple[Rows, Bools]:
+        """Return the rows of `row_ids`, and False where they were overwritten since. [batch] -> [batch], [batch]."""
+        serial, env = np.divmod(row_ids, self.envs)
+        held: Bools = serial > self._newest_serial.take(env) - self.rows_per_env
+        return self._first_row.take(env) + serial % self.rows_per_env, held
+
+    def state(self) -> State:
+        """Return the state of `Replay`, the largest priority so far, and per environment the priorities of its rows."""
+        priorities = {f"{env}/mass": self._tree.priorities[rows] for env, rows in self.rows_in_use()}
+        return {**super().state(), "largest": np.array([self._max_priority]), **priorities}
+
+    def load_state(self, state: Mapping[str, Array]) -> None:
+        """Restore what `state` returned.
+
+        Raises:
+            ValueError: the state does not fit this replay, or its priorities are negative or not finite.
+        """
+        super().load_state(state)
+        priorities = np.zeros_like(self._tree.priorities)
+        for env, rows in self.rows_in_use():
+            priorities[rows] = state[f"{env}/mass"]
+        if not (np.isfinite(priorities).all() and (priorities >= 0.0).all()):
+            raise ValueError("replay state holds priorities that are negative or not finite")
+        self._max_priority = float(state["largest"][0])
+        self._tree.fill(self._allowed_priorities(np.arange(priorities.size), priorities))

@@ -1,0 +1,345 @@
+"""The replay of one rank: a ring of single observations per environment, sampled uniformly.
+
+A row of a ring is one moment of one environment: the observation, the action taken there, the reward, and whether the
+episode went on (`outcome`). The row of the current observation gets its action, reward and outcome from the next call
+of `add`, so an episode of T transitions takes T + 1 rows: the last one holds the final observation.
+
+Frame stacks, n-step returns and next observations are built when a minibatch is sampled. So each frame is stored only
+once: an Atari transition takes 7.1 kB, where a buffer that stores pairs of frame stacks takes 56 kB.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from hvdqn.replay.batch import NO_CORRECTION, Batch, Importance, ObservationBatch, Rows
+from hvdqn.replay.memory import HOST_MEMORY, Array, Memory, ObservationArray
+from hvdqn.step import Bools, Observation, Step
+
+State: TypeAlias = dict[str, Array]
+
+# What the action of a row led to. NO_TRANSITION: the row has no action, because it holds the current or the final
+# observation of an episode, or nothing yet.
+RUNNING, TERMINATED, TRUNCATED, NO_TRANSITION = range(4)
+
+EMPTY_MESSAGE = (
+    "replay holds no transition to learn from yet: learning must start after n_step steps of every env"
+)
+# After this many attempts to draw enough rows at random, list all rows that can be sampled and draw from the list.
+_MAX_RETRIES = 64
+_ALL = slice(None)
+
+
+class Replay:
+    """The transitions of one rank, in one ring of rows per environment. All of them are equally likely to be sampled.
+
+    Rows are numbered over all rings: row `env * rows_per_env + slot`. Memory is reserved at once but only used as the
+    rings fill.
+
+    Args:
+        envs: environments of this rank.
+        capacity: rows for all environments together. Final observations take rows too.
+        observation_shape: shape of one observation, without frame stack.
+        observation_dtype: its dtype.
+        rng: source of all random draws.
+        frame_stack: consecutive frames that make one network input; 1: the observation itself.
+        n_step: rewards summed before bootstrapping.
+        gamma: discount of one step.
+        memory: allocates the arrays.
+
+    Raises:
+        ValueError: a ring would be too short for one frame stack and one n-step return.
+    """
+
+    uses_td_errors: ClassVar[bool] = False
+    """Whether TD errors change which transitions are sampled next."""
+
+    def __init__(
+        self,
+        envs: int,
+        capacity: int,
+        observation_shape: tuple[int, ...],
+        observation_dtype: npt.DTypeLike,
+        rng: np.random.Generator,
+        frame_stack: int = 1,
+        n_step: int = 1,
+        gamma: float = 0.99,
+        memory: Memory = HOST_MEMORY,
+    ) -> None:
+        _check_sizes(envs, capacity, frame_stack, n_step)
+        self.envs, self.rows_per_env = envs, capacity // envs + 1
+        self.frame_stack, self.n_step, self.gamma = frame_stack, n_step, gamma
+        self.memory = memory
+        self._rng = rng
+        rows = envs * self.rows_per_env
+        self.observation = memory.observations((rows, *observation_shape), observation_dtype)
+        self.action: npt.NDArray[np.int64] = np.empty(rows, np.int64)
+        self.reward: npt.NDArray[np.float32] = np.empty(rows, np.float32)
+        self.outcome: npt.NDArray[np.uint8] = np.full(rows, NO_TRANSITION, np.uint8)
+        # How many frames before this one belong to the same episode, as far as a frame stack needs them.
+        self.previous_frames: npt.NDArray[np.uint8] = np.zeros(rows, np.uint8)
+        # The arrays of all rows, by their names in a saved state.
+        self._fields: dict[str, ObservationArray] = {
+            "observation": self.observation,
+            "action": self.action,
+            "reward": self.reward,
+            "kind": self.outcome,
+            "reach": self.previous_frames,
+        }
+        # The rows of an environment have serial numbers 0, 1, 2... in the order written; number s is in slot
+        # s % rows_per_env.
+        self._newest_serial: Rows = np.full(envs, -1, np.int64)
+        self._first_row: Rows = np.arange(envs, dtype=np.int64) * self.rows_per_env
+        self.current_row: Rows = self._first_row.copy()
+        """The row of each environment's current observation [envs]."""
+        self._stack_offsets: Rows = np.arange(frame_stack, dtype=np.int64)[::-1].copy()
+        self._n_step_offsets: Rows = np.arange(n_step, dtype=np.int64)[:, None]
+        self._discounts = (gamma ** np.arange(n_step + 1)).astype(np.float32)
+        self._discount_of_outcome = np.full(NO_TRANSITION + 1, gamma, np.float32)
+        self._discount_of_outcome[TERMINATED] = 0.0
+        self._buffers: list[Batch] = []
+
+    def __len__(self) -> int:
+        """Return the number of transitions. Reads all rows: for logs, not for the training loop."""
+        return int(np.count_nonzero(self.outcome != NO_TRANSITION))
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes reserved for rows, all of them in use once the rings are full."""
+        return sum(field.nbytes for field in self._fields.values())
+
+    @property
+    def description(self) -> str:
+        """How much memory replay takes and where, for the log."""
+        return f"replay {self.nbytes / 1e6:,.3g} MB when full{self.memory.note}"
+
+    def start(self, observation: Observation) -> None:
+        """Begin an episode in every environment: at the start of a run, or after a resume that reset them.
+
+        Args:
+            observation: reset observations [envs, *shape].
+        """
+        self._append(_ALL, observation, first=True)
+
+    def add(self, action: npt.NDArray[np.integer[Any]], step: Step) -> None:
+        """Store the transition of every environment. `action`: [envs], the actions that led to `step`."""
+        assert self._newest_serial[0] >= 0, "start() comes before add()"
+        # With NEXT_STEP autoreset, a step that only reset an environment is no transition.
+        envs = _ALL if np.count_nonzero(step.valid) == self.envs else np.flatnonzero(step.valid)
+        rows = self.current_row[envs]
+        self.action[rows] = action[envs]
+        self.reward[rows] = step.reward[envs]
+        # A terminal state has no value, so a step both terminated and truncated counts as terminated.
+        outcome = np.where(step.terminated, TERMINATED, step.truncated * np.uint8(TRUNCATED))
+        self.outcome[rows] = outcome[envs]
+        self._append(envs, step.next_observation[envs], first=False)
+        if np.count_nonzero(step.fresh):
+            fresh = np.flatnonzero(step.fresh)
+            self._append(fresh, step.observation[fresh], first=True)
+
+    def _append(self, envs: slice | Rows, observation: Observation, *, first: bool) -> None:
+        """Write the current observations of these environments to their next rows. `first`: of an episode."""
+        self._newest_serial[envs] += 1
+        rows = self._first_row[envs] + self._newest_serial[envs] % self.rows_per_env
+        if self.frame_stack > 1:
+            frames = self.previous_frames[self.current_row[envs]] + 1
+            self.previous_frames[rows] = 0 if first else np.minimum(frames, self.frame_stack - 1)
+        self.outcome[rows] = NO_TRANSITION
+        self.observation[rows] = observation
+        self.current_row[envs] = rows
+
+    def sample(self, batch_size: int, importance: Importance = NO_CORRECTION) -> Batch:
+        """Return a minibatch drawn with replacement. All weights are 1: uniform sampling needs no correction.
+
+        The second next call reuses its arrays, so the learner can still read one batch while the next is built.
+
+        Raises:
+            ValueError: there is no transition to sample yet.
+        """
+        return self.build_batch(self._draw_rows(batch_size))
+
+    def update_priorities(self, row_ids: Rows, td_errors: npt.NDArray[np.floating[Any]]) -> None:
+        """Do nothing: uniform sampling has no priorities."""
+
+    def _draw_rows(self, count: int) -> Rows:
+        """Draw `count` rows that can be sampled, all equally likely. [count]."""
+        rows = self._draw_candidates(count)
+        for _ in range(_MAX_RETRIES):
+            if rows.size >= count:
+                return rows[:count]
+            rows = np.concatenate([rows, self._draw_candidates(count)])
+        rows = self.sampleable_rows()
+        if not rows.size:
+            raise ValueError(EMPTY_MESSAGE)
+        return rows[self._rng.integers(rows.size, size=count)]
+
+    def _draw_candidates(self, count: int) -> Rows:
+        """Draw rows in use and keep those that can be sampled: `count`, or more, or fewer."""
+        written = max(self._newest_serial.tolist()) + 1
+        used = min(max(written, 1), self.rows_per_env)  # rows in use of the fullest ring
+        # Draw more than needed: usually some hit a final observation.
+        rows = self._rng.integers(self.envs * used, size=count + count // 4 + 8)
+        if used < self.rows_per_env:
+            rows += rows // used * (self.rows_per_env - used)
+        return rows[self.is_sampleable(rows)]
+
+    def is_sampleable(self, rows: Rows) -> Bools:
+        """Return True for rows at which a complete transition begins. [batch] -> [batch].
+
+        The n-step return must end before the current observation, unless the episode ends first. The frame stack must
+        not need frames that were overwritten.
+        """
+        if self.n_step == 1:
+            sampleable: Bools = self.outcome.take(rows) != NO_TRANSITION
+        else:
+            outcomes = self.outcome.take(self.n_step_rows(rows))
+            sampleable = ~(_is_in_return(outcomes) & (outcomes == NO_TRANSITION)).any(axis=0)
+        if self.frame_stack > 1:
+            # Counted round the ring from the current row, the oldest row is number 1.
+            number = (rows - self.current_row.take(rows // self.rows_per_env)) % self.rows_per_env
+            sampleable &= number > self.previous_frames.take(rows)
+        return sampleable
+
+    def sampleable_rows(self) -> Rows:
+        """Return all rows that can be sampled. Reads all rows: not for the training loop."""
+        rows: Rows = np.flatnonzero(self.outcome != NO_TRANSITION)
+        return rows[self.is_sampleable(rows)]
+
+    def build_batch(self, rows: Rows) -> Batch:
+        """Return the transitions that begin at `rows` [batch], all of them sampleable, with weights of 1."""
+        if not self._buffers or self._buffers[0].reward.size != rows.size:
+            self._buffers = [self._allocate_batch(rows.size) for _ in range(2)]
+        self._buffers.reverse()
+        batch = self._buffers[0]
+        batch.row_ids = rows
+        self.action.take(rows, out=batch.action, mode="clip")
+        if self.n_step == 1:
+            self.reward.take(rows, out=batch.reward, mode="clip")
+            self._discount_of_outcome.take(self.outcome.take(rows), out=batch.discount, mode="clip")
+            next_rows = self.shift(rows, 1)
+        else:
+            next_rows = self._n_step_returns(rows, batch)
+        self._read_observations(rows, batch.observation)
+        self._read_observations(next_rows, batch.next_observation)
+        return batch
+
+    def _n_step_returns(self, rows: Rows, batch: Batch) -> Rows:
+        """Set reward and discount of the batch and return the rows of its next observations. [batch] -> [batch].
+
+        R = sum_{m<k} gamma^m r_m over k = n_step steps, or fewer where the episode ends (Sutton 1988).
+        """
+        path = self.n_step_rows(rows)
+        outcomes = self.outcome.take(path)
+        in_return = _is_in_return(outcomes)
+        # Rewards after the end belong to another episode or were never written, so they may be NaN.
+        rewards = np.where(in_return, self.reward.take(path), np.float32(0.0))
+        (rewards * self._discounts[:-1, None]).sum(axis=0, out=batch.reward)
+        steps = in_return.sum(axis=0)
+        last = outcomes[steps - 1, np.arange(rows.size)]
+        np.multiply(self._discounts.take(steps), last != TERMINATED, out=batch.discount)
+        return self.shift(rows, steps)
+
+    def _read_observations(self, rows: Rows, out: ObservationBatch) -> None:
+        """Copy the network inputs of `rows` [batch] to `out`: [batch, *shape] or [batch, frame_stack, *shape]."""
+        if self.frame_stack > 1:
+            # A stack longer than the episode so far repeats the episode's first frame.
+            back = np.minimum(self._stack_offsets, self.previous_frames.take(rows)[:, None])
+            rows = self.shift(rows[:, None], -back)
+        # All rows are in range. Without "clip", NumPy copies through a temporary array.
+        self.observation.take(rows, axis=0, out=out, mode="clip")
+
+    def shift(self, rows: Rows, steps: int | Rows) -> Rows:
+        """Return the rows `steps` later in the same rings, earlier where negative; broadcasts."""
+        slots = rows % self.rows_per_env
+        shifted: Rows = rows - slots + (slots + steps) % self.rows_per_env
+        return shifted
+
+    def n_step_rows(self, rows: Rows) -> Rows:
+        """Return `rows` and the n_step - 1 rows after each. [batch] -> [n_step, batch]."""
+        return self.shift(rows, self._n_step_offsets)
+
+    def _allocate_batch(self, size: int) -> Batch:
+        stack = (self.frame_stack,) if self.frame_stack > 1 else ()
+        observation = (size, *stack, *self.observation.shape[1:]), self.observation.dtype
+        batch = Batch(
+            observation=self.memory.batch_observations(*observation),
+            action=self.memory.batch_array(size, np.int64),
+            reward=self.memory.batch_array(size, np.float32),
+            next_observation=self.memory.batch_observations(*observation),
+            discount=self.memory.batch_array(size, np.float32),
+            weight=self.memory.batch_array(size, np.float32),
+            row_ids=np.empty(size, np.int64),
+        )
+        batch.weight.fill(1.0)
+        return batch
+
+    def state(self) -> State:
+        """Return all that an exact resume needs; large arrays are views where they are in host memory.
+
+        Keys: `serial` [envs], `{env}/{field}` for each field of the rows in use, and `rng`.
+        """
+        state: State = {"serial": self._newest_serial}
+        for env, rows in self.rows_in_use():
+            state.update({f"{env}/{name}": field[rows] for name, field in self._fields.items()})
+        return {**state, "rng": _pack_rng(self._rng)}
+
+    def load_state(self, state: Mapping[str, Array]) -> None:
+        """Restore what `state` returned: from then on this replay is the same, bit for bit.
+
+        A resharded state has no random state; this replay then keeps its own.
+
+        Raises:
+            ValueError: the state has another number of environments, capacity, observation or frame stack.
+        """
+        if state["serial"].shape != (self.envs,):
+            raise ValueError(f"replay state of {state['serial'].size} envs cannot fill {self.envs}")
+        self._newest_serial[:] = state["serial"]
+        self.current_row[:] = self._first_row + np.maximum(self._newest_serial, 0) % self.rows_per_env
+        self.outcome[:] = NO_TRANSITION
+        for env, rows in self.rows_in_use():
+            for name, field in self._fields.items():
+                saved, shape = state[f"{env}/{name}"], (rows.stop - rows.start, *field.shape[1:])
+                if saved.shape != shape or saved.dtype != field.dtype:
+                    raise ValueError(
+                        f"replay state {env}/{name} is {saved.dtype}{list(saved.shape)}, "
+                        f"this ring holds {field.dtype}{list(shape)}"
+                    )
+                field[rows] = saved
+        if "rng" in state:
+            self._rng.bit_generator.state = json.loads(state["rng"].tobytes())
+
+    def rows_in_use(self) -> Iterator[tuple[int, slice]]:
+        """Yield each environment and the rows of its ring that were ever written."""
+        for env, first in enumerate(self._first_row.tolist()):
+            yield env, slice(first, first + min(int(self._newest_serial[env]) + 1, self.rows_per_env))
+
+
+def _check_sizes(envs: int, capacity: int, frame_stack: int, n_step: int) -> None:
+    if min(envs, frame_stack, n_step) < 1 or frame_stack > 255:
+        raise ValueError(
+            f"envs {envs}, frame stack {frame_stack} and n_step {n_step} must be positive, "
+            f"and the stack at most 255"
+        )
+    shortest = frame_stack + n_step - 1
+    if capacity // envs < shortest:
+        raise ValueError(
+            f"replay capacity {capacity} over {envs} envs is too small for frame stack {frame_stack} "
+            f"and n_step {n_step}: at least {envs * shortest} transitions per rank"
+        )
+
+
+def _is_in_return(outcomes: npt.NDArray[np.uint8]) -> Bools:
+    """Return True for n-step rows whose reward counts: until the episode ends. [n_step, batch] -> the same."""
+    in_return = np.ones(outcomes.shape, np.bool_)
+    np.logical_and.accumulate(outcomes[:-1] == RUNNING, axis=0, out=in_return[1:])
+    return in_return
+
+
+def _pack_rng(rng: np.random.Generator) -> npt.NDArray[np.uint8]:
+    """Return the generator's state as bytes of JSON, because its integers are wider than any dtype."""
+    return np.frombuffer(json.dumps(rng.bit_generator.state).encode(), np.uint8)
