@@ -191,13 +191,13 @@ class Actor:
         self.envs, self.network, self.frame_stack = envs, network, frame_stack
         self.rng, self.device, self.temperature = rng, device, temperature
         self.q_values = Replayed(self._q_values, record, device) if record else self._q_values
-        self.random = RandomActions(envs.envs, envs.actions, rng, repeat)
+        self.random = RandomActions(envs.num_envs, envs.num_actions, rng, repeat)
 
     def start(self) -> NDArray[np.generic]:
         """Begin an episode in every environment; return the first observations."""
         first = self.envs.reset()
         self.frames = self._stack(first)
-        self.random.interrupt(np.ones(self.envs.envs, np.bool_))
+        self.random.interrupt(np.ones(self.envs.num_envs, np.bool_))
         return first
 
     def choose(self, epsilon: float | NDArray[np.float64]) -> NDArray[np.int64]:

@@ -106,7 +106,7 @@ def network_for(config: Config, envs: Environments) -> QNetwork:
             envs.observation_shape,
             config.environment.frame_stack,
             envs.is_image,
-            envs.actions,
+            envs.num_actions,
         )
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
@@ -219,7 +219,7 @@ def make_replay(
     capacity = config.replay.replay_capacity // acting_ranks(config, size)
     try:
         ring = Ring(
-            envs=envs.envs,
+            envs=envs.num_envs,
             capacity=capacity,
             observation_shape=envs.observation_shape,
             observation_dtype=envs.observation_dtype,

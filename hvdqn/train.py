@@ -57,7 +57,6 @@ from hvdqn.parts import Parts, build_parts, device_kind, importance_at, recordin
 from hvdqn.replay import Batch
 from hvdqn.replay.frames import DeviceFrames
 from hvdqn.resume import Progress, begin, best_evaluation, contents, find_checkpoint, restore, set_aside
-from hvdqn.seeds import rank_seeds
 
 gc.freeze()  # nor is it looked at again
 gc.enable()
@@ -96,17 +95,7 @@ class Training:
         self.checkpoints = checkpoints
         self.parts, self.timer, self.clock = parts, parts.timer, parts.clock
         self.learner, self.replay, self.actor = parts.learner, parts.replay, parts.actor
-        self.evaluator = Evaluator(
-            config.environment,
-            comm,
-            config.run.eval_episodes,
-            config.run.eval_epsilon,
-            rank_seeds(config.run.seed, comm.rank).evaluation,
-            parts.device,
-            self.timer,
-            parts.threads,
-            recording(config),
-        )
+        self.evaluator = Evaluator(config, comm, parts.device, self.timer, parts.threads, recording(config))
         self.metrics = Metrics(run_dir if comm.rank == 0 else None, config.run.total_env_steps, self.timer)
         self.hint = WaitHint(self.timer, comm.name, self.learner.parameters.numel())
         self.best_eval_return = comm.broadcast_object(best_evaluation(run_dir) if comm.rank == 0 else 0.0)
@@ -278,7 +267,7 @@ class Training:
 
     def report(self) -> Sequence[float]:
         """What this rank tells the others since it last did: `learner.REPORTED`."""
-        episodes = self.parts.envs.finished()
+        episodes = self.parts.envs.pop_episodes()
         greediest = [e.episode_return for e in episodes if self.parts.epsilons.greediest[e.env]]
         return (
             float(self.stop.received),
