@@ -192,7 +192,7 @@ class Actor:
         self.passes = make_passes(network)
         self.rng, self.device, self.temperature = rng, device, temperature
         self.q_values = Recorded(self._q_values, record, device) if record else self._q_values
-        self.random = RandomActions(envs.envs, envs.actions, rng, repeat)
+        self.random = RandomActions(envs.num_envs, envs.num_actions, rng, repeat)
 
     def set_network(self, network: QNetwork) -> None:
         """Act with this network from now on; also to be called if its parameters moved to other memory."""
@@ -202,7 +202,7 @@ class Actor:
         """Reset every environment; return the first observations."""
         first = self.envs.reset()
         self.frames = self._stack(first)
-        self.random.interrupt(np.ones(self.envs.envs, np.bool_))
+        self.random.interrupt(np.ones(self.envs.num_envs, np.bool_))
         return first
 
     def choose(self, epsilon: float | NDArray[np.float64]) -> NDArray[np.int64]:

@@ -1,10 +1,10 @@
-"""Greedy play, shared by all ranks, and `hvdqn eval`."""
+"""Evaluate a network by playing greedily: shared by all ranks during training, and alone in `hvdqn eval`."""
 
 from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from hvdqn.acting import Actor
 from hvdqn.checkpoint import LEARNER, BrokenCheckpointError, Checkpoint, open_checkpoint
 from hvdqn.comm import Comm
 from hvdqn.comm.local import LocalComm
-from hvdqn.config import Config, EnvironmentConfig, parse_flags
+from hvdqn.config import Config, parse_flags
 from hvdqn.envs import Environments, make_environments
 from hvdqn.errors import UserError
 from hvdqn.graphs import Record
@@ -29,27 +29,27 @@ from hvdqn.process import use_threads
 from hvdqn.seeds import rank_seeds
 from hvdqn.video import check_video, record
 
-# Environments without a time limit must not hold an evaluation for ever: Atari's 108,000 frames.
+# The time limit of an environment without one of its own: the 108,000 frames of the Atari papers.
 LONGEST_EPISODE_ENV_STEPS = 27_000
 MOST_ENVS_PER_RANK = 16
-# A rank that is told to stop must not wait for the end of an evaluation.
+# How often the ranks agree whether to stop early, so that a stop signal does not wait for the end of an evaluation.
 STEPS_BETWEEN_VOTES = 8
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Undiscounted, unclipped returns of whole episodes, over all ranks."""
+    """The undiscounted, unclipped returns of the evaluation episodes of all ranks."""
 
     returns: tuple[float, ...]
 
     @property
     def mean(self) -> float:
-        """Mean return."""
+        """The mean return."""
         return float(np.mean(self.returns))
 
     @property
     def std(self) -> float:
-        """Standard deviation over episodes."""
+        """The standard deviation of the returns."""
         return float(np.std(self.returns))
 
     def __str__(self) -> str:
@@ -58,85 +58,116 @@ class Evaluation:
 
 
 class Evaluator:
-    """Plays this rank's share of the episodes, each time in new environments.
+    """Plays this rank's share of the `eval_episodes`.
+
+    Each call of `run` makes new environments with the same seed, so all evaluations of a training run begin alike.
+    The environments are those of training, but with raw rewards and without `episodic_life`.
 
     Args:
-        config: the environment, as in training but for clipping and episodic life.
-        episodes: over all ranks.
-        epsilon: share of random actions.
-        seed: this rank's evaluation seed; every evaluation of a run starts from it anew.
-        record: how passes are recorded, as `Actor` takes it.
+        config: the configuration of the run.
+        comm: connects the ranks that share the episodes.
+        device: the device of the network.
+        timer: counts the seconds that this rank waits for others as communication.
+        threads: number of threads of an Atari vector; 0: one per core.
+        record: records CUDA graphs of the network's forward passes, as in `Actor`.
     """
 
     def __init__(
         self,
-        config: EnvironmentConfig,
+        config: Config,
         comm: Comm,
-        episodes: int,
-        epsilon: float,
-        seed: int,
         device: torch.device,
         timer: PhaseTimer,
         threads: int = 0,
         record: Record | None = None,
     ) -> None:
-        self.config, self.comm, self.epsilon, self.seed = config, comm, epsilon, seed
-        self.device, self.timer, self.threads, self.record = device, timer, threads, record
+        self.config, self.comm, self.device, self.timer = config, comm, device, timer
+        self.threads, self.record = threads, record
+        self.seed = rank_seeds(config.run.seed, comm.rank).evaluation
+        episodes = config.run.eval_episodes
         self.share = episodes // comm.size + (comm.rank < episodes % comm.size)
-        self.envs = min(self.share, MOST_ENVS_PER_RANK)
 
     def run(self, network: QNetwork, stop: Callable[[], bool] = lambda: False) -> Evaluation | None:
-        """Play; a collective call. None if some rank's `stop` asked to leave off before the end."""
-        returns: list[float] = []
-        with closing(self._play(network)) as play:
-            playing = True
-            while playing:
-                playing = False
-                for returns in itertools.islice(play, STEPS_BETWEEN_VOTES):  # noqa: B007 - the last one stays
-                    playing = True
-                votes = torch.tensor([float(playing), float(stop())])
-                with self.timer.during("comm"):  # ranks whose episodes were short wait here
-                    self.comm.allreduce_sum_async(votes, name="evaluation").wait()
-                if votes[1] > 0:
-                    return None
-                playing = bool(votes[0] > 0)
+        """Play the episodes and return all ranks' returns, or None if `stop` was True on some rank before the end.
+
+        A collective call: all ranks must make it together.
+        """
+        player = self._make_player(network) if self.share else None
+        network.eval()  # a noisy network acts without noise
+        try:
+            playing, stopped = True, False
+            while playing and not stopped:
+                unfinished = player is not None and player.play(STEPS_BETWEEN_VOTES)
+                playing, stopped = self._vote(unfinished, stop())
+        finally:
+            network.train()
+            if player is not None:
+                player.envs.close()
+        if stopped:
+            return None
         with self.timer.during("comm"):
-            shares = self.comm.all_gather_object(returns)
-        return Evaluation(tuple(value for share in shares for value in share))
+            returns = self.comm.all_gather_object(player.returns if player is not None else [])
+        return Evaluation(tuple(itertools.chain.from_iterable(returns)))
 
-    def _play(self, network: QNetwork) -> Generator[list[float], None, None]:
-        """After each step, the returns so far."""
-        if self.share:
-            envs = make_environments(self.config, self.envs, self.seed, training=False, threads=self.threads)
-            network.eval()  # without the noise that a noisy network explores by
-            try:
-                with closing(envs):
-                    yield from self._play_quota(network, envs)
-            finally:
-                network.train()
-
-    def _play_quota(self, network: QNetwork, envs: Environments) -> Generator[list[float], None, None]:
-        """Each environment plays a fixed number of episodes, so that short episodes are not favoured."""
-        left = np.full(self.envs, self.share // self.envs)
-        left[: self.share % self.envs] += 1
+    def _make_player(self, network: QNetwork) -> _Player:
+        environment, run = self.config.environment, self.config.run
+        num_envs = min(self.share, MOST_ENVS_PER_RANK)
+        envs = make_environments(environment, num_envs, self.seed, training=False, threads=self.threads)
         rng = np.random.default_rng(self.seed)
-        actor = Actor(envs, network, self.config.frame_stack, rng, self.device, record=self.record)
+        actor = Actor(envs, network, environment.frame_stack, rng, self.device, record=self.record)
+        return _Player(envs, actor, run.eval_epsilon, self.share, self.timer)
+
+    def _vote(self, playing: bool, stop: bool) -> tuple[bool, bool]:
+        """Return whether any rank still plays, and whether any rank wants to stop."""
+        votes = torch.tensor([float(playing), float(stop)])
+        with self.timer.during("comm"):  # ranks with short episodes wait here for the others
+            self.comm.allreduce_sum_async(votes, name="evaluation").wait()
+        return bool(votes[0] > 0), bool(votes[1] > 0)
+
+
+class _Player:
+    """Plays a fixed number of episodes in each environment, so that short episodes are not favored.
+
+    Args:
+        envs: this rank's environments, not reset yet.
+        actor: chooses the actions and steps `envs`.
+        epsilon: the probability of a random action.
+        episodes: the number of episodes, at least one per environment.
+        timer: tells the watchdog that this rank makes progress.
+    """
+
+    def __init__(
+        self, envs: Environments, actor: Actor, epsilon: float, episodes: int, timer: PhaseTimer
+    ) -> None:
+        self.envs, self.actor, self.epsilon, self.timer = envs, actor, epsilon, timer
+        self.returns: list[float] = []
+        self.episodes_left = np.full(envs.num_envs, episodes // envs.num_envs)
+        self.episodes_left[: episodes % envs.num_envs] += 1
+        self.episode_return = np.zeros(envs.num_envs)
+        self.length = np.zeros(envs.num_envs, dtype=np.int64)
         actor.start()
-        running, length = np.zeros(self.envs), np.zeros(self.envs, dtype=np.int64)
-        returns: list[float] = []
-        while (left > 0).any():
-            self.timer.start("other")  # a sign of life for the watchdog
-            step = actor.step(actor.choose(self.epsilon))
-            running += step.reward
-            length += step.valid
-            ended = step.terminated | step.truncated
-            endless = ~ended & (length >= LONGEST_EPISODE_ENV_STEPS)
-            if ended.any() or endless.any():
-                returns += running[(ended | endless) & (left > 0)].tolist()
-                left[ended] -= 1
-                left[endless] = 0  # it may never end: what it played counts, and it plays no more
-                running[ended], length[ended] = 0.0, 0
-            yield returns
+
+    def play(self, steps: int) -> bool:
+        """Take up to `steps` steps in every environment; return True if episodes are left."""
+        for _ in range(steps):
+            if not (self.episodes_left > 0).any():
+                return False
+            self._step()
+        return bool((self.episodes_left > 0).any())
+
+    def _step(self) -> None:
+        self.timer.start("other")  # each change of phase shows the watchdog that this rank makes progress
+        step = self.actor.step(self.actor.choose(self.epsilon))
+        self.episode_return += step.reward
+        self.length += step.valid
+        ended = step.terminated | step.truncated
+        endless = ~ended & (self.length >= LONGEST_EPISODE_ENV_STEPS)
+        over = ended | endless
+        if over.any():
+            self.returns += self.episode_return[over & (self.episodes_left > 0)].tolist()
+            self.episodes_left[ended] -= 1
+            self.episodes_left[endless] = 0  # the return so far counts; the next episode may be endless too
+            self.episode_return[over], self.length[over] = 0.0, 0
 
 
 @dataclass(frozen=True)
@@ -144,22 +175,22 @@ class EvalOptions:
     """Play a trained network greedily and print its returns."""
 
     path: Annotated[Path, tyro.conf.Positional]
-    """A run directory, of which the newest checkpoint is played; its `checkpoints/best`; or any checkpoint."""
+    """A run directory, to play its newest checkpoint, or any checkpoint, such as its `checkpoints/best`."""
     episodes: int = 100
-    """Episodes to play."""
+    """Number of episodes to play."""
     epsilon: float = 0.0
-    """Share of random actions."""
+    """Probability of a random action."""
     seed: int = 1
-    """Seed of environments and random actions."""
+    """Seed of the environments and of the random actions."""
     video: Path | None = None
-    """Also record one episode to this .mp4 or .gif."""
+    """Also record one episode in this .mp4 or .gif file."""
 
 
 def find_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint at a path, or the newest of a run directory.
+    """Open the checkpoint at a path, or the newest checkpoint of a run directory.
 
     Raises:
-        UserError: there is none, or it is broken.
+        UserError: there is no checkpoint, or it is broken.
     """
     for place in (path, path / "checkpoints" / "latest"):
         try:
@@ -167,35 +198,35 @@ def find_checkpoint(path: Path) -> Checkpoint:
                 return open_checkpoint(place)
         except (BrokenCheckpointError, OSError) as broken:
             raise UserError(f"{broken}; choose another checkpoint") from None
-    raise UserError(f"'{path}' holds no checkpoint; give a run directory or one of its checkpoints")
+    raise UserError(f"'{path}' contains no checkpoint; give a run directory or one of its checkpoints")
 
 
 def load_network(checkpoint: Checkpoint, config: Config, envs: Environments) -> QNetwork:
-    """The online network of a checkpoint.
+    """Build the network of a configuration and load the online parameters of a checkpoint.
 
     Raises:
-        UserError: the file is broken, or of another network.
+        UserError: the file is broken, or its number of parameters differs.
     """
     network = network_for(config, envs)
     try:
         flat = torch.from_numpy(checkpoint.read(LEARNER)["learner"]["online"])
     except (BrokenCheckpointError, OSError) as broken:
         raise UserError(f"{broken}; choose another checkpoint") from None
-    has = sum(parameter.numel() for parameter in network.parameters())
-    if flat.numel() != has:
+    expected = sum(parameter.numel() for parameter in network.parameters())
+    if flat.numel() != expected:
         raise UserError(
-            f"'{checkpoint.path}' holds {flat.numel():,} parameters, its settings now make {has:,}: the torso or the "
-            "environment is not what it was"
+            f"'{checkpoint.path}' has {flat.numel():,} parameters, but its settings now make {expected:,}: the torso "
+            "or the environment has changed since"
         )
     torch.nn.utils.vector_to_parameters(flat, network.parameters())
     return network
 
 
 def check_options(options: EvalOptions) -> None:
-    """Whatever can be refused before anything is played.
+    """Check the options before anything is played.
 
     Raises:
-        UserError: a value that cannot be right.
+        UserError: a value is out of range, or the video cannot be written.
     """
     if options.episodes < 1:
         raise UserError(f"--episodes is {options.episodes}; it must be at least 1")
@@ -208,37 +239,28 @@ def check_options(options: EvalOptions) -> None:
 
 
 def evaluate(options: EvalOptions) -> Iterator[str]:
-    """Play in this process, whatever started it; yield a line for people on each thing that is done.
+    """Play in this process alone, even under a launcher; yield one line of text per result.
 
     Raises:
-        UserError: no such checkpoint, or its environment cannot be made or drawn here.
+        UserError: there is no such checkpoint, or its environment cannot be made or rendered.
     """
     check_options(options)
     checkpoint = find_checkpoint(options.path)
     config = Config().replace(**checkpoint.manifest["config"])
-    probe = make_environments(config.environment, 1, options.seed, training=False)
-    network = load_network(checkpoint, config, probe)
-    probe.close()
+    config = config.replace(eval_episodes=options.episodes, eval_epsilon=options.epsilon, seed=options.seed)
+    with closing(make_environments(config.environment, 1, options.seed, training=False)) as envs:
+        network = load_network(checkpoint, config, envs)
     use_threads(network, torch.get_num_threads())
-    evaluator = Evaluator(
-        config.environment,
-        LocalComm(),
-        options.episodes,
-        options.epsilon,
-        rank_seeds(options.seed, 0).evaluation,
-        torch.device("cpu"),
-        PhaseTimer(),
-    )
-    evaluation = evaluator.run(network)
-    assert evaluation is not None  # nobody asked to leave off
+    evaluation = Evaluator(config, LocalComm(), torch.device("cpu"), PhaseTimer()).run(network)
+    assert evaluation is not None  # only `stop` makes it None
     yield f"{options.path}: {evaluation}"
     if options.video is not None:
         record(network, config.environment, options.video, options.seed, options.epsilon)
-        yield f"one episode: {options.video}"
+        yield f"video of one episode: {options.video}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The `hvdqn eval` command; returns the exit code."""
+    """Run the `hvdqn eval` command; return its exit code."""
     try:
         options = parse_flags(EvalOptions, sys.argv[1:] if argv is None else argv, prog="hvdqn eval")
         for line in evaluate(options):

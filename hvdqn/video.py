@@ -1,10 +1,11 @@
-"""One greedy episode as an .mp4 or .gif."""
+"""Record one greedy episode as an .mp4 or .gif file."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import closing
@@ -24,29 +25,29 @@ from hvdqn.errors import UserError
 from hvdqn.networks import QNetwork
 
 FORMATS = (".mp4", ".gif")
-# A small picture, such as MinAtar's 10 x 10, is enlarged until its height has this many pixels.
-LEAST_HEIGHT = 240
-LONGEST_FRAMES = 10_000
+# Smaller frames, such as the 10 x 10 pixels of MinAtar, are enlarged to at least this height.
+MIN_HEIGHT = 240
+MAX_FRAMES = 10_000
 
 
 def check_video(path: Path) -> None:
-    """Whether a video can be written there.
+    """Check that a video can be written to this path.
 
     Raises:
-        UserError: it cannot; its line names the remedy.
+        UserError: the format is unknown, the file cannot be written, or imageio is not installed.
     """
     if path.suffix not in FORMATS:
         raise UserError(f"--video '{path}' must end in {' or '.join(FORMATS)}")
     if not path.absolute().parent.is_dir():
-        raise UserError(f"--video '{path}': there is no folder '{path.parent}'; make it first")
-    new = not path.exists()
+        raise UserError(f"--video '{path}': the folder '{path.parent}' does not exist; create it first")
+    is_new = not path.exists()
     try:
         path.open("ab").close()
     except OSError as error:
         raise UserError(
             f"--video '{path}' cannot be written: {error.strerror}; choose another place"
         ) from None
-    if new:
+    if is_new:
         path.unlink()
     try:
         import imageio_ffmpeg  # noqa: F401
@@ -55,36 +56,38 @@ def check_video(path: Path) -> None:
 
 
 def record(network: QNetwork, config: EnvironmentConfig, path: Path, seed: int, epsilon: float) -> int:
-    """Play one episode in this process and write it; return its frames.
+    """Play one episode, write it to `path`, and return its number of frames.
 
-    Atari is shown as the network sees it, one frame an env step; other environments draw themselves.
+    Atari videos show what the network sees, one frame per env step. Other environments render themselves.
 
     Raises:
-        UserError: the environment cannot be drawn.
+        UserError: the environment cannot be rendered.
     """
     import imageio.v2 as imageio
 
-    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws without a display
-    with closing(make_drawn(config, seed)) as envs:
-        pictures = map(_enlarged, play(network, envs, config, seed, epsilon))
-        first = next(pictures)  # what cannot be drawn leaves no file
-        gif: dict[str, Any] = {"duration": 1000 / envs.frames_per_second, "loop": 0}
-        # Else pictures are stretched to multiples of 16.
-        mp4: dict[str, Any] = {"fps": envs.frames_per_second, "macro_block_size": 2}
-        film: Any = imageio.get_writer(path, **(gif if path.suffix == ".gif" else mp4))
-        written = 0
-        with closing(film):
-            for picture in itertools.chain([first], pictures):
-                film.append_data(picture)
-                written += 1
-    return written
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame renders without a display
+    with closing(make_rendered(config, seed)) as envs:
+        frames = map(_enlarge, play(network, envs, config, seed, epsilon))
+        first = next(
+            frames
+        )  # before the file is opened: an environment that cannot be rendered leaves no file
+        gif: dict[str, Any] = {"duration": 1000 / envs.render_fps, "loop": 0}
+        # By default, imageio stretches frames to multiples of 16.
+        mp4: dict[str, Any] = {"fps": envs.render_fps, "macro_block_size": 2}
+        writer: Any = imageio.get_writer(path, **(gif if path.suffix == ".gif" else mp4))
+        count = 0
+        with closing(writer):
+            for frame in itertools.chain([first], frames):
+                writer.append_data(frame)
+                count += 1
+    return count
 
 
-def make_drawn(config: EnvironmentConfig, seed: int) -> Environments:
-    """One such environment, in a vector that can draw it.
+def make_rendered(config: EnvironmentConfig, seed: int) -> Environments:
+    """Build one environment that `Environments.render` can render.
 
     Raises:
-        UserError: it cannot be made to draw itself.
+        UserError: the environment has no render mode "rgb_array".
     """
     kwargs = json.loads(config.env_kwargs or "{}")
     if not is_atari(find_spec(config.env)):
@@ -93,31 +96,31 @@ def make_drawn(config: EnvironmentConfig, seed: int) -> Environments:
     try:
         return make_environments(config, 1, seed, training=False)
     except UserError as error:
-        raise UserError(f"'{config.env}' cannot be drawn ({error}); leave --video out") from error
+        raise UserError(f"'{config.env}' cannot be rendered ({error}); leave --video out") from error
 
 
 def play(
     network: QNetwork, envs: Environments, config: EnvironmentConfig, seed: int, epsilon: float
 ) -> Iterator[NDArray[np.uint8]]:
-    """Pictures of one episode, `[H, W, 3]` each."""
+    """Play one episode and yield its frames, `[height, width, 3]` each."""
     network.eval()
     actor = Actor(envs, network, config.frame_stack, np.random.default_rng(seed), torch.device("cpu"))
     actor.start()
-    for _ in range(LONGEST_FRAMES):
+    for _ in range(MAX_FRAMES):
         try:
-            picture = envs.picture()
+            frame = envs.render()
         except (gym.error.DependencyNotInstalled, NotImplementedError) as error:
-            raise UserError(f"'{config.env}' cannot be drawn: {error}") from None
-        if picture is None:
-            raise UserError(f"'{config.env}' draws no pictures (render_mode 'rgb_array'); leave --video out")
-        yield picture
+            raise UserError(f"'{config.env}' cannot be rendered: {error}") from None
+        if frame is None:
+            raise UserError(f"'{config.env}' renders no frames in render_mode 'rgb_array'; leave --video out")
+        yield frame
         step = actor.step(actor.choose(epsilon))
         if step.terminated[0] or step.truncated[0]:
             break
 
 
-def _enlarged(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    times = max(1, -(-LEAST_HEIGHT // frame.shape[0]))
-    large = frame.repeat(times, axis=0).repeat(times, axis=1)
-    # Video codecs want even sides.
+def _enlarge(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Enlarge a frame by a whole factor to at least `MIN_HEIGHT`, with even sides, as video codecs need them."""
+    factor = max(1, math.ceil(MIN_HEIGHT / frame.shape[0]))
+    large = frame.repeat(factor, axis=0).repeat(factor, axis=1)
     return large[: large.shape[0] // 2 * 2, : large.shape[1] // 2 * 2]

@@ -53,9 +53,9 @@ def fill(config: Config, envs: Environments, capacity: int) -> Filled:
     check_world(config, 1)
     replay = make_replay(config, 1, envs, np.random.default_rng(config.run.seed))
     replay.start(envs.reset())
-    actions = np.zeros(envs.envs, np.int64)
+    actions = np.zeros(envs.num_envs, np.int64)
     step = envs.step(actions)
-    for _ in range(capacity // envs.envs + 1):
+    for _ in range(capacity // envs.num_envs + 1):
         replay.add(actions, step)
     return Filled(replay, actions, step, config.replay.batch_per_rank)
 

@@ -1,7 +1,7 @@
-"""One vector environment per rank, behind one step contract.
+"""The vectorized environments of a rank.
 
-`make_environments` builds it from an `EnvironmentConfig`; whatever the environment, its observations and the way
-its vector resets itself, an `Environments` answers every action with one `Step`.
+`make_environments` builds them from an `EnvironmentConfig`. `Environments.step` returns a `Step`, which looks the same
+for every environment, observation space and autoreset mode.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From an id to a vector environment, and from whatever is wrong with it to one line for the user."""
+"""Build the environments of a rank from an `EnvironmentConfig`, and report wrong settings in one line."""
 
 from __future__ import annotations
 
@@ -25,35 +25,33 @@ from hvdqn.envs.atari import LIFE_LOST, AtariGame, AtariVector, game_settings, i
 from hvdqn.envs.vector import Environments
 from hvdqn.errors import UserError
 
-# Namespaces that come with an extra: the module that registers them, and the extra's name.
+# Namespaces of optional environments: the module that registers them, and the extra that installs it.
 _FAMILIES = {"ALE": ("ale_py", "atari"), "MinAtar": ("minatar.gym", "minatar")}
-_NATIVE = "vector_entry_point"  # Gymnasium's word for a vector that the environment itself offers
-_READABLE = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
+_SUPPORTED_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 
 
 def make_environments(
-    config: EnvironmentConfig, envs: int, seed: int, training: bool, threads: int = 0
+    config: EnvironmentConfig, num_envs: int, seed: int, training: bool, threads: int = 0
 ) -> Environments:
-    """Build one rank's environments; call `reset` next.
+    """Build the environments of one rank. Call `reset` on them before the first step.
 
-    Atari ids (`ALE/...-v5`) are played without sticky actions unless `--env-kwargs` sets
-    `repeat_action_probability`.
+    Atari ids (`ALE/...-v5`) have no sticky actions unless `--env-kwargs` sets `repeat_action_probability`.
 
     Args:
-        config: which environment, and what is done to it.
-        envs: how many.
-        seed: of this rank and this use of them.
-        training: False in evaluation, where rewards are raw and an episode has all its lives.
-        threads: threads of an Atari vector; 0: one a core.
+        config: the environment and its settings.
+        num_envs: number of environments.
+        seed: the seed of their first reset.
+        training: False for evaluation: rewards are not clipped, and a lost life does not end the episode.
+        threads: number of threads of an Atari vector; 0: one per core.
 
     Raises:
-        UserError: no such environment, or one that a DQN cannot play; its line names the remedy.
+        UserError: the environment does not exist, or a DQN cannot play it.
     """
     spec = find_spec(config.env)
     if config.episodic_life and not is_atari(spec):
         raise UserError(f"--episodic-life needs an Atari environment such as ALE/Pong-v5, not '{config.env}'")
     build = _Build(config, spec, _read_kwargs(config, spec), training and config.episodic_life)
-    vector, how = _make_vector(build, envs, threads)
+    vector, kind = _make_vector(build, num_envs, threads)
     try:
         _check_actions(vector.single_action_space, config.env)
     except UserError:
@@ -62,17 +60,17 @@ def make_environments(
     return Environments(
         vector,
         seed,
-        description=_describe(build, vector, how),
+        description=_describe(build, vector, kind),
         clip_rewards=training and config.clip_rewards,
-        twin=functools.partial(_make_twin, config, training),
+        make_copy=functools.partial(_make_copy, config, training),
     )
 
 
 def find_spec(env: str) -> EnvSpec:
-    """The registration of an id or `module:id`. Imports the module, or the extra that the id belongs to.
+    """Return the Gymnasium spec of an id or `module:id`; import the module, or the package that the id needs.
 
     Raises:
-        UserError: nothing is registered under it; near matches are named.
+        UserError: the id is not registered; the message suggests similar ids.
     """
     module, _, env_id = env.rpartition(":")
     if module:
@@ -82,7 +80,7 @@ def find_spec(env: str) -> EnvSpec:
         extra = _FAMILIES[family][1]
         raise UserError(f"'{env_id}' needs the {extra} extra; pip install 'hvdqn[{extra}]'")
     if env_id not in gym.registry:
-        for other in _FAMILIES:  # old Atari ids have no namespace; and near matches may lie in any family
+        for other in _FAMILIES:  # old Atari ids have no namespace, and any family may have similar ids
             _register(other)
     if env_id not in gym.registry:
         near = did_you_mean(env_id, sorted(gym.registry))
@@ -93,21 +91,21 @@ def find_spec(env: str) -> EnvSpec:
 
 
 def _register(family: str) -> bool:
-    """Make the ids of an extra known; False where it is not installed."""
+    """Register the ids of an optional package; return False if it is not installed."""
     if any(env_id.startswith(f"{family}/") for env_id in gym.registry):
         return True
     try:
         module = importlib.import_module(_FAMILIES[family][0])
     except ImportError:
         return False
-    if hasattr(module, "register_envs"):  # ale_py registers its ids by being imported
+    if hasattr(module, "register_envs"):  # importing ale_py registers its ids
         module.register_envs()
     return True
 
 
 @dataclasses.dataclass(frozen=True)
 class _Build:
-    """All that one environment is made from; travels to the worker processes of an async vector."""
+    """What one environment is built from. It is pickled for the worker processes of an async vector."""
 
     config: EnvironmentConfig
     spec: EnvSpec
@@ -116,6 +114,7 @@ class _Build:
 
 
 def _read_kwargs(config: EnvironmentConfig, spec: EnvSpec) -> dict[str, Any]:
+    """Return the constructor arguments that `--env-kwargs` gives."""
     try:
         kwargs = json.loads(config.env_kwargs or "{}")
     except json.JSONDecodeError as error:
@@ -123,54 +122,56 @@ def _read_kwargs(config: EnvironmentConfig, spec: EnvSpec) -> dict[str, Any]:
             f'--env-kwargs {config.env_kwargs!r} is not JSON ({error.msg}); write {{"name": value}}'
         ) from None
     if not isinstance(kwargs, dict):
-        raise UserError(f'--env-kwargs {config.env_kwargs!r} is no JSON object; write {{"name": value}}')
+        raise UserError(f'--env-kwargs {config.env_kwargs!r} is not a JSON object; write {{"name": value}}')
     return game_settings(spec, kwargs) if is_atari(spec) else kwargs
 
 
-def _make_vector(build: _Build, envs: int, threads: int) -> tuple[VectorEnv[Any, Any, Any], str]:
-    """The vector environment that the config asks for, and what kind of vector it is."""
-    config, asked = build.config, build.config.vectorization
-    offered = build.spec.vector_entry_point is not None and not build.spec.additional_wrappers
-    if asked == "native" and config.wrapper:
+def _make_vector(build: _Build, num_envs: int, threads: int) -> tuple[VectorEnv[Any, Any, Any], str]:
+    """Return the vector environment that the config asks for, and its kind: native, sync or async."""
+    config, requested = build.config, build.config.vectorization
+    has_native = build.spec.vector_entry_point is not None and not build.spec.additional_wrappers
+    if requested == "native" and config.wrapper:
         raise UserError("--wrapper wraps single environments; use it with --vectorization sync or async")
-    if asked == "native" and not offered:
+    if requested == "native" and not has_native:
         raise UserError(f"'{config.env}' has no native vector; use --vectorization sync or async")
-    if asked == "native" or (asked == "auto" and offered and not config.wrapper):
-        with _construction(config):
-            vector = _make_native(build, envs, threads)
+    if requested == "native" or (requested == "auto" and has_native and not config.wrapper):
+        with _explain_errors(config):
+            vector = _make_native(build, num_envs, threads)
         if isinstance(vector.single_observation_space, spaces.Box):
             return vector, "native"
         vector.close()
-        if asked == "native":
+        if requested == "native":
             raise UserError(f"the native vector of '{config.env}' has no Box observations; use sync or async")
-    makers = [functools.partial(_make_single, build, index, os.getpid()) for index in range(envs)]
-    if asked == "async":
+    makers = [functools.partial(_make_single, build, index, os.getpid()) for index in range(num_envs)]
+    if requested == "async":
         return AsyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP), "async"
     return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP), "sync"
 
 
-def _make_native(build: _Build, envs: int, threads: int) -> VectorEnv[Any, Any, Any]:
+def _make_native(build: _Build, num_envs: int, threads: int) -> VectorEnv[Any, Any, Any]:
     if is_atari(build.spec):
-        return AtariVector(envs, threads, build.episodic_life, build.kwargs)
-    return gym.make_vec(build.spec, num_envs=envs, vectorization_mode=_NATIVE, **build.kwargs)
+        return AtariVector(num_envs, threads, build.episodic_life, build.kwargs)
+    return gym.make_vec(
+        build.spec, num_envs=num_envs, vectorization_mode="vector_entry_point", **build.kwargs
+    )
 
 
-def _make_twin(config: EnvironmentConfig, training: bool, seed: int) -> Environments:
-    """Two environments of the same build in this process, for the rehearsal of `Environments.state`."""
+def _make_copy(config: EnvironmentConfig, training: bool, seed: int) -> Environments:
+    """Build two of the same environments in this process; `Environments.state` tests with them."""
     if config.vectorization == "async":
         config = dataclasses.replace(config, vectorization="sync")
     return make_environments(config, 2, seed, training)
 
 
-def _make_single(build: _Build, index: int, owner: int) -> gym.Env[Any, Any]:
-    """One environment with the user's wrappers around it; runs in a worker where the vector is async."""
-    if os.getpid() != owner:
-        # Signals reach every process of a job. The rank answers them; its workers end when it does.
+def _make_single(build: _Build, index: int, rank_pid: int) -> gym.Env[Any, Any]:
+    """Build one environment with the user's wrappers. An async vector calls it in a worker process."""
+    if os.getpid() != rank_pid:
+        # A launcher may send signals to every process of a job. The rank handles them and closes its workers.
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, signal.SIG_IGN)
     config = build.config
     env: gym.Env[Any, Any]
-    with _construction(config):
+    with _explain_errors(config):
         if is_atari(build.spec):
             env = AtariGame(build.episodic_life, build.kwargs)
         else:
@@ -180,11 +181,11 @@ def _make_single(build: _Build, index: int, owner: int) -> gym.Env[Any, Any]:
     _check_observations(env.observation_space, config.env)
     if not isinstance(env.observation_space, spaces.Box):
         env = FlattenObservation(env)
-    return _Outermost(env, index)
+    return _SaveState(env, index)
 
 
-class _Outermost(gym.Wrapper[Any, Any, Any, Any]):
-    """What every single environment ends in: it drops infos nobody reads, and saves its state as plain data."""
+class _SaveState(gym.Wrapper[Any, Any, Any, Any]):
+    """The outermost wrapper of every single environment: saves its state and drops infos that hvdqn does not read."""
 
     def __init__(self, env: gym.Env[Any, Any], index: int):
         super().__init__(env)
@@ -200,7 +201,7 @@ class _Outermost(gym.Wrapper[Any, Any, Any, Any]):
         observation, reward, terminated, truncated, info = self.env.step(action)
         if not (terminated or truncated):
             return observation, reward, False, False, {}
-        # A copy: the reset that follows may write to the same buffer.
+        # Copy, because the reset that follows may write to the same buffer.
         final = np.array(observation)
         return final, reward, bool(terminated), bool(truncated), {LIFE_LOST: bool(info.get(LIFE_LOST))}
 
@@ -208,17 +209,20 @@ class _Outermost(gym.Wrapper[Any, Any, Any, Any]):
         return snapshot.save(self.env)
 
     def load_state(self, states: list[dict[str, Any]]) -> str:
-        """Its own of all envs' states: a vector's `call` tells every env the same; what does not fit, or ""."""
+        """Load this env's state from the states of all envs; return an error message, or "" if it fits.
+
+        `VectorEnv.call` passes the same arguments to every env.
+        """
         try:
             snapshot.load(self.env, states[self._index])
-        except ValueError as error:  # raised, it would end the worker of an async vector
+        except ValueError as error:  # an exception would end the worker of an async vector
             return str(error)
         return ""
 
 
 @contextmanager
-def _construction(config: EnvironmentConfig) -> Iterator[None]:
-    """Tell a constructor's complaint about the user's settings as one line; let bugs keep their traceback."""
+def _explain_errors(config: EnvironmentConfig) -> Iterator[None]:
+    """Turn a constructor's exception about the user's settings into a `UserError`; leave bugs as they are."""
     try:
         yield
     except UserError:
@@ -240,6 +244,7 @@ def _construction(config: EnvironmentConfig) -> Iterator[None]:
 
 
 def _wrap(env: gym.Env[Any, Any], path: str) -> gym.Env[Any, Any]:
+    """Apply the wrapper at `module:attribute`."""
     wrapper = import_attribute(path, "--wrapper")
     try:
         wrapped = wrapper(env)
@@ -252,7 +257,7 @@ def _wrap(env: gym.Env[Any, Any], path: str) -> gym.Env[Any, Any]:
         ) from error
     except (ValueError, LookupError, AssertionError, AttributeError, gym.error.Error) as error:
         if not wrapper.__module__.startswith("gymnasium."):
-            raise  # a bug of the user's own keeps its traceback
+            raise  # a bug in the user's wrapper keeps its traceback
         raise UserError(f"--wrapper '{path}' does not take this environment: {_line(error)}") from error
     if not isinstance(wrapped, gym.Env):
         raise UserError(
@@ -265,36 +270,37 @@ def _check_actions(space: gym.Space[Any], env: str) -> None:
     if not isinstance(space, spaces.Discrete):
         raise UserError(
             f"'{env}' has the action space {_line(space)}; DQN needs Discrete actions: "
-            "choose another environment, or make them Discrete by a --wrapper"
+            "choose another environment, or use a --wrapper that makes them Discrete"
         )
 
 
 def _check_observations(space: gym.Space[Any], env: str, where: str = "") -> None:
-    """Refuse what has no fixed number of numbers: text, sequences, graphs, spaces nobody knows."""
+    """Refuse spaces that do not flatten to a fixed size: text, sequences, graphs, unknown spaces."""
     if isinstance(space, (spaces.Dict, spaces.Tuple)):
         parts = space.items() if isinstance(space, spaces.Dict) else enumerate(space)
         for name, part in parts:
             _check_observations(part, env, f"{where}[{name!r}]")
-    elif not isinstance(space, _READABLE):
+    elif not isinstance(space, _SUPPORTED_SPACES):
         raise UserError(
-            f"'{env}' observes a {type(space).__name__} space{' at ' + where if where else ''}; hvdqn reads Box, "
-            "Discrete, MultiDiscrete, MultiBinary, and Dict and Tuple of those: drop the rest by a --wrapper"
+            f"'{env}' observes a {type(space).__name__} space{' at ' + where if where else ''}; hvdqn supports Box, "
+            "Discrete, MultiDiscrete, MultiBinary, and Dict and Tuple of those: use a --wrapper that drops the rest"
         )
 
 
-def _describe(build: _Build, vector: VectorEnv[Any, Any, Any], how: str) -> str:
-    """Everything about the environments that changes what a result means, in one line."""
+def _describe(build: _Build, vector: VectorEnv[Any, Any, Any], kind: str) -> str:
+    """Describe in one line the environments and the settings that results depend on."""
     mode = AutoresetMode(vector.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP))
-    said = [build.config.env, f"{vector.num_envs} envs", f"{how} vector", f"{mode.name} autoreset"]
-    said += [f"wrapped by {path}" for path in build.config.wrapper]
+    words = [build.config.env, f"{vector.num_envs} envs", f"{kind} vector", f"{mode.name} autoreset"]
+    words += [f"wrapped by {path}" for path in build.config.wrapper]
     if is_atari(build.spec):
-        said.append(f"frameskip {build.kwargs.get('frameskip', 4)}")
-        said.append(f"sticky actions {build.kwargs['repeat_action_probability']}")
+        words.append(f"frameskip {build.kwargs.get('frameskip', 4)}")
+        words.append(f"sticky actions {build.kwargs['repeat_action_probability']}")
     if build.episodic_life:
-        said.append("a lost life ends the episode")
-    return ", ".join(said)
+        words.append("a lost life ends the episode")
+    return ", ".join(words)
 
 
-def _line(thing: object, width: int = 200) -> str:
-    text = " ".join(str(thing).split())
+def _line(message: object, width: int = 200) -> str:
+    """Return the message on one line, cut to `width` characters."""
+    text = " ".join(str(message).split())
     return text if len(text) <= width else text[: width - 3] + "..."

@@ -1,10 +1,10 @@
-"""The state of an environment as plain data: numbers, arrays and the states of random generators. No pickle.
+"""Save the state of an environment as plain data and restore it, without pickle.
 
-`save` walks the attributes of an environment, its wrappers and its own helper objects. What it returns is made of
-None, bool, int, float, str, lists, dicts with str keys, and numpy arrays, so that the arrays can be stored apart
-from a JSON text. Everything that JSON cannot say is a dict of one tag: `{"tuple": [...]}`, `{"dict": [[key, value],
-...]}` and so on. `load` puts such a state into another environment of the same build. It never creates an object
-from a name that it read: helper objects and random generators must be there already, and are filled.
+`save` reads the attributes of an environment, of its wrappers and of its helper objects. The result consists of None,
+bool, int, float, str, lists, dicts with str keys, and NumPy arrays, so a checkpoint can store it as JSON and arrays.
+A value of another type becomes a dict with a tag: `{"tuple": [...]}`, `{"dict": [[key, value], ...]}` and so on.
+`load` writes such a state into another environment that was made the same way. It never creates an object from a name
+in the state: helper objects and random generators must exist already, and `load` sets their attributes.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
 
-class NotPlain(Exception):  # noqa: N818 - an answer, not an error: the caller turns it into None
-    """Part of the state is no plain data, so the environment cannot be saved exactly."""
+class NotPlain(Exception):  # noqa: N818 - never an error: `save` returns None instead
+    """A part of the state is not plain data, so the environment cannot be saved exactly."""
 
 
-class _Python:
-    """Stands for any class written in Python: see `_is_python_object`."""
+class _PlainClass:
+    """A class without slots and without a base class written in C; `_is_python_object` compares with it."""
 
 
-# What an environment is built with and does not change while it runs.
+# Types and names of attributes that are set at construction and do not change while the environment runs.
 _CONSTANT = (gym.Space, EnvSpec, ModuleType, type, FunctionType, BuiltinFunctionType, MethodType)
 _CONSTANT_NAMES = frozenset({"spec", "_cached_spec", "_saved_kwargs", "metadata", "_metadata"})
 _PLAIN = (type(None), bool, int, float, str)
 
 
 def save(environment: object) -> dict[str, Any] | None:
-    """The state of an environment, or None where some of it is no plain data (a physics engine, an emulator)."""
+    """Return the state of an environment, or None if a part of it is not plain data, such as an emulator's."""
     try:
         return _save_object(environment, set())
     except NotPlain:
@@ -42,10 +42,10 @@ def save(environment: object) -> dict[str, Any] | None:
 
 
 def load(environment: object, state: dict[str, Any]) -> None:
-    """Put a state from `save` into an environment of the same build that has been reset.
+    """Write a state from `save` into an environment that was made the same way and has been reset.
 
     Raises:
-        ValueError: the state belongs to another kind of environment.
+        ValueError: the state is of another kind of environment.
     """
     try:
         _load_object(environment, state)
@@ -53,20 +53,20 @@ def load(environment: object, state: dict[str, Any]) -> None:
         raise ValueError(f"the saved state does not fit {type(environment).__name__}: {error}") from error
 
 
-def _save_object(thing: object, seen: set[int]) -> dict[str, Any]:
-    """Its attributes; `seen` are the objects met already, for some point back at their owners."""
-    if id(thing) in seen:
+def _save_object(instance: object, seen: set[int]) -> dict[str, Any]:
+    """Return an object's attributes. `seen` holds the ids of visited objects, because references may form cycles."""
+    if id(instance) in seen:
         return {"seen": True}
-    seen.add(id(thing))
+    seen.add(id(instance))
     attributes = {}
-    for name, value in vars(thing).items():
+    for name, value in vars(instance).items():
         if name not in _CONSTANT_NAMES and not isinstance(value, _CONSTANT):
             attributes[name] = _save_attribute(value, seen)
-    return {"class": _class_name(thing), "object": attributes}
+    return {"class": _class_name(instance), "object": attributes}
 
 
 def _save_attribute(value: object, seen: set[int]) -> Any:
-    """Plain data, or what can only be filled in place: generators, enum members, helper objects."""
+    """Return an attribute as plain data. Generators, enum members and helper objects are restored in place."""
     if isinstance(value, np.random.Generator):
         return {"generator": _save_value(value.bit_generator.state)}
     if isinstance(value, np.random.RandomState):
@@ -79,6 +79,7 @@ def _save_attribute(value: object, seen: set[int]) -> Any:
 
 
 def _save_value(value: object) -> Any:
+    """Return a value as plain data, or raise `NotPlain`."""
     if type(value) in _PLAIN:
         return value
     if type(value) is np.ndarray and _is_storable(value.dtype):
@@ -100,32 +101,34 @@ def _save_value(value: object) -> Any:
 
 
 def _is_storable(dtype: np.dtype[Any]) -> bool:
-    """Whether a checkpoint has a type for it: no text, no complex or extended numbers, no foreign byte order."""
+    """Return True for booleans, integers and floats of up to 8 bytes in native byte order."""
     return dtype.kind in "biuf" and dtype.itemsize <= 8 and dtype.isnative
 
 
 def _is_python_object(value: object) -> bool:
-    """Whether its whole state is in its `__dict__`: no slots, no base class from C with fields of its own."""
-    return hasattr(value, "__dict__") and _layout(type(value)) == _layout(_Python)
+    """Return True if `__dict__` holds the whole state: no slots, no fields of a base class written in C."""
+    return hasattr(value, "__dict__") and _layout(type(value)) == _layout(_PlainClass)
 
 
 def _layout(kind: type) -> tuple[int, int, int]:
     return kind.__basicsize__, kind.__dictoffset__, kind.__weakrefoffset__
 
 
-def _class_name(thing: object) -> str:
-    return f"{type(thing).__module__}.{type(thing).__qualname__}"
+def _class_name(instance: object) -> str:
+    return f"{type(instance).__module__}.{type(instance).__qualname__}"
 
 
-def _load_object(thing: object, state: dict[str, Any]) -> None:
-    if state["class"] != _class_name(thing):
-        raise TypeError(f"{state['class']} was saved where a {_class_name(thing)} is")
-    attributes = vars(thing)
+def _load_object(instance: object, state: dict[str, Any]) -> None:
+    """Set the attributes of an existing object."""
+    if state["class"] != _class_name(instance):
+        raise TypeError(f"the state is of a {state['class']}, the object is a {_class_name(instance)}")
+    attributes = vars(instance)
     for name, saved in state["object"].items():
         attributes[name] = _load_attribute(saved, attributes.get(name))
 
 
 def _load_attribute(saved: Any, current: Any) -> Any:
+    """Return the restored attribute. Helper objects and random generators are changed in place."""
     if not isinstance(saved, dict):
         return _load_value(saved)
     if "seen" in saved:
@@ -145,6 +148,7 @@ def _load_attribute(saved: Any, current: Any) -> Any:
 
 
 def _load_value(saved: Any) -> Any:
+    """Return the value that `_save_value` saved."""
     if isinstance(saved, np.ndarray):
         return saved.copy()
     if isinstance(saved, list):

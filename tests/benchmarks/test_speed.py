@@ -51,7 +51,7 @@ def run(request: pytest.FixtureRequest) -> Iterator[tuple[Config, Parts]]:
 def test_act(benchmark: BenchmarkFixture, run: tuple[Config, Parts]) -> None:
     _, parts = run
     actions = benchmark(parts.actor.choose, 0.05)
-    assert actions.shape == (parts.envs.envs,)
+    assert actions.shape == (parts.envs.num_envs,)
 
 
 def test_sample(benchmark: BenchmarkFixture, run: tuple[Config, Parts]) -> None:

@@ -1,6 +1,6 @@
-"""Environments whose every reward, end and observation is known beforehand.
+"""Test environments with known rewards, episode ends and observations.
 
-Registered on import: `--env tests.unit.scripted_envs:Scripted-v0` finds them from the root of the repository.
+Importing this module registers them; `--env tests.unit.scripted_envs:Scripted-v0` works from the repository's root.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ TWO_EPISODES = (((1.0, 2.0, 3.0), "terminated"), ((-4.0, 0.5), "truncated"))
 
 
 class Scripted(gym.Env[np.ndarray, int]):
-    """Plays its episodes in turn, for ever. Observes [episode, step in it]; actions change nothing.
+    """Repeats a list of episodes. The observation is [episode, step in the episode]; actions have no effect.
 
     Args:
-        episodes: each its rewards and how it ends: "terminated", "truncated" or "both".
-        buffer: hand out the same array at every call, as some simulators do.
+        episodes: the rewards of each episode, and how it ends: "terminated", "truncated" or "both".
+        buffer: return the same array from every call, as some simulators do.
     """
 
     observation_space = spaces.Box(-1e6, 1e6, (2,), np.float32)
@@ -56,7 +56,7 @@ class Scripted(gym.Env[np.ndarray, int]):
 
 
 class Observing(gym.Env[Any, int]):
-    """Observes samples of a space; every action is rewarded by its own number; lasts for ever."""
+    """Observations are samples of a space, the reward is the action, and the episode never ends."""
 
     def __init__(self, observation_space: spaces.Space[Any], action_space: spaces.Space[Any] | None = None):
         self.observation_space = observation_space
@@ -73,10 +73,10 @@ class Observing(gym.Env[Any, int]):
         return self.observation_space.sample(), float(action), False, False, {}
 
 
-class Silent(Observing):
-    """Takes a render mode, and draws nothing."""
+class RendersNothing(Observing):
+    """Accepts a render mode, but renders nothing."""
 
-    metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012 - as Gymnasium has it
+    metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012 - Gymnasium's convention
 
     def __init__(self, render_mode: str | None = None) -> None:
         super().__init__(OBSERVED["Vector"])
@@ -87,7 +87,7 @@ class Silent(Observing):
 
 
 class Forgetful(Scripted):
-    """Rewards from a stream that its attributes do not show: it cannot be resumed exactly."""
+    """Takes rewards from a class attribute, which `snapshot` does not save: it cannot be resumed exactly."""
 
     stream = iter(range(1_000_000))
 
@@ -96,8 +96,8 @@ class Forgetful(Scripted):
         return observation, float(next(self.stream)), terminated, truncated, info
 
 
-class BeginsAnywhere(Scripted):
-    """One long episode after the other, each of which begins where a stream says that its attributes do not show."""
+class HiddenStarts(Scripted):
+    """Long episodes whose first observation comes from a class attribute, which `snapshot` does not save."""
 
     stream = iter(range(1_000_000))
 
@@ -109,16 +109,16 @@ class BeginsAnywhere(Scripted):
         return observation + next(self.stream), info
 
 
-class SaysLifeLost(Scripted):
-    """Uses a word of its own among its infos, which others use for something else."""
+class InfoLifeLost(Scripted):
+    """Has a `life_lost` among its infos that does not mean what hvdqn's own key means."""
 
     def step(self, action: int):
         *rest, _ = super().step(action)
         return *rest, {"life_lost": True}
 
 
-class MadeByChance(Scripted):
-    """One of its parts is of either of two kinds: what one of them saves does not fit the other."""
+class RandomPart(Scripted):
+    """The class of its part differs between instances, so the state of one may not fit another."""
 
     made = 0
 
@@ -128,8 +128,8 @@ class MadeByChance(Scripted):
         self.part = Observing(self.observation_space) if self.made % 3 else Scripted()
 
 
-class Wants(Scripted):
-    """An environment that does not begin without an argument."""
+class NeedsArgument(Scripted):
+    """An environment whose constructor needs an argument."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ class Wants(Scripted):
 
 
 class Broken(Scripted):
-    """An environment with a bug of its own."""
+    """An environment with a bug in its constructor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -170,12 +170,12 @@ OBSERVED = {
 
 gym.register("Scripted-v0", Scripted)
 gym.register("Forgetful-v0", Forgetful)
-gym.register("BeginsAnywhere-v0", BeginsAnywhere)
-gym.register("SilentVector-v0", Silent)
-gym.register("SaysLifeLost-v0", SaysLifeLost)
-gym.register("MadeByChance-v0", MadeByChance)
+gym.register("HiddenStarts-v0", HiddenStarts)
+gym.register("RendersNothingVector-v0", RendersNothing)
+gym.register("InfoLifeLost-v0", InfoLifeLost)
+gym.register("RandomPart-v0", RandomPart)
 gym.register("Broken-v0", Broken)
-gym.register("Wants-v0", Wants)
+gym.register("NeedsArgument-v0", NeedsArgument)
 for _name, _space in OBSERVED.items():
     gym.register(f"Observes{_name}-v0", Observing, kwargs={"observation_space": _space})
 gym.register(
@@ -191,26 +191,26 @@ gym.register(
 
 
 def doubled(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
-    """A wrapper: rewards times two."""
+    """Wrapper: doubles the rewards."""
     return gym.wrappers.TransformReward(env, lambda reward: 2 * reward)
 
 
 def broken(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
-    """A wrapper with a bug of its own."""
+    """A wrapper with a bug."""
     raise ValueError("a bug in the wrapper")
 
 
 def needs_more(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
-    """A wrapper whose library is not there."""
+    """A wrapper that needs a library that is not installed."""
     import no_such_library  # type: ignore[import-not-found]  # noqa: F401
 
     return env
 
 
 def plus_ten(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
-    """A wrapper: ten more reward a step."""
+    """Wrapper: adds 10 to each reward."""
     return gym.wrappers.TransformReward(env, lambda reward: reward + 10)
 
 
 def nothing(env: gym.Env[Any, Any]) -> None:
-    """No wrapper at all: it returns nothing."""
+    """Not a wrapper: returns None."""

@@ -101,7 +101,7 @@ def make_actor(envs: Environments, depth: int, repeat: float = 0.0, record: Reco
         envs.observation_shape,
         depth,
         is_image=False,
-        actions=envs.actions,
+        actions=envs.num_actions,
     )
     return Actor(envs, network, depth, np.random.default_rng(5), CPU, repeat=repeat, record=record)
 

@@ -266,4 +266,4 @@ def test_a_rank_that_is_new_builds_its_parts_without_the_others():
     parts = build_parts(parse(["--preset", "smoke"]), Alone(comm), PhaseTimer())
     parts.envs.close()
     assert parts.device.type == "cpu" or torch.cuda.is_available()
-    assert parts.clock.envs == 3 * parts.envs.envs
+    assert parts.clock.envs == 3 * parts.envs.num_envs

@@ -38,7 +38,8 @@ def make(env: str, envs: int = 2, seed: int = 1, training: bool = True, **settin
 def steps_of(environments: Environments, count: int, seed: int = 7) -> list[Step]:
     rng = np.random.default_rng(seed)
     return [
-        environments.step(rng.integers(environments.actions, size=environments.envs)) for _ in range(count)
+        environments.step(rng.integers(environments.num_actions, size=environments.num_envs))
+        for _ in range(count)
     ]
 
 
@@ -47,11 +48,11 @@ def assert_same(one: Step, other: Step) -> None:
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name), err_msg=name)
 
 
-# --- The step contract -------------------------------------------------------------------------------------------
+# --- Steps and autoreset -------------------------------------------------------------------------------------------
 
 
 def naive_transitions(script: Script, count: int) -> list[tuple[Any, ...]]:
-    """What Gymnasium's own loop over one environment sees, written out."""
+    """Return the transitions of the usual Gymnasium loop over one environment."""
     env, seen = scripted_envs.Scripted(script), []
     observation, _ = env.reset()
     while len(seen) < count:
@@ -62,11 +63,11 @@ def naive_transitions(script: Script, count: int) -> list[tuple[Any, ...]]:
 
 
 def learned_transitions(environments: Environments, count: int) -> list[list[tuple[Any, ...]]]:
-    """What a learner sees of each env through the step contract."""
-    seen: list[list[tuple[Any, ...]]] = [[] for _ in range(environments.envs)]
+    """Return the transitions that a learner gets from each env of an `Environments`."""
+    seen: list[list[tuple[Any, ...]]] = [[] for _ in range(environments.num_envs)]
     observation = environments.reset().copy()
     while min(map(len, seen)) < count:
-        step = environments.step(np.zeros(environments.envs, np.int64))
+        step = environments.step(np.zeros(environments.num_envs, np.int64))
         for env in np.flatnonzero(step.valid):
             ends = bool(step.terminated[env]), bool(step.truncated[env])
             seen[env].append((*observation[env], float(step.reward[env]), *ends, *step.next_observation[env]))
@@ -98,12 +99,12 @@ def test_episodes_report_raw_returns_and_lengths_in_every_mode(mode: AutoresetMo
     rewards = [environments.step(np.zeros(2, np.int64)) for _ in range(7)]
     assert max(step.reward.max() for step in rewards) == 1.0
     assert min(step.reward.min() for step in rewards) == -1.0
-    episodes = environments.finished()
+    episodes = environments.pop_episodes()
     assert [tuple(e) for e in episodes[:4]] == [(6.0, 3, 0), (6.0, 3, 1), (-3.5, 2, 0), (-3.5, 2, 1)]
-    assert environments.finished() == []
+    assert environments.pop_episodes() == []
 
 
-def test_a_next_step_reset_is_a_call_of_which_nothing_is_learned():
+def test_the_reset_step_of_next_step_autoreset_is_not_valid():
     vector = SyncVectorEnv([scripted_envs.Scripted], autoreset_mode=AutoresetMode.NEXT_STEP)
     environments = Environments(vector, seed=1)
     environments.reset()
@@ -120,7 +121,7 @@ def test_a_next_step_reset_is_a_call_of_which_nothing_is_learned():
 
 
 @pytest.mark.parametrize("mode", [AutoresetMode.SAME_STEP, AutoresetMode.DISABLED])
-def test_a_same_step_reset_shows_the_end_and_the_new_beginning(mode: AutoresetMode):
+def test_same_step_autoreset_returns_the_final_and_the_first_observation(mode: AutoresetMode):
     vector = SyncVectorEnv([scripted_envs.Scripted], autoreset_mode=mode)
     environments = Environments(vector, seed=1)
     environments.reset()
@@ -139,14 +140,14 @@ def test_an_environment_that_reuses_its_buffer_keeps_its_final_observations():
         assert_same(one, other)
 
 
-def test_what_an_environment_says_of_lives_is_its_own_business():
-    environments = make("SaysLifeLost-v0", envs=1)
+def test_life_lost_in_infos_of_other_environments_is_ignored():
+    environments = make("InfoLifeLost-v0", envs=1)
     environments.reset()
     steps_of(environments, 5)
-    assert [episode.length for episode in environments.finished()] == [3, 2]
+    assert [episode.length for episode in environments.pop_episodes()] == [3, 2]
 
 
-def test_steps_stay_as_they_were_given():
+def test_later_calls_do_not_change_earlier_steps():
     environments = make("CartPole-v1", envs=3)
     environments.reset()
     steps, copies = [], []
@@ -165,14 +166,14 @@ def test_constant_flags_cannot_be_written_to():
         step.valid[0] = False
 
 
-def test_clipping_is_for_training_alone():
+def test_rewards_are_clipped_only_in_training():
     for training, largest in ((True, 1.0), (False, 3.0)):
         environments = make("Scripted-v0", clip_rewards=True, training=training)
         environments.reset()
         assert max(step.reward.max() for step in steps_of(environments, 5)) == largest
 
 
-def test_rewards_are_float32_and_within_the_clip_keep_their_size():
+def test_clipped_rewards_are_float32_and_small_rewards_are_unchanged():
     environments = make("Scripted-v0", clip_rewards=True)
     environments.reset()
     rewards = np.array([step.reward[0] for step in steps_of(environments, 5)])
@@ -202,10 +203,10 @@ def test_rewards_are_float32_and_within_the_clip_keep_their_size():
         ("Tuple", (6,), np.float32, False),
     ],
 )
-def test_observations_are_those_of_the_space_flattened_unless_they_are_images(
+def test_observations_are_flattened_unless_they_are_images(
     name: str, shape: tuple[int, ...], dtype: Any, image: bool
 ):
-    # In worker processes, where each env samples a copy of the space that is its own.
+    # In worker processes, each env samples from its own copy of the space.
     environments = make(f"Observes{name}-v0", vectorization="async")
     assert (environments.observation_shape, environments.observation_dtype) == (shape, dtype)
     assert environments.is_image is image
@@ -213,7 +214,7 @@ def test_observations_are_those_of_the_space_flattened_unless_they_are_images(
     step = environments.step(np.zeros(2, np.int64))
     environments.close()
     space = scripted_envs.OBSERVED[name]
-    space.seed(int(np.random.SeedSequence(3).generate_state(2)[1]) >> 1)  # of the second env
+    space.seed(int(np.random.SeedSequence(3).generate_state(2)[1]) >> 1)  # the second env's seed
     for seen in (observation, step.observation):
         expected = space.sample()
         if not image and not isinstance(space, gym.spaces.Box):
@@ -224,10 +225,10 @@ def test_observations_are_those_of_the_space_flattened_unless_they_are_images(
 
 
 @pytest.mark.parametrize("vectorization", ["sync", "async"])
-def test_actions_count_from_zero_wherever_the_space_starts(vectorization: str):
+def test_actions_start_at_zero_for_any_start_of_the_space(vectorization: str):
     environments = make("ActsFromFive-v0", envs=3, vectorization=vectorization)
     environments.reset()
-    assert environments.actions == 3
+    assert environments.num_actions == 3
     np.testing.assert_array_equal(environments.step(np.array([0, 1, 2])).reward, [5, 6, 7])
     environments.close()
 
@@ -242,7 +243,7 @@ def test_wrappers_are_applied_in_order(wrappers: tuple[str, ...], first_reward: 
     assert environments.step(np.zeros(2, np.int64)).reward[0] == first_reward
 
 
-def test_wrappers_turn_a_native_vector_into_a_loop():
+def test_wrappers_replace_a_native_vector_by_a_sync_vector():
     environments = make("CartPole-v1", wrapper=("tests.unit.scripted_envs:doubled",))
     environments.reset()
     assert environments.description == (
@@ -268,13 +269,13 @@ def test_cartpole_is_truncated_after_500_steps_with_return_500(vectorization: st
         observation = step.observation
     assert step.truncated.all()
     assert not step.terminated.any()
-    assert [tuple(e) for e in environments.finished()] == [(500.0, 500, env) for env in range(4)]
+    assert [tuple(e) for e in environments.pop_episodes()] == [(500.0, 500, env) for env in range(4)]
 
 
 @pytest.mark.parametrize(
     "env", ["CartPole-v1", "Acrobot-v1", "MinAtar/Breakout-v1", "MinAtar/SpaceInvaders-v1"]
 )
-def test_the_seed_decides_everything(env: str):
+def test_equal_seeds_give_equal_steps(env: str):
     def played(seed: int) -> list[Step]:
         environments = make(env, envs=3, seed=seed)
         environments.reset()
@@ -284,11 +285,11 @@ def test_the_seed_decides_everything(env: str):
         assert_same(one, other)
     assert any((a.observation != b.observation).any() for a, b in zip(played(5), played(6), strict=True))
     first = make(env, envs=3, seed=5).reset()
-    if env != "MinAtar/SpaceInvaders-v1":  # which always begins alike
-        assert (first != first[0]).any(), "all envs were given one seed"
+    if env != "MinAtar/SpaceInvaders-v1":  # its first observation is always the same
+        assert (first != first[0]).any(), "all envs have the same seed"
 
 
-def test_a_later_reset_goes_on_with_the_streams_unless_seeded():
+def test_a_later_reset_without_a_seed_continues_the_random_streams():
     environments = make("CartPole-v1")
     first, second = environments.reset().copy(), environments.reset().copy()
     assert (first != second).any()
@@ -305,41 +306,41 @@ def breakout_lives(request: pytest.FixtureRequest) -> tuple[list[Step], list[Any
     assert environments.observation_shape == (84, 84)
     environments.reset()
     steps = steps_of(environments, 450)
-    episodes = environments.finished()
+    episodes = environments.pop_episodes()
     environments.close()
     return steps, episodes
 
 
-def test_an_atari_life_ends_an_episode_and_not_the_game(breakout_lives: tuple[list[Step], list[Any]]):
+def test_a_lost_life_ends_the_episode_but_not_the_atari_game(breakout_lives: tuple[list[Step], list[Any]]):
     steps, episodes = breakout_lives
     for env in range(2):
         ends = [index for index, step in enumerate(steps) if step.terminated[env]]
         games = [episode for episode in episodes if episode.env == env]
         assert games
-        last = np.cumsum([game.length for game in games]) - 1  # the calls in which games ended
+        last = np.cumsum([game.length for game in games]) - 1  # the steps in which games ended
         assert set(last) <= set(ends)
         assert ends.index(last[0]) == 4, "Breakout has five lives"
         for index in ends:
             step = steps[index]
             assert step.fresh[env]
             same = np.array_equal(step.next_observation[env], step.observation[env])
-            assert same == (index not in last), "only a new game changes the picture"
+            assert same == (index not in last), "only a new game changes the observation"
         returns = np.cumsum([step.reward[env] for step in steps])[last[0]]
         assert games[0].episode_return >= returns > 0, "raw returns are no smaller than clipped ones"
 
 
-def test_atari_looks_the_same_natively_and_in_a_loop():
+def test_native_and_sync_atari_vectors_are_equal():
     native = make("ALE/Breakout-v5", vectorization="native", episodic_life=True)
     loop = make("ALE/Breakout-v5", vectorization="sync", episodic_life=True)
     np.testing.assert_array_equal(native.reset(), loop.reset())
     for one, other in zip(steps_of(native, 250), steps_of(loop, 250), strict=True):
         assert_same(one, other)
-    assert native.finished() == loop.finished()
+    assert native.pop_episodes() == loop.pop_episodes()
     assert "native vector, SAME_STEP autoreset, frameskip 4, sticky actions 0.0" in native.description
     native.close(), loop.close()
 
 
-def test_a_game_is_over_where_the_lives_are_back_or_the_frames_jump():
+def test_a_new_atari_game_shows_in_its_lives_and_frame_number():
     vector = AtariVector(4, 1, True, {"game": "breakout"})
     vector._lives, vector._frames = np.array([3, 3, 1, 9]), np.array([400, 400, 400, 400])
     info = {"lives": np.array([2, 3, 5, 5]), "episode_frame_number": np.array([404, 404, 12, 20])}
@@ -347,15 +348,15 @@ def test_a_game_is_over_where_the_lives_are_back_or_the_frames_jump():
     vector.close()
 
 
-def test_an_atari_game_in_evaluation_has_all_its_lives():
+def test_a_lost_life_does_not_end_the_episode_in_evaluation():
     environments = make("ALE/Breakout-v5", envs=1, training=False, episodic_life=True)
     environments.reset()
     steps = steps_of(environments, 250)
-    episodes = environments.finished()
+    episodes = environments.pop_episodes()
     ends = [index for index, step in enumerate(steps) if step.terminated[0]]
     assert [episode.length for episode in episodes] == np.diff([-1, *ends]).tolist()
     assert "life" not in environments.description
-    assert environments.state() is None, "an emulator's state is no plain data"
+    assert environments.state() is None, "the state of an emulator is not plain data"
     environments.close()
 
 
@@ -367,7 +368,7 @@ def test_an_atari_time_limit_truncates():
     assert "sticky actions 0.25" in environments.description
     assert [bool(step.truncated[0]) for step in steps] == [False] * 24 + [True]
     assert (steps[-1].next_observation != steps[-1].observation).any()
-    assert environments.finished()[0].length == 25
+    assert environments.pop_episodes()[0].length == 25
     environments.close()
 
 
@@ -387,7 +388,7 @@ PLAIN = [
 
 
 def through_a_file(state: Any, path: Path) -> Any:
-    """The state as a checkpoint keeps it: a JSON text and arrays that need no pickle."""
+    """Return the state after a round trip through JSON and arrays without pickle, as in a checkpoint."""
     arrays: list[np.ndarray] = []
 
     def split(node: Any) -> Any:
@@ -412,7 +413,7 @@ def through_a_file(state: Any, path: Path) -> Any:
 
 
 @pytest.mark.parametrize(("env", "vectorization"), PLAIN)
-def test_a_saved_state_goes_on_bitwise_in_other_environments(env: str, vectorization: str, tmp_path: Path):
+def test_a_restored_state_reproduces_the_next_steps_bitwise(env: str, vectorization: str, tmp_path: Path):
     played = make(env, seed=1, vectorization=vectorization)
     played.reset()
     steps_of(played, 137)
@@ -424,11 +425,11 @@ def test_a_saved_state_goes_on_bitwise_in_other_environments(env: str, vectoriza
     np.testing.assert_array_equal(other.observation, played.observation)
     for one, two in zip(steps_of(played, 500), steps_of(other, 500), strict=True):
         assert_same(one, two)
-    assert played.finished() == other.finished()
+    assert played.pop_episodes() == other.pop_episodes()
     played.close(), other.close()
 
 
-def test_saving_changes_nothing():
+def test_saving_does_not_change_the_next_steps():
     watched, plain = make("MinAtar/Asterix-v1"), make("MinAtar/Asterix-v1")
     watched.reset(), plain.reset()
     for _ in range(4):
@@ -437,7 +438,7 @@ def test_saving_changes_nothing():
             assert_same(one, other)
 
 
-def test_a_saved_state_is_no_window_on_the_living_one():
+def test_later_steps_do_not_change_a_saved_state():
     environments = make("MinAtar/Asterix-v1")
     environments.reset()
     steps_of(environments, 20)
@@ -447,21 +448,21 @@ def test_a_saved_state_is_no_window_on_the_living_one():
     assert json.dumps(saved, default=lambda array: array.tolist()) == before
 
 
-@pytest.mark.parametrize("env", ["Forgetful-v0", "BeginsAnywhere-v0"])
-def test_state_that_no_attribute_shows_is_found_out_by_the_rehearsal(env: str):
+@pytest.mark.parametrize("env", ["Forgetful-v0", "HiddenStarts-v0"])
+def test_state_outside_of_attributes_is_detected(env: str):
     environments = make(env)
     environments.reset()
     assert environments.state() is None
 
 
-def test_what_another_copy_cannot_take_is_not_exact():
-    environments = make("MadeByChance-v0", envs=1)
+def test_state_that_does_not_fit_a_copy_is_detected():
+    environments = make("RandomPart-v0", envs=1)
     environments.reset()
     assert environments.state() is None
 
 
 @pytest.mark.parametrize("vectorization", ["sync", "async"])
-def test_a_state_that_does_not_fit_leaves_environments_that_can_begin_anew(vectorization: str):
+def test_environments_are_usable_after_a_state_that_does_not_fit(vectorization: str):
     cartpole, scripted = (make(env, vectorization="sync") for env in ("CartPole-v1", "Scripted-v0"))
     cartpole.reset(), scripted.reset()
     state = scripted.state()
@@ -475,8 +476,8 @@ def test_a_state_that_does_not_fit_leaves_environments_that_can_begin_anew(vecto
     environments.close()
 
 
-def test_environments_too_slow_for_a_rehearsal_are_not_exact(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("hvdqn.envs.vector._REHEARSAL_SECONDS", 0.0)
+def test_environments_too_slow_to_check_have_no_state(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("hvdqn.envs.vector._CHECK_SECONDS", 0.0)
     environments = make("CartPole-v1")
     environments.reset()
     assert environments.state() is None
@@ -485,7 +486,7 @@ def test_environments_too_slow_for_a_rehearsal_are_not_exact(monkeypatch: pytest
 @pytest.mark.parametrize(
     "hidden", [iter([1]), object(), {"a": {1, 2}}, np.array([None]), lambda: [open], print]
 )
-def test_only_plain_data_and_functions_may_hang_on_an_environment(hidden: Any):
+def test_an_environment_with_other_attributes_than_plain_data_and_functions_has_no_state(hidden: Any):
     from hvdqn.envs import snapshot
 
     env = scripted_envs.Scripted()
@@ -499,9 +500,9 @@ def test_a_state_of_other_environments_is_refused():
         environments = make(env)
         environments.reset()
         saved[env] = environments.state()
-    with pytest.raises(ValueError, match=r"observations \(2, 6\), not \(2, 2\)"):
+    with pytest.raises(ValueError, match=r"observations of shape \(2, 6\), not \(2, 2\)"):
         make("MountainCar-v0").load_state(saved["Acrobot-v1"])
-    with pytest.raises(ValueError, match=r"observations \(2, 2\), not \(3, 2\)"):
+    with pytest.raises(ValueError, match=r"observations of shape \(2, 2\), not \(3, 2\)"):
         make("MountainCar-v0", envs=3).load_state(saved["MountainCar-v0"])
     with pytest.raises(ValueError, match="does not fit"):
         make("Scripted-v0").load_state(saved["MountainCar-v0"])
@@ -510,19 +511,19 @@ def test_a_state_of_other_environments_is_refused():
 # --- Worker processes --------------------------------------------------------------------------------------------
 
 
-def test_an_async_vector_plays_as_a_sync_one_does():
-    sync, side = (
+def test_async_and_sync_vectors_are_equal():
+    sync, parallel = (
         make("MinAtar/Breakout-v1", vectorization="sync"),
         make("MinAtar/Breakout-v1", vectorization="async"),
     )
-    np.testing.assert_array_equal(sync.reset(), side.reset())
-    for one, other in zip(steps_of(sync, 60), steps_of(side, 60), strict=True):
+    np.testing.assert_array_equal(sync.reset(), parallel.reset())
+    for one, other in zip(steps_of(sync, 60), steps_of(parallel, 60), strict=True):
         assert_same(one, other)
-    assert sync.finished() == side.finished()
-    side.close()
+    assert sync.pop_episodes() == parallel.pop_episodes()
+    parallel.close()
 
 
-def test_workers_leave_signals_to_their_rank():
+def test_workers_ignore_signals():
     environments = make("Scripted-v0", vectorization="async")
     environments.reset()
     vector = environments._vector
@@ -536,7 +537,7 @@ def test_workers_leave_signals_to_their_rank():
 
 
 @pytest.mark.parametrize("end", ["raise ValueError('a crash')", "os.kill(os.getpid(), signal.SIGKILL)"])
-def test_no_worker_outlives_its_rank(end: str):
+def test_workers_end_with_their_rank(end: str):
     program = f"""
 import os, signal
 from hvdqn.config import EnvironmentConfig
@@ -581,7 +582,7 @@ WRONG = {
     "continuous Atari": ({"env": "ALE/Pong-v5", "env_kwargs": '{"continuous": true}'}, r"needs Discrete"),
     "text": (
         {"env": "tests.unit.scripted_envs:ObservesText-v0"},
-        r"observes a Text space at \['said'\]; hvdqn reads Box",
+        r"observes a Text space at \['said'\]; hvdqn supports Box",
     ),
     "text, async": (
         {"env": "tests.unit.scripted_envs:ObservesText-v0", "vectorization": "async"},
@@ -589,11 +590,11 @@ WRONG = {
     ),
     "sequence": (
         {"env": "tests.unit.scripted_envs:ObservesSequence-v0"},
-        r"observes a Sequence space; hvdqn reads",
+        r"observes a Sequence space; hvdqn supports",
     ),
     "graph": ({"env": "tests.unit.scripted_envs:ObservesGraph-v0"}, r"observes a Graph space"),
     "no JSON": ({"env_kwargs": "{a: 1}"}, r"--env-kwargs '\{a: 1\}' is not JSON .*\"name\": value"),
-    "no object": ({"env_kwargs": "[1]"}, r"--env-kwargs '\[1\]' is no JSON object"),
+    "no object": ({"env_kwargs": "[1]"}, r"--env-kwargs '\[1\]' is not a JSON object"),
     "unknown argument": ({"env_kwargs": '{"gravty": 1}'}, r"does not suit 'CartPole-v1': .*gravty"),
     "unknown argument, sync": (
         {"env": "Acrobot-v1", "env_kwargs": '{"gravty": 1}'},
@@ -666,13 +667,13 @@ def test_a_missing_dependency_is_named(monkeypatch: pytest.MonkeyPatch):
         make_environments(EnvironmentConfig(env="Engine-v0"), 2, 1, True)
 
 
-def test_a_bug_in_the_environment_keeps_its_traceback():
+def test_a_bug_in_the_environment_is_not_a_user_error():
     with pytest.raises(ValueError, match="a bug in the environment") as raised:
         make("Broken-v0")
     assert not isinstance(raised.value, UserError)
 
 
-def test_a_wrappers_own_bug_is_not_blamed_on_the_environments_settings():
+def test_a_bug_in_a_wrapper_is_not_reported_as_wrong_env_kwargs():
     config = EnvironmentConfig(
         env_kwargs='{"sutton_barto_reward": true}', wrapper=("tests.unit.scripted_envs:broken",)
     )
@@ -681,5 +682,5 @@ def test_a_wrappers_own_bug_is_not_blamed_on_the_environments_settings():
     assert not isinstance(raised.value, UserError)
 
 
-def test_old_atari_ids_are_found_too():
+def test_old_atari_ids_are_found():
     assert making.find_spec("PongNoFrameskip-v4").kwargs["frameskip"] == 1

@@ -1,4 +1,4 @@
-"""Greedy play: every environment its quota, every rank its share; and the `hvdqn eval` command."""
+"""Evaluation: the episodes of each environment and each rank; and the `hvdqn eval` command."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from threadpoolctl import ThreadpoolController, threadpool_limits
 
 from hvdqn import __main__, evaluate, train
 from hvdqn.comm.local import LocalComm
-from hvdqn.config import Config, EnvironmentConfig
+from hvdqn.config import Config
 from hvdqn.envs import make_environments
 from hvdqn.errors import UserError
 from hvdqn.evaluate import Evaluation, Evaluator
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 
 class Uneven(gym.Env[np.ndarray, int]):
-    """Every second one that is made plays episodes of 20 steps, the others of 1; each step is worth 1."""
+    """Every second instance has episodes of 20 steps, the others of 1 step; the reward is 1."""
 
     observation_space = spaces.Box(-1, 1, (1,), np.float32)
     action_space = spaces.Discrete(2)
@@ -47,15 +47,15 @@ class Uneven(gym.Env[np.ndarray, int]):
         return np.zeros(1, np.float32), 1.0, self.steps == self.length, False, {}
 
 
-class Lazy(Uneven):
-    """Worth 1 a step, for ever; action 1 ends it."""
+class Endless(Uneven):
+    """The reward is 1; only action 1 ends the episode."""
 
     def step(self, action: int):
         return np.zeros(1, np.float32), 1.0, action == 1, False, {}
 
 
 gym.register("Uneven-v0", Uneven)
-gym.register("Lazy-v0", Lazy)
+gym.register("Endless-v0", Endless)
 
 
 def evaluator(
@@ -63,12 +63,14 @@ def evaluator(
 ) -> Evaluator:
     comm = LocalComm()
     comm.rank, comm.size = rank, size
-    config = EnvironmentConfig(env=env, vectorization="sync")
-    return Evaluator(config, comm, episodes, epsilon, seed, CPU, PhaseTimer())
+    config = Config().replace(
+        env=env, vectorization="sync", eval_episodes=episodes, eval_epsilon=epsilon, seed=seed
+    )
+    return Evaluator(config, comm, CPU, PhaseTimer())
 
 
 def network(env: str, best_action: int = 0):
-    """A network that always prefers one action."""
+    """Return a network that always prefers one action."""
     config = Config().replace(env=env, hidden=(4,))
     envs = make_environments(config.environment, 1, 0, training=False)
     made = network_for(config, envs)
@@ -81,7 +83,7 @@ def network(env: str, best_action: int = 0):
     return made
 
 
-def test_short_episodes_are_not_favoured():
+def test_short_episodes_are_not_favored():
     """Of 8 episodes over 8 envs, half must be long ones; taking the first 8 that end would be nearly all short."""
     returns = evaluator("Uneven-v0", 8).run(network("Uneven-v0")).returns
     assert sorted(returns) == [1.0] * 4 + [20.0] * 4
@@ -102,25 +104,25 @@ def test_the_shares_of_ranks_add_up(size, episodes):
     assert max(shares) - min(shares) <= 1
 
 
-def test_a_rank_without_a_share_plays_nothing():
+def test_a_rank_without_episodes_contributes_no_returns():
     idle = evaluator("Uneven-v0", 1, rank=1, size=2)
     assert idle.run(network("Uneven-v0")).returns == ()
 
 
 def test_an_episode_without_an_end_counts_once(monkeypatch):
     monkeypatch.setattr(evaluate, "LONGEST_EPISODE_ENV_STEPS", 30)
-    assert evaluator("Lazy-v0", 3).run(network("Lazy-v0")).returns == (30.0, 30.0, 30.0)
-    assert evaluator("Lazy-v0", 3).run(network("Lazy-v0", best_action=1)).returns == (1.0, 1.0, 1.0)
+    assert evaluator("Endless-v0", 3).run(network("Endless-v0")).returns == (30.0, 30.0, 30.0)
+    assert evaluator("Endless-v0", 3).run(network("Endless-v0", best_action=1)).returns == (1.0, 1.0, 1.0)
 
 
-def test_it_leaves_off_when_a_rank_is_told_to_stop():
+def test_a_stop_request_ends_the_evaluation():
     asked = []
 
     def stop() -> bool:
         asked.append(True)
         return len(asked) == 3
 
-    assert evaluator("Lazy-v0", 3).run(network("Lazy-v0"), stop) is None  # 27,000 steps were left
+    assert evaluator("Endless-v0", 3).run(network("Endless-v0"), stop) is None  # 27,000 steps were left
     assert len(asked) == 3
 
 
@@ -133,14 +135,13 @@ def test_evaluations_of_one_run_play_the_same_episodes():
 
 
 def test_rewards_are_raw_where_training_clips_them():
-    config = EnvironmentConfig(
-        env="tests.unit.scripted_envs:Scripted-v0", vectorization="sync", clip_rewards=True
-    )
-    plays = Evaluator(config, LocalComm(), 1, 0.0, 1, CPU, PhaseTimer())
-    assert plays.run(network(config.env)).returns == (6.0,)  # 1 + 2 + 3
+    env = "tests.unit.scripted_envs:Scripted-v0"
+    config = Config().replace(env=env, vectorization="sync", clip_rewards=True, eval_episodes=1)
+    evaluation = Evaluator(config, LocalComm(), CPU, PhaseTimer()).run(network(env))
+    assert evaluation.returns == (6.0,)  # 1 + 2 + 3
 
 
-def test_an_evaluation_in_words():
+def test_the_text_of_an_evaluation():
     evaluation = Evaluation((1.0, 2.0, 3.0, 6.0))
     assert evaluation.mean == 3.0
     assert evaluation.std == pytest.approx(np.sqrt(3.5))
@@ -164,21 +165,21 @@ def run_dir(tmp_path_factory):
     return path
 
 
-def test_eval_plays_what_the_run_ended_with(run_dir, capsys):
+def test_eval_repeats_the_last_evaluation_of_the_run(run_dir, capsys):
     summary = json.loads((run_dir / "summary.json").read_text())
     for place in (run_dir, run_dir / "checkpoints" / "latest", run_dir / "checkpoints" / f"{400:012d}"):
         capsys.readouterr()
         assert __main__.main(["eval", str(place), "--episodes", "4"]) == 0
-        said = capsys.readouterr().out
-        numbers = re.fullmatch(rf"{place}: 4 episodes: mean (.*), std (.*), min (.*), max (.*)\n", said)
-        assert numbers is not None, said
+        output = capsys.readouterr().out
+        numbers = re.fullmatch(rf"{place}: 4 episodes: mean (.*), std (.*), min (.*), max (.*)\n", output)
+        assert numbers is not None, output
         # The same seed by default, hence the same episodes as at the end of the run.
         assert float(numbers[1]) == pytest.approx(summary["eval_return_mean"], abs=0.006)
         assert float(numbers[2]) == pytest.approx(summary["eval_return_std"], abs=0.006)
         assert float(numbers[3]) <= float(numbers[1]) <= float(numbers[4])
 
 
-def test_eval_plays_in_this_process_whatever_started_it(run_dir, capsys, monkeypatch):
+def test_eval_ignores_the_launcher(run_dir, capsys, monkeypatch):
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "1")
     assert __main__.main(["eval", str(run_dir), "--episodes", "2"]) == 0
@@ -186,13 +187,13 @@ def test_eval_plays_in_this_process_whatever_started_it(run_dir, capsys, monkeyp
 
 
 def test_eval_plays_a_small_network_with_one_thread(run_dir):
-    with threadpool_limits(2):  # puts back what was
+    with threadpool_limits(2):  # restores the number of threads
         assert __main__.main(["eval", str(run_dir), "--episodes", "2"]) == 0
         blas = ThreadpoolController().select(user_api="blas").info()
         assert [library["num_threads"] for library in blas] == [1] * len(blas)
 
 
-def test_what_was_played_is_said_before_a_video_fails(run_dir, capsys, monkeypatch, tmp_path):
+def test_returns_are_printed_before_a_video_fails(run_dir, capsys, monkeypatch, tmp_path):
     def cannot(*_):
         raise UserError("it cannot be drawn")
 
@@ -200,9 +201,9 @@ def test_what_was_played_is_said_before_a_video_fails(run_dir, capsys, monkeypat
     assert (
         __main__.main(["eval", str(run_dir), "--episodes", "2", "--video", str(tmp_path / "film.gif")]) == 2
     )
-    said = capsys.readouterr()
-    assert "2 episodes" in said.out
-    assert "it cannot be drawn" in said.err
+    output = capsys.readouterr()
+    assert "2 episodes" in output.out
+    assert "it cannot be drawn" in output.err
 
 
 def test_eval_plays_the_best_weights(run_dir, capsys):
@@ -225,27 +226,27 @@ def test_eval_plays_the_best_weights(run_dir, capsys):
         ([], ["PATH"]),
     ],
 )
-def test_eval_says_what_is_wrong(argv, words, run_dir, tmp_path, capsys):
+def test_wrong_input_is_one_line(argv, words, run_dir, tmp_path, capsys):
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "manifest.json").write_text("{")
     places = {"tmp": tmp_path, "run": run_dir, "broken": broken}
     assert __main__.main(["eval", *(word.format(**places) for word in argv)]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("hvdqn eval: error: ")
-    assert said.count("\n") == 1
+    output = capsys.readouterr().err
+    assert output.startswith("hvdqn eval: error: ")
+    assert output.count("\n") == 1
     for word in words:
-        assert word in said
+        assert word in output
 
 
 def test_eval_refuses_weights_of_another_network(run_dir, capsys, monkeypatch):
-    """The torso, a class of the user's, was changed since."""
+    """The user changed the torso after the run."""
     make = evaluate.network_for
     monkeypatch.setattr(evaluate, "network_for", lambda config, envs: make(config.replace(hidden=(7,)), envs))
     assert __main__.main(["eval", str(run_dir)]) == 2
-    said = capsys.readouterr().err
-    assert "parameters, its settings now make" in said
-    assert said.count("\n") == 1
+    output = capsys.readouterr().err
+    assert "parameters, but its settings now make" in output
+    assert output.count("\n") == 1
 
 
 def test_eval_refuses_altered_weights(run_dir, capsys):

@@ -1,4 +1,4 @@
-"""`hvdqn eval --video`: what is written is what was played."""
+"""Videos of `hvdqn eval --video`."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def untrained(env: str):
 
 
 @pytest.mark.parametrize(("env", "moving", "suffix"), GAMES)
-def test_an_episode_becomes_a_film(env, moving, suffix, tmp_path, monkeypatch):
-    monkeypatch.setattr(video, "LONGEST_FRAMES", 40)
+def test_record_writes_the_frames_of_an_episode(env, moving, suffix, tmp_path, monkeypatch):
+    monkeypatch.setattr(video, "MAX_FRAMES", 40)
     network, config = untrained(env)
     path = tmp_path / f"film{suffix}"
     frames = video.record(network, config, path, seed=1, epsilon=0.3)
     film = imageio.imread(path)
     assert frames >= moving
-    assert moving <= film.shape[0] <= frames  # a GIF shows equal pictures once, for longer
-    assert film.shape[1] >= video.LEAST_HEIGHT
+    assert moving <= film.shape[0] <= frames  # a GIF merges equal frames
+    assert film.shape[1] >= video.MIN_HEIGHT
     assert film.shape[3] == 3
     if suffix == ".mp4":
         assert film.shape[1:3] == (252, 252), "3 times 84, not stretched to a multiple of 16"
@@ -45,20 +45,20 @@ def test_an_episode_becomes_a_film(env, moving, suffix, tmp_path, monkeypatch):
     assert sum(different) >= moving - 1
 
 
-def test_eval_records_the_episode_that_it_was_asked_for(tmp_path, capsys):
+def test_eval_records_a_video(tmp_path, capsys):
     smoke = ["--preset", "smoke", "--total-env-steps", "208", "--eval-episodes", "1"]
     assert train.main([*smoke, "--run-dir", str(tmp_path / "run")]) == 0
     path = tmp_path / "film.gif"
     assert __main__.main(["eval", str(tmp_path / "run"), "--episodes", "1", "--video", str(path)]) == 0
-    assert f"one episode: {path}" in capsys.readouterr().out
-    assert len(imageio.imread(path)) >= 8  # no pole falls sooner
+    assert f"video of one episode: {path}" in capsys.readouterr().out
+    assert len(imageio.imread(path)) >= 8  # the pole stands for at least 8 steps
 
 
 @pytest.mark.parametrize(
     ("path", "words"),
     [
         ("film.avi", [".mp4", ".gif"]),
-        ("nowhere/film.gif", ["no folder", "nowhere"]),
+        ("nowhere/film.gif", ["nowhere", "does not exist"]),
         ("folder.mp4", ["folder.mp4' cannot be written", "Is a directory", "another place"]),
     ],
 )
@@ -70,7 +70,7 @@ def test_a_video_that_cannot_be_written_is_refused(path, words, tmp_path):
         assert word in str(raised.value)
 
 
-def test_looking_whether_it_can_be_written_leaves_nothing_and_loses_nothing(tmp_path):
+def test_check_video_leaves_existing_files_and_creates_none(tmp_path):
     (tmp_path / "old.gif").write_text("a film")
     for name in ("old.gif", "new.gif"):
         video.check_video(tmp_path / name)
@@ -78,8 +78,8 @@ def test_looking_whether_it_can_be_written_leaves_nothing_and_loses_nothing(tmp_
     assert (tmp_path / "old.gif").read_text() == "a film"
 
 
-def test_atari_in_colour_becomes_a_film(tmp_path, monkeypatch):
-    monkeypatch.setattr(video, "LONGEST_FRAMES", 10)
+def test_record_writes_atari_in_color(tmp_path, monkeypatch):
+    monkeypatch.setattr(video, "MAX_FRAMES", 10)
     config = Config().replace(env="ALE/Pong-v5", hidden=(4,), env_kwargs='{"grayscale": false}')
     envs = make_environments(config.environment, 1, 0, training=False)
     network = network_for(config, envs)
@@ -90,9 +90,12 @@ def test_atari_in_colour_becomes_a_film(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("env", "reason"),
-    [("Observes", "cannot be drawn .*render_mode.*leave --video out"), ("Silent", "draws no pictures")],
+    [
+        ("Observes", "cannot be rendered .*render_mode.*leave --video out"),
+        ("RendersNothing", "renders no frames"),
+    ],
 )
-def test_what_cannot_be_drawn_is_said_in_one_line(env, reason, tmp_path):
+def test_an_environment_without_rendering_is_refused_in_one_line(env, reason, tmp_path):
     network, config = untrained(f"tests.unit.scripted_envs:{env}Vector-v0")
     with pytest.raises(UserError, match=reason) as raised:
         video.record(network, config, tmp_path / "film.gif", seed=1, epsilon=1.0)

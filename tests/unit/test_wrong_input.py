@@ -125,7 +125,7 @@ HERE = {
         "--wrapper gymnasium.wrappers:GrayscaleObservation", "GrayscaleObservation", "does not take this environment"
     ),
     "arguments that the environment wants": wrong(
-        f"--env {SCRIPTED}Wants-v0", "Wants-v0", "missing 1 required", "'size'", "--env-kwargs"
+        f"--env {SCRIPTED}NeedsArgument-v0", "NeedsArgument-v0", "missing 1 required", "'size'", "--env-kwargs"
     ),
     "an empty layer": wrong("--hidden 64 0", "--hidden is 64 0", "at least 1 unit"),
     "no updates between averages": wrong("--sync-every 0", "--sync-every is 0", "at least 1"),
