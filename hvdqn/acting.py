@@ -51,7 +51,7 @@ class Epsilons:
     def __init__(self, config: ExplorationConfig, envs: int, index: int, of: int) -> None:
         self.config, self.envs = config, envs
         self.greediest: NDArray[np.bool_] = np.zeros(envs, np.bool_)
-        """Which environments of this rank are among the greediest quarter of a ladder; none without a ladder. [envs]."""
+        """Environments of this rank among the greediest quarter of a ladder; none without a ladder. [envs]."""
         self._rungs: NDArray[np.float64] | None = None
         self._mine: NDArray[np.float64] = np.zeros(envs)
         if config.exploration == "ladder":

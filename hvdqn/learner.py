@@ -145,8 +145,14 @@ class Learner:
             The loss, the mean of `td_errors`, the mean Q-value, and a number that is finite only if loss and gradient
             are: `[4]`, on the device.
         """
-        arrays = (batch.observation, batch.action, batch.reward)
-        arrays += (batch.next_observation, batch.discount, batch.weight)
+        arrays = (
+            batch.observation,
+            batch.action,
+            batch.reward,
+            batch.next_observation,
+            batch.discount,
+            batch.weight,
+        )
         # Not made in inference mode, because some heads use autograd.
         tensors = [array if isinstance(array, Tensor) else torch.from_numpy(array) for array in arrays]
         if self.dtype != torch.float32:
@@ -242,7 +248,7 @@ class Learner:
         """
         with torch.no_grad():
             self.gradient.mul_(scale)
-            norm = torch.linalg.vector_norm(self.gradient).double() / largest_weight
+            norm: Tensor = torch.linalg.vector_norm(self.gradient).double() / largest_weight
             skip = (~(torch.isfinite(norm) & finite)).float()
             limit = self.config.max_grad_norm or math.inf
             self.gradient.mul_(torch.where(norm > limit, limit / norm, 1.0) / largest_weight)

@@ -1,7 +1,7 @@
 """Optimizers over one flat tensor.
 
-`torch.optim` walks lists of parameters, runs hooks, and imports `torch._dynamo`, which takes seconds on every rank. With
-one flat parameter tensor a step is a few operations, and a checkpoint holds a few tensors.
+`torch.optim` walks lists of parameters, runs hooks, and imports `torch._dynamo`, which takes seconds on every rank.
+With one flat parameter tensor a step is a few operations, and a checkpoint holds a few tensors.
 """
 
 from __future__ import annotations
@@ -39,9 +39,7 @@ class Adam:
         betas: decay of the first and of the second moment.
     """
 
-    def __init__(
-        self, parameters: Tensor, eps: float, betas: tuple[float, float] = (0.9, 0.999)
-    ) -> None:
+    def __init__(self, parameters: Tensor, eps: float, betas: tuple[float, float] = (0.9, 0.999)) -> None:
         self.parameters, self.eps, self.betas = parameters, eps, betas
         self.exp_avg = torch.zeros_like(parameters)
         self.exp_avg_sq = torch.zeros_like(parameters)

@@ -22,13 +22,14 @@ from hvdqn.graphs import Record, Recorded, record_cuda_graph
 from hvdqn.learner import Learner
 from hvdqn.metrics import PhaseTimer
 from hvdqn.networks import QNetwork, make_network
-from hvdqn.replay import HOST_MEMORY, Importance, Memory, PrioritizedReplay, Replay
-from hvdqn.replay.device import DeviceMemory, PinnedMemory
 from hvdqn.process import share_of_cores, use_threads
 from hvdqn.rank import Acting, Parts
+from hvdqn.replay import HOST_MEMORY, Importance, Memory, PrioritizedReplay, Replay
+from hvdqn.replay.device import DeviceMemory, PinnedMemory
 from hvdqn.role import Role, assign_role
 from hvdqn.seeds import rank_seeds
 from hvdqn.sync import make_strategy
+
 
 class Spaces(NamedTuple):
     """What a network must know of its environments."""

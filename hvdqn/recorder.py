@@ -15,7 +15,6 @@ from hvdqn.evaluate import Evaluator
 from hvdqn.metrics import Metrics, WaitHint, write_summary
 from hvdqn.parts import recording
 from hvdqn.rank import Parts
-from hvdqn.seeds import rank_seeds
 from hvdqn.summary import log_summary, summarize
 from hvdqn.sync import Totals
 
@@ -43,17 +42,7 @@ class Recorder:
         self.config, self.comm, self.run_dir = config, comm, run_dir
         self.parts, self.checkpoints = parts, checkpoints
         self.timer = parts.timer
-        self.evaluator = Evaluator(
-            config.environment,
-            comm,
-            config.run.eval_episodes,
-            config.run.eval_epsilon,
-            rank_seeds(config.run.seed, comm.rank).evaluation,
-            parts.device,
-            self.timer,
-            parts.threads,
-            recording(config),
-        )
+        self.evaluator = Evaluator(config, comm, parts.device, self.timer, parts.threads, recording(config))
         self.metrics = Metrics(run_dir if comm.rank == 0 else None, config.run.total_env_steps, self.timer)
         self.hint = WaitHint(self.timer, comm.name, parts.learner.parameters.numel())
         self.best_eval_return = comm.broadcast_object(best_evaluation(run_dir) if comm.rank == 0 else 0.0)
@@ -164,9 +153,7 @@ class Recorder:
             acted_env_steps,
             self.seconds_before,
         )
-        log_summary(
-            self.run_dir, self.parts.clock.env_steps, stopped, summary["rank_env_steps_per_second"]
-        )
+        log_summary(self.run_dir, self.parts.clock.env_steps, stopped, summary["rank_env_steps_per_second"])
         if self.comm.rank == 0:
             try:
                 write_summary(self.run_dir, summary)

@@ -69,9 +69,7 @@ def check_that_it_learns(config: Config, clock: Clock) -> None:
         )
 
 
-def make_trainer(
-    config: Config, comm: Comm, stop: StopSignal, parts: Parts, recorder: Recorder
-) -> Trainer:
+def make_trainer(config: Config, comm: Comm, stop: StopSignal, parts: Parts, recorder: Recorder) -> Trainer:
     """Return the trainer of this rank's role."""
     kind = Trainer if parts.role.acts else ServingTrainer
     return kind(config, comm, stop, parts, recorder)

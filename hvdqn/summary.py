@@ -55,7 +55,11 @@ def summarize(
     """Return the content of `summary.json`; a collective call.
 
     Args:
-        config, comm, parts, totals, progress: of the run.
+        config: of the run.
+        comm: the ranks.
+        parts: of this rank.
+        totals: of the run.
+        progress: of the run.
         stopped: whether a signal ended it.
         acted_env_steps: of this rank, since this attempt began.
         seconds_before: by phase, of earlier attempts.

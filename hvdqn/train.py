@@ -110,7 +110,9 @@ def main(argv: Sequence[str] | None = None, work: Work = train) -> int:
             )
         log.error(f"rank {comm.rank} of {comm.size} failed: {report}")
         if was_waiting:
-            time.sleep(1)  # launchers use the exit code of the rank that ends first: let that be the one that failed
+            time.sleep(
+                1
+            )  # launchers use the exit code of the rank that ends first: let that be the one that failed
         comm.abort(EXIT_FAILED)
 
 
@@ -150,7 +152,9 @@ def refuse_unconnected(message: str, stop: StopSignal) -> int:
             # Until the others find it, too: srun returns the highest code, and that of a rank it ended is 143.
             time.sleep(3)
         return EXIT_USER_ERROR
-    deadline = time.monotonic() + 8.0  # on a busy machine rank 0 may start seconds later, and then waits itself
+    deadline = (
+        time.monotonic() + 8.0
+    )  # on a busy machine rank 0 may start seconds later, and then waits itself
     while not stop.requested and time.monotonic() < deadline:
         time.sleep(0.1)
     if not stop.requested:

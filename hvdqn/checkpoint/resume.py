@@ -27,6 +27,7 @@ from hvdqn.run_directory import set_aside
 from hvdqn.seeds import load_torch_state
 from hvdqn.sync import Totals
 
+
 def find_checkpoint(
     config: Config, checkpoints: Checkpoints, run_dir: Path
 ) -> tuple[Checkpoint | None, list[str]]:
@@ -143,7 +144,9 @@ def _check_parameters(before: int, now: int, path: Path) -> None:
 def _same_shapes(checkpoint: Checkpoint, config: Config, comm: Comm) -> bool:
     """Return True if each rank can load its own shard as it is."""
     before, now = checkpoint.manifest["config"], config.flat()
-    return checkpoint.world_size == comm.size and all(before[name] == now[name] for name in settings_of_exact_resume())
+    return checkpoint.world_size == comm.size and all(
+        before[name] == now[name] for name in settings_of_exact_resume()
+    )
 
 
 def _load_rank_state(parts: Parts, state: Mapping[str, Any]) -> bool:

@@ -2,11 +2,11 @@
 
     launch/elastic.sh --hosts h1:4,h2:4,h3:4 --min-np 4 -- --preset atari --run-dir /shared/runs/pong
 
-Every worker runs this file. Its flags are those of `hvdqn.train` and the two of `elastic_options`. When a rank dies, the
-others form a new world and continue; when a host comes, its ranks join. Ranks are replicas: after an update each of them
-holds the same weights, moments and clock. So every finished update is safe on all ranks, and after a loss the rank that
-got furthest sends its state to all. Replay and environments stay where they are. A new rank contributes a zero gradient
-until its replay has filled as at the start of a run.
+Every worker runs this file. Its flags are those of `hvdqn.train` and the two of `elastic_options`. When a rank dies,
+the others form a new world and continue; when a host comes, its ranks join. Ranks are replicas: after an update each
+holds the same weights, moments and clock. So every finished update is safe on all ranks, and after a loss the rank
+that got furthest sends its state to all. Replay and environments stay where they are. A new rank contributes a zero
+gradient until its replay has filled as at the start of a run.
 
 Exit codes: 0, 2 and 75 as for `hvdqn.train`, and 70 if all ranks failed: with these launch/elastic.sh ends the job. Any
 other code means that a single worker is lost; it may be replaced.

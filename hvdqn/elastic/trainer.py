@@ -51,7 +51,11 @@ class ElasticTrainer(Trainer):
     def position(self) -> tuple[int, ...]:
         """Return how far this rank got: larger is further, equal is the same bit for bit."""
         recorder = self.recorder
-        done = recorder.progress.evaluated_at_env_steps, recorder.saved_at_env_steps, recorder.logged_at_env_steps
+        done = (
+            recorder.progress.evaluated_at_env_steps,
+            recorder.saved_at_env_steps,
+            recorder.logged_at_env_steps,
+        )
         return (self.clock.env_steps, self.clock.updates, *done)
 
     def leave(self) -> None:

@@ -79,7 +79,9 @@ class Stack:
             out = z = torch.from_numpy(np.matmul(h.numpy(), weight.T)).add_(bias)
             moments: tuple[Tensor, ...] = ()
             if norm is not None:
-                out, *found = torch.native_layer_norm(z, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+                out, *found = torch.native_layer_norm(
+                    z, norm.normalized_shape, norm.weight, norm.bias, norm.eps
+                )
                 moments = tuple(found)
             if relu:
                 out.relu_()

@@ -1,7 +1,7 @@
 """Heads: what the network predicts of each action's return. All heads answer the same questions.
 
-Outputs are tensors `[batch, actions, ...]`, so that code which picks one action's entry, or averages over actions, works
-for every head.
+Outputs are tensors `[batch, actions, ...]`, so that code which picks one action's entry, or averages over actions,
+works for every head.
 """
 
 from __future__ import annotations

@@ -19,10 +19,13 @@ from hvdqn.networks.network import QNetwork
 class Passes(Protocol):
     """Computes a network's outputs and gradients. Observations are raw, `[batch, ...]`, on the network's device."""
 
-    no_grad: Callable[[], Any]
-    """The context in which the methods run without recording gradients; `forward` records what it needs itself."""
-    pinned_inputs: bool
-    """Whether inputs in pinned host memory reach the network's device faster."""
+    @property
+    def no_grad(self) -> Callable[[], AbstractContextManager[None]]:
+        """The context that the caller computes in; `forward` records what `backward` needs all the same."""
+
+    @property
+    def pinned_inputs(self) -> bool:
+        """Whether inputs in pinned host memory reach the network's device faster."""
 
     def output(self, observation: Tensor) -> Tensor:
         """Return the head's output, `[batch, actions, ...]`."""

@@ -23,7 +23,12 @@ __all__ = ["Outcome", "Strategy", "Totals", "make_strategy"]
 
 
 def make_strategy(
-    config: Config, learner: Learner, comm: Comm, timer: PhaseTimer, clock: Clock, record: Record | None = None
+    config: Config,
+    learner: Learner,
+    comm: Comm,
+    timer: PhaseTimer,
+    clock: Clock,
+    record: Record | None = None,
 ) -> Strategy:
     """Make this rank's part of the strategy that `--sync` names; a collective call.
 

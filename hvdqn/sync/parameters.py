@@ -26,7 +26,9 @@ from hvdqn.sync.trailer import REPORTED, STATISTICS, Trailer
 
 # A signal must be answered within half a minute: where averages are rarer, the trailer travels alone in between.
 UPDATES_BETWEEN_VOTES = 16
-SLOTS = 3  # of the trailer: this rank's largest importance weight, skipped updates, and those skipped in a row
+SLOTS = (
+    3  # of the trailer: this rank's largest importance weight, skipped updates, and those skipped in a row
+)
 
 
 class Nesterov:
@@ -72,7 +74,12 @@ class Parameters(Strategy):
     """
 
     def __init__(
-        self, learner: Learner, comm: Comm, timer: PhaseTimer, config: ParallelConfig, max_skipped_updates: int
+        self,
+        learner: Learner,
+        comm: Comm,
+        timer: PhaseTimer,
+        config: ParallelConfig,
+        max_skipped_updates: int,
     ) -> None:
         super().__init__(learner, timer)
         self.comm, self.every, self.max_skipped_updates = comm, config.sync_every, max_skipped_updates
@@ -84,7 +91,7 @@ class Parameters(Strategy):
         *self.parts, trailer = torch.split(self.message, sizes)
         self.trailer = Trailer(trailer, comm.rank, comm.size, SLOTS)
         # All ranks must divide by the same importance weight, or samples of one would count for more than another's.
-        # The largest of this update is not known without asking, so that of the updates before the last trailer is used.
+        # The largest of this update is not known without asking, so that from before the last trailer is used.
         self.largest_weight = torch.zeros(1, dtype=torch.float64)
         self.outer: Nesterov | None = None
         if config.outer_lr != 1.0 or config.outer_momentum != 0.0:

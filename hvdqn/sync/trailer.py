@@ -60,9 +60,7 @@ class Trailer:
         """Return the number of numbers in a trailer."""
         return len(STATISTICS) + 1 + slots * size
 
-    def pack(
-        self, statistics: Sequence[float], slots: Sequence[float] = (), absent: bool = False
-    ) -> None:
+    def pack(self, statistics: Sequence[float], slots: Sequence[float] = (), absent: bool = False) -> None:
         """Write what the host knows; the rest becomes zero.
 
         Args:
@@ -94,5 +92,5 @@ class Trailer:
 
     def on_device(self) -> tuple[Tensor, list[Tensor]]:
         """Return views of `absent` `[]` and of each slot `[ranks]`, to be read on the device."""
-        absent, *slots = self.tensor[self._end :].split([1, *[self.size] * len(self._places)])
-        return absent[0], slots
+        slots = self.tensor[self._end + 1 :].view(-1, self.size)
+        return self.tensor[self._end], list(slots)
