@@ -89,7 +89,9 @@ def _check_exploration(config: Config) -> None:
     if 0 != repeat <= 1:
         raise UserError(f"--epsilon-repeat is {repeat:g}; it must be above 1, or 0 for single actions")
     if config.exploration.exploration == "noisy" and not config.network.noisy:
-        raise UserError("--exploration noisy needs --noisy; without its noise the agent would not explore")
+        raise UserError(
+            "--exploration noisy needs the noise of --noisy; without it the agent would not explore"
+        )
 
 
 def unused_settings(config: Config) -> list[str]:

@@ -1,4 +1,4 @@
-"""Wrong input on two ranks: said once, not once a rank, within 10 s, and mpirun passes exit code 2 on."""
+"""Wrong input on two ranks is printed once, not once per rank, within 10 s, and mpirun returns exit code 2."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ TRAIN = ["-m", "hvdqn.train", "--preset", "smoke"]
 LIMIT_SECONDS = 10.0
 
 ROWS = {
-    # Refused before the ranks meet...
+    # Refused before the ranks connect.
     "unknown flag": ("--learnin-starts 3", ("'--learnin-starts'", "did you mean")),
     "another world than promised": ("--comm local", ("OMPI_COMM_WORLD_SIZE=2", "started 2 ranks", "connects 1")),
-    # ...and after.
+    # Refused after they connect.
     "unknown environment": ("--env CartPoll-v1", ("unknown environment 'CartPoll-v1'", "'CartPole-v1'")),
     "batch above shard": ("--batch-per-rank 1001", ("1001", "shard of a rank, 1000", "2000 over 2 ranks")),
     "server over Horovod": ("--sync server", ("--sync server", "not with --comm horovod", "--comm mpi")),
@@ -31,9 +31,9 @@ ROWS = {
 
 
 def refused(launcher: str, np: int, args: Sequence[str], words: tuple[str, ...]) -> Result:
-    """Launch what is wrong; see that it is said once, and within the limit.
+    """Launch a wrong command line and check that its error is printed once, within the limit.
 
-    Where others keep this machine too busy for that: within three times what the imports alone take beside it.
+    On a busy machine the limit is three times the time that the imports alone take.
     """
     result, limit = launch(launcher, np, args, timeout=120), LIMIT_SECONDS
     for _ in range(2):
@@ -46,12 +46,12 @@ def refused(launcher: str, np: int, args: Sequence[str], words: tuple[str, ...])
     assert len(lines) == 1, str(result)
     for word in words:
         assert word in lines[0]
-    assert "/hvdqn/" not in result.stdout + result.stderr, str(result)  # no traceback but torchrun's own
+    assert "/hvdqn/" not in result.stdout + result.stderr, str(result)  # no traceback except torchrun's own
     return result
 
 
 @pytest.mark.parametrize(("argv", "words"), ROWS.values(), ids=ROWS)
-def test_two_ranks_say_it_once(argv: str, words: tuple[str, ...], tmp_path: Path) -> None:
+def test_two_ranks_print_it_once(argv: str, words: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     run_dir = ["--run-dir", str(tmp_path / "run")]
     flags = [word.format(tmp=tmp_path) for word in argv.split()]
@@ -85,7 +85,7 @@ sys.exit(main())
 
 @pytest.mark.parametrize("launcher", ["mpirun", "torchrun"])
 def test_hosts_with_and_without_a_gpu(launcher: str, tmp_path: Path) -> None:
-    """Torch's engine makes NCCL's group before that can be refused: either all ranks make it or none does."""
+    """torch.distributed makes an NCCL group before this can be refused: all ranks must make it, or none."""
     script = tmp_path / "train.py"
     script.write_text(RANK_0_SEES_A_GPU)
     flags = ["--preset", "smoke", "--comm", "mpi" if launcher == "mpirun" else "torch"]
@@ -96,7 +96,7 @@ def test_hosts_with_and_without_a_gpu(launcher: str, tmp_path: Path) -> None:
 
 
 def test_a_run_directory_that_only_rank_0_sees(tmp_path: Path) -> None:
-    """A relative one, on hosts that start in folders of their own."""
+    """A relative path, on hosts that start in different folders."""
     for folder in ("here", "there"):
         (tmp_path / folder).mkdir()
     train = [sys.executable, *TRAIN, "--run-dir", "run"]
@@ -110,7 +110,7 @@ def test_a_run_directory_that_only_rank_0_sees(tmp_path: Path) -> None:
     assert tree(tmp_path).keys() == {"here", "there"}
 
 
-def test_what_is_wrong_on_one_rank_alone_is_said_by_that_rank(tmp_path: Path) -> None:
+def test_an_error_on_one_rank_alone_is_printed_by_that_rank(tmp_path: Path) -> None:
     train = [*TRAIN, "--run-dir", str(tmp_path / "run")]
     second = [":", "-np", "1", sys.executable, *train, "--learnin-starts", "3"]
     words = ("rank 1 alone", "'--learnin-starts'", "did you mean")
@@ -120,7 +120,7 @@ def test_what_is_wrong_on_one_rank_alone_is_said_by_that_rank(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("launcher", ["horovodrun-gloo", "torchrun"])
-def test_launchers_that_have_exit_codes_of_their_own(launcher: str, tmp_path: Path) -> None:
+def test_launchers_that_do_not_pass_exit_codes_on(launcher: str, tmp_path: Path) -> None:
     train = [*TRAIN, "--run-dir", str(tmp_path), "--env", "Pendulum-v1"]
     result = refused(launcher, 2, train, ("'Pendulum-v1'", "needs Discrete"))
     assert result.returncode, str(result)

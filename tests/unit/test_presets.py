@@ -1,4 +1,4 @@
-"""Every preset is a run that can be started, with any number of ranks that its users would take."""
+"""Every preset can be started, with any number of ranks that users are likely to choose."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NEEDS = {
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_it_parses_and_changes_what_it_names(name):
+def test_it_parses_and_sets_its_values(name):
     config = parse(["--preset", name])
     assert config.preset == name
     flat = config.flat()
@@ -31,9 +31,9 @@ def test_it_parses_and_changes_what_it_names(name):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-@pytest.mark.parametrize("size", [1, 2, 8, 32])
-def test_it_fits_any_world(name, size):
-    check_world(parse(["--preset", name]), size)
+@pytest.mark.parametrize("ranks", [1, 2, 8, 32])
+def test_it_fits_any_number_of_ranks(name, ranks):
+    check_world(parse(["--preset", name]), ranks)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -49,7 +49,7 @@ def test_it_is_consistent(name):
 def test_its_parts_are_built_and_its_environments_step(name):
     if name in NEEDS and find_spec(NEEDS[name]) is None:
         pytest.skip(f"{NEEDS[name]} is not installed: the preset {name} is NOT tested")
-    # Replay is reserved, not filled; still, a million Atari frames are more than some machines promise.
+    # A million Atari frames do not fit into the memory of every machine that runs tests.
     preset = parse(["--preset", name])
     config = preset.replace(
         envs_per_rank=2, replay_capacity=min(preset.replay.replay_capacity, 10_000), learning_starts=100
@@ -69,7 +69,7 @@ def test_its_parts_are_built_and_its_environments_step(name):
 
 
 def test_one_atari_transition_takes_at_most_7500_bytes():
-    """One 84 x 84 frame is 7,056; a buffer of stacked pairs would take 56 kB."""
+    """One 84 x 84 frame takes 7,056 bytes; a buffer of stacked pairs of observations would take 56 kB."""
     if find_spec("ale_py") is None:
         pytest.skip("ale_py is not installed: replay memory of Atari is NOT tested")
     config = parse(["--preset", "atari"]).replace(replay_capacity=8_000, learning_starts=1_000)

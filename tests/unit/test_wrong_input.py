@@ -1,7 +1,7 @@
-"""Whatever a user can get wrong ends with exit code 2 and one line: what is wrong, what would be right.
+"""Wrong input ends with exit code 2 and one line: what is wrong, and what would be right.
 
-Every row runs `hvdqn.train.main` in this process; those that need another environment, and a few more to hold the
-real thing to the same promise, are processes of their own. Two ranks: tests/distributed/test_wrong_input.py.
+Most rows run `hvdqn.train.main` in this process. Rows that need another environment, and one that does not, run in a
+process of their own. Two ranks: tests/distributed/test_wrong_input.py.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ SCRIPTED = "tests.unit.scripted_envs:"
 
 @dataclass(frozen=True)
 class Wrong:
-    """A command line that is wrong, and words that its one line must hold.
+    """A wrong command line, and words that its error line must contain.
 
-    `{tmp}` in `argv` and `env` is a fresh folder, where `files` are written first.
+    `{tmp}` in `argv` and `env` is an empty folder, in which `files` are written first.
     """
 
     argv: tuple[str, ...]
@@ -194,7 +194,7 @@ HERE = {
     "a rank outside of its world": wrong("", "RANK=2", "size - 1", RANK="2", WORLD_SIZE="2", MASTER_ADDR="::1"),
 }  # fmt: skip
 
-# Rows for a process of their own: what they need cannot be had in this one.
+# Rows that need a process of their own, mostly because of environment variables.
 APART = {
     "unknown flag": HERE["unknown flag"],
     "CUDA absent": wrong(
@@ -207,7 +207,7 @@ APART = {
         files={"ale_py.py": "raise ModuleNotFoundError(\"No module named 'ale_py'\", name='ale_py')"},
         PYTHONPATH="{tmp}",
     ),
-    # The variables of an mpirun that is not there: a rank that would otherwise train alone, thinking itself one of 4.
+    # The variables of mpirun without mpirun: this rank would otherwise train alone, as if it were one of 4.
     "another world than promised": wrong(
         "",
         "OMPI_COMM_WORLD_SIZE=4",
@@ -218,7 +218,7 @@ APART = {
     ),
 }
 
-# A run of the smoke preset lies in the run directory already.
+# The run directory already holds a run of the smoke preset.
 ON_A_RUN = {
     "never resume": wrong("--resume never", "holds checkpoints", "--resume is never", "--run-dir"),
     "another environment": wrong(
@@ -231,7 +231,7 @@ ON_A_RUN = {
 
 
 def prepare(row: Wrong, tmp: Path) -> list[str]:
-    """Write the row's files; return its command line, with a run directory of its own."""
+    """Write the row's files and return its command line, with a run directory inside `tmp`."""
     for name, text in row.files.items():
         (tmp / name).write_bytes(text.encode("utf-8", "surrogateescape"))
     argv = [word.replace("{tmp}", str(tmp)).replace("{{", "{").replace("}}", "}") for word in row.argv]
@@ -250,7 +250,7 @@ def check_refusal(code: int | None, stderr: str, words: tuple[str, ...], tmp: Pa
 
 
 def tree(folder: Path) -> dict[str, str]:
-    """Everything below a folder, and the digest of each file's content."""
+    """Return all paths below a folder with the digest of each file's content."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
         for path in folder.rglob("*")
@@ -259,14 +259,14 @@ def tree(folder: Path) -> dict[str, str]:
 
 @pytest.fixture
 def clean(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This process is no rank of anything, as a fresh shell is."""
+    """Remove the variables of launchers from the environment of this process."""
     for name in os.environ.keys() - clean_environment().keys():
         monkeypatch.delenv(name)
 
 
 @pytest.mark.usefixtures("clean")
 @pytest.mark.parametrize("row", HERE.values(), ids=HERE)
-def test_one_line_says_what_is_wrong(
+def test_wrong_input_is_refused_in_one_line(
     row: Wrong, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in row.env.items():
@@ -279,7 +279,7 @@ def test_one_line_says_what_is_wrong(
 
 
 @pytest.mark.usefixtures("clean")
-def test_a_run_that_is_there_stays_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_existing_run_is_not_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = ["--preset", "smoke", "--total-env-steps", "300", "--run-dir", str(tmp_path)]
     assert train.main([*run, "--eval-episodes", "1"]) == 0
     before = tree(tmp_path)
@@ -291,7 +291,7 @@ def test_a_run_that_is_there_stays_as_it_is(tmp_path: Path, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize("row", APART.values(), ids=APART)
-def test_a_real_process_says_it_too(row: Wrong, tmp_path: Path) -> None:
+def test_a_process_of_its_own_prints_the_same_line(row: Wrong, tmp_path: Path) -> None:
     argv = prepare(row, tmp_path)
     before = tree(tmp_path)
     env = clean_environment()
