@@ -1,16 +1,16 @@
-"""Start real ranks through the users' own launchers, and leave nothing behind.
+"""Start ranks with real launchers, and kill every process at the end.
 
     result = launch("mpirun", 4, ["-m", "hvdqn.train", "--preset", "smoke"], timeout=60)
     assert result.returncode == 0, result
 
-    with start("horovodrun-gloo", 2, ["-m", "hvdqn.train"], timeout=60) as job:  # to inject a fault
+    with start("horovodrun-gloo", 2, ["-m", "hvdqn.train"], timeout=60) as job:  # to kill a rank
         job.wait_for("updates")
         job.ranks()[1].kill()
         result = job.wait()
 
-Every process of a job carries a unique HVDQN_TEST_ID in its environment. When the job's timeout has passed, or the
-`with` block is left, all that still carry it are killed. A job that had to be killed for its timeout, or whose
-launcher ended before its ranks did, fails the test.
+Every process of a job has the job's unique HVDQN_TEST_ID in its environment. When the timeout has passed, or at the end
+of the `with` block, all processes with that id are killed. The test fails if the job timed out, or if its launcher
+ended before its ranks.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from typing import IO
 import psutil
 import pytest
 
-BIN = Path(sys.executable).parent  # the venv's own horovodrun, mpirun and torchrun
+BIN = Path(sys.executable).parent  # where horovodrun, mpirun and torchrun are installed
 REPOSITORY = Path(__file__).parents[1]
 
 _COMMANDS = {
     "python": (),
-    # No cache: horovodruns that start side by side would find the one file in ~/.horovod half written.
+    # No cache: two horovodruns that start at the same time could read the file in ~/.horovod half written.
     "horovodrun-gloo": ("horovodrun", "--disable-cache", "--gloo", "-np", "{np}"),
     "horovodrun-mpi": ("horovodrun", "--disable-cache", "--mpi", "-np", "{np}"),
     "mpirun": ("mpirun", "-np", "{np}"),
-    # Standalone: a free port instead of 29500, so that two jobs do not meet. The command is no script but python.
+    # Standalone: a free port instead of 29500, so that two jobs do not connect to each other.
     "torchrun": ("torchrun", "--standalone", "--nproc-per-node", "{np}", "--no-python"),
 }
 LAUNCHERS = tuple(_COMMANDS)
@@ -51,19 +51,19 @@ LAUNCHERS = tuple(_COMMANDS)
 _RANK_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "RANK")
 _INHERITED = ("HOROVOD_", "OMPI_", "PMI_", "PMIX_", "SLURM_", "TORCHELASTIC_")
 _INHERITED_EXACT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-# How long the last processes of a job may take to vanish once its launcher has returned.
+# How long the last processes of a job may take to end after its launcher.
 _GRACE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a job left: the launcher's exit code, what all ranks printed, and how long it ran."""
+    """The launcher's exit code, the output of all ranks, and how long the job ran."""
 
-    returncode: int | None  # None: it has not ended
+    returncode: int | None  # None while the job runs
     stdout: str
     stderr: str
     seconds: float
-    ended: float  # as time.time() has it, to compare with what the ranks print
+    ended: float  # time.time() at the end, to compare with times that ranks print
 
     def __str__(self) -> str:
         return (
@@ -80,15 +80,15 @@ def launch(
     env: Mapping[str, str] | None = None,
     cwd: str | Path | None = None,
 ) -> Result:
-    """Run `python *args` on `np` ranks under `launcher` (one of `LAUNCHERS`) to its end.
+    """Run `python *args` on `np` ranks under `launcher` (one of `LAUNCHERS`), and wait for it.
 
     Args:
         launcher: "python" starts one process without a launcher.
-        np: ranks; more than there are cores is fine.
-        args: what follows `python`, such as ["-m", "hvdqn.train", ...] or [script, ...].
+        np: number of ranks; there may be fewer cores.
+        args: arguments of `python`, such as ["-m", "hvdqn.train", ...] or [script, ...].
         timeout: seconds after which the job is killed and the test fails.
-        env: variables to add to this process's environment, less what launchers set.
-        cwd: where to start; this process's folder if None.
+        env: variables to add to `clean_environment()`.
+        cwd: the folder in which to start; that of this process if None.
     """
     with start(launcher, np, args, timeout, env, cwd) as job:
         return job.wait()
@@ -102,7 +102,7 @@ def start(
     env: Mapping[str, str] | None = None,
     cwd: str | Path | None = None,
 ) -> Job:
-    """Like `launch`, but return at once. Use it as a context manager, which kills what is left at its end."""
+    """Start a job as `launch` does, without waiting. Use it as a context manager, which kills what is left."""
     if launcher == "python" and np != 1:
         raise ValueError("python starts one process; choose a launcher for more")
     command = [word.format(np=np) for word in _COMMANDS[launcher]]
@@ -117,35 +117,35 @@ def start(
 def launch_line(
     line: str, np: int, timeout: float, env: Mapping[str, str] | None = None, cwd: str | Path | None = None
 ) -> Result:
-    """Run a line as a user types it, with this environment's programs, to its end; see `launch`."""
+    """Run a shell command line with this environment's programs in PATH, and wait for it; see `launch`."""
     with Job(["bash", "-c", line], np, timeout, clean_environment() | dict(env or {}), cwd) as job:
         return job.wait()
 
 
 def clean_environment() -> dict[str, str]:
-    """This process's environment as a fresh shell would have it: of no rank, one thread each, root allowed."""
+    """Return this process's environment without variables of launchers, and with settings for tests."""
     env = {
         name: value
         for name, value in os.environ.items()
         if not name.startswith(_INHERITED) and name not in _INHERITED_EXACT
     }
     env["PATH"] = f"{BIN}{os.pathsep}{env.get('PATH', os.defpath)}"
-    # The checkout under test, wherever the job starts and whatever is installed.
+    # Ranks import hvdqn from this repository, whatever is installed.
     env["PYTHONPATH"] = f"{REPOSITORY}{os.pathsep}{env.get('PYTHONPATH', '')}".rstrip(os.pathsep)
     env["OMP_NUM_THREADS"] = "1"
-    # There are more ranks than cores: none is tied to a core, and those that wait leave it to those they wait for.
+    # There may be more ranks than cores: bind none to a core, and let waiting ranks yield theirs.
     env["OMPI_MCA_rmaps_base_oversubscribe"] = "1"
     env["OMPI_MCA_hwloc_base_binding_policy"] = "none"
     env["OMPI_MCA_mpi_yield_when_idle"] = "1"
     env["HVDQN_SLEEP_WHEN_WAITING"] = "1"
-    env["HOROVOD_CYCLE_TIME"] = "1"  # not hvdqn's 0: its threads look for tensors in what time they can get
+    env["HOROVOD_CYCLE_TIME"] = "1"  # with hvdqn's 0, Horovod's threads would take the cores from the ranks
     if os.geteuid() == 0:
         env["OMPI_ALLOW_RUN_AS_ROOT"] = env["OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"] = "1"
     return env
 
 
 class Job:
-    """A job under way: the launcher, its ranks and their output so far."""
+    """A running job: its launcher, its ranks and their output so far."""
 
     def __init__(
         self,
@@ -159,7 +159,7 @@ class Job:
         self._without_launcher = command[0] == sys.executable
         self._id = uuid.uuid4().hex
         self._timeout = timeout
-        # Files, not pipes: nothing blocks when nobody reads, and a test can look while the job runs.
+        # Files, not pipes: a full pipe would block the job, and tests read the output while the job runs.
         self._stdout = tempfile.TemporaryFile()  # noqa: SIM115
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115
         self._started = time.monotonic()
@@ -176,19 +176,19 @@ class Job:
 
     @property
     def launcher(self) -> psutil.Process:
-        """The process that was started: mpirun, horovodrun, torchrun, or python itself."""
+        """Return the process that was started: mpirun, horovodrun, torchrun or python."""
         return psutil.Process(self._process.pid)
 
     def output(self) -> str:
-        """What all ranks printed so far, stdout then stderr."""
+        """Return the output of all ranks so far, stdout then stderr."""
         return _text(self._stdout) + _text(self._stderr)
 
     def wait_for(self, text: str) -> None:
-        """Return once `text` stands in the output; fail if the job ends or times out first."""
+        """Wait until the output contains `text`; fail if the job ends or times out first."""
         self.wait_until(lambda: text in self.output(), f"it had printed {text!r}")
 
     def wait_until(self, condition: Callable[[], bool], what: str) -> None:
-        """Return once `condition` holds; fail if the job ends or times out before `what`."""
+        """Wait until `condition()` is true; fail if the job ends or times out before `what`."""
         while not condition():
             if self._process.poll() is not None and not condition():
                 raise AssertionError(f"the job ended before {what}\n{self._result()}")
@@ -196,10 +196,12 @@ class Job:
             time.sleep(0.02)
 
     def ranks(self) -> dict[int, psutil.Process]:
-        """Return the python process of every rank, once all of them run."""
+        """Wait until all ranks run; return their python processes."""
         while True:
             found: dict[int, psutil.Process] = {}
-            for process in sorted(self.alive(), key=_age):  # a rank is older than the workers it forks
+            for process in sorted(
+                self.alive(), key=_start_time
+            ):  # a rank comes before the workers that it forks
                 rank = self._rank_of(process)
                 if rank is not None:
                     found.setdefault(rank, process)
@@ -213,7 +215,7 @@ class Job:
         return [process for process in psutil.process_iter() if self._is_ours(process)]
 
     def wait(self) -> Result:
-        """Wait for the end; fail on a timeout, and if any process outlives the launcher."""
+        """Wait for the launcher; fail if it times out or any process outlives it."""
         while self._process.poll() is None:
             self._check_time("it was still running")
             time.sleep(0.02)
@@ -229,11 +231,11 @@ class Job:
 
     def kill(self) -> None:
         """Kill every process of the job."""
-        # A parent may start another child while it is being looked for: until none is found.
+        # A process may start another one meanwhile, so repeat until none is found.
         while left := self.alive():
             for process in left:
                 _signal(process, signal.SIGKILL)
-            self._process.poll()  # reap the launcher: a zombie is not alive
+            self._process.poll()  # reap the launcher
             time.sleep(0.01)
         self._process.wait()
 
@@ -269,14 +271,14 @@ class Job:
         return _environment(process).get("HVDQN_TEST_ID") == self._id
 
     def _rank_of(self, process: psutil.Process) -> int | None:
-        # Ranks are told apart from the launcher's own shells and daemons by what they run.
+        # A rank runs python; the launcher's own shells and daemons do not.
         if _command_line(process)[:1] != [sys.executable]:
             return None
         environment = _environment(process)
         for name in _RANK_VARIABLES:
             if name in environment:
                 return int(environment[name])
-        # Not the process of torchrun or horovodrun: these are scripts of the same Python.
+        # torchrun and horovodrun are scripts of the same Python, but not ranks.
         return 0 if self._without_launcher and process.pid == self._process.pid else None
 
 
@@ -285,17 +287,17 @@ _PR_SET_PDEATHSIG = 1
 
 
 def _end_with_parent() -> None:
-    # A pytest that is itself killed runs no clean-up: then the launcher is told, and ends its ranks.
+    # If pytest is killed it cannot clean up: then the kernel signals the launcher, which ends its ranks.
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _text(file: IO[bytes]) -> str:
     number = file.fileno()
-    # pread: the ranks go on writing at the offset that they share with this descriptor.
+    # pread does not move the file offset, which this descriptor shares with the ranks.
     return os.pread(number, os.fstat(number).st_size, 0).decode(errors="replace")
 
 
-def _age(process: psutil.Process) -> float:
+def _start_time(process: psutil.Process) -> float:
     try:
         return process.create_time()
     except psutil.Error:

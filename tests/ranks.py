@@ -1,4 +1,4 @@
-"""Several ranks in one process, each a thread: `run_ranks(3, body)` calls `body(comm)` on each of them."""
+"""Ranks that are threads of one process: `run_ranks(3, body)` calls `body(comm)` on each of them."""
 
 from __future__ import annotations
 
@@ -20,95 +20,97 @@ T = TypeVar("T")
 TIMEOUT_SECONDS = 60.0
 
 
-class Meeting:
-    """Where the ranks lay down what they have, and read what the others had."""
+class Shared:
+    """The memory through which the ranks exchange objects."""
 
     def __init__(self, size: int) -> None:
         self.barrier = threading.Barrier(size, timeout=TIMEOUT_SECONDS)
-        self.laid: list[Any] = [None] * size
+        self.values: list[Any] = [None] * size
         self._lock, self._successor = threading.Lock(), None
 
-    def successor(self, size: int) -> Meeting:
-        """The one that some of the ranks go on with."""
+    def successor(self, size: int) -> Shared:
+        """Return the memory of those ranks that continue after `ThreadComm.keep`, the same for all of them."""
         with self._lock:
-            self._successor = self._successor or Meeting(size)
+            self._successor = self._successor or Shared(size)
             return self._successor
 
-    def share(self, rank: int, value: Any) -> list[Any]:
-        self.laid[rank] = value
+    def all_gather(self, rank: int, value: Any) -> list[Any]:
+        self.values[rank] = value
         self.barrier.wait()
-        read = list(self.laid)
+        gathered = list(self.values)
         self.barrier.wait()
-        return read
+        return gathered
 
 
 class Pending:
     def __init__(self, comm: ThreadComm, tensor: Tensor) -> None:
-        self.comm, self.tensor, self.sent = comm, tensor, tensor.clone()
+        self.comm, self.tensor, self.message = comm, tensor, tensor.clone()
 
     def wait(self) -> Tensor:
-        return self.tensor.copy_(torch.stack(self.comm.all_gather_object(self.sent)).sum(dim=0))
+        return self.tensor.copy_(torch.stack(self.comm.all_gather_object(self.message)).sum(dim=0))
 
 
 @dataclass
 class Request:
+    """A message in progress, as mpi4py's `Request`."""
+
     wait: Callable[[], object] = lambda: None
-    has_come: Callable[[], bool] = lambda: True
+    is_complete: Callable[[], bool] = lambda: True
 
     def Wait(self) -> None:  # noqa: N802
         self.wait()
 
 
 class Channel:
-    """Messages between two ranks, as mpi4py sends them."""
+    """A communicator for messages from rank to rank, as mpi4py's `Comm`. queues[to][source] holds bytes."""
 
-    def __init__(self, rank: int, boxes: list[dict[int, deque[bytes]]], meeting: Meeting) -> None:
-        self.rank, self.boxes, self.meeting = rank, boxes, meeting
+    def __init__(self, rank: int, queues: list[dict[int, deque[bytes]]], shared: Shared) -> None:
+        self.rank, self.queues, self.shared = rank, queues, shared
 
     def Isend(self, buffer: np.ndarray, to: int) -> Request:  # noqa: N802
-        self.boxes[to][self.rank].append(buffer.tobytes())
+        self.queues[to][self.rank].append(buffer.tobytes())
         return Request()
 
     def Irecv(self, buffer: np.ndarray, source: int) -> Request:  # noqa: N802
-        return Request(lambda: self.receive(buffer, source), lambda: bool(self.boxes[self.rank][source]))
+        return Request(lambda: self.receive(buffer, source), lambda: bool(self.queues[self.rank][source]))
 
     def receive(self, buffer: np.ndarray, source: int) -> None:
         deadline = time.monotonic() + TIMEOUT_SECONDS
-        while not self.boxes[self.rank][source]:
-            if self.meeting.barrier.broken:
+        while not self.queues[self.rank][source]:
+            if self.shared.barrier.broken:
                 raise threading.BrokenBarrierError
-            assert time.monotonic() < deadline, f"rank {self.rank} waited in vain for rank {source}"
+            assert time.monotonic() < deadline, f"rank {self.rank} timed out waiting for rank {source}"
             time.sleep(1e-4)
-        message = self.boxes[self.rank][source].popleft()
+        message = self.queues[self.rank][source].popleft()
         buffer[: len(message)] = np.frombuffer(message, np.uint8)
 
 
 class ThreadComm(Comm):
-    """One of the ranks; it remembers the names of its allreduces. Messages between two go as in `MpiComm`."""
+    """One rank, with the methods of `MpiComm`. `names` lists the names of its allreduces."""
 
     name = "mpi"
 
-    def __init__(self, rank: int, size: int, meeting: Meeting) -> None:
+    def __init__(self, rank: int, size: int, shared: Shared) -> None:
         super().__init__(rank, size, rank, size)
-        self.meeting, self.names = meeting, list[str]()
+        self.shared, self.names = shared, list[str]()
 
     def duplicate(self) -> Channel:
-        mine = [{rank: deque[bytes]() for rank in range(self.size)} for _ in range(self.size)]
-        return Channel(self.rank, self.broadcast_object(mine), self.meeting)
+        queues = [{rank: deque[bytes]() for rank in range(self.size)} for _ in range(self.size)]
+        return Channel(self.rank, self.broadcast_object(queues), self.shared)
 
     def first_done(self, requests: Sequence[Request]) -> int | None:
         for index, request in enumerate(requests):
-            if request.has_come():
+            if request.is_complete():
                 request.Wait()
                 return index
         return None
 
     def keep(self, ranks: Sequence[int]) -> None:
-        others: Meeting = self.meeting.successor(len(ranks))
-        self.rank, self.size, self.meeting = ranks.index(self.rank), len(ranks), others
+        shared = self.shared.successor(len(ranks))
+        self.rank, self.size, self.shared = ranks.index(self.rank), len(ranks), shared
 
     def abort(self, code: int) -> NoReturn:
-        self.meeting.barrier.abort()
+        self.shared.barrier.abort()
         raise SystemExit(code)
 
     def allreduce_sum_async(self, tensor: Tensor, name: str) -> Pending:
@@ -122,24 +124,24 @@ class ThreadComm(Comm):
         return self.all_gather_object(obj)[root]
 
     def all_gather_object(self, obj: T) -> list[T]:
-        return self.meeting.share(self.rank, obj)
+        return self.shared.all_gather(self.rank, obj)
 
     def barrier(self) -> None:
-        self.meeting.barrier.wait()
+        self.shared.barrier.wait()
 
     def close(self) -> None:
         pass
 
 
 def run_ranks(size: int, body: Callable[[ThreadComm], T]) -> list[T]:
-    """What `body` returned on each rank; the first error of any."""
-    meeting = Meeting(size)
+    """Call `body` on each rank; return the results, or raise the first error."""
+    shared = Shared(size)
 
     def run(rank: int) -> T:
         try:
-            return body(ThreadComm(rank, size, meeting))
+            return body(ThreadComm(rank, size, shared))
         except BaseException:
-            meeting.barrier.abort()
+            shared.barrier.abort()
             raise
 
     with ThreadPoolExecutor(size) as pool:

@@ -18,7 +18,7 @@ def exit_code(message: str) -> int | None:
         message: the text of the exception that horovodrun raises.
 
     Returns:
-        The code, None if the message does not tell of a rank.
+        The code, None if the message names no rank.
     """
     found = re.search(r"Process name: \d+\nExit code: (-?\d+)", message)
     if found is None:

@@ -1,6 +1,6 @@
 """One rank of test_comm.py: `comm_worker.py MODE COMM`, started by a launcher.
 
-MODE conformance: every promise of `Comm`, one function each. The others let rank 1 fail in some way.
+MODE conformance checks what the docstrings of `Comm` state. In the other modes rank 1 fails.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ DTYPES = (torch.float32, torch.float64)
 
 
 def part(rank: int, size: int, dtype: torch.dtype, salt: int = 0) -> torch.Tensor:
-    """What `rank` brings to a reduction; every rank can work out every other's."""
+    """Return the message of `rank` in a reduction. Every rank can compute those of all others."""
     generator = torch.Generator().manual_seed(1_000_003 * salt + 101 * size + rank)
     return torch.randn(size, dtype=dtype, generator=generator)
 
 
 def check_sum(comm: Comm, result: torch.Tensor, salt: int = 0) -> str:
-    """Compare a sum with the float64 sum of all parts; return a hash of its bits."""
+    """Compare a sum with the float64 sum of all messages; return a hash of its bits."""
     parts = [part(rank, len(result), result.dtype, salt).double() for rank in range(comm.size)]
     expected = sum(parts)
     tolerance = 2 * comm.size**2 * torch.finfo(result.dtype).eps * max(p.abs().max().item() for p in parts)
@@ -46,7 +46,7 @@ def world(comm: Comm) -> None:
     assert sorted(comm.all_gather_object(comm.local_rank)) == list(range(comm.size))
     assert comm.why
     if comm.name == "horovod" and "OMPI_COMM_WORLD_RANK" in os.environ:
-        assert os.environ["HOROVOD_CYCLE_TIME"] == "0"  # hvdqn's choice over MPI on one host
+        assert os.environ["HOROVOD_CYCLE_TIME"] == "0"  # hvdqn's default over MPI on one host
 
 
 def total(comm: Comm) -> list[str]:
@@ -55,7 +55,7 @@ def total(comm: Comm) -> list[str]:
         for size in SIZES:
             tensor = part(comm.rank, size, dtype)
             result = comm.allreduce_sum_async(tensor, f"sum.{size}.{dtype}").wait()
-            assert result is tensor, "the sum is taken in place"
+            assert result is tensor, "the sum is not in place"
             bits.append(check_sum(comm, result))
     return bits
 
@@ -69,8 +69,8 @@ def same_name_again(comm: Comm) -> list[str]:
     return bits
 
 
-def ranks_that_take_turns_to_be_late(comm: Comm) -> list[str]:
-    """Nobody reads a message that is older or newer than its own."""
+def ranks_that_are_late_in_turn(comm: Comm) -> list[str]:
+    """No rank adds messages of different updates."""
     bits = []
     for update in range(300):
         tensor = part(comm.rank, 1000, torch.float32, salt=update)
@@ -93,7 +93,7 @@ def two_in_flight(comm: Comm) -> list[str]:
 
 
 def again_the_same_bits(comm: Comm) -> None:
-    """Whichever rank comes last. (Of several in flight, Horovod joins those that are ready: their sums may differ.)"""
+    """For any order of arrival. (Of several sums in progress, Horovod fuses those that are ready: bits may differ.)"""
     for size in (1000, 17_003, 134_002):
         tensor = part(comm.rank, size, torch.float32)
         sums = []
@@ -119,7 +119,7 @@ def part_of_a_larger_tensor(comm: Comm) -> None:
     assert larger[0] == larger[-1] == 5.0
 
 
-def parameters_that_want_gradients(comm: Comm) -> None:
+def parameters_that_require_gradients(comm: Comm) -> None:
     tensor = torch.nn.Parameter(torch.full((100,), float(comm.rank)))
     with torch.no_grad():
         comm.allreduce_sum_async(tensor, "parameters").wait()
@@ -162,26 +162,26 @@ def objects(comm: Comm) -> None:
 
 def barrier(comm: Comm) -> None:
     time.sleep(0.05 * comm.rank)
-    came = time.monotonic()  # one clock for all processes of a host
+    entered = time.monotonic()  # one clock for all processes of a host
     comm.barrier()
-    went = time.monotonic()
-    times = comm.all_gather_object((came, went))
-    assert max(came for came, _ in times) <= min(went for _, went in times)
+    left = time.monotonic()
+    times = comm.all_gather_object((entered, left))
+    assert max(entered for entered, _ in times) <= min(left for _, left in times)
 
 
 def one_rank_has_no_memory_to_share(comm: Comm) -> None:
-    """All of them do without from then on."""
+    """Then no rank uses shared memory."""
     if comm.name != "mpi" or comm.size == 1:
         return
     from hvdqn.comm import mpi as engine
 
-    def refused_on_rank_1(mpi: Any, host: Any, like: torch.Tensor) -> SharedSum:
-        made = SharedSum(mpi, host, like)
+    def fail_on_rank_1(mpi: Any, host: Any, like: torch.Tensor) -> SharedSum:
+        shared = SharedSum(mpi, host, like)
         if comm.rank == 1:
             raise mpi.Exception(mpi.ERR_NO_MEM)
-        return made
+        return shared
 
-    engine.SharedSum = refused_on_rank_1
+    engine.SharedSum = fail_on_rank_1
     for update in range(3):
         tensor = part(comm.rank, 500, torch.float32, salt=update)
         comm.allreduce_sum_async(tensor, "refused").wait()
@@ -189,17 +189,17 @@ def one_rank_has_no_memory_to_share(comm: Comm) -> None:
     engine.SharedSum = SharedSum
 
 
-# Each raises, or returns hashes that must be the same on every rank.
+# Each may return hashes, which must be the same on every rank.
 CHECKS: tuple[Callable[[Comm], list[str] | None], ...] = (
     world,
     total,
     same_name_again,
-    ranks_that_take_turns_to_be_late,
+    ranks_that_are_late_in_turn,
     two_in_flight,
     again_the_same_bits,
     waiting_again_changes_nothing,
     part_of_a_larger_tensor,
-    parameters_that_want_gradients,
+    parameters_that_require_gradients,
     nan_and_inf_reach_every_rank,
     broadcast,
     objects,
@@ -213,7 +213,7 @@ def conformance(comm: Comm) -> None:
     everywhere = comm.all_gather_object(bits)
     assert everywhere == [bits] * comm.size, "the ranks hold different bits"
     summary = hashlib.sha256("".join(bits).encode()).hexdigest()
-    say(f"rank {comm.rank} of {comm.size} passed over {comm.name}, bits {summary}")
+    write_line(f"rank {comm.rank} of {comm.size} passed over {comm.name}, bits {summary}")
 
 
 def error_on_one_rank(comm: Comm) -> None:
@@ -223,20 +223,20 @@ def error_on_one_rank(comm: Comm) -> None:
 
 
 def abort_by_watchdog(comm: Comm) -> None:
-    """Rank 1 hangs, the others wait for it in a collective until a watchdog thread of rank 0 gives up."""
+    """Rank 1 hangs and the others wait for it in a collective, until a watchdog thread of rank 0 aborts the job."""
     if comm.rank == 1:
         time.sleep(600)
     if comm.rank == 0:
-        threading.Timer(0.3, give_up, [comm]).start()
+        threading.Timer(0.3, abort, [comm]).start()
     comm.allreduce_sum_async(torch.ones(1000), "gradient").wait()
 
 
-def give_up(comm: Comm) -> None:
-    say(f"giving up at {time.time()}")
+def abort(comm: Comm) -> None:
+    write_line(f"aborting at {time.time()}")
     comm.abort(7)
 
 
-def say(line: str) -> None:
+def write_line(line: str) -> None:
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
 
@@ -244,11 +244,11 @@ def say(line: str) -> None:
 def main(mode: str, choice: str) -> None:
     torch.set_num_threads(1)
     try:
-        os.environ.pop("HOROVOD_CYCLE_TIME", None)  # as a user has it
+        os.environ.pop("HOROVOD_CYCLE_TIME", None)  # use hvdqn's default
         comm = connect(choice)
     except LaunchError as error:
         if launcher_rank() == 0:
-            say(f"refused: {error}")
+            write_line(f"refused: {error}")
         sys.exit(2)
     try:
         globals()[mode](comm)
@@ -256,7 +256,7 @@ def main(mode: str, choice: str) -> None:
         traceback.print_exc()
         comm.abort(1)
     comm.close()
-    say(f"closed at {time.time()}")
+    write_line(f"closed at {time.time()}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Every engine keeps every promise of `Comm`, through real launchers; the checks are in comm_worker.py."""
+"""Every engine does what `Comm` documents, under real launchers. The checks are in comm_worker.py."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from tests.launchers import Result, launch, launch_line
 pytestmark = pytest.mark.distributed
 
 WORKER = str(Path(__file__).with_name("comm_worker.py"))
-ENGINES = {  # launcher -> what `--comm auto` makes of several ranks
+ENGINES = {  # launcher -> the engine that `--comm auto` chooses for several ranks
     "horovodrun-gloo": "horovod",
     "horovodrun-mpi": "horovod",
     "mpirun": "horovod",
     "torchrun": "torch",
 }
-TIMEOUT = 120  # against hangs; a job takes 2 to 5 s where nothing else runs
-LEAVING_SECONDS = 30  # from a rank's last words to the end of the job
-# What the launchers make of a rank's exit code 7: Horovod's Gloo launcher and torchrun know only 1.
+TIMEOUT = 120  # seconds; for jobs that hang
+END_SECONDS = 30  # from a rank's last line to the end of the job
+# The launcher's exit code if a rank exits with 7: Horovod's Gloo launcher and torchrun always return 1.
 EXIT_CODES = {"horovodrun-gloo": 1, "horovodrun-mpi": 7, "mpirun": 7, "torchrun": 1}
 
 
-def assert_ended_soon_after(words: str, times: int, result: Result) -> None:
-    said = [float(stamp) for stamp in re.findall(rf"{words} ([\d.]+)", result.stdout)]
-    assert len(said) == times, result
-    assert result.ended - min(said) < LEAVING_SECONDS, result
+def assert_ended_soon_after(line: str, count: int, result: Result) -> None:
+    times = [float(stamp) for stamp in re.findall(rf"{line} ([\d.]+)", result.stdout)]
+    assert len(times) == count, result
+    assert result.ended - min(times) < END_SECONDS, result
 
 
 # Three ranks: no power of two, and a sum whose bits depend on its order. Two and four are in test_gradient.py.
@@ -44,7 +44,7 @@ ONE_RANK = [("python", "auto", 1), ("mpirun", "auto", 1), ("mpirun", "mpi", 1)]
 
 
 @pytest.mark.parametrize(("launcher", "comm", "np"), [*ONE_RANK, *THREE_RANKS])
-def test_engine_keeps_every_promise(launcher: str, comm: str, np: int) -> None:
+def test_engine_conforms_to_comm(launcher: str, comm: str, np: int) -> None:
     result = launch(launcher, np, [WORKER, "conformance", comm], timeout=TIMEOUT)
     assert result.returncode == 0, result
     assert_ended_soon_after("closed at", np, result)
@@ -54,14 +54,12 @@ def test_engine_keeps_every_promise(launcher: str, comm: str, np: int) -> None:
 
 
 @pytest.mark.parametrize(("cores", "sleeps"), [(1, True), (2, False)])
-def test_ranks_over_gloo_sleep_while_they_wait_where_there_are_more_of_them_than_cores(
-    cores: int, sleeps: bool
-) -> None:
-    """However many cores the machine has: those that the job may use count, as in a container."""
+def test_waiting_ranks_over_gloo_sleep_if_there_are_more_ranks_than_cores(cores: int, sleeps: bool) -> None:
+    """The cores that the job may use count, not those of the machine."""
     mine = sorted(os.sched_getaffinity(0))
     if len(mine) < 2:
-        pytest.skip("one core alone may be used here, and this takes two: WHO SLEEPS IS NOT TESTED")
-    ask = (
+        pytest.skip("this test needs two cores, and only one may be used: WHETHER RANKS SLEEP IS NOT TESTED")
+    program = (
         "from hvdqn.comm import connect; comm = connect('auto'); print('sleeps:', comm._sleeps); comm.close()"
     )
     line = [
@@ -75,7 +73,7 @@ def test_ranks_over_gloo_sleep_while_they_wait_where_there_are_more_of_them_than
         "2",
     ]
     result = launch_line(
-        shlex.join([*line, sys.executable, "-c", ask]), 2, TIMEOUT, env={"HVDQN_SLEEP_WHEN_WAITING": "0"}
+        shlex.join([*line, sys.executable, "-c", program]), 2, TIMEOUT, env={"HVDQN_SLEEP_WHEN_WAITING": "0"}
     )
     assert result.returncode == 0, result
     assert result.stdout.count(f"sleeps: {sleeps}") == 2, result
@@ -85,11 +83,11 @@ def test_ranks_over_gloo_sleep_while_they_wait_where_there_are_more_of_them_than
 def test_abort_ends_ranks_that_hang_and_ranks_that_wait(launcher: str, comm: str, np: int) -> None:
     result = launch(launcher, np, [WORKER, "abort_by_watchdog", comm], timeout=TIMEOUT)
     assert result.returncode == EXIT_CODES[launcher], result
-    assert_ended_soon_after("giving up at", 1, result)
+    assert_ended_soon_after("aborting at", 1, result)
     assert "closed" not in result.stdout
 
 
-def test_an_error_on_one_rank_is_told_once_and_ends_the_job() -> None:
+def test_an_error_on_one_rank_is_printed_once_and_ends_the_job() -> None:
     result = launch("mpirun", 4, [WORKER, "error_on_one_rank", "mpi"], timeout=TIMEOUT)
     assert result.returncode == 1, result
     assert result.stderr.count("RuntimeError: the environment of this rank broke") == 1, result
@@ -128,7 +126,7 @@ def test_an_error_on_one_rank_is_told_once_and_ends_the_job() -> None:
         ),
     ],
 )
-def test_a_wrong_world_is_refused_once(
+def test_a_wrong_number_of_ranks_is_refused_once(
     launcher: str, np: int, comm: str, env: dict[str, str], message: str
 ) -> None:
     result = launch(launcher, np, [WORKER, "conformance", comm], timeout=TIMEOUT, env=env)

@@ -1,4 +1,4 @@
-"""Elastic runs: workers die and come, on three names of this machine that Horovod takes for hosts."""
+"""Elastic runs in which workers die and join, on three host names that all stand for this machine."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from tests.launchers import BIN, REPOSITORY, Job, clean_environment
 pytestmark = pytest.mark.distributed
 
 HOSTS = ("w0", "w1", "w2")
-# Also where the machine is busy with other work.
+# Long enough for a busy machine.
 TIMEOUT_SECONDS = 150.0
 ENVS_PER_RANK, REPLAY_RATIO, LEARNING_STARTS, TOTAL_ENV_STEPS = 8, 64, 1_000, 30_000
-# Twice the preset's, so half the updates: Horovod's negotiation takes most of the time here.
+# Twice that of the preset, for half as many updates: Horovod's negotiation takes most of the time here.
 BATCH_PER_RANK = 128
 SOLVING = (
     *("--preset", "cartpole", "--eval-every", "2500", "--total-env-steps", str(TOTAL_ENV_STEPS)),
@@ -36,7 +36,7 @@ SOLVING = (
 KILLS = 5
 SOLVED = 475.0
 
-# Names for this machine in a mount namespace of the job's own: /etc/hosts stays as it is.
+# Adds host names for this machine in a mount namespace, without changing /etc/hosts.
 ALIASES = """
 { cat /etc/hosts; echo "127.0.0.1 w0 w1 w2"; } >"$0"
 mount --bind "$0" /etc/hosts
@@ -46,7 +46,7 @@ exec "$@"
 
 @pytest.fixture
 def unshare() -> list[str]:
-    """The command that gives a job a mount namespace."""
+    """Return the command that runs a job in a mount namespace."""
     for flags in (["--mount"], ["--map-root-user", "--mount"]):
         probe = ["unshare", *flags, "sh", "-c", "mount --bind /etc/hosts /etc/hosts"]
         try:
@@ -55,14 +55,14 @@ def unshare() -> list[str]:
         except FileNotFoundError:
             break
     pytest.skip(
-        "no mount namespace can be had (a container?), so no names for hosts: ELASTIC RUNS ARE NOT TESTED"
+        "mount namespaces are not permitted (a container?), so no host names: ELASTIC RUNS ARE NOT TESTED"
     )
 
 
 def elastic(
     unshare: Sequence[str], folder: Path, hosts: Sequence[str], *flags: str, timeout: float = TIMEOUT_SECONDS
 ) -> Job:
-    """A job under way on these hosts, one worker on each, with its run directory at `folder / "run"`."""
+    """Start a job with one worker on each of these hosts. Its run directory is `folder / "run"`."""
     launcher = [
         str(REPOSITORY / "launch" / "elastic.sh"),
         *("--hosts", ",".join(hosts), "--interfaces", "lo", "--cooldown", "1,2", "--join-timeout", "12"),
@@ -74,7 +74,7 @@ def elastic(
 
 
 def workers(job: Job) -> list[psutil.Process]:
-    """Every worker that has not ended, the oldest first."""
+    """Return all running workers, the oldest first."""
     found = []
     for process in job.alive():
         try:
@@ -86,7 +86,7 @@ def workers(job: Job) -> list[psutil.Process]:
 
 
 def worlds(job: Job) -> list[tuple[int, int]]:
-    """Ranks and first env step of each world so far."""
+    """Return the number of ranks and the first env step of each world so far."""
     first = re.findall(r"hvdqn \S+: (\d+) rank", job.output())
     later = re.findall(r"(\d+) ranks? from env step ([\d,]+) on", job.output())
     return [(int(ranks), 0) for ranks in first] + [
@@ -95,13 +95,13 @@ def worlds(job: Job) -> list[tuple[int, int]]:
 
 
 def larger(pair: tuple[tuple[int, int], tuple[int, int]]) -> bool:
-    """Whether the second of two worlds has more ranks."""
+    """Return True if the second of two worlds has more ranks."""
     (before, _), (after, _) = pair
     return after > before
 
 
 def metrics_lines(run_dir: Path) -> list[str]:
-    """Lines that are whole."""
+    """Return the complete lines of metrics.jsonl."""
     path = run_dir / "metrics.jsonl"
     return path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
 
@@ -111,13 +111,13 @@ def records(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def env_steps(run_dir: Path) -> int:
-    """Env steps of the newest record. Asked for again and again, so no other is parsed."""
+    """Return the env steps of the newest record. Called often, so it parses only that line."""
     lines = metrics_lines(run_dir)
     return int(json.loads(lines[-1])["env_steps"]) if lines else 0
 
 
 def updates_owed(seen: Sequence[tuple[int, int]], env_steps: int) -> int:
-    """Updates that a run through these worlds must have taken after this many env steps."""
+    """Return how many updates a run through these worlds must have after this many env steps."""
     clocks = [
         Clock(ranks * ENVS_PER_RANK, ranks * BATCH_PER_RANK, REPLAY_RATIO, LEARNING_STARTS)
         for ranks, _ in seen
@@ -133,32 +133,32 @@ class Killer:
 
     def __init__(self, job: Job, run_dir: Path, seed: int) -> None:
         self.job, self.run_dir = job, run_dir
-        self.chance = random.Random(seed)
+        self.random = random.Random(seed)
         self.members_killed = 0
 
     def kill_one(self) -> None:
-        """At some moment within the next env steps."""
-        moment = env_steps(self.run_dir) + self.chance.randrange(1_500)
+        """Kill a random worker after a random number of env steps, and wait for the next world."""
+        moment = env_steps(self.run_dir) + self.random.randrange(1_500)
         self.job.wait_until(lambda: env_steps(self.run_dir) >= moment, f"env step {moment}")
-        time.sleep(self.chance.random())
+        time.sleep(self.random.random())
         self.job.wait_until(lambda: bool(self.victims()), "a worker that may be killed")
-        victim = self.chance.choice(self.victims())
+        victim = self.random.choice(self.victims())
         known, members = len(worlds(self.job)), self.members()
         victim.kill()
         if victim in members:
             self.members_killed += 1
-            # Until then it is not known who belongs to the job.
-            self.job.wait_until(lambda: len(worlds(self.job)) > known, "a world without the one killed")
+            # Until then `members` would be wrong.
+            self.job.wait_until(lambda: len(worlds(self.job)) > known, "a world without the killed worker")
 
     def members(self) -> list[psutil.Process]:
-        """The workers of this world: all are older than those that start."""
+        """Return the workers of this world. They are older than those that are starting."""
         return workers(self.job)[: worlds(self.job)[-1][0]]
 
     def victims(self) -> list[psutil.Process]:
-        """Who may be killed: those that start are among them, but nobody while one member is alone.
+        """Return the workers that may be killed, including those that are starting.
 
-        Nor while a newcomer's replay fills: alone with that the run would, rightly, take no update for a while, and
-        `updates_owed` knows nothing of it.
+        None while there is only one rank. None while the replay of a new rank fills: if only that rank were left, the
+        run would take no updates for a while, which `updates_owed` does not take into account.
         """
         ranks, began = worlds(self.job)[-1]
         filled = env_steps(self.run_dir) > began + LEARNING_STARTS
@@ -173,7 +173,7 @@ def test_five_kills_and_cartpole_is_still_solved(unshare: list[str], tmp_path: P
         job.wait_until(lambda: env_steps(run_dir) >= 2 * LEARNING_STARTS, "learning")
         for _ in range(KILLS):
             killer.kill_one()
-        job.wait_until(lambda: any(map(larger, itertools.pairwise(worlds(job)))), "it has grown again")
+        job.wait_until(lambda: any(map(larger, itertools.pairwise(worlds(job)))), "a worker has joined")
         killed_until = env_steps(run_dir)
         assert killed_until < TOTAL_ENV_STEPS, "the run was over before all kills were done"
         result = job.wait()
@@ -181,23 +181,23 @@ def test_five_kills_and_cartpole_is_still_solved(unshare: list[str], tmp_path: P
     assert result.returncode == 0, result
     assert "is new and fills its replay for 1,000 env steps before it contributes" in result.stdout, result
     end = summary(run_dir)
-    # Each death of a member ends a world; and each growth.
+    # A world ends when a member dies or a worker joins.
     assert len(seen) == end["world_changes"] + 1
     assert end["world_changes"] > killer.members_killed >= 1, seen
-    # Env steps are met exactly: the first iteration that reaches them is the last.
+    # The first iteration that reaches the total is the last.
     last_tick = seen[-1][0] * ENVS_PER_RANK
     assert 0 <= end["env_steps"] - TOTAL_ENV_STEPS < last_tick
-    # No update is lost, none is taken twice.
+    # No update is lost or taken twice.
     assert end["updates"] == updates_owed(seen, end["env_steps"] - last_tick), seen
     steps = [record["env_steps"] for record in records(run_dir)]
     assert steps == sorted(steps)
-    # Greedy play swings between updates: solved is the run whose best network, which it keeps, is.
+    # The return varies between evaluations. The run keeps its best network, so that one must have solved the task.
     after = {at: mean for at, mean in evaluations(run_dir).items() if at > killed_until}
     assert max(after.values()) >= SOLVED, (after, seen)
     print(f"{KILLS} kills, {killer.members_killed} of members, in {result.seconds:.0f} s; worlds {seen}")
 
 
-def test_a_stop_ends_in_a_checkpoint_that_another_world_resumes(unshare: list[str], tmp_path: Path) -> None:
+def test_a_stopped_job_is_resumed_with_another_number_of_ranks(unshare: list[str], tmp_path: Path) -> None:
     smoke = ("--preset", "smoke", "--checkpoint-every", "0")
     endless = ("--total-env-steps", "100000000")
     with elastic(unshare, tmp_path, HOSTS[:2], *smoke, *endless) as job:

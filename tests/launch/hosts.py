@@ -3,8 +3,8 @@
     with Cluster(3, folder) as cluster:
         job = cluster.start(["launch/mpirun.sh", "--hosts", "h1:1,h2:1"], env, timeout=60)  # on h1
 
-The hosts h1, h2, ... share the file system, as a cluster's do. They are namespaces hanging from processes that die with
-this one: nothing is left in the machine's own network, /etc or ~/.ssh, even where the tests are killed.
+The hosts h1, h2, ... share the file system, like those of a cluster. They are namespaces of processes that end with
+this one. The machine's own network, /etc and ~/.ssh do not change, even if the tests are killed.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from tests.launchers import Job
 
 _PROGRAMS = ("ip", "tc", "sshd", "ssh", "ssh-keygen", "unshare", "nsenter")
 _NETWORK = "10.77.0"
-_SETTLE_SECONDS = 60  # a machine with other work may take long over anything
+_SETTLE_SECONDS = 60  # the machine may be busy
 
 
 def require_namespaces() -> None:
-    """Skip the test, loudly, where no hosts can be made."""
+    """Skip the test, with the reason, if namespaces cannot be made."""
     path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
     missing = [program for program in _PROGRAMS if shutil.which(program, path=path) is None]
     if missing:
@@ -55,7 +55,7 @@ class Host:
         self.name, self.address, self.init = name, address, init
 
     def command(self, words: Sequence[str], cwd: str | Path = "/") -> list[str]:
-        """What runs `words` on this host."""
+        """Return the command that runs `words` on this host."""
         return [
             "nsenter",
             f"--target={self.init}",
@@ -69,13 +69,13 @@ class Host:
         ]
 
     def run(self, *words: str) -> str:
-        """Run a command here; return what it printed."""
+        """Run a command on this host; return its output."""
         return subprocess.run(
             self.command(words), check=True, capture_output=True, text=True, timeout=60
         ).stdout
 
     def command_lines(self) -> list[str]:
-        """The command line of every process, as `ps` on this host shows them."""
+        """Return the command line of every process on this host, as `ps` shows them."""
         lines = []
         for file in Path(f"/proc/{self.init}/root/proc").glob("[0-9]*/cmdline"):
             with contextlib.suppress(OSError):
@@ -83,7 +83,7 @@ class Host:
         return [line for line in lines if line]
 
     def busy(self) -> list[str]:
-        """Command lines of all but the ssh server."""
+        """Return the command lines of all processes but the ssh server."""
         return [
             line
             for line in self.command_lines()
@@ -92,13 +92,13 @@ class Host:
 
 
 class Cluster:
-    """Hosts h1, h2, ... on one switch, each letting root into the others by ssh.
+    """Hosts h1, h2, ... on one switch. root can log in from each to every other one by ssh.
 
     Args:
-        hosts: how many.
-        folder: for keys and logs.
-        delay_ms: what each host's link adds in each direction; 0: nothing.
-        mbit: what it lets through in each direction.
+        hosts: number of hosts.
+        folder: where to write keys and logs.
+        delay_ms: delay of each host's link, in each direction.
+        mbit: rate of each host's link in Mbit/s, in each direction; used if there is a delay.
     """
 
     def __init__(self, hosts: int, folder: Path, delay_ms: float = 0, mbit: float = 0) -> None:
@@ -124,7 +124,7 @@ class Cluster:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # With the first process of a namespace, all others in it die, and then its network vanishes.
+        # When the first process of a PID namespace dies, the kernel kills the others and removes the network.
         for host in self.hosts:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(host.init, signal.SIGKILL)
@@ -137,7 +137,7 @@ class Cluster:
         return Job(self.hosts[0].command(words, cwd), 0, timeout, env, cwd)
 
     def left_behind(self) -> list[str]:
-        """What still runs on any host a few seconds after a job's end."""
+        """Return what still runs on any host; wait some seconds for it to end."""
         deadline = time.monotonic() + 10
         while (busy := [f"{host.name}: {line}" for host in self.hosts for line in host.busy()]) and (
             time.monotonic() < deadline
@@ -155,10 +155,10 @@ class Cluster:
         (self.folder / "ssh_config").write_text(
             f"IdentityFile {self.folder}/user_key\nUserKnownHostsFile {self.folder}/known_hosts\n"
         )
-        # h9 is in the phone book, and nobody is there.
-        book = [(number, name) for number, name in enumerate(self._names, start=1)] + [(9, "h9")]
+        # h9 has an address, but no such host is running.
+        addresses = [(number, name) for number, name in enumerate(self._names, start=1)] + [(9, "h9")]
         (self.folder / "hosts").write_text(
-            "127.0.0.1 localhost\n" + "".join(f"{_NETWORK}.{number} {name}\n" for number, name in book)
+            "127.0.0.1 localhost\n" + "".join(f"{_NETWORK}.{number} {name}\n" for number, name in addresses)
         )
         (self.folder / "sshd_config").write_text(
             textwrap.dedent(f"""\
@@ -216,7 +216,7 @@ class Cluster:
                 self.slowed_by = "tc netem"
 
     def _relay(self) -> None:
-        """Join the hosts by a program that holds every frame back, where the kernel was built without netem."""
+        """Connect the hosts by a program that delays every frame, for kernels without netem."""
         relay = Path(__file__).with_name("slow_link.py")
         inits = [str(host.init) for host in self.hosts]
         switch = ["nsenter", f"--target={self._switch.pid}", "--net"]

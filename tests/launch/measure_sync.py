@@ -1,13 +1,12 @@
-"""Where each strategy wins: the numbers under "How replicas agree" in README.
+"""Measure how the strategies (--sync) compare.
 
     python -m tests.launch.measure_sync straggler    3 acting ranks, one of them 5 times slower
     python -m tests.launch.measure_sync network      2 hosts, 20 ms and 50 Mbit/s apart, Nature CNN; as root
-    python -m tests.launch.measure_sync traffic      messages and bytes of a rank in an update, 3 ranks, CartPole
-    python -m tests.launch.measure_sync cartpole 1 2 3 4 5    learning on 3 ranks, by seed
+    python -m tests.launch.measure_sync traffic      messages and bytes of a rank per update, 3 ranks, CartPole
+    python -m tests.launch.measure_sync cartpole 1 2 3 4 5    returns on 3 ranks, for each seed
 
-Rates are those of whole runs once learning has begun, without checkpoints and evaluations. Give it a quiet machine.
-With --short behind it, it does all of that in seconds, on fewer ranks and with a small network, which shows that it
-works and measures nothing.
+Rates are those of whole runs after learning has begun, without checkpoints and evaluations. Run it on an idle machine.
+Add --short to check in seconds that it works, on fewer ranks and with a small network; the numbers then mean nothing.
 """
 
 from __future__ import annotations
@@ -42,7 +41,10 @@ STRAGGLER = "--preset smoke --vectorization sync --envs-per-rank 2 --log-every 6
 
 
 def rate(run_dir: Path, whole_updates: int = 1) -> float:
-    """Env steps per second between the first lines of metrics with updates and the last, so many updates apart."""
+    """Return env steps per second between the first and last metrics line with updates.
+
+    The number of updates between them is a multiple of `whole_updates`.
+    """
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "lr" in line and line["updates"] > 0]  # evaluations have none
     first = lines[0]
@@ -59,7 +61,7 @@ def mpirun(np: int, run_dir: Path, *flags: str) -> Result:
 
 
 def straggler(folder: Path, short: bool) -> None:
-    """Environments sleep, so that ranks need no core of their own: 2 ms a step, the straggler's 10 ms."""
+    """Environments sleep for 2 ms per step, on the straggler for 10 ms, so that ranks need no core of their own."""
     for sync, np in (("gradients", 2), ("server", 3)) if short else (("gradients", 3), ("server", 4)):
         rates = []
         for wrapper, total in (("all_equally_slow", 9_000), ("rank_1_five_times_slower", 4_000)):
@@ -78,7 +80,7 @@ def straggler(folder: Path, short: bool) -> None:
 
 
 def traffic(folder: Path, short: bool) -> None:
-    """As counted while it was sent, and as worked out beforehand."""
+    """Print the counted and the predicted traffic."""
     np, total = (2, "800") if short else (3, "12000")
     for sync in ("gradients", "parameters", "server"):
         mpirun(np, folder / sync, "--preset", "smoke", "--sync", sync, "--total-env-steps", total)
@@ -86,7 +88,7 @@ def traffic(folder: Path, short: bool) -> None:
 
 
 def network(folder: Path, short: bool) -> None:
-    """Two ranks on two hosts, and before and after each, as the measure, on one: it is noisy where others work too."""
+    """Run two ranks on two hosts. Before and after that on one host, for comparison, because the rate may drift."""
     one, two = "h1:2", "h1:1,h2:1"
     order = [("gradients", one), ("parameters", two), ("gradients", two)]
     if not short:
@@ -122,7 +124,7 @@ def network(folder: Path, short: bool) -> None:
 
 
 def cartpole(folder: Path, short: bool, seeds: Sequence[str]) -> None:
-    """Greedy evaluation of the final network over 100 episodes."""
+    """Print the return of the greedy policy after training, over 100 episodes."""
     np, size = (2, SHORT_CARTPOLE) if short else (3, ())
     strategies = {"server": (), "parameters": ("--sync-every", "10"), "gradients": ()}
     for seed in seeds:

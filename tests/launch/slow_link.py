@@ -1,8 +1,8 @@
-"""A switch that holds every frame back: `slow_link.py DELAY_SECONDS BITS_PER_SECOND PID...`.
+"""A switch that delays every frame: `slow_link.py DELAY_SECONDS BITS_PER_SECOND PID...`.
 
-Gives the network namespace of each PID an interface eth0. What a host sends reaches all the others after the time that
-its bits take at the given rate, plus the delay: what `tc netem delay ... rate ...` on each host's interface does, for
-kernels that were built without it.
+It adds an interface eth0 to the network namespace of each PID. A frame reaches all other hosts after the time that its
+bits take at the given rate, plus the delay. This replaces `tc netem delay ... rate ...` on each host's interface, for
+kernels without netem.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _FRAME_BYTES = 65536
 
 
 def open_port(number: int, pid: int) -> int:
-    """Make an interface whose frames come out of, and go into, the returned descriptor; move it to `pid`'s host."""
+    """Add an interface to the network namespace of `pid`; return the descriptor that reads and writes its frames."""
     port = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
     name = f"slow{number}"
     fcntl.ioctl(port, _TUNSETIFF, struct.pack("16sH", name.encode(), _IFF_TAP | _IFF_NO_PI))
@@ -31,11 +31,11 @@ def open_port(number: int, pid: int) -> int:
 
 
 def relay(ports: list[int], delay_seconds: float, bits_per_second: float) -> None:
-    """Pass frames on for ever."""
+    """Forward frames forever."""
     selector = selectors.DefaultSelector()
     for port in ports:
         selector.register(port, selectors.EVENT_READ)
-    free = dict.fromkeys(ports, 0.0)  # when a host's link has sent all that was given to it
+    free = dict.fromkeys(ports, 0.0)  # when each host's link has sent all its frames
     travelling: list[tuple[float, int, int, bytes]] = []
     count = 0
     while True:
@@ -54,7 +54,7 @@ def relay(ports: list[int], delay_seconds: float, bits_per_second: float) -> Non
 
 
 def deliver(port: int, frame: bytes) -> None:
-    """Hand a frame to a host; a switch drops what a host does not take, or what comes before its link is up."""
+    """Write a frame to a host's interface. It is dropped if the link is not up or its buffer is full."""
     try:
         os.write(port, frame)
     except OSError:

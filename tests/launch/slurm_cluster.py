@@ -1,12 +1,12 @@
-"""A Slurm cluster of two nodes on this machine: real munged, slurmctld and slurmd, and nothing of them left behind.
+"""A Slurm cluster of two nodes on this machine, with real munged, slurmctld and slurmd. All processes end with it.
 
     with Cluster() as cluster:
         job = cluster.sbatch("--ntasks=2", "slurm/train.sbatch", "--preset", "smoke", cwd=tmp_path)
         assert job.wait(timeout=60)["JobState"] == "COMPLETED"
 
-All of it lives in namespaces of its own. The first process is the init of a PID namespace: when it is killed (on
-leaving the `with` block, or by the kernel when this process dies) every daemon, every task and the network go with it.
-Each node has its own host name and network interface; the file system is shared, as on a cluster.
+The cluster runs in namespaces of its own. Its first process is the init of a PID namespace. When that is killed (at the
+end of the `with` block, or by the kernel when this process dies), all daemons, tasks and the network end too. Each node
+has its own host name and network interface. The nodes share the file system, as on a cluster.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "nsenter", "unsha
 NODES = {"n1": "10.77.0.1", "n2": "10.77.0.2"}
 FINAL_STATES = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
 
-# A job id is reused by a requeue only after its credentials have expired: 120 s by default, so 5. TmpFS: PMIx keeps
-# files under names that two nodes of one file system would share. The GPUs are counted and handed out, no more. On a
-# busy machine a daemon may take longer to answer than Slurm's 10 s, after which srun starts a part of the ranks.
+# cred_expire: a requeued job starts only after its old credentials have expired, by default after 120 s. TmpFS: PMIx
+# uses the same file names on both nodes, which share the file system. The GPUs are counted and allocated, but not used.
+# Timeouts: on a busy machine a daemon may need more than Slurm's 10 s; srun would then start only some of the ranks.
 CONFIGURATION = """\
 ClusterName=hvdqn
 SlurmctldHost=n1({address})
@@ -68,7 +68,7 @@ GPUS = "NodeName=n[1-2] Name=gpu File=/dev/null,/dev/zero\n"
 
 
 def why_not() -> str:
-    """What keeps a cluster from being started here, with the remedy; empty if nothing does."""
+    """Return why no cluster can be started on this machine, with the remedy; "" if it can."""
     missing = [name for name in PROGRAMS if shutil.which(name) is None]
     if missing:
         return f"{', '.join(missing)} not found; apt-get install {PACKAGES}"
@@ -86,34 +86,34 @@ def why_not() -> str:
 
 @dataclass(frozen=True)
 class Job:
-    """A submitted job: what Slurm says of it, what it printed, and its ranks' processes."""
+    """A submitted job: Slurm's record, its output and the processes of its ranks."""
 
     cluster: Cluster
     id: str
 
     def info(self) -> dict[str, str]:
-        """Slurm's record: JobState, Restarts, ExitCode, Reason, NodeList, StdOut, ..."""
+        """Return Slurm's record: JobState, Restarts, ExitCode, Reason, NodeList, StdOut, ..."""
         fields = re.split(
             r"\s+(?=[A-Z][\w/:]*=)", self.cluster.run("scontrol", "show", "job", self.id).strip()
         )
         return dict(field.split("=", 1) for field in fields)
 
     def output(self) -> str:
-        """What the batch script and all ranks printed, over all starts."""
+        """Return the output of the batch script and all ranks, over all starts."""
         path = Path(self.info()["StdOut"])
         return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
     def wait_for(self, text: str, timeout: float) -> None:
-        """Return once `text` stands in the output."""
+        """Wait until the output contains `text`."""
         self._wait(lambda: text in self.output(), f"print {text!r}", timeout)
 
     def wait(self, timeout: float) -> dict[str, str]:
-        """Return Slurm's record once the job is over for good."""
+        """Wait until the job has ended and is not requeued; return Slurm's record."""
         self._wait(lambda: self.info()["JobState"] in FINAL_STATES, "end", timeout)
         return self.info()
 
     def ranks(self) -> dict[int, psutil.Process]:
-        """The processes that run `hvdqn.train`, by rank."""
+        """Return the processes that run `hvdqn.train`, by rank."""
         found = {}
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error, OSError):
@@ -139,9 +139,11 @@ class Cluster:
     """A running cluster; use it as a context manager."""
 
     def __init__(self) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # short: a socket's path has 107 characters
+        self._folder = Path(
+            tempfile.mkdtemp(prefix="slurm-")
+        )  # short: a socket's path has at most 107 characters
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._hosts: dict[str, int] = {}  # pid of the process whose namespaces they are
+        self._hosts: dict[str, int] = {}  # host -> pid of a process in its namespaces
         self._environment = {
             "PATH": os.defpath + ":/usr/sbin:/sbin",  # a login shell's: no virtual environment
             "HOME": str(Path.home()),
@@ -164,21 +166,21 @@ class Cluster:
         self.close()
 
     def close(self) -> None:
-        """Kill all there is, and remove it; fails if a process is left."""
-        for process in self._processes[:1]:  # the init of all: the kernel kills the rest
+        """Kill all processes and remove the folder; fail if a process is left."""
+        for process in self._processes[:1]:  # init: the kernel then kills the others
             process.kill()
         for process in self._processes:
             process.wait(timeout=30)
         deadline = time.monotonic() + 10
         while left := [process for process in psutil.process_iter() if self._is_ours(process)]:
-            if time.monotonic() > deadline:  # the kernel, too, takes its time on a busy machine
+            if time.monotonic() > deadline:  # the kernel may take some time
                 break
             time.sleep(0.1)
         shutil.rmtree(self._folder)
         assert not left, f"left behind by the cluster: {left}"
 
     def run(self, *words: str, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> str:
-        """Run a command on the first node, as from a login shell; return what it printed."""
+        """Run a command on the first node, as from a login shell; return its output."""
         done = subprocess.run(
             [*self._enter("n1"), "env", "-C", str(cwd or self._folder), *words],
             env=self._environment | dict(env or {}),
@@ -195,7 +197,7 @@ class Cluster:
         return Job(self, self.run("sbatch", "--parsable", *words, cwd=cwd, env=env).strip())
 
     def logs(self) -> str:
-        """The last lines of every daemon."""
+        """Return the last lines of the logs of all daemons."""
         return "\n".join(
             f"{path.name}:\n" + "\n".join(path.read_text(errors="replace").splitlines()[-20:])
             for path in sorted(self._folder.glob("*.log"))
@@ -214,7 +216,7 @@ class Cluster:
 
     def _start(self) -> None:
         isolate = ["unshare", "--fork", "--kill-child", "--pid", "--mount-proc", "--net", "--uts", "--ipc"]
-        # Not the machine's /dev/shm: ranks that are killed leave their shared memory there.
+        # A /dev/shm of its own, because killed ranks leave their shared memory there.
         self._add_host("n1", ["setpriv", "--pdeathsig", "KILL", *isolate], "mount -t tmpfs tmpfs /dev/shm")
         self._add_host("n2", [*self._enter("n1"), "unshare", "--net", "--uts"], "true")
         self._connect_hosts()
@@ -226,7 +228,7 @@ class Cluster:
         }
         flags = [f"--{flag}={self._folder / name}" for flag, name in files.items()]
         idle = {f"{name} idle" for name in NODES}
-        # --force: below /tmp, where everybody may write. Its own log says less than its output.
+        # --force: munged refuses folders below /tmp, which everybody may write to. Its output says more than its log.
         munged = ["munged", "--foreground", "--force", "--log-file=/dev/null", *flags]
         self._spawn("munged", [*self._enter("n1"), *munged])
         self._spawn("slurmctld", [*self._enter("n1"), "slurmctld", "-D"])
@@ -238,7 +240,7 @@ class Cluster:
     def _add_host(self, name: str, isolate: list[str], prepare: str) -> None:
         """Start a process whose namespaces are one host."""
         ready = self._folder / f"{name}.ready"
-        # The first one is init, and a shell that waits reaps what daemons leave to it.
+        # The first shell is init. It waits, so it reaps the orphans of daemons.
         script = (
             f"hostname {name} && ip link set lo up && {prepare} && touch {ready} && sleep infinity & wait"
         )

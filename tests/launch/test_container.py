@@ -1,9 +1,10 @@
-"""The image, built for real by buildah on a bare Debian made by debootstrap, and what runs in it.
+"""The image, built by buildah on a Debian made by debootstrap, and training in it.
 
-No container engine and no registry are needed. The first build takes some minutes, most of them for Horovod; what it
-fetched and compiled is kept in ~/.cache/hvdqn/test-image, as the cache mount of an engine would keep it.
+This needs no container engine and no registry. The first build takes some minutes, mostly for Horovod. Its downloads
+and wheels are kept in ~/.cache/hvdqn/test-image, which takes the place of an engine's cache mount.
 
-HVDQN_TEST_IMAGE=0 leaves it out. HVDQN_TEST_CUDA_BUILD=1 adds the GPU variant of Horovod: several GB of wheels, no GPU.
+HVDQN_TEST_IMAGE=0 skips these tests. HVDQN_TEST_CUDA_BUILD=1 also compiles Horovod for GPUs, which needs several GB of
+wheels but no GPU.
 """
 
 from __future__ import annotations
@@ -53,13 +54,13 @@ def require_programs() -> None:
 
 
 class Builder:
-    """buildah with a storage of its own."""
+    """Runs buildah with a storage of its own."""
 
     def __init__(self, storage: Path) -> None:
         driver = "overlay" if "overlay" in Path("/proc/filesystems").read_text() else "vfs"
         places = ["--root", str(storage / "root"), "--runroot", str(storage / "run")]
         self.command = ["buildah", "--storage-driver", driver, *places]
-        self.env = dict(os.environ) | {"TMPDIR": str(CACHE)}  # where buildah keeps cache mounts
+        self.env = dict(os.environ) | {"TMPDIR": str(CACHE)}  # buildah keeps cache mounts there
 
     def run(
         self, *words: str | Path, timeout: float = 300, check: bool = True
@@ -85,7 +86,7 @@ def last(text: str) -> str:
 
 
 def bare_debian() -> Path:
-    """A root file system, as an archive; made once."""
+    """Return an archive with a Debian root file system, which is made once."""
     archive = CACHE / f"{DEBIAN}.tar"
     if not archive.exists():
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:
@@ -103,7 +104,7 @@ def bare_debian() -> Path:
 
 
 def pip_settings(folder: Path) -> list[str]:
-    """This machine's way to packages, as volumes of a build: nothing of it belongs into the Dockerfile or the image."""
+    """Return flags that mount this machine's pip settings into the build. The image must not contain them."""
     listed = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"],
         capture_output=True,
@@ -114,7 +115,7 @@ def pip_settings(folder: Path) -> list[str]:
     settings = dict(re.findall(r"^(?:global|:env:)\.([\w-]+)='(.*)'$", listed, re.MULTILINE))
     volumes = []
     for path in re.findall(r"(?:file://|(?<![\w:/]))(/[\w./-]+)", " ".join(settings.values())):
-        # An index's links may lead out of its own folder, to the files beside it.
+        # An index may link to files outside of its own folder.
         local = Path(path).parent if f"file://{path}" in settings.get("extra-index-url", "") else Path(path)
         if local.exists():
             volumes += ["--volume", f"{local}:/host{local}:ro"]
@@ -128,7 +129,7 @@ def pip_settings(folder: Path) -> list[str]:
 
 
 class Image:
-    """The finished image, with one container of it to run commands in."""
+    """The built image, and a container of it in which commands run."""
 
     def __init__(self, builder: Builder) -> None:
         self.builder = builder
@@ -137,7 +138,7 @@ class Image:
         self.container = builder.run("from", IMAGE).stdout.strip()
 
     def command(self, words: Sequence[str], user: str = "") -> list[str]:
-        """What an engine would run: `docker run IMAGE WORDS...`."""
+        """Return the command that stands for `docker run IMAGE WORDS...`."""
         command = [*self.config["Entrypoint"], *(words or self.config["Cmd"])]
         flags = ["--isolation", "chroot", "--env", "TINI_SUBREAPER=1", *(["--user", user] if user else [])]
         return [*self.builder.command, "run", *flags, self.container, "--", *command]
@@ -188,7 +189,7 @@ def test_a_bare_run_prints_the_help(image: Image) -> None:
 
 
 def test_two_ranks_train(image: Image) -> None:
-    """What README says behind `docker run ... hvdqn`, with two ranks and a shorter training."""
+    """README's command after `docker run ... hvdqn`, with two ranks and a shorter training."""
     line = command(DOCKER_RUN, {"-np 8": "-np 2", "python -m hvdqn.train --preset atari": TRAIN})
     result = image.run(*line.partition(" hvdqn ")[2].split(), "--run-dir", "trained")
     assert result.returncode == 0, last(result.stdout + result.stderr)
@@ -197,8 +198,8 @@ def test_two_ranks_train(image: Image) -> None:
     assert "CMA" not in result.stderr, "Open MPI tried to read another process's memory"
 
 
-def test_a_stop_of_the_container_is_a_checkpoint(image: Image) -> None:
-    """The signal that an engine sends to process 1 goes through tini, sh and mpirun to the ranks."""
+def test_stopping_the_container_writes_a_checkpoint(image: Image) -> None:
+    """tini, sh and mpirun pass the engine's signal to process 1 on to the ranks."""
     words = [
         "horovodrun",
         "-np",
@@ -269,9 +270,9 @@ def test_size_and_labels(image: Image) -> None:
     reason="HVDQN_TEST_CUDA_BUILD=1 is not set: the GPU variant of Horovod is NOT COMPILED (7 GB of disk, no GPU)",
 )
 def test_horovod_compiles_for_gpus() -> None:
-    """What the image's build does where there is nvcc; the toolkit comes as wheels, CUDA's torch from the index."""
+    """Build as the image does if there is nvcc. The toolkit is installed from wheels, with a torch for CUDA."""
     folder = Path(tempfile.mkdtemp(prefix="hvdqn-cuda-"))
-    # Not this machine's own choice of packages, which may prefer a torch without CUDA.
+    # Without this machine's pip settings, which may prefer a torch without CUDA.
     env = {
         name: value
         for name, value in os.environ.items()
@@ -298,7 +299,7 @@ def test_horovod_compiles_for_gpus() -> None:
         subprocess.run(
             [python, "-m", "pip", "install", "--quiet", *packages], env=env, check=True, timeout=1800
         )
-        # The wheels lack two names of a toolkit: lib64, and the library to link against.
+        # The wheels lack two paths of a toolkit: lib64, and the library to link against.
         [toolkit] = (folder / "venv").glob("lib/python3*/site-packages/nvidia/cu13")
         (toolkit / "lib64").symlink_to("lib")
         (toolkit / "lib" / "libcudart.so").symlink_to("libcudart.so.13")

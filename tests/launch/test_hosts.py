@@ -22,7 +22,7 @@ from tests.readme import command
 
 pytestmark = pytest.mark.launch
 
-# README's commands, and what is added to them.
+# README's command for each launcher, and flags to add.
 SCRIPTS = {
     "horovodrun-gloo": (
         "launch/horovodrun.sh --hosts h1:4,h2:4 --interfaces eth0 -- --preset atari --run-dir /shared/runs/pong",
@@ -46,13 +46,13 @@ SCRIPTS = {
         "",
     ),
 }
-LAUNCHERS = tuple(name for name in SCRIPTS if name != "elastic")  # of ranks that stay
-TELL = str(Path(__file__).with_name("tell.py"))
+LAUNCHERS = tuple(name for name in SCRIPTS if name != "elastic")
+PROGRAM = str(Path(__file__).with_name("train_and_report.py"))
 TRAIN = "--preset smoke --total-env-steps 1000 --target-every 500 --eval-episodes 2"
-# One way of a packet, and what a link lets through: a slow office network.
+# One-way delay and rate of each link: a slow office network.
 DELAY_MS, MBIT = 5.0, 100.0
-# Never written to any file but the one that --env-file names.
-TYPED_SECRET, FILED_SECRET = "typed-5f1b0e7c", "filed-93ad44c2"
+# One in the environment of the launching shell, one in the file that --env-file names.
+SHELL_SECRET, FILE_SECRET = "shell-5f1b0e7c", "file-93ad44c2"
 
 
 @dataclass(frozen=True)
@@ -61,26 +61,26 @@ class Training:
 
     result: Result
     summary: dict[str, Any]
-    told: dict[int, tuple[str, str, str]]  # rank -> host, names of secrets it knew, hash of its weights
-    seen: str  # all command lines that `ps` showed on the hosts other than the first while it ran
+    ranks: dict[int, tuple[str, str, str]]  # rank -> host, names of its secrets, hash of its parameters
+    command_lines: str  # all that `ps` showed on the hosts other than the first during the run
 
 
-class Watch(threading.Thread):
-    """Collects the command lines on some hosts until it is stopped."""
+class CommandLines(threading.Thread):
+    """Collects the command lines of all processes on the hosts other than the first, until `stop`."""
 
     def __init__(self, cluster: Cluster) -> None:
         super().__init__(daemon=True)
-        self._cluster, self._stopped, self._seen = cluster, threading.Event(), set[str]()
+        self._cluster, self._stopped, self._found = cluster, threading.Event(), set[str]()
 
     def run(self) -> None:
         while not self._stopped.wait(0.05):
             for host in self._cluster.hosts[1:]:
-                self._seen.update(host.command_lines())
+                self._found.update(host.command_lines())
 
     def stop(self) -> str:
         self._stopped.set()
         self.join()
-        return "\n".join(self._seen)
+        return "\n".join(self._found)
 
 
 def environment() -> dict[str, str]:
@@ -88,11 +88,11 @@ def environment() -> dict[str, str]:
 
 
 def script(launcher: str, hosts: str, flags: str, training: str, run_dir: Path) -> list[str]:
-    """README's command for a launcher, over other hosts and with other training."""
+    """Return README's command for a launcher, with other hosts and training flags."""
     line, added = SCRIPTS[launcher]
     before, after = line.split(" -- ")
     replaced = {
-        "launch/": f"{REPOSITORY}/launch/",
+        "launch/": shlex.quote(f"{REPOSITORY}/launch/"),
         before.split()[2]: f"{hosts} {added} {flags}",
         after: f"{training} --run-dir {shlex.quote(str(run_dir))}",
     }
@@ -103,21 +103,21 @@ def train(cluster: Cluster, launcher: str, hosts: str, folder: Path) -> Training
     """Train over some hosts, with one secret in the environment and one in a file."""
     run_dir, secrets = folder / "run", folder / "secrets.env"
     secrets.touch(mode=0o600)
-    secrets.write_text(f"SERVICE_TOKEN={FILED_SECRET}\n")
-    telling = f"{sys.executable} {TELL} {TRAIN}"
-    words = script(launcher, hosts, f"--env-file {secrets}", telling, run_dir)
-    watch = Watch(cluster)
-    watch.start()
-    with cluster.start(words, environment() | {"WANDB_API_KEY": TYPED_SECRET}, 120, folder) as job:
+    secrets.write_text(f"SERVICE_TOKEN={FILE_SECRET}\n")
+    program = f"{shlex.join([sys.executable, PROGRAM])} {TRAIN}"
+    words = script(launcher, hosts, f"--env-file {shlex.quote(str(secrets))}", program, run_dir)
+    command_lines = CommandLines(cluster)
+    command_lines.start()
+    with cluster.start(words, environment() | {"WANDB_API_KEY": SHELL_SECRET}, 120, folder) as job:
         result = job.wait()
-    seen = watch.stop()
+    seen = command_lines.stop()
     assert result.returncode == 0, result
     assert cluster.left_behind() == []
-    told = re.findall(r"rank (\d+) on (\S+) knew (\S+) and ended with (\w{64})", result.stdout)
+    ranks = re.findall(r"rank (\d+) on (\S+) has (.+), parameters (\w{64})", result.stdout)
     return Training(
         result,
         json.loads((run_dir / "summary.json").read_text()),
-        {int(rank): (host, known, digest) for rank, host, known, digest in told},
+        {int(rank): (host, secrets, digest) for rank, host, secrets, digest in ranks},
         seen,
     )
 
@@ -146,17 +146,17 @@ def trainings(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Any
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_two_hosts_end_with_the_same_weights(launcher: str, trainings: Any) -> None:
+def test_two_hosts_end_with_the_same_parameters(launcher: str, trainings: Any) -> None:
     training = trainings(launcher)
-    assert [host for _, (host, _, _) in sorted(training.told.items())] == ["h1", "h2"], training.result
+    assert [host for _, (host, _, _) in sorted(training.ranks.items())] == ["h1", "h2"], training.result
     assert training.summary["world_size"] == 2
     assert training.summary["env_steps"] >= 1000
-    digests = {digest for _, _, digest in training.told.values()}
+    digests = {digest for _, _, digest in training.ranks.values()}
     assert digests == {training.summary["param_sha256"]}, training.result
 
 
 def test_launchers_agree_to_the_last_bit(trainings: Any) -> None:
-    """A sum of two does not depend on the order, so neither engine nor network may show in the weights."""
+    """The sum of two floats does not depend on their order, so all engines and networks give the same parameters."""
     digests = {launcher: trainings(launcher).summary["param_sha256"] for launcher in LAUNCHERS}
     assert len(set(digests.values())) == 1, digests
 
@@ -164,19 +164,19 @@ def test_launchers_agree_to_the_last_bit(trainings: Any) -> None:
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_no_secret_shows_in_ps_on_the_other_host(launcher: str, trainings: Any) -> None:
     training = trainings(launcher)
-    assert TELL in training.seen, "the ranks of h2 were not seen: the watch proves nothing"
+    assert PROGRAM in training.command_lines, "the ranks of h2 were not seen, so this test proves nothing"
     if launcher in ("horovodrun-gloo", "torchrun"):
-        assert "HVDQN_TEST_ID=" in training.seen, "variables travel on these launchers' command lines"
-    assert TYPED_SECRET not in training.seen
-    assert FILED_SECRET not in training.seen
-    # What is in the launching shell stays there; what is in the file reaches every rank.
-    assert {known for _, known, _ in training.told.values()} == {"SERVICE_TOKEN"}, training.result
+        assert "HVDQN_TEST_ID=" in training.command_lines, "these launchers put variables on command lines"
+    assert SHELL_SECRET not in training.command_lines
+    assert FILE_SECRET not in training.command_lines
+    # Ranks get the secret of the file, not that of the launching shell.
+    assert {secrets for _, secrets, _ in training.ranks.values()} == {"SERVICE_TOKEN"}, training.result
 
 
 def test_three_hosts(cluster: Cluster, tmp_path: Path) -> None:
     training = train(cluster, "horovodrun-gloo", "h1:1,h2:1,h3:1", tmp_path)
-    assert {host for host, _, _ in training.told.values()} == {"h1", "h2", "h3"}, training.result
-    assert len({digest for _, _, digest in training.told.values()}) == 1, training.result
+    assert {host for host, _, _ in training.ranks.values()} == {"h1", "h2", "h3"}, training.result
+    assert len({digest for _, _, digest in training.ranks.values()}) == 1, training.result
     assert training.summary["world_size"] == 3
 
 
@@ -184,10 +184,10 @@ def test_three_hosts(cluster: Cluster, tmp_path: Path) -> None:
     ("hosts", "ranks"),
     [("h1:1,h2:2,h3:1", "0 of 1 on h1, 0 of 1 on h2"), ("h2:2,h3:1", "0 of 2 on h2, 1 of 2 on h2")],
 )
-def test_torchrun_waits_for_no_host_without_ranks(
+def test_torchrun_does_not_wait_for_hosts_without_ranks(
     hosts: str, ranks: str, cluster: Cluster, tmp_path: Path
 ) -> None:
-    # Written at once, not in pieces as `print` may: the ranks write to the same place.
+    # One write, because the ranks share the output.
     program = (
         "import os, sys; import torch.distributed as group; group.init_process_group('gloo'); "
         "place = (os.environ['LOCAL_RANK'], os.environ['LOCAL_WORLD_SIZE'], os.uname().nodename); "
@@ -202,7 +202,7 @@ def test_torchrun_waits_for_no_host_without_ranks(
 
 
 def test_the_slow_network_is_slow(slow_cluster: Cluster) -> None:
-    """The link itself, before what trains over it is judged."""
+    """Checked by itself, because the next test depends on it."""
     here = slow_cluster.hosts[0]
     program = (
         "import socket, time; t = time.time(); socket.create_connection(('h2', 22)); print(time.time() - t)"
@@ -213,14 +213,16 @@ def test_the_slow_network_is_slow(slow_cluster: Cluster) -> None:
     assert time.monotonic() - began > 2_500_000 * 8 / (MBIT * 1e6)
 
 
-@pytest.mark.parametrize("launcher", ["horovodrun-gloo", "mpirun", "torchrun"])  # two start Horovod over MPI
-def test_a_slow_network_costs_time_and_nothing_else(
+@pytest.mark.parametrize(
+    "launcher", ["horovodrun-gloo", "mpirun", "torchrun"]
+)  # mpirun stands for horovodrun-mpi
+def test_a_slow_network_changes_only_the_time(
     launcher: str, slow_cluster: Cluster, trainings: Any, tmp_path: Path
 ) -> None:
     fast, slow = trainings(launcher), train(slow_cluster, launcher, "h1:1,h2:1", tmp_path)
     assert slow.summary["param_sha256"] == fast.summary["param_sha256"]
-    assert {digest for _, _, digest in slow.told.values()} == {fast.summary["param_sha256"]}
-    # An average cannot be had before the other host's part has come.
+    assert {digest for _, _, digest in slow.ranks.values()} == {fast.summary["param_sha256"]}
+    # Each update waits for the message of the other host.
     seconds, updates = slow.summary["seconds"], slow.summary["updates"]
     assert seconds["comm"] > updates * DELAY_MS / 1000
     assert seconds["comm"] == max(seconds[phase] for phase in ("act", "env", "sample", "comm")), seconds
@@ -264,7 +266,7 @@ def test_a_host_that_is_down_is_named(launcher: str, cluster: Cluster, tmp_path:
 
 @pytest.mark.parametrize("launcher", SCRIPTS)
 def test_a_host_without_hvdqn_is_named(launcher: str, cluster: Cluster, tmp_path: Path) -> None:
-    """The environment lies on a disk that h3 does not share."""
+    """The environment is on a file system that h3 does not have."""
     (tmp_path / "disk").mkdir()
     (tmp_path / "disk" / "venv").symlink_to(sys.prefix)
     cluster.hosts[2].run("mount", "-t", "tmpfs", "none", str(tmp_path / "disk"))

@@ -1,4 +1,4 @@
-"""The set-up scripts, as a user meets them: wrong input, a machine without a compiler, a second run."""
+"""The set-up scripts: wrong input, a machine without a compiler, a second run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.launch
 
 
 def run(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run one of the scripts with settings of the caller's shell taken away, and those given added."""
+    """Run one of the scripts with these settings, and without those of the caller's environment."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HVDQN_", "HOROVOD_"))}
     kept["PATH"] = f"{VENV / 'bin'}{os.pathsep}{kept['PATH']}"
     return subprocess.run(
@@ -38,7 +38,7 @@ def one_line(text: str) -> str:
 
 
 def path_without(folder: Path, *prefixes: str) -> str:
-    """PATH with every program of this machine except those whose names begin so, linked into `folder`."""
+    """Return a PATH to `folder`, which gets links to all programs but those with these prefixes."""
     folder.mkdir()
     for place in [VENV / "bin", *map(Path, os.environ["PATH"].split(os.pathsep))]:
         for program in place.iterdir() if place.is_dir() else ():
@@ -50,7 +50,7 @@ def path_without(folder: Path, *prefixes: str) -> str:
 
 @pytest.fixture
 def bare_venv(tmp_path: Path) -> Path:
-    """An environment that sees this one's torch but was never set up."""
+    """Return an environment that finds this one's packages but was not made by setup.sh."""
     folder = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True, timeout=60)
     here = next(Path(path) for path in sys.path if path.endswith("site-packages"))
@@ -74,7 +74,7 @@ def test_without_a_compiler_horovod_says_so_and_exits_3(bare_venv: Path, tmp_pat
     assert not (bare_venv / ".hvdqn-horovod").exists()
 
 
-def test_a_compiler_that_is_too_old_is_told_from_none(bare_venv: Path, tmp_path: Path) -> None:
+def test_a_compiler_that_is_too_old_is_named(bare_venv: Path, tmp_path: Path) -> None:
     old = tmp_path / "old-c++"
     old.write_text("#!/bin/sh\necho \"error: unrecognized option '-std=c++20'\" >&2\nexit 1\n")
     old.chmod(0o755)
@@ -92,8 +92,8 @@ def test_a_gpu_build_needs_a_torch_with_cuda(bare_venv: Path, tmp_path: Path) ->
     assert "has no CUDA" in one_line(result.stderr)
 
 
-def test_a_gpu_build_stays_where_there_is_no_gpu(bare_venv: Path, tmp_path: Path) -> None:
-    """A login node: what `--gpu` built there must outlive a plain set-up, under jobs that run on it."""
+def test_a_gpu_build_is_kept_on_a_host_without_a_gpu(bare_venv: Path, tmp_path: Path) -> None:
+    """On a login node a set-up without flags must not replace the build of `--gpu`, which running jobs may use."""
     settings = {
         "PATH": path_without(tmp_path / "programs", "c++", "g++", "clang", "nvidia-smi", "nvcc"),
         "CXX": "",
@@ -115,7 +115,7 @@ def test_a_gpu_build_stays_where_there_is_no_gpu(bare_venv: Path, tmp_path: Path
 
 @pytest.fixture
 def python_3_8(tmp_path: Path) -> Path:
-    """This Python, claiming to be 3.8."""
+    """Return a program that runs this Python but reports version 3.8."""
     program = tmp_path / "python3.8"
     program.write_text(
         f"#!{sys.executable}\n"
@@ -169,7 +169,7 @@ def test_the_mpi_of_the_system_must_be_there(tmp_path: Path) -> None:
 
 
 def test_what_site_env_sets_reaches_set_up(tmp_path: Path) -> None:
-    """All lines of the example at once, sourced as in a login shell."""
+    """Every setting of the example is turned on, and the file is sourced as in a login shell."""
     example = (REPO / "slurm" / "site.env.example").read_text()
     set_up = (REPO / "launch" / "setup.sh").read_text()
     site = tmp_path / "site.env"
@@ -196,7 +196,7 @@ def test_what_site_env_sets_reaches_set_up(tmp_path: Path) -> None:
 
 
 def test_a_moved_environment_is_refused(tmp_path: Path) -> None:
-    """Its scripts would run the Python of the place that it was made in."""
+    """Its scripts would run the Python in the folder where it was made."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True, timeout=60)
     (tmp_path / "venv" / ".hvdqn-path").write_text("/elsewhere/.venv\n")
     result = run("setup.sh", HVDQN_VENV=str(tmp_path / "venv"))
@@ -223,26 +223,25 @@ def test_a_second_set_up_changes_nothing() -> None:
 
 
 def quickstart(folder: Path, **environment: str) -> str:
-    """Run README's command with a short training; return what it printed."""
+    """Run README's command with a short training; return its output."""
     script = command("./launch/quickstart.sh").removeprefix("./launch/")
     result = run(script, "--preset", "smoke", "--run-dir", str(folder), **environment)
     assert result.returncode == 0, result.stdout + result.stderr
     assert re.search(r"^Greedy evaluation  mean [\d.]+, .* over 4 episodes$", result.stdout, re.MULTILINE)
-    assert re.search(rf"^Checkpoint +{folder}/checkpoints/0*2000$", result.stdout, re.MULTILINE), (
-        result.stdout
-    )
+    assert re.search(
+        rf"^Checkpoint +{re.escape(str(folder))}/checkpoints/0*2000$", result.stdout, re.MULTILINE
+    ), result.stdout
     assert (folder / "curve.png").stat().st_size > 10_000
     return result.stdout + result.stderr
 
 
-def test_quickstart_trains_and_says_where_all_lies(tmp_path: Path) -> None:
-    """On an environment that is set up."""
+def test_quickstart_trains_and_prints_the_paths(tmp_path: Path) -> None:
     require_set_up()
     assert "Training on 2 ranks with horovodrun" in quickstart(tmp_path, HVDQN_VENV=str(VENV))
 
 
-def test_quickstart_judges_what_it_trains_by_itself(tmp_path: Path) -> None:
-    """Without a preset it is CartPole, which is not solved so soon."""
+def test_quickstart_fails_if_cartpole_is_not_solved(tmp_path: Path) -> None:
+    """Without a preset it trains CartPole, which needs more steps than these."""
     require_set_up()
     script = command("./launch/quickstart.sh").removeprefix("./launch/")
     few = ("--total-env-steps", "1500", "--eval-episodes", "2", "--run_dir", str(tmp_path))
@@ -256,13 +255,13 @@ def test_quickstart_without_a_compiler_trains_with_torchrun(bare_venv: Path, tmp
     require_set_up()
     stamp_packages(bare_venv)
     path = path_without(tmp_path / "programs", "c++", "g++", "clang")
-    said = quickstart(tmp_path / "run", HVDQN_VENV=str(bare_venv), PATH=path, CXX="")
-    assert "no C++ compiler found" in said
-    assert "Training on 2 ranks with torchrun (Horovod is not installed)" in said
+    output = quickstart(tmp_path / "run", HVDQN_VENV=str(bare_venv), PATH=path, CXX="")
+    assert "no C++ compiler found" in output
+    assert "Training on 2 ranks with torchrun (Horovod is not installed)" in output
 
 
 def stamp_packages(venv: Path) -> None:
-    """Mark an environment as one in which setup.sh has installed all but Horovod."""
+    """Write the stamp that setup.sh leaves when it has installed everything but Horovod."""
     files = [(REPO / name).read_text() for name in ("pyproject.toml", "launch/setup.sh")]
     (torch,) = re.findall(r"^readonly default_torch=(\S+)$", files[1], re.MULTILINE)
     python = ".".join(map(str, sys.version_info[:3]))
@@ -271,8 +270,8 @@ def stamp_packages(venv: Path) -> None:
     (venv / ".hvdqn-all").write_text(hashlib.sha256(text.encode()).hexdigest())
 
 
-def test_a_folder_named_hvdqn_in_the_way_is_not_taken_for_the_package(tmp_path: Path) -> None:
-    """`git clone .../hvdqn && hvdqn/launch/quickstart.sh`: `python -m` looks in the current folder first."""
+def test_a_clone_named_hvdqn_is_not_imported_as_the_package(tmp_path: Path) -> None:
+    """`git clone .../hvdqn && hvdqn/launch/quickstart.sh`: `python -m` searches the current folder first."""
     require_set_up()
     (tmp_path / "hvdqn").symlink_to(REPO)
     result = subprocess.run(

@@ -28,7 +28,7 @@ ONE_NODE = ["--ntasks=2", "--cpus-per-task=1"]
 TWO_NODES = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1"]
 ENDLESS = ["--total-env-steps", "1000000000"]
 
-# Environments that make a first start last: its signal always comes in the middle.
+# Environments that slow down the first start, so that the signal always comes during it.
 ENVIRONMENTS = """\
 import os
 import signal
@@ -40,7 +40,7 @@ import gymnasium
 class SlowAtFirst(gymnasium.Wrapper):
     def __init__(self, env):
         super().__init__(env)
-        self.unsaved = open(os.devnull)  # so that no exact resume is rehearsed, which slow steps would draw out
+        self.unsaved = open(os.devnull)  # cannot be pickled, so that saving states is not tried with slow steps
 
     def step(self, action):
         if "SLURM_RESTART_COUNT" not in os.environ:
@@ -53,7 +53,7 @@ def always_stopped(env):
     return env
 """
 
-# A rank that is there at once, however busy the machine.
+# Stands for python: a rank that starts at once.
 INSTANT = """\
 #!/bin/bash
 [[ $1 != -c && -z ${SLURM_RESTART_COUNT:-} ]] || exit 0
@@ -75,23 +75,23 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The repository as a user has it: in a folder whose name has a space, with a site.env."""
+    """Return a copy of the repository with a site.env, in a folder whose name contains a space."""
     clone = tmp_path_factory.mktemp("slurm") / "my clones" / "hvdqn"
     shutil.copytree(REPOSITORY / "slurm", clone / "slurm", ignore=shutil.ignore_patterns("site.env"))
     (clone / "hvdqn").symlink_to(REPOSITORY / "hvdqn")
     (clone / "slurm" / "site.env").write_text(
-        f"HVDQN_VENV={Path(sys.executable).parents[1]}\n"
+        f"HVDQN_VENV={shlex.quote(str(Path(sys.executable).parents[1]))}\n"
         f"HVDQN_RUNS={clone.parents[1]}/scratch\n"
         f"HVDQN_MAX_RESTARTS=${{HVDQN_MAX_RESTARTS:-3}}\n"
         "export OMPI_MCA_mpi_yield_when_idle=1 # there are fewer cores than ranks\n"
-        "false # a last line that fails, as `[[ ... ]] && ...` may, ends no job\n"
+        "false # a last line that fails, as `[[ ... ]] && ...` may, must not end the job\n"
     )
     return clone
 
 
 @pytest.fixture(scope="module")
 def folder(clone: Path) -> Path:
-    """Where the user calls sbatch."""
+    """Return the folder in which the user calls sbatch."""
     folder = clone.parents[1] / "experiments"
     folder.mkdir()
     (folder / "environments.py").write_text(ENVIRONMENTS)
@@ -104,14 +104,14 @@ def folder(clone: Path) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def limited(cluster: Cluster, clone: Path, folder: Path) -> Job:
-    """A job that runs into its time limit. Submitted first: Slurm looks at limits twice a minute."""
+    """Submit a job that reaches its time limit. It comes first, because Slurm checks limits only twice a minute."""
     limits = ["--time=2", "--signal=USR2@20"]
     return cluster.sbatch(*TWO_NODES, *limits, f"{clone}/slurm/train.sbatch", *STOPPABLE, cwd=folder)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def too_short(cluster: Cluster, clone: Path, folder: Path, limited: Job) -> Job:
-    """A job that Slurm stops when it next looks at limits."""
+    """Submit a job that Slurm stops when it next checks limits."""
     return instant(cluster, clone, folder, "--time=5")
 
 
@@ -129,8 +129,8 @@ def summary(path: Path) -> dict[str, object]:
     return loaded
 
 
-def check_went_on(clone: Path, job: Job, info: dict[str, str]) -> None:
-    """Stopped once after a checkpoint, requeued, and finished from that checkpoint."""
+def check_resumed(clone: Path, job: Job, info: dict[str, str]) -> None:
+    """Assert that the job was stopped once after a checkpoint, requeued, and finished from that checkpoint."""
     output = job.output()
     assert info["JobState"] == "COMPLETED", output
     assert info["Restarts"] == "1", output
@@ -152,15 +152,21 @@ def check_went_on(clone: Path, job: Job, info: dict[str, str]) -> None:
 
 
 def test_ten_lines_of_readme(cluster: Cluster, tmp_path: Path) -> None:
-    """From a clone (of what is committed) to a running job; set-up and modules are left out."""
+    """From a clone of the last commit to a running job, without set-up and modules."""
     if not (REPOSITORY / ".git").exists():
         pytest.skip("this is no clone: README's way from `git clone` to a job is NOT tested")
+    editor = tmp_path / "editor"
+    editor.write_text(
+        f"#!/bin/sh\nprintf 'HVDQN_VENV=%s\\n' {shlex.quote(shlex.quote(sys.prefix))} >>\"$1\"\n"
+    )
+    editor.chmod(0o755)
     lines = [
         command(
-            "git clone <this repository> hvdqn && cd hvdqn", {"<this repository>": f"--quiet {REPOSITORY}"}
+            "git clone <this repository> hvdqn && cd hvdqn",
+            {"<this repository>": f"--quiet {shlex.quote(str(REPOSITORY))}"},
         ),
         command("cp slurm/site.env.example slurm/site.env"),
-        f"EDITOR='sed -i $aHVDQN_VENV={sys.prefix}'",
+        f"EDITOR={shlex.quote(str(editor))}",
         command("$EDITOR slurm/site.env"),
         command("source slurm/site.env"),
         command(
@@ -181,7 +187,7 @@ def test_ten_lines_of_readme(cluster: Cluster, tmp_path: Path) -> None:
     assert tail == job.output()
 
 
-def test_two_nodes_train_and_arguments_arrive_whole(cluster: Cluster, clone: Path, folder: Path) -> None:
+def test_two_nodes_train_and_arguments_are_unchanged(cluster: Cluster, clone: Path, folder: Path) -> None:
     named = f"""{clone.parents[1]}/runs of 'me' & "you"; $HOME *  \\"""
     kwargs = '{"sutton_barto_reward": true}'
     arguments = [*WORKLOAD, "--run-dir", named, "--env-kwargs", kwargs]
@@ -209,22 +215,22 @@ def test_usr2_checkpoints_requeues_and_resumes(
     job.wait_for("env steps ", timeout=120)
     line = command("scancel --signal=USR2 JOB", {"JOB": job.id})
     cluster.run(*line.split(), *whom)
-    check_went_on(clone, job, job.wait(timeout=180))
+    check_resumed(clone, job, job.wait(timeout=180))
 
 
-def test_preempted_job_goes_on_afterwards(cluster: Cluster, clone: Path, folder: Path) -> None:
+def test_preempted_job_is_requeued_and_resumes(cluster: Cluster, clone: Path, folder: Path) -> None:
     exclusive = ["--nodelist=n2", "--exclusive"]  # Slurm preempts with SIGTERM, then waits for GraceTime
     job = cluster.sbatch(*ONE_NODE, *exclusive, f"{clone}/slurm/train.sbatch", *STOPPABLE, cwd=folder)
     job.wait_for("env steps ", timeout=180)
     urgent = cluster.sbatch("--partition=urgent", *exclusive, "--wrap=sleep 1", cwd=folder)
-    check_went_on(clone, job, job.wait(timeout=180))
+    check_resumed(clone, job, job.wait(timeout=180))
     assert urgent.wait(timeout=1)["JobState"] == "COMPLETED"
 
 
 def test_a_short_job_that_is_preempted_at_once_is_requeued(
     cluster: Cluster, clone: Path, folder: Path
 ) -> None:
-    """Its limit is within reach of --signal, but that is not what stopped it."""
+    """Its time limit is short enough for --signal, but that is not what stopped it."""
     limits = ["--nodelist=n2", "--exclusive", "--time=5", "--signal=USR2@10"]
     job = instant(cluster, clone, folder, *limits)
     job.wait_for("training", timeout=180)
@@ -256,7 +262,7 @@ def test_killed_rank_fails_the_job(cluster: Cluster, clone: Path, folder: Path) 
     info = job.wait(timeout=60)
     seconds = time.monotonic() - killed
     print(f"srun, kill -9 to end: {seconds:.1f} s")
-    assert seconds < 30  # the other rank is told to stop, and does not wait for Slurm to kill it
+    assert seconds < 30  # the other rank stops by itself; Slurm would kill it later
     assert info["JobState"] == "FAILED", job.output()
     assert info["Restarts"] == "0"
     assert not any(process.is_running() for process in ranks.values())
@@ -291,10 +297,7 @@ def test_wrong_input_ends_at_once_with_its_exit_code(cluster: Cluster, clone: Pa
     assert job.output().count("unknown preset 'smok'; did you mean 'smoke'?") == 1
 
 
-def test_ranks_that_slurm_does_not_tell_of_each_other_fail(
-    cluster: Cluster, clone: Path, folder: Path
-) -> None:
-    """The wrong srun --mpi: Open MPI ends each rank."""
+def test_the_wrong_mpi_of_srun_ends_each_rank(cluster: Cluster, clone: Path, folder: Path) -> None:
     train = [f"{clone}/slurm/train.sbatch", *WORKLOAD]
     job = cluster.sbatch(*ONE_NODE, *train, cwd=folder, env={"HVDQN_MPI": "none"})
     info = job.wait(timeout=120)
@@ -377,7 +380,7 @@ def test_scaling_ends_in_a_table(cluster: Cluster, clone: Path, folder: Path) ->
         (["train_container.sbatch"], {"HVDQN_IMAGE": "image.sqsh"}, "this Slurm is without pyxis"),
     ],
 )
-def test_what_is_wrong_is_said_with_its_remedy(
+def test_wrong_input_is_refused_with_a_remedy(
     cluster: Cluster, clone: Path, folder: Path, words: list[str], env: dict[str, str], message: str
 ) -> None:
     (folder / "one.txt").write_text("--seed 1\n")
@@ -392,7 +395,7 @@ def test_what_is_wrong_is_said_with_its_remedy(
     assert message in job.output()
 
 
-def test_a_script_from_nowhere_asks_for_its_repository(cluster: Cluster, clone: Path, folder: Path) -> None:
+def test_a_script_from_stdin_asks_for_its_repository(cluster: Cluster, clone: Path, folder: Path) -> None:
     script = f"sbatch --parsable --ntasks=1 --cpus-per-task=1 <'{clone}/slurm/train.sbatch'"
     job = Job(cluster, cluster.run("bash", "-c", script, cwd=folder).strip())
     assert job.wait(timeout=60)["ExitCode"] == "2:0"
@@ -400,7 +403,7 @@ def test_a_script_from_nowhere_asks_for_its_repository(cluster: Cluster, clone: 
 
 
 def test_time_limit_checkpoints_requeues_and_resumes(limited: Job, clone: Path) -> None:
-    check_went_on(clone, limited, limited.wait(timeout=180))
+    check_resumed(clone, limited, limited.wait(timeout=180))
 
 
 def test_a_time_limit_within_reach_of_the_signal_is_named(too_short: Job) -> None:

@@ -1,4 +1,4 @@
-"""slurm/*.sbatch without Slurm: with an srun and a scontrol that only note what they were told."""
+"""slurm/*.sbatch without Slurm: srun and scontrol are replaced by programs that record their arguments."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ pytestmark = pytest.mark.launch
 
 SRUN = """#!/bin/sh
 [ "$1" != --help ] || exec echo '      --container-image=[USER@][REGISTRY#]IMAGE[:TAG]|PATH'
-printf '%s\\n' "$@" >>"$TOLD/srun"
+printf '%s\\n' "$@" >>"$RECORDS/srun"
 exit "${SRUN_CODE:-0}"
 """
 SCONTROL = """#!/bin/sh
-printf '%s\\n' "$*" >>"$TOLD/scontrol"
+printf '%s\\n' "$*" >>"$RECORDS/scontrol"
 [ "$1" != show ] || [ -z "$NO_ANSWER" ] || exit 1
 [ "$1" != show ] || printf '%s\\n' "$JOB_RECORD"
 """
@@ -27,15 +27,15 @@ printf '%s\\n' "$*" >>"$TOLD/scontrol"
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch script that has ended."""
+    """The result of a batch script."""
 
     code: int
     output: str
-    srun: list[str]  # its words
-    scontrol: list[str]  # its command lines
+    srun: list[str]  # arguments of srun
+    scontrol: list[str]  # arguments of each call of scontrol
 
     def ran_in(self) -> str:
-        """The run directory that the ranks were given, which the script must have named."""
+        """Return the run directory in the ranks' arguments. The script must have printed it, too."""
         assert self.code == 0, self
         given = self.srun[len(self.srun) - self.srun[::-1].index("--run-dir")]
         assert f"run directory: {given}; restarts: 0\n" in self.output, self
@@ -44,7 +44,7 @@ class Batch:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Where sbatch was called, with the programs above."""
+    """Return the folder in which sbatch is called, with the programs above."""
     (tmp_path / "programs").mkdir()
     programs = {
         "srun": SRUN,
@@ -69,7 +69,7 @@ def batch(folder: Path, script: str, *arguments: str, **environment: str) -> Bat
         "HVDQN_VENV": sys.prefix,
         "HVDQN_SITE_ENV": os.devnull,
         "PATH": f"{folder}/programs:{os.environ['PATH']}",
-        "TOLD": str(folder),
+        "RECORDS": str(folder),
     }
     done = subprocess.run(
         ["bash", REPOSITORY / "slurm" / script, *arguments],
@@ -81,8 +81,8 @@ def batch(folder: Path, script: str, *arguments: str, **environment: str) -> Bat
         timeout=60,
         check=False,
     )
-    told = [(folder / name) for name in ("srun", "scontrol")]
-    srun, scontrol = (path.read_text().splitlines() if path.exists() else [] for path in told)
+    records = [(folder / name) for name in ("srun", "scontrol")]
+    srun, scontrol = (path.read_text().splitlines() if path.exists() else [] for path in records)
     return Batch(done.returncode, done.stdout, srun, scontrol)
 
 
@@ -119,7 +119,7 @@ def test_the_run_directory_is_the_one_that_is_named(
         ("1", "2", [], "runs/7_1"),
         ("2", "2", [], "second"),
         ("2", "2", ["--run-dir", "all"], "second"),
-        ("1", "1", ["--run-dir", "runs/5_1"], "runs/5_1"),  # as a run that was not requeued is gone on with
+        ("1", "1", ["--run-dir", "runs/5_1"], "runs/5_1"),  # to continue a run that was not requeued
     ],
 )
 def test_a_run_of_a_sweep_has_its_own_run_directory(
@@ -141,7 +141,7 @@ def test_runs_of_a_sweep_may_not_share_a_run_directory(folder: Path) -> None:
     assert done.srun == []
 
 
-def test_scaling_writes_where_it_is_told(folder: Path) -> None:
+def test_scaling_writes_to_the_run_directory(folder: Path) -> None:
     done = batch(folder, "scaling.sbatch", "--run-dir", "table", SLURM_NTASKS="2")
     assert [word for word in done.srun if word.endswith("-ranks.json")] == [
         f"{folder}/table/1-ranks.json",
@@ -159,9 +159,9 @@ RUNNING = "JobState=RUNNING Reason=None\n   RunTime=00:00:20 TimeLimit={limit} T
         ("00:01:00", "None", "10", False),
         ("00:05:00", "None", "50", False),
         ("00:06:00", "None", "50", False),
-        ("00:05:00", "None", "60", True),  # --signal=USR2@60, say
-        ("00:05:00", "2024-01-31T12:00:00", "10", True),  # whose nodes another job needs
-        ("00:07:00", "None", "10", True),  # by the user: that of --signal comes later
+        ("00:05:00", "None", "60", True),  # for example with --signal=USR2@60
+        ("00:05:00", "2024-01-31T12:00:00", "10", True),  # another job needs the nodes
+        ("00:07:00", "None", "10", True),  # a signal by the user: that of --signal comes later
         ("00:30:00", "None", "10", True),
         ("1-00:00:00", "None", "10", True),
         ("UNLIMITED", "None", "10", True),
@@ -179,15 +179,15 @@ def test_a_job_that_its_time_limit_stops_at_once_is_not_requeued(
     assert (f"{remedy} {folder}/runs/7 to go on\n" in done.output) == (not goes_on), done
 
 
-def test_what_a_stopped_job_says_names_the_run_directory(folder: Path) -> None:
+def test_a_stopped_job_prints_its_run_directory(folder: Path) -> None:
     job = {"SRUN_CODE": "75", "JOB_RECORD": "JobState=RUNNING", "HVDQN_MAX_RESTARTS": "0"}
     done = batch(folder, "train.sbatch", "--run-dir", "mine", **job)
     assert done.code == 75, done
     assert f"to go on, submit again with --run-dir {folder}/mine\n" in done.output
 
 
-def test_a_stopped_job_is_requeued_though_slurm_does_not_say_how_it_stands(folder: Path) -> None:
-    """Its controller restarts, say: whether the job is about to be cancelled is for the requeue to find out."""
+def test_a_stopped_job_is_requeued_if_slurm_does_not_answer(folder: Path) -> None:
+    """For example while its controller restarts. Slurm refuses the requeue if the job is being cancelled."""
     done = batch(folder, "train.sbatch", SRUN_CODE="75", NO_ANSWER="1")
     assert done.code == 75, done
     assert done.scontrol == [*["show job 7"] * 6, "requeue 7"], done

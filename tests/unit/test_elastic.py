@@ -24,11 +24,11 @@ from hvdqn.parts import build_parts
 
 
 class PeerLostError(Exception):
-    """As Horovod's collectives raise it."""
+    """Stands for the exception that Horovod's collectives raise."""
 
 
 class FragileComm(LocalComm):
-    """A world that ends at the nth use of one collective."""
+    """A rank whose nth call of the collective named `fatal` fails."""
 
     def __init__(self, fatal="", nth=0):
         super().__init__()
@@ -59,7 +59,7 @@ class FragileComm(LocalComm):
 
 
 class ScriptedWorld:
-    """One world after the other; hosts change in the first if asked for."""
+    """Stands for `ElasticWorld`: `connect` returns the given comms in turn."""
 
     peer_lost = PeerLostError
 
@@ -78,7 +78,7 @@ class ScriptedWorld:
 
 @pytest.fixture
 def serve(tmp_path):
-    """Run through worlds; return the summary of the run and its member."""
+    """Return a function that trains through these worlds and returns the summary and the `Member`."""
 
     def run(name, world):
         flags = [
@@ -94,7 +94,7 @@ def serve(tmp_path):
         config = elastic_config([*flags, "--run-dir", str(tmp_path / name)], max_np=1)
         member = Member(config, 1, world, StopSignal())
         assert member.serve() == 0
-        assert not world.comms, "not all worlds were lived in"
+        assert not world.comms, "not all worlds were used"
         return json.loads((tmp_path / name / "summary.json").read_text()), member
 
     return run
@@ -104,7 +104,7 @@ def serve(tmp_path):
     ("fatal", "nth"), [("broadcast", 5), ("gather", 20), ("evaluation", 2), ("trailer", 3)], ids=str
 )
 def test_a_world_that_ends_between_updates_leaves_no_trace(serve, fatal, nth):
-    """Weights, moments, clock, replay and environments go on where they were, bit for bit."""
+    """The run continues with the same parameters, optimizer state, clock, replay and environments, bit for bit."""
     whole, _ = serve("whole", ScriptedWorld(FragileComm()))
     broken, _ = serve("broken", ScriptedWorld(FragileComm(fatal, nth), FragileComm()))
     assert (whole["world_changes"], broken["world_changes"]) == (0, 1)
@@ -138,13 +138,13 @@ def test_records_are_written_once(serve, tmp_path):
 
 
 class FilledElsewhere(LocalComm):
-    """The other rank's replay is filled."""
+    """Two ranks; the replay of the other one is filled."""
 
     def all_gather_object(self, obj):
         return [obj, True]
 
 
-def test_a_newcomer_draws_nothing_before_its_replay_has_filled(serve):
+def test_a_new_rank_samples_nothing_until_its_replay_is_filled(serve):
     _, member = serve("run", ScriptedWorld(FragileComm()))
     training = member.training
     training.comm = FilledElsewhere()
@@ -155,7 +155,7 @@ def test_a_newcomer_draws_nothing_before_its_replay_has_filled(serve):
     assert training.draw() is not None
 
 
-def test_who_kept_its_replay_goes_on_drawing(serve):
+def test_a_rank_that_kept_its_replay_continues_to_sample(serve):
     _, member = serve("run", ScriptedWorld(FragileComm()))
     member.training.agree_on_filling(filled=True)
     assert member.training.draw() is not None
@@ -182,7 +182,7 @@ def test_a_change_of_the_world_does_not_cut_a_refill_short():
     assert after.updates_owed(604) == 51
 
 
-def test_what_the_last_tick_of_a_larger_world_made_due_is_still_due():
+def test_events_that_became_due_in_a_larger_world_are_still_due():
     before, after = world_clock(3), world_clock(1)
     before.env_steps = 992
     before.tick()
@@ -196,9 +196,9 @@ def test_what_the_last_tick_of_a_larger_world_made_due_is_still_due():
 @given(st.lists(st.integers(1, 3), min_size=1, max_size=4), st.data())
 def test_places_are_those_that_horovod_would_give(slots, data):
     hosts = pytest.importorskip(
-        "horovod.runner.common.util.hosts", reason="no Horovod: places are NOT TESTED"
+        "horovod.runner.common.util.hosts", reason="no Horovod: place_among is NOT TESTED"
     )
-    # A plan of these hosts, of which only some ranks are there.
+    # Only some ranks of the plan are present.
     plan = [f"h{number}" for number, count in enumerate(slots) for _ in range(count)]
     there = sorted(data.draw(st.sets(st.sampled_from(range(len(plan))), min_size=1)))
     present = {rank: plan[rank] for rank in there}
@@ -233,13 +233,13 @@ def test_options_are_checked(flags, wrong):
         ("--nonsense", "1"),
     ],
 )
-def test_what_cannot_be_elastic_is_refused(flags):
+def test_settings_that_cannot_be_elastic_are_refused(flags):
     with pytest.raises(UserError, match=flags[0]):
         elastic_config(flags, max_np=2)
 
 
 def test_a_rank_fills_its_replay_for_long_enough_to_draw_from_it():
-    """However large the world is: two paths of n steps in each environment."""
+    """In a world of any size: for two n-step transitions in each environment."""
     config = elastic_config(["--learning-starts", "10", "--n-step", "3", "--envs-per-rank", "4"], max_np=100)
     assert config.replay.learning_starts == 2 * 4 * 100 * 4
 
@@ -249,15 +249,15 @@ def test_cutting_ends_the_connections_of_a_world_and_no_others():
     world = object.__new__(ElasticWorld)  # without a launcher
     world._sockets = {(s.fileno(), os.fstat(s.fileno()).st_ino) for s in (own, gone)}
     number = gone.detach()
-    os.close(number)  # as Horovod's thread does
-    os.dup2(later.fileno(), number)  # and another connection has its number since
+    os.close(number)  # Horovod's thread may do this
+    os.dup2(later.fileno(), number)  # another connection now has the same descriptor
     world.cut()
     peer.settimeout(5)
-    assert peer.recv(1) == b"", "the other side sees the end"
+    assert peer.recv(1) == b"", "the connection was not closed"
     later.send(b"x")
     assert later_peer.recv(1) == b"x"
     os.close(number)
-    world.cut()  # nothing is left under that number
+    world.cut()  # a descriptor that is closed is ignored
 
 
 def test_a_rank_that_is_new_builds_its_parts_without_the_others():

@@ -1,4 +1,4 @@
-"""The harness itself: a test that cannot fail would prove nothing."""
+"""Tests of tests/launchers.py: it must fail the test when a job hangs or leaves processes behind."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_job_does_not_outlive_a_test_run_that_is_killed() -> None:
         child.wait(timeout=5)
 
 
-def test_a_job_that_ends_early_is_not_waited_for() -> None:
+def test_waiting_for_output_fails_when_the_job_ends() -> None:
     with (
         start("python", 1, ["-c", "print('something else')"], timeout=20) as job,
         pytest.raises(AssertionError, match="ended before it had printed 'started'"),
@@ -58,7 +58,7 @@ def test_a_job_that_ends_early_is_not_waited_for() -> None:
         job.wait_for("started")
 
 
-def test_a_rank_does_not_hand_its_world_to_the_jobs_it_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clean_environment_has_no_variables_of_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HOROVOD_RANK", "OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "SLURM_PROCID", "WORLD_SIZE"):
         monkeypatch.setenv(name, "2")
         assert name not in clean_environment()
