@@ -34,8 +34,7 @@ ONLY = {
     "ale_py": {"envs/atari.py", "envs/make.py", "bench/peer_sb3.py"},
     "stable_baselines3": {"bench/peer_sb3.py"},
     "minatar": {"envs/make.py"},
-    "matplotlib": {"plot.py", "bench/scaling.py"},
-    "scipy": {"plot.py"},
+    "matplotlib": {"plot/command.py", "plot/drawing.py", "bench/scaling.py"},
 }
 
 
