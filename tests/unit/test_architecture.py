@@ -17,13 +17,13 @@ PACKAGE = Path(__file__).parents[2] / "hvdqn"
 # A room is a package or module directly in hvdqn/. It may import rooms of its own layer and of the layers above it in
 # this list, never of a layer below it.
 LAYERS = (
-    {"hvdqn", "errors"},
+    {"errors", "hvdqn", "step"},
     {"comm", "config", "logs"},
     {"clock", "graphs", "losses", "optimizers", "role", "seeds"},
     {"envs", "faults", "metrics", "networks", "plot", "replay"},
-    {"acting", "checkpoint", "learner", "process", "run_directory", "sync"},
+    {"acting", "checkpoint", "learner", "process", "rank", "run_directory", "sync"},
     {"parts"},
-    {"evaluate", "export", "policy", "trainer", "video"},
+    {"evaluate", "export", "policy", "recorder", "startup", "summary", "trainer", "video"},
     {"bench", "elastic", "launchers", "train"},
     {"__main__"},
 )
@@ -55,8 +55,9 @@ MOST_FUNCTION_LINES = 50
 FILE_LINES = {"train.py": 200, "trainer.py": 250}
 LONG_FILES = {"config/settings.py"}
 
-# Files and rooms that write to standard error themselves; all others use `logging`.
-MAY_PRINT_TO_STDERR = {"logs", "launchers"}
+# Files and rooms that write to standard error themselves; all others use `logging`. Commands other than training refuse
+# wrong input with a prefix of their own, as `hvdqn eval: error: `.
+MAY_PRINT_TO_STDERR = {"logs", "launchers", "__main__", "evaluate", "plot", "bench/report.py"}
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 PUBLIC_API = PACKAGE / "__init__.py"
