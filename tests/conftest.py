@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-# Its assertions speak for the job that failed.
+# Assertions in this helper show the output of the job that failed.
 pytest.register_assert_rewrite("tests.launchers")
 
-# Files that take minutes. launch/test.sh runs files side by side; these are begun first, so that no worker is left
-# alone with one of them at the end.
+# Files that take minutes. launch/test.sh runs files in parallel; these start first, so that the last worker does not
+# start a long file when the others have finished.
 LONGEST = (
     "test_container.py",
     "test_chaos.py",

@@ -1,14 +1,14 @@
-"""`hvdqn bench`: what training costs on this machine, and where the time goes.
+"""`hvdqn bench`: measure the cost of training on this machine.
 
     hvdqn bench [TRAIN FLAGS]               rates, seconds by phase, memory, allreduce of every engine
     hvdqn bench scaling --np 1,2,4 [...]    weak and strong scaling, projected to more ranks
-    hvdqn bench peers [...]                 side by side with Stable-Baselines3
+    hvdqn bench peers [...]                 comparison with Stable-Baselines3
     hvdqn bench solve [...]                 seconds until the greedy policy reaches a return
     hvdqn bench loop | allreduce [...]      one measurement by itself; under a launcher, of all its ranks
-    hvdqn bench replay | startup [...]      whether a large replay is slower; seconds until the first env step
-    hvdqn bench gpu [...]                   all that is promised of a GPU
+    hvdqn bench replay | startup [...]      speed of a large replay; seconds until the first env step
+    hvdqn bench gpu [...]                   speed and accuracy of a GPU
 
-Each prints a table and writes JSON; --help says more.
+Each prints a table and writes JSON; see --help of each.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from hvdqn.bench.report import print_message
 from hvdqn.config import did_you_mean
-from hvdqn.errors import UserError
+from hvdqn.errors import EXIT_USER_ERROR, UserError
 
 COMMANDS = ("allreduce", "gpu", "loop", "peers", "replay", "scaling", "solve", "startup")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The `hvdqn bench` command; returns the exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if words and words[0] not in COMMANDS and not words[0].startswith("-"):
-        near = did_you_mean(words[0], COMMANDS)
-        print(
-            f"hvdqn bench: error: there is no benchmark '{words[0]}'{near or '; there are ' + ', '.join(COMMANDS)}",
-            file=sys.stderr,
-        )
-        return 2
-    name = words.pop(0) if words and words[0] in COMMANDS else "costs"
-    command = importlib.import_module(f"hvdqn.bench.{name}")
+    """Run the `hvdqn bench` command; return the exit code."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    name = ""
+    if args and not args[0].startswith("-"):
+        name = args.pop(0)
+        if name not in COMMANDS:
+            hint = did_you_mean(name, COMMANDS) or f"; choose one of {', '.join(COMMANDS)}"
+            print_message(f"hvdqn bench: error: unknown benchmark '{name}'{hint}")
+            return EXIT_USER_ERROR
+    command = importlib.import_module(f"hvdqn.bench.{name or 'costs'}")
     try:
-        code: int = command.main(words)
+        code: int = command.main(args)
     except UserError as error:
-        print(f"{command.PROG}: error: {error}", file=sys.stderr)
-        return 2
+        print_message(f"{command.PROG}: error: {error}")
+        return EXIT_USER_ERROR
     return code

@@ -1,78 +1,74 @@
-"""`hvdqn bench`: rates, seconds by phase, memory, and what averaging a gradient costs on each engine.
+"""`hvdqn bench`: rates, seconds by phase, memory, and the cost of averaging a gradient on each engine.
 
-Under a launcher it measures the engine that connects its ranks. Without one it measures one process, and starts jobs of
-two ranks for every engine that is installed.
+Under a launcher it measures the engine that connects its ranks. Without a launcher it measures one process, and starts
+a job of two ranks for every engine that is installed.
 """
 
 from __future__ import annotations
 
-import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from functools import partial
 
 import hvdqn.bench
-from hvdqn.bench import allreduce, loop, ranks
-from hvdqn.bench.allreduce import Allreduce
-from hvdqn.bench.jobs import available, bench
-from hvdqn.bench.report import Parser, above_zero, one_or_more, write_json
-from hvdqn.comm import Comm
-from hvdqn.config import Config
-from hvdqn.errors import EXIT_FINISHED, StoppedError, UserError
+from hvdqn.bench import allreduce, loop
+from hvdqn.bench.allreduce import AllreduceTiming
+from hvdqn.bench.jobs import available_engines, run_bench_job
+from hvdqn.bench.report import Parser, above_zero, one_or_more, print_message, write_json
+from hvdqn.bench.training import Job, gradient_message, run_on_all_ranks, start_training
+from hvdqn.errors import StoppedError, UserError
 from hvdqn.faults import StopSignal
-from hvdqn.metrics import PhaseTimer
 
 PROG = "hvdqn bench"
 
 
-def costs(
-    options: Namespace,
-    flags: Sequence[str],
-    config: Config,
-    comm: Comm,
-    stop: StopSignal,
-    timer: PhaseTimer,
-) -> int:
-    """Measure, print, write; returns the exit code."""
-    timed, training = loop.built_and_timed(options.seconds, False, config, comm, stop, timer)
-    if comm.rank == 0:
-        loop.show(timed)
-    if comm.size > 1:
-        message = training.learner.message
-        found = allreduce.measure(comm, message.device, message.numel(), options.allreduce_seconds)
+def run_benchmark(options: Namespace, flags: Sequence[str], job: Job) -> None:
+    """Time the loop and the engines; print and write the result on rank 0."""
+    config = loop.benchmark_config(job.config, job.comm, whole_run=False)
+    with start_training(config, job) as run:
+        loop_timing = loop.time_loop(run, options.seconds)
+    is_rank_0 = job.comm.rank == 0
+    if is_rank_0:
+        loop.print_loop(loop_timing)
+    if job.comm.size > 1:
+        message = gradient_message(run.parts)
+        timings = allreduce.time_engine(job.comm, message.device, message.numel(), options.allreduce_seconds)
     else:
-        found = engines(options, flags, stop)
-    if comm.rank == 0:
-        if found:
-            allreduce.show(found)
-        write_json(options.json, {"loop": loop.as_json(timed), "allreduce": allreduce.as_json(found)})
-    return EXIT_FINISHED
+        timings = time_installed_engines(options, flags, job.stop)
+    if is_rank_0:
+        if timings:
+            allreduce.print_allreduce(timings)
+        content = {"loop": loop.as_json(loop_timing), "allreduce": allreduce.as_json(timings)}
+        write_json(options.json, content)
 
 
-def engines(options: Namespace, flags: Sequence[str], stop: StopSignal) -> list[Allreduce]:
-    """Time every engine that is installed, each in a job of its own; one that fails is said and left out.
+def time_installed_engines(
+    options: Namespace, flags: Sequence[str], stop: StopSignal
+) -> list[AllreduceTiming]:
+    """Time every installed engine, each in a job of its own; report and skip one that fails.
 
     Raises:
-        StoppedError: this process was told to stop.
+        StoppedError: this process received a signal to stop.
     """
-    found = []
-    for name in available():
-        words = ["allreduce", "--seconds", str(options.allreduce_seconds), *flags]
+    timings = []
+    for name in available_engines():
+        args = ["allreduce", "--seconds", str(options.allreduce_seconds), *flags]
         try:
-            job = bench(words, name, options.np, stopped=lambda: stop.requested)
+            result = run_bench_job(args, name, options.np, stopped=lambda: stop.received)
         except UserError as error:
-            if stop.requested:
-                raise StoppedError("stopped by a signal before all was measured") from None
-            print(f"{name} is left out: {error}", file=sys.stderr)
+            if stop.received:
+                raise StoppedError("stopped by a signal before the measurement was complete") from None
+            print_message(f"{name} is left out: {error}")
         else:
-            found += allreduce.from_json(job["allreduce"], name)
-    return found
+            timings += allreduce.from_json(result["allreduce"], name)
+    return timings
 
 
 def main(argv: Sequence[str]) -> int:
-    """Entry point of every rank; returns the exit code."""
+    """Run the command on every rank; return the exit code."""
     parser = Parser(PROG, f"{__doc__}\n{hvdqn.bench.__doc__}", "bench.json")
-    parser.add_argument("--seconds", type=above_zero, default=8.0, help="how long to run the loop")
-    parser.add_argument("--allreduce-seconds", type=above_zero, default=0.5, help="for each message size")
+    parser.add_argument("--seconds", type=above_zero, default=8.0, help="duration of the loop's measurement")
+    parser.add_argument(
+        "--allreduce-seconds", type=above_zero, default=0.5, help="duration for each message size"
+    )
     parser.add_argument("--np", type=one_or_more, default=2, help="ranks of the jobs that time the engines")
-    return ranks.run(parser, argv, lambda own, flags: partial(costs, own, flags))
+    return run_on_all_ranks(parser, argv, run_benchmark)

@@ -1,41 +1,36 @@
-"""`hvdqn bench loop`: time the training loop itself, on all ranks of a job. The other benchmarks start it.
+"""`hvdqn bench loop`: time the training loop on all ranks of a job.
 
-Evaluations, checkpoints and records are left out, and so is what comes before the loop: imports, building the parts.
-Except in whole runs, all actions are random, whatever the network chose: where one number of ranks learns better than
-another its episodes are longer, and on CartPole that alone makes a rank 5% faster.
+Imports, building the parts, evaluations, checkpoints and metrics are not timed. Unless --whole-run is given, all
+actions are random: if one number of ranks learned better than another, its episodes would be longer, and longer
+episodes alone make CartPole faster.
 """
 
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import partial
-from pathlib import Path
 from typing import Any
 
-from hvdqn.bench import ranks
 from hvdqn.bench.report import Parser, above_zero, print_table, write_json
+from hvdqn.bench.training import Job, TrainingRun, check_config, run_on_all_ranks, start_training
 from hvdqn.comm import Comm
-from hvdqn.config import Config, acting_ranks, check_world
-from hvdqn.errors import EXIT_FINISHED, StoppedError, UserError
-from hvdqn.faults import StopSignal
-from hvdqn.metrics import PHASES, PhaseTimer
-from hvdqn.parts import make_epsilons
-from hvdqn.train import Training, Work, check_same_config, start
+from hvdqn.config import Config
+from hvdqn.errors import UserError
+from hvdqn.metrics import PHASES
 
 PROG = "hvdqn bench loop"
 WARM_UP_ITERATIONS = 100
 ROUNDS = 4
 ENDLESS_ENV_STEPS = 10**12
+LOCAL_RANK_VARIABLES = ("HOROVOD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "LOCAL_RANK", "SLURM_LOCALID")
 
 
 @dataclass(frozen=True)
 class Span:
-    """What a stretch of the loop took on this rank."""
+    """The time that a number of iterations took on this rank."""
 
     iterations: int
     updates: int
@@ -53,8 +48,8 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Loop:
-    """How fast the loop ran. Rates are global; seconds are means over ranks."""
+class LoopTiming:
+    """The speed of the loop. Rates are global; seconds are means over ranks."""
 
     env: str
     preset: str
@@ -70,8 +65,9 @@ class Loop:
     env_steps_per_second: float
     updates_per_second: float
     seconds_per_iteration: dict[str, float]
-    """By phase. One iteration is one step of every environment and the updates that it made due. `comm_exposed` is what
-    a rank waits for others; `comm_hidden` travels behind other work, and all but it sum to the iteration."""
+    """By phase. One iteration steps every environment once and takes the updates that become due. `comm_exposed` is the
+    time that a rank waits for other ranks. `comm_hidden` is communication that overlaps with other phases; the other
+    phases add up to the iteration."""
 
     @property
     def exposed_share(self) -> float:
@@ -80,195 +76,161 @@ class Loop:
 
     @property
     def iteration_seconds(self) -> float:
-        """Of one iteration."""
+        """Seconds of one iteration."""
         phases = self.seconds_per_iteration
         return sum(phases.values()) - phases["comm_hidden"]
 
     @property
     def updates_per_iteration(self) -> float:
-        """Mean number of updates that an iteration made due."""
+        """Mean number of updates per iteration."""
         return self.updates * self.world_size * self.envs_per_rank / self.env_steps
 
 
-def as_json(loop: Loop) -> dict[str, Any]:
-    """For JSON."""
-    return asdict(loop)
+def as_json(timing: LoopTiming) -> dict[str, Any]:
+    """Return the timing as JSON data."""
+    return asdict(timing)
 
 
-def from_json(content: Mapping[str, Any]) -> Loop:
-    """Back from JSON.
-
-    Raises:
-        KeyError: something is missing: the file was written by another command.
-    """
-    return Loop(**{field.name: content[field.name] for field in fields(Loop)})
-
-
-def run_span(training: Training, iterations: int, overlap: bool) -> Span:
-    """Run the loop for so many iterations; a collective call.
+def from_json(content: Mapping[str, Any]) -> LoopTiming:
+    """Return the timing that `as_json` converted.
 
     Raises:
-        StoppedError: a rank was told to stop.
+        KeyError: a field is missing, so another command wrote the file.
     """
-    training.config = training.config.replace(overlap=overlap)
-    clock, timer = training.clock, training.timer
-    training.comm.barrier()  # nobody's time holds another's lateness from before
+    return LoopTiming(**{field.name: content[field.name] for field in fields(LoopTiming)})
+
+
+def time_span(run: TrainingRun, iterations: int, overlap: bool) -> Span:
+    """Run and time this many iterations; a collective call.
+
+    Raises:
+        StoppedError: a rank received a signal to stop.
+    """
+    clock, timer = run.parts.clock, run.parts.timer
+    run.comm.barrier()  # so that no rank waits for a rank that was late before
     updates, before, began = clock.updates, timer.seconds(), time.perf_counter()
-    training.run(clock.env_steps + iterations * clock.envs)
-    if training.learner.stop_voted:
-        raise StoppedError("stopped by a signal before all was measured")
+    run.train(iterations, overlap)
     wall_seconds, after = time.perf_counter() - began, timer.seconds()
     seconds: dict[str, float] = {phase: after[phase] - before[phase] for phase in PHASES}
     return Span(iterations, clock.updates - updates, wall_seconds, seconds)
 
 
-def play_at_random(training: Training) -> None:
-    """From now on every action that was chosen is replaced by a random one."""
-    config = training.config.replace(exploration="linear", epsilon_start=1.0, epsilon_end=1.0)
-    training.parts.epsilons = make_epsilons(config, training.comm)
+def time_loop(run: TrainingRun, seconds: float) -> LoopTiming:
+    """Time the loop with random actions after learning has started; a collective call.
 
-
-def measure(training: Training, seconds: float) -> Loop:
-    """Time the loop after learning has started; a collective call.
-
-    Hidden communication is the time from an allreduce's launch to its arrival, less what a rank waited for it. No
-    engine says when a message arrived. Without overlap a rank launches and waits at once, so that what it waits then
-    is the time from launch to arrival. Stretches with and without overlap take turns: both see the same machine.
+    Hidden communication is the time from the launch of an allreduce to its arrival, minus the time that a rank waited
+    for it. No engine reports when a message arrived. Without overlap a rank launches and waits at once, so that it
+    waits from launch to arrival. Spans with and without overlap alternate, so that both run under the same load.
 
     Args:
-        training: begun.
-        seconds: of wall time, about.
+        run: a training that has just started.
+        seconds: approximate wall time of the measurement.
     """
-    clock, overlap = training.clock, training.config.parallel.overlap
-    play_at_random(training)
-    run_span(training, clock.learning_starts // clock.envs + 1, overlap)
-    warm = run_span(training, WARM_UP_ITERATIONS, overlap)
-    paired = overlap and training.comm.size > 1
-    pace = warm.wall_seconds / warm.iterations
-    # Rank 0's choice, for the ranks' watches differ.
-    iterations = training.comm.broadcast_object(max(int(seconds / ROUNDS / (1 + paired) / pace), 1))
-    timed, waiting = [], []
+    overlap = run.config.parallel.overlap
+    run.use_random_actions()
+    time_span(run, run.parts.clock.learning_starts // run.env_steps_per_iteration + 1, overlap)
+    warm_up = time_span(run, WARM_UP_ITERATIONS, overlap)
+    alternate = overlap and run.comm.size > 1
+    spans = ROUNDS * (2 if alternate else 1)
+    iterations = int(seconds / spans * warm_up.iterations / warm_up.wall_seconds)
+    iterations = run.comm.broadcast_object(max(iterations, 1))  # ranks measure different times
+    overlapped, waiting = [], []
     for _ in range(ROUNDS):
-        timed.append(run_span(training, iterations, overlap))
-        if paired:
-            waiting.append(run_span(training, iterations, overlap=False))
-    return summarise(training, timed, waiting)
+        overlapped.append(time_span(run, iterations, overlap))
+        if alternate:
+            waiting.append(time_span(run, iterations, overlap=False))
+    return average_over_ranks(run, overlapped, waiting)
 
 
-def whole_run(training: Training) -> Loop:
-    """Time all env steps of the run, those before learning starts too; a collective call."""
-    iterations = -(-training.config.run.total_env_steps // training.clock.envs)
-    return summarise(training, [run_span(training, iterations, training.config.parallel.overlap)], [])
+def time_whole_run(run: TrainingRun) -> LoopTiming:
+    """Time all env steps of the run, including those before learning starts; a collective call."""
+    iterations = -(-run.config.run.total_env_steps // run.env_steps_per_iteration)
+    return average_over_ranks(run, [time_span(run, iterations, run.config.parallel.overlap)], [])
 
 
-def summarise(training: Training, timed: Sequence[Span], waiting: Sequence[Span]) -> Loop:
-    """The mean over ranks of what they timed; a collective call.
+def average_over_ranks(run: TrainingRun, timed: Sequence[Span], waiting: Sequence[Span]) -> LoopTiming:
+    """Return the mean of the times that the ranks measured; a collective call.
 
     Args:
-        training: what ran.
-        timed: as it is meant to run.
-        waiting: the same without overlap; none where nothing overlaps.
+        run: the training that was timed.
+        timed: the spans with the user's settings.
+        waiting: the same without overlap; empty if nothing overlaps.
     """
-    comm, config, learner = training.comm, training.config, training.learner
+    comm, config, parts = run.comm, run.config, run.parts
     total = sum(timed[1:], timed[0])
-    mine = {phase: total.seconds[phase] / total.iterations for phase in total.seconds}
+    mine = {phase: seconds / total.iterations for phase, seconds in total.seconds.items()}
     mine["comm_exposed"], mine["comm_hidden"] = mine.pop("comm"), 0.0
     if waiting:
         waited = sum(waiting[1:], waiting[0])
         mine["comm_hidden"] = max(waited.seconds["comm"] / waited.iterations - mine["comm_exposed"], 0.0)
     ranks = comm.all_gather_object((total.wall_seconds, mine))
     wall_seconds = sum(seconds for seconds, _ in ranks) / comm.size
-    env_steps = total.iterations * training.clock.envs
-    return Loop(
+    env_steps = total.iterations * run.env_steps_per_iteration
+    return LoopTiming(
         env=config.environment.env,
         preset=config.preset,
         comm=comm.name,
         world_size=comm.size,
         envs_per_rank=config.environment.envs_per_rank,
         batch_per_rank=config.replay.batch_per_rank,
-        parameters=learner.parameters.numel(),
-        replay_bytes_per_transition=training.replay.nbytes / (config.replay.replay_capacity // comm.size),
+        parameters=parts.learner.parameters.numel(),
+        replay_bytes_per_transition=parts.replay.ring.nbytes / (config.replay.replay_capacity // comm.size),
         env_steps=env_steps,
         updates=total.updates,
         wall_seconds=wall_seconds,
         env_steps_per_second=env_steps / wall_seconds,
         updates_per_second=total.updates / wall_seconds,
-        seconds_per_iteration={p: sum(seconds[p] for _, seconds in ranks) / comm.size for p in mine},
+        seconds_per_iteration={phase: sum(s[phase] for _, s in ranks) / comm.size for phase in mine},
     )
 
 
-def prepared(config: Config, comm: Comm, whole: bool) -> Config:
-    """The run without what is not timed; but for whole runs learning starts as soon as a few minibatches are there.
+def benchmark_config(config: Config, comm: Comm, whole_run: bool) -> Config:
+    """Return the settings without everything that is not timed; a collective call.
+
+    Unless the whole run is timed, learning starts after a few minibatches and the run has no end.
 
     Raises:
-        UserError: not enough replay for this many ranks.
+        UserError: on all ranks, if the settings do not fit the ranks.
     """
     config = config.replace(
         eval_every=0, checkpoint_every=0, checkpoint_replay="no", log_every=0, resume="never"
     )
-    if not whole:
-        filled = 10 * comm.size * config.replay.batch_per_rank
-        # The loop goes on for as long as it is timed, and schedules must not run past their end.
+    if not whole_run:
+        a_few_minibatches = 10 * comm.size * config.replay.batch_per_rank
         config = config.replace(
-            learning_starts=min(config.replay.learning_starts, filled), total_env_steps=ENDLESS_ENV_STEPS
+            learning_starts=min(config.replay.learning_starts, a_few_minibatches),
+            # The measurement may take more env steps than the run, and a schedule must not pass its end.
+            total_env_steps=ENDLESS_ENV_STEPS,
         )
-    check_same_config(config, comm)
-    if config.parallel.sync == "server":
-        raise UserError("a benchmark times ranks that step together; use --sync gradients or parameters")
-    check_world(config, acting_ranks(config, comm.size))
+    check_config(config, comm, steps_together=True)
     return config
 
 
-def built_and_timed(
-    seconds: float, whole: bool, config: Config, comm: Comm, stop: StopSignal, timer: PhaseTimer
-) -> tuple[Loop, Training]:
-    """Build the parts and time the loop; a collective call."""
-    config = prepared(config, comm, whole)
-    with tempfile.TemporaryDirectory(prefix="hvdqn-bench-") as folder:
-        run_dir = Path(comm.broadcast_object(folder))
-        training = start(Training, config, comm, run_dir, stop, timer)
-        loop = whole_run(training) if whole else measure(training, seconds)
-        training.metrics.close()
-        training.parts.envs.close()
-    return loop, training
-
-
-def time_loop(
-    seconds: float, whole: bool, json: Path, config: Config, comm: Comm, stop: StopSignal, timer: PhaseTimer
-) -> int:
-    """Time the loop, print and write what was found; returns the exit code."""
-    loop, _ = built_and_timed(seconds, whole, config, comm, stop, timer)
-    if comm.rank == 0:
-        show(loop)
-        write_json(json, as_json(loop))
-    return EXIT_FINISHED
-
-
-def show(loop: Loop) -> None:
-    """Print the table."""
-    iteration = loop.iteration_seconds
+def print_loop(timing: LoopTiming) -> None:
+    """Print the seconds of each phase."""
+    iteration = timing.iteration_seconds
     rows = [
         (name.replace("_", " "), f"{1e6 * seconds:,.1f}", f"{seconds / iteration:.1%}")
-        for name, seconds in loop.seconds_per_iteration.items()
+        for name, seconds in timing.seconds_per_iteration.items()
     ]
     print_table(
-        f"{loop.env}, {loop.world_size} x {loop.comm}: {loop.env_steps_per_second:,.0f} env steps/s, "
-        f"{loop.updates_per_second:,.1f} updates/s; {loop.replay_bytes_per_transition:,.0f} bytes per transition",
+        f"{timing.env}, {timing.world_size} x {timing.comm}: {timing.env_steps_per_second:,.0f} env steps/s, "
+        f"{timing.updates_per_second:,.1f} updates/s; {timing.replay_bytes_per_transition:,.0f} bytes per transition",
         ("phase", "us per iteration", "share"),
         [*rows, ("iteration", f"{1e6 * iteration:,.1f}", "")],
     )
 
 
 def pin_to_core() -> None:
-    """Keep this rank, and the threads that its engine will start, on one core of its own.
+    """Restrict this rank, and the threads that it will start, to one core of its own.
 
     Raises:
         UserError: there are more ranks on this host than cores.
     """
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) == 1:
-        return  # the launcher has bound it
-    local_rank = next((int(os.environ[name]) for name in _LOCAL_RANK if name in os.environ), 0)
+        return  # the launcher has pinned it
+    local_rank = next((int(os.environ[name]) for name in LOCAL_RANK_VARIABLES if name in os.environ), 0)
     if local_rank >= len(cores):
         raise UserError(
             f"--pin gives each rank a core, and rank {local_rank} of this host may use {len(cores)}; start fewer ranks"
@@ -276,21 +238,30 @@ def pin_to_core() -> None:
     os.sched_setaffinity(0, {cores[local_rank]})
 
 
-_LOCAL_RANK = ("HOROVOD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "LOCAL_RANK", "SLURM_LOCALID")
+def pin_if_asked(options: Namespace) -> None:
+    """Pin this rank to a core if `--pin` is given."""
+    if options.pin:
+        pin_to_core()
+
+
+def run_benchmark(options: Namespace, _: Sequence[str], job: Job) -> None:
+    """Time the loop, then print and write the result on rank 0."""
+    config = benchmark_config(job.config, job.comm, options.whole_run)
+    with start_training(config, job) as run:
+        timing = time_whole_run(run) if options.whole_run else time_loop(run, options.seconds)
+    if job.comm.rank == 0:
+        print_loop(timing)
+        write_json(options.json, as_json(timing))
 
 
 def main(argv: Sequence[str]) -> int:
-    """Entry point of every rank; returns the exit code."""
+    """Run the command on every rank; return the exit code."""
     parser = Parser(PROG, __doc__, "bench-loop.json")
-    parser.add_argument("--seconds", type=above_zero, default=8.0, help="how long to measure")
+    parser.add_argument("--seconds", type=above_zero, default=8.0, help="duration of the measurement")
     parser.add_argument(
-        "--whole-run", action="store_true", help="time all env steps of the run, filling replay too"
+        "--whole-run",
+        action="store_true",
+        help="time all env steps of the run, including those before learning starts",
     )
-    parser.add_argument("--pin", action="store_true", help="one core for each rank and all of its threads")
-    return ranks.run(parser, argv, _work)
-
-
-def _work(own: Namespace, _: Sequence[str]) -> Work:
-    if own.pin:
-        pin_to_core()
-    return partial(time_loop, own.seconds, own.whole_run, own.json)
+    parser.add_argument("--pin", action="store_true", help="give each rank, with all its threads, one core")
+    return run_on_all_ranks(parser, argv, run_benchmark, pin_if_asked)

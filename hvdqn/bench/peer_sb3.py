@@ -1,10 +1,11 @@
-"""Run one workload on Stable-Baselines3 and print one line of JSON. It needs no hvdqn: `hvdqn bench peers` runs it.
+"""Run one workload on Stable-Baselines3 and print one line of JSON.
 
     python peer_sb3.py cartpole|pong|solve [--seed S] [--threads T]
 
-`cartpole` and `pong` say how fast `learn` ran, whole. `solve` trains CartPole-v1 with the tuned settings of
-rl-baselines3-zoo (hyperparams/dqn.yml) until 100 greedy episodes reach a mean of 475, and gives the seconds of
-training, evaluations left out.
+`hvdqn bench peers` runs this file in a Python environment that needs Stable-Baselines3, but not hvdqn. `cartpole` and
+`pong` print the speed of the whole call of `learn`. `solve` trains CartPole-v1 with the tuned settings of
+rl-baselines3-zoo (hyperparams/dqn.yml) until 100 greedy episodes reach a mean of 475, and prints the seconds of
+training without the evaluations.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ from stable_baselines3.common.vec_env import VecFrameStack
 EVALUATE_EVERY, EPISODES, SOLVED = 2_000, 100, 475.0
 
 
-def learn(model: DQN, env_steps: int) -> dict[str, Any]:
-    """Time `learn`."""
+def time_learn(model: DQN, env_steps: int) -> dict[str, Any]:
+    """Train for this many env steps and return the speed."""
     began = time.perf_counter()
     model.learn(env_steps)
     return {"env_steps_per_second": env_steps / (time.perf_counter() - began)}
 
 
 def cartpole(seed: int) -> dict[str, Any]:
-    """The same as the preset bench-cartpole."""
+    """Time the workload of the preset bench-cartpole."""
     settings: dict[str, Any] = {
         "learning_rate": 2.5e-4,
         "buffer_size": 10_000,
@@ -44,11 +45,11 @@ def cartpole(seed: int) -> dict[str, Any]:
         "policy_kwargs": {"net_arch": [120, 84]},
     }
     env = make_vec_env("CartPole-v1", n_envs=8, seed=seed)
-    return learn(DQN("MlpPolicy", env, device="cpu", seed=seed, **settings), 40_000)
+    return time_learn(DQN("MlpPolicy", env, device="cpu", seed=seed, **settings), 40_000)
 
 
 def pong(seed: int) -> dict[str, Any]:
-    """The same as the preset bench-pong."""
+    """Time the workload of the preset bench-pong."""
     import ale_py
 
     gym.register_envs(ale_py)
@@ -62,30 +63,33 @@ def pong(seed: int) -> dict[str, Any]:
         "target_update_interval": 1_000,
     }
     env = VecFrameStack(make_atari_env("PongNoFrameskip-v4", n_envs=8, seed=seed), 4)
-    return learn(DQN("CnnPolicy", env, device="cpu", seed=seed, **settings), 6_000)
+    return time_learn(DQN("CnnPolicy", env, device="cpu", seed=seed, **settings), 6_000)
 
 
-class Solving:
-    """Called after every step: evaluates now and then with the clock stopped, ends training once CartPole is solved."""
+class EvaluateUntilSolved:
+    """Callback of `learn` that evaluates at intervals and ends training when CartPole is solved.
+
+    `training_seconds` does not include the evaluations.
+    """
 
     def __init__(self, model: DQN, seed: int) -> None:
         self.model = model
         self.envs = make_vec_env("CartPole-v1", n_envs=50, seed=seed + 1_000)
-        self.seconds, self.mean = 0.0, 0.0
-        self.since = time.perf_counter()
+        self.training_seconds, self.mean = 0.0, 0.0
+        self.resumed_at = time.perf_counter()
 
     def __call__(self, *_: Any) -> bool:
-        """Whether to go on."""
+        """Return True if training should continue."""
         if self.model.num_timesteps % EVALUATE_EVERY:
             return True
-        self.seconds += time.perf_counter() - self.since
+        self.training_seconds += time.perf_counter() - self.resumed_at
         self.mean = float(evaluate_policy(self.model, self.envs, EPISODES)[0])
-        self.since = time.perf_counter()
+        self.resumed_at = time.perf_counter()
         return self.mean < SOLVED
 
 
 def solve(seed: int) -> dict[str, Any]:
-    """Train until CartPole is solved, at most 50,000 env steps."""
+    """Train until CartPole is solved, for at most 50,000 env steps."""
     settings: dict[str, Any] = {
         "learning_rate": 2.3e-3,
         "batch_size": 64,
@@ -100,13 +104,13 @@ def solve(seed: int) -> dict[str, Any]:
         "policy_kwargs": {"net_arch": [256, 256]},
     }
     model = DQN("MlpPolicy", gym.make("CartPole-v1"), device="cpu", seed=seed, **settings)
-    solving = Solving(model, seed)
-    model.learn(50_000, callback=solving)
+    callback = EvaluateUntilSolved(model, seed)
+    model.learn(50_000, callback=callback)
     return {
-        "training_seconds": solving.seconds,
+        "training_seconds": callback.training_seconds,
         "env_steps": model.num_timesteps,
-        "eval_return_mean": solving.mean,
-        "solved": solving.mean >= SOLVED,
+        "eval_return_mean": callback.mean,
+        "solved": callback.mean >= SOLVED,
     }
 
 

@@ -1,14 +1,14 @@
-"""From what an allreduce costs here to what it would cost on more ranks, and what that leaves of each rank's rate.
+"""Project the cost of an allreduce, and the efficiency of each rank, to more ranks than were measured.
 
-Two models of an allreduce of n bytes over p ranks, with alpha the latency of one message in seconds and beta the
-seconds of one byte (Thakur, Rabenseifner and Gropp 2005, "Optimization of Collective Communication Operations in
-MPICH"; their gamma, the time to add one byte, cannot be told from beta by a clock and is in it):
+Two models of an allreduce of n bytes over p ranks, where alpha is the latency of one message in seconds and beta the
+seconds per byte (Thakur, Rabenseifner and Gropp 2005, "Optimization of Collective Communication Operations in MPICH";
+their gamma, the time to add one byte, cannot be measured separately from beta, which includes it):
 
     ring    T(p) = 2 (p - 1) alpha + 2 (p - 1) / p * n * beta     reduce-scatter, then allgather, around a ring
     tree    T(p) = ceil(log2 p) * (alpha + n * beta)               recursive doubling
 
-alpha and beta come from a line through the measured times, T = a + b n, on the ranks that were measured: there each
-model gives what was measured. An iteration takes its own work and what of the communication nothing hides:
+alpha and beta follow from a line through the measured times, T = a + b n, so that each model gives the line itself at
+the number of ranks that was measured. An iteration takes its own work and the communication that nothing hides:
 
     efficiency(p) = work / (work + updates * max(T(p) - hidden, 0))
 """
@@ -31,14 +31,14 @@ FORMULAS: Mapping[Model, str] = {
 SOURCE = "Thakur, Rabenseifner and Gropp 2005"
 ASSUMPTION = (
     "Assumed: every link between ranks is like those measured (on one host: shared memory, no network), messages do "
-    "not disturb each other, no rank is slower than another, a rank's own work stays the same, and as much of an "
-    "allreduce is hidden as was here."
+    "not disturb each other, all ranks are equally fast, each rank's own work stays the same, and as much of an "
+    "allreduce is hidden as in this measurement."
 )
 
 
 @dataclass(frozen=True)
 class Line:
-    """T = latency + seconds_per_byte * n, on one number of ranks."""
+    """T = latency + seconds_per_byte * n, at one number of ranks."""
 
     latency: float
     seconds_per_byte: float
@@ -46,22 +46,22 @@ class Line:
 
 @dataclass(frozen=True)
 class Work:
-    """What one rank does in one iteration."""
+    """The work of one rank in one iteration."""
 
     seconds: float
     """Without communication."""
     updates: float
     hidden_seconds: float
-    """Of one allreduce, behind other work."""
+    """The part of one allreduce that overlaps with other work."""
 
 
 def fit(seconds_by_bytes: Mapping[int, float]) -> Line:
-    """The line through measured times that is least wrong in proportion: sizes span six orders of magnitude.
+    """Fit a line to measured times by least squares of the relative errors, as sizes span six orders of magnitude.
 
-    Neither part is negative, also where noise would have it so.
+    Neither the latency nor the slope is negative, even if noise would make it so.
 
     Args:
-        seconds_by_bytes: at least two sizes.
+        seconds_by_bytes: the times of at least two message sizes.
     """
     sizes = np.array(list(seconds_by_bytes), np.float64)
     seconds = np.array(list(seconds_by_bytes.values()), np.float64)
@@ -70,8 +70,8 @@ def fit(seconds_by_bytes: Mapping[int, float]) -> Line:
     return Line(max(float(latency), 0.0), max(float(per_byte), 0.0))
 
 
-def steps(model: Model, ranks: int) -> tuple[float, float]:
-    """How often alpha and n * beta are paid."""
+def coefficients(model: Model, ranks: int) -> tuple[float, float]:
+    """Return the factors of alpha and of n * beta in a model."""
     if model == "ring":
         return 2.0 * (ranks - 1), 2.0 * (ranks - 1) / ranks
     rounds = float(math.ceil(math.log2(ranks)))
@@ -79,22 +79,22 @@ def steps(model: Model, ranks: int) -> tuple[float, float]:
 
 
 def allreduce_seconds(model: Model, line: Line, measured_ranks: int, ranks: int, message_bytes: int) -> float:
-    """T(ranks), with alpha and beta such that the model gives `line` on the ranks that were measured (2 or more)."""
-    latencies, transfers = steps(model, measured_ranks)
+    """Return T(ranks) of a model that gives `line` at the number of ranks that was measured, which is 2 or more."""
+    latencies, transfers = coefficients(model, measured_ranks)
     alpha, beta = line.latency / latencies, line.seconds_per_byte / transfers
-    latencies, transfers = steps(model, ranks)
+    latencies, transfers = coefficients(model, ranks)
     return latencies * alpha + transfers * beta * message_bytes
 
 
 def efficiency(work: Work, allreduce: float) -> float:
-    """Rate of a rank among many over that of a rank alone."""
+    """Return the rate of one rank of many, divided by the rate of a single rank."""
     exposed = work.updates * max(allreduce - work.hidden_seconds, 0.0)
     return work.seconds / (work.seconds + exposed)
 
 
 @dataclass(frozen=True)
 class Projected:
-    """One model at one number of ranks."""
+    """The projection of one model to one number of ranks."""
 
     model: Model
     ranks: int
@@ -105,10 +105,10 @@ class Projected:
 def project(
     line: Line, measured_ranks: int, message_bytes: int, work: Work, ranks: Sequence[int]
 ) -> list[Projected]:
-    """Both models at each number of ranks."""
-    found = []
+    """Return the projections of both models to each number of ranks."""
+    projections = []
     for model in MODELS:
         for count in ranks:
             seconds = allreduce_seconds(model, line, measured_ranks, count, message_bytes)
-            found.append(Projected(model, count, seconds, efficiency(work, seconds)))
-    return found
+            projections.append(Projected(model, count, seconds, efficiency(work, seconds)))
+    return projections

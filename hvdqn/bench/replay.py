@@ -1,7 +1,7 @@
-"""`hvdqn bench replay`: whether a large replay is as fast as a small one. One add and one sample, at two capacities.
+"""`hvdqn bench replay`: compare the speed of a large replay with that of a small one, by one add and one sample.
 
-Both rings are filled the way training fills them, with one step repeated: what is in an observation costs nothing. They
-take turns, and all of the larger one is memory that must be there: 7 GB for a million Atari transitions.
+Both replays are filled as in training, with one step repeated, since the content of an observation does not matter.
+The measurements alternate. The larger replay must fit into memory: 7 GB for a million Atari transitions.
 """
 
 from __future__ import annotations
@@ -20,34 +20,33 @@ from hvdqn.parts import make_replay
 from hvdqn.replay import Replay
 
 PROG = "hvdqn bench replay"
-CALLS = 200
-"""In one turn."""
-TURNS = 20
+CALLS_PER_ROUND = 200
+ROUNDS = 20
 
 
 @dataclass
-class Filled:
-    """A full replay, and what to add to it."""
+class FilledReplay:
+    """A full replay, and a step to add to it."""
 
     replay: Replay
     actions: np.ndarray
     step: Step
     batch: int
 
-    def seconds(self) -> float:
-        """Of one add and one sample, mean over a turn."""
+    def time_round(self) -> float:
+        """Return the mean seconds of one add and one sample."""
         began = time.perf_counter()
-        for _ in range(CALLS):
+        for _ in range(CALLS_PER_ROUND):
             self.replay.add(self.actions, self.step)
             self.replay.sample(self.batch)
-        return (time.perf_counter() - began) / CALLS
+        return (time.perf_counter() - began) / CALLS_PER_ROUND
 
 
-def fill(config: Config, envs: Environments, capacity: int) -> Filled:
-    """A full replay of this capacity.
+def fill(config: Config, envs: Environments, capacity: int) -> FilledReplay:
+    """Return a full replay of this capacity.
 
     Raises:
-        UserError: it is too small.
+        UserError: the capacity is too small.
     """
     config = config.replace(replay_capacity=capacity)
     check_world(config, 1)
@@ -57,24 +56,24 @@ def fill(config: Config, envs: Environments, capacity: int) -> Filled:
     step = envs.step(actions)
     for _ in range(capacity // envs.num_envs + 1):
         replay.add(actions, step)
-    return Filled(replay, actions, step, config.replay.batch_per_rank)
+    return FilledReplay(replay, actions, step, config.replay.batch_per_rank)
 
 
 def measure(config: Config, capacities: Sequence[int]) -> dict[int, float]:
-    """Seconds of one add and one sample by capacity, median over turns."""
+    """Return the seconds of one add and one sample by capacity, the median over rounds."""
     environment = config.environment
     envs = make_environments(environment, environment.envs_per_rank, config.run.seed, training=True)
-    filled = {capacity: fill(config, envs, capacity) for capacity in capacities}
+    replays = {capacity: fill(config, envs, capacity) for capacity in capacities}
     envs.close()
-    turns: dict[int, list[float]] = {capacity: [] for capacity in capacities}
-    for _ in range(TURNS):
+    times: dict[int, list[float]] = {capacity: [] for capacity in capacities}
+    for _ in range(ROUNDS):
         for capacity in capacities:
-            turns[capacity].append(filled[capacity].seconds())
-    return {capacity: statistics.median(seconds) for capacity, seconds in turns.items()}
+            times[capacity].append(replays[capacity].time_round())
+    return {capacity: statistics.median(seconds) for capacity, seconds in times.items()}
 
 
 def main(argv: Sequence[str]) -> int:
-    """The `hvdqn bench replay` command; returns the exit code.
+    """Run the `hvdqn bench replay` command; return the exit code.
 
     Raises:
         UserError: the input is wrong, or a job failed.

@@ -1,4 +1,4 @@
-"""What the benchmarks have in common: flags, tables, JSON."""
+"""Flags, tables and JSON files of the benchmarks."""
 
 from __future__ import annotations
 
@@ -23,42 +23,53 @@ from hvdqn.metrics import finite, number
 LIBRARIES = ("torch", "numpy", "gymnasium", "ale-py", "horovod", "mpi4py", "stable-baselines3")
 
 
-class _Help(argparse.RawDescriptionHelpFormatter):
-    """Adds each flag's default to its help."""
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Add each flag's default to its help."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        has_one = action.option_strings and action.default not in (None, False, argparse.SUPPRESS)
-        return f"{action.help} (default: %(default)s)" if has_one else action.help
+        has_default = action.option_strings and action.default not in (None, False, argparse.SUPPRESS)
+        return f"{action.help} (default: %(default)s)" if has_default else action.help
 
 
 class Parser(argparse.ArgumentParser):
-    """Flags of a benchmark; those that it does not know are left to training, where it trains what it is told."""
+    """Parser of a benchmark's own flags, with `--json`.
+
+    Args:
+        prog: the command, as `hvdqn bench loop`.
+        description: the text of `--help`.
+        json_file: the default of `--json`.
+        trains: if True, the help says that all other flags are those of training.
+    """
 
     def __init__(self, prog: str, description: str, json_file: str, trains: bool = True) -> None:
         super().__init__(
             prog,
-            f"{prog} [FLAGS]{' [TRAIN FLAGS]' * trains}",
+            f"{prog} [FLAGS]{' [TRAIN FLAGS]' if trains else ''}",
             description,
-            "All other flags are those of hvdqn train." * trains,
-            formatter_class=_Help,
+            "All other flags are those of hvdqn train." if trains else "",
+            formatter_class=_HelpFormatter,
             allow_abbrev=False,
         )
         self.add_argument(
             "--json",
-            type=writable,
+            type=writable_file,
             default=json_file,
             metavar="FILE",
-            help="where to write what was measured",
+            help="file to write the result to",
         )
 
     def error(self, message: str) -> NoReturn:
-        """Refuse as hvdqn does, in one line."""
+        """Raise a `UserError`, so that wrong flags are reported in one line."""
         raise UserError(message)
 
 
-def writable(text: str) -> Path:
-    """A flag's file, which whoever writes it can write: to be found out before hours are measured."""
-    folder = os.path.dirname(text) or "."  # noqa: PTH120 - what Path asks of a folder may raise
+def writable_file(text: str) -> Path:
+    """Return the path of a file that can be written; checked before a long measurement begins.
+
+    Only rank 0 checks, because only rank 0 writes.
+    """
+    # os.path is used because pathlib raises an error for a folder that may not be entered.
+    folder = os.path.dirname(text) or "."  # noqa: PTH120
     target = text if os.path.exists(text) else folder  # noqa: PTH110
     if launcher_rank() == 0 and (os.path.isdir(text) or not os.access(target, os.W_OK)):  # noqa: PTH112
         raise argparse.ArgumentTypeError(f"cannot write '{text}'; choose another file")
@@ -66,42 +77,39 @@ def writable(text: str) -> Path:
 
 
 def above_zero(text: str) -> float:
-    """A flag's number of seconds, or whatever else must be above zero."""
+    """Return the value of a flag that must be a finite number above 0."""
     with contextlib.suppress(ValueError):
-        if 0 < (number := float(text)) < math.inf:
-            return number
-    raise argparse.ArgumentTypeError(f"'{text}' is no number above 0")
+        if 0 < (value := float(text)) < math.inf:
+            return value
+    raise argparse.ArgumentTypeError(f"'{text}' is not a number above 0")
 
 
 def one_or_more(text: str) -> int:
-    """A flag's number of rounds, ranks, or whatever else there must be one of."""
+    """Return the value of a flag that must be an integer of 1 or more."""
     with contextlib.suppress(ValueError):
-        if (number := int(text)) >= 1:
-            return number
-    raise argparse.ArgumentTypeError(f"'{text}' is no whole number of 1 or more")
+        if (value := int(text)) >= 1:
+            return value
+    raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of 1 or more")
 
 
 def machine() -> dict[str, Any]:
-    """Where numbers come from: processor, cores this process may use, versions."""
+    """Return the processor, the number of cores this process may use, and the versions of the libraries."""
+    versions = {library: _version(library) for library in LIBRARIES}
     return {
-        "processor": _processor(),
+        "processor": _cpuinfo("model name") or platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
-        **{library: found for library in LIBRARIES if (found := _version(library))},
+        **{library: found for library, found in versions.items() if found},
     }
 
 
 def has_bf16() -> bool:
-    """Whether the processor multiplies bfloat16 itself; elsewhere torch emulates it, slowly."""
+    """Return True if the processor multiplies bfloat16 in hardware; otherwise torch emulates it slowly."""
     return bool({"avx512_bf16", "amx_bf16"} & set(_cpuinfo("flags").split()))
 
 
-def _processor() -> str:
-    return _cpuinfo("model name") or platform.machine()
-
-
 def _cpuinfo(name: str) -> str:
-    """What the first processor says of itself."""
+    """Return a field of the first processor in /proc/cpuinfo, or "" if there is none."""
     for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
         if line.startswith(name):
             return line.partition(":")[2].strip()
@@ -115,8 +123,13 @@ def _version(library: str) -> str:
         return ""
 
 
+def print_message(text: str) -> None:
+    """Print progress or an error on standard error; standard output is for the tables."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table, its first column to the left and numbers to the right."""
+    """Print a table with the first column aligned left and the others right."""
     from rich.console import Console
     from rich.table import Table
 
@@ -126,57 +139,56 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(*row)
-    # Off a terminal rich would assume 80 columns and fold the numbers.
+    # If the output is not a terminal, rich assumes 80 columns and wraps the numbers.
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured, round by round, and the goal."""
+    """The values of one measurement, one per round, and their goal."""
 
     what: str
     unit: str
     values: tuple[float, ...]
-    """One a round."""
     goal: float | None = None
     at_most: bool = False
-    """Whether less is better."""
+    """If True, smaller values are better."""
 
     @property
     def median(self) -> float:
-        """Over the rounds."""
+        """Median over the rounds."""
         return statistics.median(self.values)
 
     @property
-    def met(self) -> bool | None:
-        """Whether the median reaches the goal, if there is one."""
+    def reached(self) -> bool | None:
+        """True if the median reaches the goal, None if there is no goal."""
         if self.goal is None:
             return None
         return self.median <= self.goal if self.at_most else self.median >= self.goal
 
     def as_json(self) -> dict[str, Any]:
-        """For JSON."""
-        return {**asdict(self), "median": self.median, "reached": self.met}
+        """Return the row as JSON data."""
+        return {**asdict(self), "median": self.median, "reached": self.reached}
 
     def cells(self) -> tuple[str, ...]:
-        """As it is printed."""
-
-        def shown(value: float, unit: str = "") -> str:
-            return "never" if math.isinf(value) else number(value) + unit
-
-        spread = f"{shown(min(self.values))} to {shown(max(self.values))}"
+        """Return the row's cells in the table: what, median, spread, goal, reached."""
+        spread = f"{_format(min(self.values))} to {_format(max(self.values))}"
         goal = "" if self.goal is None else f"{'<=' if self.at_most else '>='} {number(self.goal)}"
-        reached = {None: "", True: "yes", False: "no"}[self.met]
-        return (self.what, shown(self.median, self.unit), spread, goal, reached)
+        reached = {None: "", True: "yes", False: "no"}[self.reached]
+        return (self.what, _format(self.median, self.unit), spread, goal, reached)
+
+
+def _format(value: float, unit: str = "") -> str:
+    return "never" if math.isinf(value) else number(value) + unit
 
 
 def print_goals(title: str, rows: Sequence[Row]) -> None:
-    """Print what was measured beside its goals."""
+    """Print the measurements and their goals."""
     print_table(title, ("what", "median", "spread", "goal", "reached"), [row.cells() for row in rows])
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write what was measured, and on which machine.
+    """Write a result and the machine it was measured on.
 
     Raises:
         UserError: the file cannot be written.

@@ -1,10 +1,11 @@
-"""`hvdqn bench scaling`: weak and strong scaling over ranks of this machine, and what follows for more.
+"""`hvdqn bench scaling`: measure weak and strong scaling over ranks of this machine, and project them to more ranks.
 
     hvdqn bench scaling --np 1,2,4 --engine mpi --preset atari
 
-Weak: every rank keeps its environments and its minibatch. Strong: the job's stay the same, shared by the ranks. A rank
-has as many threads in a small job as in the largest, or else threads would scale and not ranks.
-Efficiency is the rate of a rank over that of the smallest job. The projection is described in `projection.py`.
+Weak scaling: every rank keeps its environments and its minibatch. Strong scaling: the ranks share the environments and
+the minibatch of one rank. Efficiency is the rate of a rank divided by that of the single rank. A rank has as many
+threads in a small job as in the largest one, so that ranks are compared and not threads. The projection is described
+in `projection.py`.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hvdqn.bench import allreduce, loop
-from hvdqn.bench.allreduce import Allreduce
-from hvdqn.bench.jobs import ENGINES, available, bench
-from hvdqn.bench.loop import Loop
+from hvdqn.bench.allreduce import AllreduceTiming
+from hvdqn.bench.jobs import ENGINES, available_engines, run_bench_job
+from hvdqn.bench.loop import LoopTiming
 from hvdqn.bench.projection import ASSUMPTION, FORMULAS, MODELS, SOURCE, Line, Projected, Work, fit, project
 from hvdqn.bench.report import Parser, above_zero, print_table, write_json
 from hvdqn.config import parse
@@ -38,135 +39,137 @@ HEADER = ("ranks", "env steps/s", "updates/s", "efficiency", "exposed comm")
 
 @dataclass(frozen=True)
 class Scaling:
-    """What was measured, and what follows."""
+    """The measured timings, fewest ranks first, and the projection."""
 
     engine: str
-    weak: list[Loop]
-    strong: list[Loop]
+    weak: list[LoopTiming]
+    strong: list[LoopTiming]
     line: Line
     line_ranks: int
     projected: list[Projected]
 
 
-def efficiencies(loops: Sequence[Loop]) -> list[float]:
-    """Rate of a rank over that in the first job."""
-    single = loops[0].env_steps_per_second / loops[0].world_size
-    return [one.env_steps_per_second / one.world_size / single for one in loops]
+def efficiencies(timings: Sequence[LoopTiming]) -> list[float]:
+    """Return the rate of one rank in each job, divided by that in the first job."""
+    first = timings[0].env_steps_per_second / timings[0].world_size
+    return [timing.env_steps_per_second / timing.world_size / first for timing in timings]
 
 
-def rows(loops: Sequence[Loop]) -> list[tuple[str, ...]]:
-    """Of the table, under `HEADER`."""
+def table_rows(timings: Sequence[LoopTiming]) -> list[tuple[str, ...]]:
+    """Return the rows of the table under `HEADER`."""
     return [
         (
-            f"{one.world_size}",
-            f"{one.env_steps_per_second:,.0f}",
-            f"{one.updates_per_second:,.1f}",
+            f"{timing.world_size}",
+            f"{timing.env_steps_per_second:,.0f}",
+            f"{timing.updates_per_second:,.1f}",
             f"{efficiency:.0%}",
-            f"{one.exposed_share:.1%}",
+            f"{timing.exposed_share:.1%}",
         )
-        for one, efficiency in zip(loops, efficiencies(loops), strict=True)
+        for timing, efficiency in zip(timings, efficiencies(timings), strict=True)
     ]
 
 
-def shares(flags: Sequence[str], counts: Sequence[int]) -> dict[int, list[str]]:
-    """Flags that give each of so many ranks its share of one rank's work; where it divides."""
+def strong_scaling_flags(flags: Sequence[str], counts: Sequence[int]) -> dict[int, list[str]]:
+    """Return the flags that divide one rank's work by each number of ranks that divides it."""
     config = parse(flags, PROG)
     envs, batch = config.environment.envs_per_rank, config.replay.batch_per_rank
     return {
-        n: ["--envs-per-rank", str(envs // n), "--batch-per-rank", str(batch // n)]
-        for n in counts
-        if envs % n == 0 and batch % n == 0
+        count: ["--envs-per-rank", str(envs // count), "--batch-per-rank", str(batch // count)]
+        for count in counts
+        if envs % count == 0 and batch % count == 0
     }
 
 
-def with_threads(flags: Sequence[str], most_ranks: int) -> list[str]:
-    """Flags that give a rank of every job the threads that one of the largest has, unless the user says how many."""
+def with_threads_of_largest_job(flags: Sequence[str], most_ranks: int) -> list[str]:
+    """Return the flags with the threads per rank of the largest job, unless the user gives a number of threads."""
     if parse(flags, PROG).parallel.threads_per_rank:
         return list(flags)
     return [*flags, "--threads-per-rank", str(max(1, len(os.sched_getaffinity(0)) // most_ranks))]
 
 
-def timed(engine: str, ranks: int, seconds: float, flags: Sequence[str]) -> Loop:
-    """One job.
+def time_job(engine: str, ranks: int, seconds: float, flags: Sequence[str]) -> LoopTiming:
+    """Time the loop in a job of this many ranks.
 
     Raises:
-        UserError: it failed, or had no update.
+        UserError: the job failed, or had no update.
     """
-    print(f"{ranks} rank{'s' * (ranks > 1)}: {' '.join(flags)}", flush=True)
-    words = ["loop", "--seconds", str(seconds), *flags]
-    found = loop.from_json(bench(words, engine if ranks > 1 else "", ranks))
-    if not found.updates:
-        raise UserError("no update fell into the time that was measured; raise --seconds")
-    return found
+    print(f"{ranks} rank{'s' if ranks > 1 else ''}: {' '.join(flags)}", flush=True)
+    args = ["loop", "--seconds", str(seconds), *flags]
+    timing = loop.from_json(run_bench_job(args, engine if ranks > 1 else "", ranks))
+    if not timing.updates:
+        raise UserError("no update took place during the measurement; raise --seconds")
+    return timing
 
 
 def measure(options: Namespace, counts: Sequence[int], flags: Sequence[str]) -> Scaling:
-    """Run all jobs, one after the other.
+    """Run all jobs one after the other and print the measured tables.
 
     Raises:
-        UserError: one failed.
+        UserError: a job failed.
     """
-    split = shares(flags, counts)
-    weak = [timed(options.engine, n, options.seconds, flags) for n in counts]
+    strong_flags = strong_scaling_flags(flags, counts)
+    weak = [time_job(options.engine, count, options.seconds, flags) for count in counts]
     strong = [
-        one if n == 1 else timed(options.engine, n, options.seconds, [*flags, *split[n]])
-        for n, one in zip(counts, weak, strict=True)
-        if n in split
+        # On one rank, weak and strong scaling are the same job.
+        timing
+        if count == 1
+        else time_job(options.engine, count, options.seconds, [*flags, *strong_flags[count]])
+        for count, timing in zip(counts, weak, strict=True)
+        if count in strong_flags
     ]
-    if left_out := [str(n) for n in counts if n not in split]:
+    if left_out := [str(count) for count in counts if count not in strong_flags]:
         print(
-            f"strong scaling leaves out {', '.join(left_out)} ranks: environments or minibatch do not divide by it"
+            f"strong scaling leaves out {', '.join(left_out)} ranks: "
+            "the environments or the minibatch cannot be divided by it"
         )
-    show_measured(options.engine, weak, strong)
-    job = bench(["allreduce", *flags], options.engine, max(counts))
-    return projected(options.engine, weak, strong, allreduce.from_json(job["allreduce"])[0])
+    print_table(f"Weak scaling, {options.engine}: constant work per rank", HEADER, table_rows(weak))
+    print_table(f"Strong scaling, {options.engine}: constant work per job", HEADER, table_rows(strong))
+    result = run_bench_job(["allreduce", *flags], options.engine, max(counts))
+    messages = allreduce.from_json(result["allreduce"])[0]
+    return add_projection(options.engine, weak, strong, messages)
 
 
-def projected(engine: str, weak: list[Loop], strong: list[Loop], messages: Allreduce) -> Scaling:
-    """Add what follows for more ranks."""
+def add_projection(
+    engine: str, weak: list[LoopTiming], strong: list[LoopTiming], messages: AllreduceTiming
+) -> Scaling:
+    """Return the measured scaling with its projection to more ranks."""
     line = fit({4 * floats: seconds for floats, seconds in messages.seconds.items()})
-    alone, most = weak[0], weak[-1]
-    hidden = most.seconds_per_iteration["comm_hidden"] / most.updates_per_iteration
+    single, largest = weak[0], weak[-1]
+    hidden = largest.seconds_per_iteration["comm_hidden"] / largest.updates_per_iteration
     work = Work(
-        seconds=alone.iteration_seconds - alone.seconds_per_iteration["comm_exposed"],
-        updates=alone.updates_per_iteration,
-        # Ranks that were late for each other are in it too: no more can have been hidden than there was.
+        seconds=single.iteration_seconds - single.seconds_per_iteration["comm_exposed"],
+        updates=single.updates_per_iteration,
+        # The hidden time also holds waiting for late ranks. No more than the whole allreduce can be hidden.
         hidden_seconds=min(hidden, messages.network_seconds),
     )
     counts = sorted({messages.world_size, *PROJECTED_RANKS})
-    found = project(line, messages.world_size, 4 * messages.network_floats, work, counts)
-    return Scaling(engine, weak, strong, line, messages.world_size, found)
+    projected = project(line, messages.world_size, 4 * messages.network_floats, work, counts)
+    return Scaling(engine, weak, strong, line, messages.world_size, projected)
 
 
-def show_measured(engine: str, weak: Sequence[Loop], strong: Sequence[Loop]) -> None:
-    """Print the tables of what was measured."""
-    print_table(f"Weak scaling, {engine}: each rank's work stays", HEADER, rows(weak))
-    print_table(f"Strong scaling, {engine}: the job's work stays", HEADER, rows(strong))
-
-
-def show_projected(scaling: Scaling) -> None:
-    """Print the table of what follows."""
+def print_projection(scaling: Scaling) -> None:
+    """Print the table of the projection, its formulas and its assumption."""
     line = scaling.line
     print_table(
         f"Projected weak scaling from {scaling.line_ranks} ranks: an allreduce of n bytes took "
         f"{1e6 * line.latency:,.3g} us + n / {1e-6 / max(line.seconds_per_byte, 1e-15):,.4g} MB/s",
         ("ranks", *(f"{model}: us, efficiency" for model in MODELS)),
         [
-            (str(ranks), *(f"{1e6 * one.allreduce_seconds:,.0f}, {one.efficiency:.0%}" for one in both))
-            for ranks, both in by_ranks(scaling.projected).items()
+            (str(ranks), *(f"{1e6 * one.allreduce_seconds:,.0f}, {one.efficiency:.0%}" for one in models))
+            for ranks, models in by_ranks(scaling.projected).items()
         ],
     )
     for text in (*FORMULAS.values(), f"({SOURCE})", ASSUMPTION):
         print(text)
 
 
-def by_ranks(found: Sequence[Projected]) -> Mapping[int, list[Projected]]:
-    """Both models of each number of ranks, in the order of `MODELS`."""
-    return {one.ranks: [other for other in found if other.ranks == one.ranks] for one in found}
+def by_ranks(projected: Sequence[Projected]) -> Mapping[int, list[Projected]]:
+    """Return the projections of both models, in the order of `MODELS`, for each number of ranks."""
+    return {one.ranks: [other for other in projected if other.ranks == one.ranks] for one in projected}
 
 
 def draw(scaling: Scaling, path: Path) -> None:
-    """Efficiency over ranks, measured and projected, with the formulas."""
+    """Draw the measured and the projected efficiency over the number of ranks."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -175,16 +178,14 @@ def draw(scaling: Scaling, path: Path) -> None:
     with rc_context(STYLE):
         figure = Figure(figsize=(7.5, 5.0), layout="constrained")
         axes = figure.subplots()
-        for name, loops, colour in (
-            ("weak", scaling.weak, COLOURS[0]),
-            ("strong", scaling.strong, COLOURS[1]),
-        ):
-            x, y = [one.world_size for one in loops], efficiencies(loops)
-            axes.plot(x, y, "o-", color=colour, label=f"{name} scaling, measured")
-        for model, line in zip(MODELS, ("--", ":"), strict=True):
+        measured = (("weak", scaling.weak, COLOURS[0]), ("strong", scaling.strong, COLOURS[1]))
+        for name, timings, color in measured:
+            ranks = [timing.world_size for timing in timings]
+            axes.plot(ranks, efficiencies(timings), "o-", color=color, label=f"{name} scaling, measured")
+        for model, style in zip(MODELS, ("--", ":"), strict=True):
             points = [one for one in scaling.projected if one.model == model]
             x, y = [one.ranks for one in points], [one.efficiency for one in points]
-            axes.plot(x, y, line, color=COLOURS[0], label=f"weak scaling, projected: {model}")
+            axes.plot(x, y, style, color=COLOURS[0], label=f"weak scaling, projected: {model}")
         _label(axes, scaling)
         figure.supxlabel(textwrap.fill(ASSUMPTION, 110), fontsize=8, color="#666666")
         figure.savefig(path, dpi=150)
@@ -204,82 +205,95 @@ def _label(axes: Axes, scaling: Scaling) -> None:
     axes.text(0.02, 0.03, text, transform=axes.transAxes, fontsize=8, va="bottom")
 
 
-def read(directory: Path) -> list[Loop]:
-    """The loops that were timed into a directory, fewest ranks first.
+def read_timings(directory: Path) -> list[LoopTiming]:
+    """Return the timings that `hvdqn bench loop` wrote into a directory, fewest ranks first.
 
     Raises:
-        UserError: there are none.
+        UserError: there are none, or a JSON file is of another command.
     """
     try:
         files = sorted(directory.glob("*.json"))
-        found = [loop.from_json(json.loads(path.read_text("utf-8"))) for path in files]
+        timings = [loop.from_json(json.loads(path.read_text("utf-8"))) for path in files]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"'{directory}' holds a file that hvdqn bench loop did not write: {error!r}"
+            f"'{directory}' holds a JSON file that hvdqn bench loop did not write: {error!r}"
         ) from None
-    if not found:
-        raise UserError(f"'{directory}' holds no JSON of hvdqn bench loop; give the directory of all of them")
-    return sorted(found, key=lambda one: one.world_size)
+    if not timings:
+        raise UserError(
+            f"'{directory}' holds no JSON file of hvdqn bench loop; give the directory that it wrote to"
+        )
+    return sorted(timings, key=lambda timing: timing.world_size)
 
 
-def rank_counts(text: str) -> list[int]:
-    """What --np asks for, ascending.
+def parse_rank_counts(text: str) -> list[int]:
+    """Return the numbers of ranks of `--np` in ascending order, and always 1.
 
     Raises:
-        UserError: not whole numbers above 0, or fewer than two of them.
+        UserError: they are not integers above 0, or fewer than two.
     """
     words = text.split(",")
     if not all(word.isdecimal() and int(word) for word in words) or len(set(words)) < 2:
-        raise UserError(f"--np is '{text}'; give at least two numbers of ranks by comma, as in 1,2,4")
+        raise UserError(
+            f"--np is '{text}'; give at least two numbers of ranks separated by commas, as in 1,2,4"
+        )
     return sorted({1, *map(int, words)})
 
 
-def scale(options: Namespace, flags: Sequence[str]) -> None:
-    """Measure, or read what was measured; print, write, draw.
-
-    Raises:
-        UserError: the input is wrong, or a job failed.
-    """
-    if options.read:
-        if flags:
-            raise UserError(f"{flags[0]} is of no use beside --read, which measures nothing; leave it out")
-        print_table(f"Weak scaling, {options.read}", HEADER, rows(read(options.read)))
-        return
-    if not available():
-        raise UserError("no launcher is installed here; run launch/setup.sh")
-    if options.engine not in available():
-        raise UserError(f"--engine {options.engine!r} is not installed; there are {', '.join(available())}")
-    counts = rank_counts(options.np)
-    scaling = measure(options, counts, with_threads(flags, max(counts)))
-    show_projected(scaling)
+def write_result(scaling: Scaling, path: Path) -> None:
+    """Write the JSON file and, if matplotlib is installed, a figure beside it."""
     content: dict[str, Any] = {
         **asdict(scaling),
         "formulas": FORMULAS,
         "source": SOURCE,
         "assumption": ASSUMPTION,
     }
-    write_json(options.json, content)
+    write_json(path, content)
     if find_spec("matplotlib") is None:
-        print(f"{options.json}   no picture: matplotlib is not installed; pip install 'hvdqn[plot]'")
+        print(f"{path}   no figure: matplotlib is not installed; pip install 'hvdqn[plot]'")
         return
-    picture = options.json.with_suffix(".png")
-    draw(scaling, picture)
-    print(f"{options.json}   {picture}")
+    figure = path.with_suffix(".png")
+    draw(scaling, figure)
+    print(f"{path}   {figure}")
+
+
+def run_benchmark(options: Namespace, flags: Sequence[str]) -> None:
+    """Measure and project the scaling; print and write the result.
+
+    Raises:
+        UserError: the input is wrong, or a job failed.
+    """
+    if not available_engines():
+        raise UserError("no launcher is installed here; run launch/setup.sh")
+    if options.engine not in available_engines():
+        raise UserError(
+            f"--engine {options.engine!r} is not installed; choose one of {', '.join(available_engines())}"
+        )
+    counts = parse_rank_counts(options.np)
+    scaling = measure(options, counts, with_threads_of_largest_job(flags, max(counts)))
+    print_projection(scaling)
+    write_result(scaling, options.json)
 
 
 def main(argv: Sequence[str]) -> int:
-    """The `hvdqn bench scaling` command; returns the exit code.
+    """Run the `hvdqn bench scaling` command; return the exit code.
 
     Raises:
         UserError: the input is wrong, or a job failed.
     """
     parser = Parser(PROG, __doc__, "bench-scaling.json")
     parser.add_argument("--np", default="1,2", metavar="N,N,...", help="numbers of ranks")
-    parser.add_argument("--engine", default=next(iter(available()), ""), help=", ".join(ENGINES))
-    parser.add_argument("--seconds", type=above_zero, default=8.0, help="of one measurement of a loop")
+    parser.add_argument("--engine", default=next(iter(available_engines()), ""), help=", ".join(ENGINES))
     parser.add_argument(
-        "--read", type=Path, metavar="DIR", help="only print the table of what hvdqn bench loop wrote there"
+        "--seconds", type=above_zero, default=8.0, help="duration of one measurement of the loop"
+    )
+    parser.add_argument(
+        "--read", type=Path, metavar="DIR", help="only print the table of what hvdqn bench loop wrote to DIR"
     )
     options, flags = parser.parse_known_args(argv)
-    scale(options, flags)
+    if not options.read:
+        run_benchmark(options, flags)
+    elif flags:
+        raise UserError(f"{flags[0]} has no effect with --read, which measures nothing; leave it out")
+    else:
+        print_table(f"Weak scaling, {options.read}", HEADER, table_rows(read_timings(options.read)))
     return 0

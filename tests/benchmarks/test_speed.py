@@ -1,10 +1,10 @@
-"""How fast the parts are, for comparing one commit with another on a quiet machine.
+"""Measure the speed of the parts, to compare one commit with another on a quiet machine.
 
     taskset -c 0 python -m pytest -m benchmark tests/benchmarks --benchmark-save=before
     ...
     taskset -c 0 python -m pytest -m benchmark tests/benchmarks --benchmark-compare --benchmark-compare-fail=median:10%
 
-Nothing here asserts a time, and nothing of it runs with the other tests.
+These tests assert no times, and they do not run with the other tests.
 """
 
 from __future__ import annotations
@@ -18,32 +18,25 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from hvdqn.bench.training import build_filled_parts, update
 from hvdqn.comm import Comm, connect
-from hvdqn.comm.local import LocalComm
 from hvdqn.config import Config, parse
-from hvdqn.metrics import PhaseTimer
-from hvdqn.parts import Parts, build_parts
-from hvdqn.trailer import REPORTED
+from hvdqn.parts import Parts
 from tests.launchers import clean_environment
 
 pytestmark = pytest.mark.benchmark
 
 PRESETS = ("bench-cartpole", "bench-pong")
 FILLED_ENV_STEPS = 2_000
-REPORT = (0.0,) * len(REPORTED)
 
 
 @pytest.fixture(scope="module", params=PRESETS)
 def run(request: pytest.FixtureRequest) -> Iterator[tuple[Config, Parts]]:
-    """A run whose replay holds something to learn from."""
+    """Yield the settings and the parts of a preset, with transitions in replay."""
     if request.param == "bench-pong":
-        pytest.importorskip("ale_py", reason="ale_py is not installed: Atari is NOT measured")
+        pytest.importorskip("ale_py", reason="ale_py is not installed: Atari is not measured")
     config = parse(["--preset", request.param])
-    parts = build_parts(config, LocalComm(), PhaseTimer())
-    parts.replay.start(parts.actor.start())
-    for _ in range(FILLED_ENV_STEPS // config.environment.envs_per_rank):
-        actions = parts.actor.choose(1.0)
-        parts.replay.add(actions, parts.actor.step(actions))
+    parts = build_filled_parts(config, FILLED_ENV_STEPS // config.environment.envs_per_rank)
     yield config, parts
     parts.envs.close()
 
@@ -64,12 +57,7 @@ def test_update(benchmark: BenchmarkFixture, run: tuple[Config, Parts]) -> None:
     config, parts = run
     before = parts.learner.parameters.detach().clone()
     batch = parts.replay.sample(config.replay.batch_per_rank)
-
-    def update() -> None:
-        parts.learner.begin_update(batch, REPORT)
-        parts.learner.finish_update()
-
-    benchmark(update)
+    benchmark(update, parts, batch)
     assert not torch.equal(before, parts.learner.parameters)
 
 
@@ -77,8 +65,8 @@ PEER = """
 import torch
 from hvdqn.comm import Comm, connect
 comm = connect("torch")
-while (asked := comm.broadcast_object(None)) is not None:
-    floats, calls = asked
+while (request := comm.broadcast_object(None)) is not None:
+    floats, calls = request
     message = torch.zeros(floats)
     for _ in range(calls):
         comm.allreduce_sum_async(message, "gradient").wait()
@@ -89,16 +77,16 @@ comm.close()
 
 @pytest.fixture(scope="module")
 def comm() -> Iterator[Comm]:
-    """Two ranks over torch.distributed: this process, and one that takes part in what it is asked to."""
+    """Yield a `Comm` of two ranks over torch.distributed: this process, and one that runs `PEER`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {**place, "RANK": "0"}.items():
+        for name, value in {**variables, "RANK": "0"}.items():
             patch.setenv(name, value)
         peer = subprocess.Popen(
-            [sys.executable, "-c", PEER], env={**clean_environment(), **place, "RANK": "1"}
+            [sys.executable, "-c", PEER], env={**clean_environment(), **variables, "RANK": "1"}
         )
         try:
             connected = connect("torch")
@@ -110,11 +98,11 @@ def comm() -> Iterator[Comm]:
             peer.wait()
 
 
-@pytest.mark.parametrize("floats", [11_000, 1_700_000])  # the gradients of both presets
+@pytest.mark.parametrize("floats", [11_000, 1_700_000])  # the sizes of the gradients of both presets
 def test_allreduce(benchmark: BenchmarkFixture, comm: Comm, floats: int) -> None:
     rounds, warm_up = 200, 20
     comm.broadcast_object((floats, rounds + warm_up))
-    message = torch.zeros(floats)  # the peer sends them, too: other sums of sums would grow without bounds
+    message = torch.zeros(floats)  # sums of repeated sums would overflow with any other value
     benchmark.pedantic(
         lambda: comm.allreduce_sum_async(message, "gradient").wait(), rounds=rounds, warmup_rounds=warm_up
     )

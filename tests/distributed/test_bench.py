@@ -1,4 +1,4 @@
-"""The benchmarks on real ranks: that they run and say what was asked; how fast is not for a test."""
+"""The benchmarks on real ranks: they run and report what they should. Their speed is not tested."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from hvdqn.bench.jobs import available
+from hvdqn.bench.jobs import available_engines
 from tests.launchers import Result, launch, launch_line
 from tests.readme import command
 
@@ -19,8 +19,8 @@ TIMEOUT_SECONDS = 180.0
 
 
 def run(folder: Path, text: str, replaced: Mapping[str, str], file: str) -> tuple[Result, dict[str, Any]]:
-    """What a command of README, made shorter, prints and writes."""
-    line = command(text, {"hvdqn bench": "python -m hvdqn bench", **replaced})  # installed or not
+    """Run a command of README.md, made shorter; return its result and the JSON that it wrote."""
+    line = command(text, {"hvdqn bench": "python -m hvdqn bench", **replaced})  # hvdqn may not be installed
     result = launch_line(line, 1, TIMEOUT_SECONDS, cwd=folder)
     assert result.returncode == 0, result
     return result, json.loads((folder / file).read_text())
@@ -37,14 +37,14 @@ def test_costs_of_every_engine(tmp_path: Path) -> None:
     replaced = {"cartpole": "smoke --seconds 0.5 --allreduce-seconds 0.01"}
     result, found = run(tmp_path, "hvdqn bench --preset cartpole", replaced, "bench.json")
     assert found["loop"]["world_size"] == 1
-    engines = available()
+    engines = available_engines()
     assert "mpi" in engines
     check_costs(found, ["mpi", "raw mpi", *engines[1:]])
     assert "Averaging a gradient" in result.stdout
     assert "left out" not in result.stderr
 
 
-def test_costs_of_the_ranks_of_a_launcher(tmp_path: Path) -> None:
+def test_costs_of_the_engine_of_a_launcher(tmp_path: Path) -> None:
     flags = ("--preset", "smoke", "--comm", "mpi", "--seconds", "0.5", "--allreduce-seconds", "0.01")
     args = ["-m", "hvdqn", "bench", *flags, "--json", str(tmp_path / "bench.json")]
     result = launch("mpirun", 2, args, TIMEOUT_SECONDS)
@@ -70,14 +70,14 @@ def test_scaling_is_measured_and_projected(tmp_path: Path) -> None:
     assert "Assumed" in result.stdout
 
 
-def test_start_up_is_compared_with_torch(tmp_path: Path) -> None:
+def test_startup_is_compared_with_importing_torch(tmp_path: Path) -> None:
     text, replaced = "hvdqn bench peers --peer-python PYTHON", {"--peer-python PYTHON": "startup --rounds 1"}
     _, found = run(tmp_path, text, replaced, "bench-peers.json")
     assert [row["what"] for row in found["rows"]] == ["first env step, beyond 1.25 x import torch"]
 
 
 def test_gpu_on_the_cpu(tmp_path: Path) -> None:
-    """The same code as on a GPU, which finds the CPU equal to itself."""
+    """The same code as on a GPU. Two CPU runs have equal losses and gradients."""
     small = "--env CartPole-v1 --frame-stack 1 --no-episodic-life --batch-per-rank 8 --updates 3"
     _, found = run(tmp_path, "hvdqn bench gpu", {"gpu": f"gpu --device cpu {small}"}, "bench-gpu.json")
     rows = {row["what"]: row["median"] for row in found["rows"]}

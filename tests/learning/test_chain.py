@@ -1,4 +1,4 @@
-"""Q-learning reaches the known optimum of a chain, with every head and part."""
+"""Training learns the known q-values of a chain, with every head and every part of Rainbow."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ IQN = "--head iqn --iqn-samples 8 --iqn-target-samples 8 --iqn-embedding 16"
 
 
 def learned_q(run_dir: Path, flags: str, env_steps: int) -> np.ndarray:
-    """Train; return what the last checkpoint says of each state but the terminal one, `[states - 1, 2]`."""
+    """Train; return the q-values of the last checkpoint, `[states - 1, actions]`, without the terminal state."""
     argv = f"""--env tests.learning.chain:Chain-v0 --gamma {GAMMA} --total-env-steps {env_steps} --replay-capacity 20000
         --learning-starts 500 --replay-ratio 8 --batch-per-rank 64 --hidden 64 --lr 2e-3 --epsilon-end 0.5
         --exploration-env-steps 2000 --target-every 200 --eval-episodes 4 --run-dir {run_dir}"""
@@ -40,7 +40,7 @@ def learned_q(run_dir: Path, flags: str, env_steps: int) -> np.ndarray:
     ["--no-double --loss mse", "--double --loss huber", "--double --target-tau 0.02"],
     ids=["dqn-mse", "double-huber", "double-tau"],
 )
-def test_chain_reaches_its_optimal_q(flags, tmp_path):
+def test_dqn_learns_the_optimal_q(flags, tmp_path):
     assert np.abs(learned_q(tmp_path, flags, 20_000) - optimal_q()).max() < 0.05
 
 
@@ -51,24 +51,24 @@ def test_chain_reaches_its_optimal_q(flags, tmp_path):
         "--head qr --quantiles 11",
         IQN,
         "--dueling --replay prioritized --layer-norm",
-        # With one step: what random actions do within n steps is learned as if the policy had done it.
+        # N-step returns are off-policy, so n > 1 would also learn the values of the random actions in between.
         f"--preset rainbow --n-step 1 --exploration linear --hidden 64 64 {C51}",
     ],
     ids=["c51", "qr", "iqn", "dueling-prioritized", "rainbow"],
 )
-def test_every_head_reaches_the_optimal_q(flags, tmp_path):
+def test_every_head_learns_the_optimal_q(flags, tmp_path):
     assert np.abs(learned_q(tmp_path, flags, 10_000) - optimal_q()).max() < 0.05
 
 
 @pytest.mark.parametrize(
     "flags", ["--exploration softmax", "--head qr --quantiles 11", IQN], ids=["m-dqn", "m-qr", "m-iqn"]
 )
-def test_munchausen_reaches_its_own_fixed_point(flags, tmp_path):
+def test_munchausen_learns_its_fixed_point(flags, tmp_path):
     q = learned_q(tmp_path, f"--munchausen --no-double {flags}", 10_000)
     assert np.abs(q - munchausen_q(alpha=0.9, temperature=0.03, clip=-1.0)).max() < 0.1
     assert (q.argmax(axis=1) == 1).all()
 
 
-def test_three_steps_and_a_ladder_find_the_way(tmp_path):
+def test_n_step_and_an_epsilon_ladder_learn_the_optimal_policy(tmp_path):
     flags = f"--preset rainbow --exploration ladder --hidden 64 64 {C51}"
     assert (learned_q(tmp_path, flags, 10_000).argmax(axis=1) == 1).all()

@@ -10,8 +10,8 @@ from hvdqn import logs
 
 
 @pytest.fixture(autouse=True)
-def _signals_as_before() -> Iterator[None]:
-    """Training in this process takes signals for itself."""
+def _restore_signal_handlers() -> Iterator[None]:
+    """Restore the signal handlers that training in this process replaces."""
     before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)}
     yield
     for number, handler in before.items():
@@ -19,8 +19,8 @@ def _signals_as_before() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _denormals_as_before() -> None:
-    """Training in this process has it flush them, and Hypothesis refuses to draw numbers where that is so."""
+def _keep_denormals() -> None:
+    """Undo what training in this process sets: Hypothesis draws no floats while denormals are flushed to zero."""
     torch.set_flush_denormal(False)
 
 

@@ -1,0 +1,209 @@
+"""Build and run training for the benchmarks.
+
+All that the benchmarks need from the entry point of training, the loop and the learner is in this file.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hvdqn import train
+from hvdqn.bench.report import Parser
+from hvdqn.comm import Comm, connect
+from hvdqn.config import Config, check_engine, check_world
+from hvdqn.errors import EXIT_FINISHED, StoppedError, UserError
+from hvdqn.evaluate import Evaluation
+from hvdqn.faults import StopSignal
+from hvdqn.metrics import PhaseTimer
+from hvdqn.parts import Parts, build_parts, make_epsilons
+from hvdqn.replay import Batch
+from hvdqn.trailer import REPORTED
+
+NO_EPISODES = (0.0,) * len(REPORTED)
+
+# `python -m hvdqn.train`, but the first env step ends the process.
+TRAIN_UNTIL_FIRST_ENV_STEP = """
+import os, sys
+from hvdqn import train
+train.Training.act = lambda *_: os._exit(0)
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a benchmark gets on each rank once the ranks are connected."""
+
+    config: Config
+    comm: Comm
+    stop: StopSignal
+    timer: PhaseTimer
+
+
+Benchmark = Callable[[Namespace, Sequence[str], Job], None]
+
+
+def run_on_all_ranks(
+    parser: Parser,
+    argv: Sequence[str],
+    benchmark: Benchmark,
+    before_connecting: Callable[[Namespace], None] | None = None,
+) -> int:
+    """Connect the ranks as training does and run a benchmark on each of them; return the exit code.
+
+    Args:
+        parser: parses the benchmark's own flags; all other flags are training's.
+        argv: all flags.
+        benchmark: called on each rank with its own flags, training's flags and the connected ranks.
+        before_connecting: called first, with the benchmark's own flags.
+    """
+    try:
+        options, flags = parser.parse_known_args(argv)
+        if before_connecting is not None:
+            before_connecting(options)
+    except UserError as error:
+        return train.refuse_unconnected(str(error), StopSignal())
+
+    def work(config: Config, comm: Comm, stop: StopSignal, timer: PhaseTimer) -> int:
+        benchmark(options, flags, Job(config, comm, stop, timer))
+        return EXIT_FINISHED
+
+    return train.main(flags, work)
+
+
+def check_config(config: Config, comm: Comm, steps_together: bool = False) -> None:
+    """Check that the ranks have the same settings and that these fit the number of ranks; a collective call.
+
+    Args:
+        config: the settings of this rank.
+        comm: the ranks.
+        steps_together: if True, refuse `--sync server`, whose ranks do not step together.
+
+    Raises:
+        UserError: on all ranks, if the settings differ or do not fit.
+    """
+    train.check_same_config(config, comm)
+    if steps_together and config.parallel.sync == "server":
+        raise UserError("a benchmark times ranks that step together; use --sync gradients or parameters")
+    check_engine(config, comm.name, comm.size)
+    check_world(config, comm.size)
+
+
+class TrainingRun:
+    """A training that a benchmark runs piece by piece. Every method is a collective call.
+
+    Attributes:
+        config: the settings.
+        comm: the ranks.
+        parts: what this rank trains with.
+    """
+
+    def __init__(self, training: train.Training) -> None:
+        self._training = training
+        self.config = training.config
+        self.comm = training.comm
+        self.parts = training.parts
+
+    @property
+    def env_steps_per_iteration(self) -> int:
+        """Global env steps of one iteration, which steps every environment once."""
+        return self.parts.clock.envs
+
+    def use_random_actions(self) -> None:
+        """Replace every action that the network chooses by a random one from now on."""
+        config = self.config.replace(exploration="linear", epsilon_start=1.0, epsilon_end=1.0)
+        self.parts.epsilons = make_epsilons(config, self.comm)
+
+    def train(self, iterations: int, overlap: bool) -> None:
+        """Step every environment `iterations` times and take the updates that become due.
+
+        Args:
+            iterations: the number of steps of every environment.
+            overlap: if True, gradients travel while the environments step.
+
+        Raises:
+            StoppedError: a rank received a signal to stop.
+        """
+        self._training.config = self.config.replace(overlap=overlap)
+        self._training.run(self.parts.clock.env_steps + iterations * self.env_steps_per_iteration)
+        if self._training.learner.stop_voted:
+            raise StoppedError("stopped by a signal before the measurement was complete")
+
+    def evaluate(self, training_seconds: float) -> Evaluation:
+        """Make the weights of all ranks equal, evaluate them, and log and return the result."""
+        self._training.agree()
+        evaluation = self._training.evaluator.run(self.parts.learner.online)
+        assert evaluation is not None, "only a signal to stop ends an evaluation, and it is not checked here"
+        env_steps = self.parts.clock.env_steps
+        self._training.metrics.say(
+            f"{env_steps:,} env steps, {training_seconds:.1f} s of training, {evaluation}"
+        )
+        return evaluation
+
+    def close(self) -> None:
+        """Close the console and the environments."""
+        self._training.metrics.close()
+        self.parts.envs.close()
+
+
+@contextmanager
+def start_training(config: Config, job: Job) -> Iterator[TrainingRun]:
+    """Build a training in a temporary run directory and close it after the block; a collective call."""
+    with tempfile.TemporaryDirectory(prefix="hvdqn-bench-") as folder:
+        run_dir = Path(job.comm.broadcast_object(folder))
+        run = TrainingRun(train.start(train.Training, config, job.comm, run_dir, job.stop, job.timer))
+        yield run
+        run.close()
+
+
+def gradient_message(parts: Parts) -> Tensor:
+    """Return the tensor that travels in each update: the flat gradient and its trailer."""
+    return parts.learner.message
+
+
+def build_filled_parts(config: Config, random_iterations: int) -> Parts:
+    """Build the parts of a single process and fill its replay with random actions.
+
+    Args:
+        config: the settings.
+        random_iterations: steps of every environment.
+    """
+    parts = build_parts(config, connect("local"), PhaseTimer())
+    parts.replay.start(parts.actor.start())
+    for _ in range(random_iterations):
+        actions = parts.actor.choose(1.0)
+        parts.replay.add(actions, parts.actor.step(actions))
+    return parts
+
+
+def update(parts: Parts, batch: Batch) -> None:
+    """Take one update from this minibatch."""
+    parts.learner.begin_update(batch, NO_EPISODES)
+    parts.learner.finish_update()
+
+
+def update_and_return_gradient(parts: Parts, batch: Batch) -> tuple[float, Tensor]:
+    """Take one update from this minibatch; return its loss and a copy of its gradient on the CPU."""
+    parts.learner.begin_update(batch, NO_EPISODES)
+    gradient = parts.learner.gradient.cpu().clone()
+    parts.learner.finish_update()
+    return parts.learner.drain()["loss"], gradient
+
+
+def copy_learner(source: Parts, target: Parts) -> None:
+    """Give the learner of `target` the weights and optimizer state of the learner of `source`."""
+    target.learner.load_state(source.learner.state())
+
+
+def synchronize(parts: Parts) -> None:
+    """Wait until the device of these parts has finished all its work."""
+    if parts.device.type == "cuda":
+        torch.cuda.synchronize()
