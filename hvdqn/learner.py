@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -111,6 +112,7 @@ class Learner:
         self.optimizer = make_optimizer(config, self.parameters, batch_factor)
         # With k times fewer updates the target must still follow as fast per env step.
         self.target_tau = 1.0 - (1.0 - config.target_tau) ** batch_factor
+        self.move = partial(Tensor.to, device=device, non_blocking=True)
         self.td_errors = torch.empty(0)
         self.lr = learning_rate(config, batch_factor, 0.0)
         self.grad_norm = 0.0
@@ -154,7 +156,7 @@ class Learner:
             batch.weight,
         )
         # Not made in inference mode, because some heads use autograd.
-        tensors = [array if isinstance(array, Tensor) else torch.from_numpy(array) for array in arrays]
+        tensors = list(map(torch.as_tensor, arrays))
         if self.dtype != torch.float32:
             for index in (2, 4, 5):
                 tensors[index] = tensors[index].to(self.dtype)
@@ -170,7 +172,7 @@ class Learner:
             tensors: observation, action, reward, next observation, discount, weight; on any device.
         """
         with self.passes.no_grad():
-            moved = [tensor.to(self.device, non_blocking=True) for tensor in tensors]
+            moved = map(self.move, tensors)
             observation, action, reward, next_observation, discount, weight = moved
             target = self.td_target(observation, action, reward, next_observation, discount)
             output, tape = self.passes.forward(observation)

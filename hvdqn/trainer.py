@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from hvdqn.comm import Comm
 from hvdqn.config import Config
 from hvdqn.faults import StopSignal, check_replicas
@@ -16,11 +18,12 @@ from hvdqn.rank import Acting, Parts
 from hvdqn.recorder import Recorder
 from hvdqn.replay import Batch
 from hvdqn.sync import Outcome
-from hvdqn.sync.trailer import REPORTED
+from hvdqn.sync.statistics import REPORTED
 
 # Iterations between exchanges of statistics while no update carries them. Few, so that a signal is answered within half
 # a minute even if an iteration takes seconds.
 POLL_ITERATIONS = 8
+NO_EPISODES = (0.0,) * (len(REPORTED) - 1)
 
 
 class Trainer:
@@ -129,20 +132,25 @@ class Trainer:
     def sample(self) -> Batch | None:
         """Return this rank's next minibatch."""
         self.timer.start("sample")
-        importance = importance_at(self.config, self.parts.role, self.clock.env_steps)
-        return self.acting.replay.sample(self.config.replay.batch_per_rank, importance)
+        replay, batch_size = self.acting.replay, self.config.replay.batch_per_rank
+        if not replay.uses_td_errors:
+            return replay.sample(batch_size)
+        return replay.sample(batch_size, importance_at(self.config, self.parts.role, self.clock.env_steps))
 
     def pop_report(self) -> Sequence[float]:
         """Return this rank's `REPORTED`: its vote to stop, and the episodes that ended since the last call."""
         episodes = self.acting.envs.pop_episodes()
-        greediest = [e.episode_return for e in episodes if self.parts.epsilons.greediest[e.env]]
+        if not episodes:
+            return (float(self.stop.requested), *NO_EPISODES)
+        returns, lengths, envs = map(np.array, zip(*episodes, strict=True))
+        greediest = self.parts.epsilons.greediest[envs]
         return (
             float(self.stop.requested),
             float(len(episodes)),
-            sum(e.episode_return for e in episodes),
-            float(sum(e.length for e in episodes)),
-            float(len(greediest)),
-            sum(greediest),
+            float(returns.sum()),
+            float(lengths.sum()),
+            float(greediest.sum()),
+            float(returns[greediest].sum()),
         )
 
     def exchange_stats(self) -> None:
@@ -195,7 +203,7 @@ class ServingTrainer(Trainer):
 
     def pop_report(self) -> Sequence[float]:
         """Return this rank's `REPORTED`, which has no episodes."""
-        return (float(self.stop.requested), *[0.0] * (len(REPORTED) - 1))
+        return (float(self.stop.requested), *NO_EPISODES)
 
     def close(self) -> None:
         """Close nothing: there are no environments."""

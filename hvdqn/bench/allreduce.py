@@ -142,7 +142,8 @@ def run_benchmark(options: Namespace, _: Sequence[str], job: Job) -> None:
     parts = build_parts(job.config, job.comm, job.timer)
     message = gradient_message(parts)
     timings = time_engine(job.comm, message.device, message.numel(), options.seconds)
-    parts.envs.close()
+    if parts.acting is not None:
+        parts.acting.envs.close()
     if job.comm.rank == 0:
         print_allreduce(timings)
         write_json(options.json, {"allreduce": as_json(timings)})

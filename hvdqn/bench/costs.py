@@ -53,9 +53,9 @@ def time_installed_engines(
     for name in available_engines():
         args = ["allreduce", "--seconds", str(options.allreduce_seconds), *flags]
         try:
-            result = run_bench_job(args, name, options.np, stopped=lambda: stop.received)
+            result = run_bench_job(args, name, options.np, stopped=lambda: stop.requested)
         except UserError as error:
-            if stop.received:
+            if stop.requested:
                 raise StoppedError("stopped by a signal before the measurement was complete") from None
             print_message(f"{name} is left out: {error}")
         else:

@@ -20,6 +20,7 @@ import torch
 from hvdqn.bench.jobs import run_bench_job
 from hvdqn.bench.report import Parser, Row, one_or_more, print_goals, print_message, write_json
 from hvdqn.bench.training import (
+    acting_parts,
     build_filled_parts,
     copy_learner,
     synchronize,
@@ -28,7 +29,8 @@ from hvdqn.bench.training import (
 )
 from hvdqn.config import Config, check_engine, check_world, parse
 from hvdqn.metrics import number
-from hvdqn.parts import Parts, device_kind
+from hvdqn.parts import device_kind
+from hvdqn.rank import Parts
 
 PROG = "hvdqn bench gpu"
 WORKLOAD = (
@@ -67,13 +69,13 @@ def samples_per_second(config: Config, updates: int) -> float:
     def time_updates(count: int) -> float:
         began = time.perf_counter()
         for _ in range(count):
-            update(parts, parts.replay.sample(batch_size))
+            update(parts, acting_parts(parts).replay.sample(batch_size))
         synchronize(parts)
         return time.perf_counter() - began
 
     time_updates(max(updates // 10, 1))  # warm up
     seconds = time_updates(updates)
-    parts.envs.close()
+    acting_parts(parts).envs.close()
     return updates * batch_size / seconds
 
 
@@ -95,7 +97,7 @@ def largest_errors(config: Config, updates: int) -> dict[str, tuple[float, float
     cpu = build_parts_for_learning(config.replace(device="cpu"))
     errors = {name: np.zeros(2) for name in compared}
     for _ in range(updates):
-        batch = cpu.replay.sample(config.replay.batch_per_rank)
+        batch = acting_parts(cpu).replay.sample(config.replay.batch_per_rank)
         for parts in compared.values():
             copy_learner(cpu, parts)
         expected_loss, expected = update_and_return_gradient(cpu, batch)
@@ -105,7 +107,7 @@ def largest_errors(config: Config, updates: int) -> dict[str, tuple[float, float
             loss_error = abs(loss - expected_loss) / abs(expected_loss)
             errors[name] = np.maximum(errors[name], (loss_error, float(error)))
     for parts in (cpu, *compared.values()):
-        parts.envs.close()
+        acting_parts(parts).envs.close()
     return {name: (float(largest[0]), float(largest[1])) for name, largest in errors.items()}
 
 

@@ -15,7 +15,14 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from hvdqn.bench.report import Parser, above_zero, print_table, write_json
-from hvdqn.bench.training import Job, TrainingRun, check_config, run_on_all_ranks, start_training
+from hvdqn.bench.training import (
+    Job,
+    TrainingRun,
+    acting_parts,
+    check_config,
+    run_on_all_ranks,
+    start_training,
+)
 from hvdqn.comm import Comm
 from hvdqn.config import Config
 from hvdqn.errors import UserError
@@ -174,7 +181,8 @@ def average_over_ranks(run: TrainingRun, timed: Sequence[Span], waiting: Sequenc
         envs_per_rank=config.environment.envs_per_rank,
         batch_per_rank=config.replay.batch_per_rank,
         parameters=parts.learner.parameters.numel(),
-        replay_bytes_per_transition=parts.replay.ring.nbytes / (config.replay.replay_capacity // comm.size),
+        replay_bytes_per_transition=acting_parts(parts).replay.nbytes
+        / (config.replay.replay_capacity // comm.size),
         env_steps=env_steps,
         updates=total.updates,
         wall_seconds=wall_seconds,

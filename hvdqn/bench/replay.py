@@ -18,6 +18,7 @@ from hvdqn.config import Config, check_engine, check_world, parse
 from hvdqn.envs import Environments, Step, make_environments
 from hvdqn.parts import make_replay
 from hvdqn.replay import Replay
+from hvdqn.role import Role
 
 PROG = "hvdqn bench replay"
 CALLS_PER_ROUND = 200
@@ -50,7 +51,7 @@ def fill(config: Config, envs: Environments, capacity: int) -> FilledReplay:
     """
     config = config.replace(replay_capacity=capacity)
     check_world(config, 1)
-    replay = make_replay(config, 1, envs, np.random.default_rng(config.run.seed))
+    replay = make_replay(config, Role(True, 0, 1), envs, np.random.default_rng(config.run.seed))
     replay.start(envs.reset())
     actions = np.zeros(envs.num_envs, np.int64)
     step = envs.step(actions)

@@ -5,6 +5,7 @@ All that the benchmarks need from the entry point of training, the loop and the 
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from hvdqn import train
+from hvdqn.acting import Epsilons
 from hvdqn.bench.report import Parser
 from hvdqn.comm import Comm, connect
 from hvdqn.config import Config, check_engine, check_world
@@ -23,17 +25,25 @@ from hvdqn.errors import EXIT_FINISHED, StoppedError, UserError
 from hvdqn.evaluate import Evaluation
 from hvdqn.faults import StopSignal
 from hvdqn.metrics import PhaseTimer
-from hvdqn.parts import Parts, build_parts, make_epsilons
+from hvdqn.parts import build_parts
+from hvdqn.rank import Acting, Parts
 from hvdqn.replay import Batch
-from hvdqn.trailer import REPORTED
+from hvdqn.role import assign_role
+from hvdqn.startup import check_same_config, make_trainer, start_run
+from hvdqn.sync import Outcome
+from hvdqn.sync.gradients import Gradients
+from hvdqn.sync.statistics import REPORTED, STATISTICS
+from hvdqn.trainer import Trainer
+
+log = logging.getLogger(__name__)
 
 NO_EPISODES = (0.0,) * len(REPORTED)
 
 # `python -m hvdqn.train`, but the first env step ends the process.
 TRAIN_UNTIL_FIRST_ENV_STEP = """
 import os, sys
-from hvdqn import train
-train.Training.act = lambda *_: os._exit(0)
+from hvdqn import train, trainer
+trainer.Trainer.iterate = lambda *_: os._exit(0)
 sys.exit(train.main(sys.argv[1:]))
 """
 
@@ -90,11 +100,11 @@ def check_config(config: Config, comm: Comm, steps_together: bool = False) -> No
     Raises:
         UserError: on all ranks, if the settings differ or do not fit.
     """
-    train.check_same_config(config, comm)
+    check_same_config(config, comm)
     if steps_together and config.parallel.sync == "server":
         raise UserError("a benchmark times ranks that step together; use --sync gradients or parameters")
     check_engine(config, comm.name, comm.size)
-    check_world(config, comm.size)
+    check_world(config, assign_role(config.parallel.sync, comm.rank, comm.size).of)
 
 
 class TrainingRun:
@@ -106,11 +116,11 @@ class TrainingRun:
         parts: what this rank trains with.
     """
 
-    def __init__(self, training: train.Training) -> None:
-        self._training = training
-        self.config = training.config
-        self.comm = training.comm
-        self.parts = training.parts
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self.config = trainer.config
+        self.comm = trainer.comm
+        self.parts = trainer.parts
 
     @property
     def env_steps_per_iteration(self) -> int:
@@ -120,7 +130,8 @@ class TrainingRun:
     def use_random_actions(self) -> None:
         """Replace every action that the network chooses by a random one from now on."""
         config = self.config.replace(exploration="linear", epsilon_start=1.0, epsilon_end=1.0)
-        self.parts.epsilons = make_epsilons(config, self.comm)
+        role, envs = self.parts.role, config.environment.envs_per_rank
+        self.parts.epsilons = Epsilons(config.exploration, envs, role.index, role.of)
 
     def train(self, iterations: int, overlap: bool) -> None:
         """Step every environment `iterations` times and take the updates that become due.
@@ -132,26 +143,24 @@ class TrainingRun:
         Raises:
             StoppedError: a rank received a signal to stop.
         """
-        self._training.config = self.config.replace(overlap=overlap)
-        self._training.run(self.parts.clock.env_steps + iterations * self.env_steps_per_iteration)
-        if self._training.learner.stop_voted:
+        self._trainer.overlap = self.parts.overlap if overlap else "none"
+        self._trainer.train(self.parts.clock.env_steps + iterations * self.env_steps_per_iteration)
+        if self._trainer.stop_voted:
             raise StoppedError("stopped by a signal before the measurement was complete")
 
     def evaluate(self, training_seconds: float) -> Evaluation:
         """Make the weights of all ranks equal, evaluate them, and log and return the result."""
-        self._training.agree()
-        evaluation = self._training.evaluator.run(self.parts.learner.online)
+        self._trainer.accumulate(self.parts.strategy.synchronize())
+        evaluation = self._trainer.recorder.evaluator.run(self.parts.learner.online)
         assert evaluation is not None, "only a signal to stop ends an evaluation, and it is not checked here"
         env_steps = self.parts.clock.env_steps
-        self._training.metrics.say(
-            f"{env_steps:,} env steps, {training_seconds:.1f} s of training, {evaluation}"
-        )
+        log.info(f"{env_steps:,} env steps, {training_seconds:.1f} s of training, {evaluation}")
         return evaluation
 
     def close(self) -> None:
         """Close the console and the environments."""
-        self._training.metrics.close()
-        self.parts.envs.close()
+        self._trainer.recorder.metrics.close()
+        self._trainer.close()
 
 
 @contextmanager
@@ -159,14 +168,15 @@ def start_training(config: Config, job: Job) -> Iterator[TrainingRun]:
     """Build a training in a temporary run directory and close it after the block; a collective call."""
     with tempfile.TemporaryDirectory(prefix="hvdqn-bench-") as folder:
         run_dir = Path(job.comm.broadcast_object(folder))
-        run = TrainingRun(train.start(train.Training, config, job.comm, run_dir, job.stop, job.timer))
+        run = TrainingRun(start_run(config, job.comm, run_dir, job.stop, job.timer, make_trainer))
         yield run
         run.close()
 
 
 def gradient_message(parts: Parts) -> Tensor:
     """Return the tensor that travels in each update: the flat gradient and its trailer."""
-    return parts.learner.message
+    assert isinstance(parts.strategy, Gradients), "a benchmark of the engines averages gradients"
+    return parts.strategy.message
 
 
 def build_filled_parts(config: Config, random_iterations: int) -> Parts:
@@ -177,25 +187,38 @@ def build_filled_parts(config: Config, random_iterations: int) -> Parts:
         random_iterations: steps of every environment.
     """
     parts = build_parts(config, connect("local"), PhaseTimer())
-    parts.replay.start(parts.actor.start())
+    acting = acting_parts(parts)
+    acting.replay.start(acting.actor.start())
     for _ in range(random_iterations):
-        actions = parts.actor.choose(1.0)
-        parts.replay.add(actions, parts.actor.step(actions))
+        actions = acting.actor.choose(1.0)
+        acting.replay.add(actions, acting.actor.step(actions))
     return parts
 
 
-def update(parts: Parts, batch: Batch) -> None:
+def acting_parts(parts: Parts) -> Acting:
+    """Return the environments, the actor and the replay of a rank that acts."""
+    assert parts.acting is not None, "this rank serves"
+    return parts.acting
+
+
+def update(parts: Parts, batch: Batch) -> Outcome:
     """Take one update from this minibatch."""
-    parts.learner.begin_update(batch, NO_EPISODES)
-    parts.learner.finish_update()
+    launch(parts, batch)
+    return parts.strategy.wait()
+
+
+def launch(parts: Parts, batch: Batch) -> None:
+    """Compute the gradient of this minibatch and launch the exchange."""
+    learned = parts.learner.compute_gradient(batch)
+    parts.strategy.launch(NO_EPISODES, learned, float(batch.weight.max()), progress=1.0)
 
 
 def update_and_return_gradient(parts: Parts, batch: Batch) -> tuple[float, Tensor]:
     """Take one update from this minibatch; return its loss and a copy of its gradient on the CPU."""
-    parts.learner.begin_update(batch, NO_EPISODES)
+    launch(parts, batch)
     gradient = parts.learner.gradient.cpu().clone()
-    parts.learner.finish_update()
-    return parts.learner.drain()["loss"], gradient
+    outcome = parts.strategy.wait()
+    return float(outcome.statistics[STATISTICS.index("loss")]), gradient
 
 
 def copy_learner(source: Parts, target: Parts) -> None:

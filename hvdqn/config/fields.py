@@ -104,12 +104,12 @@ class Field:
     @property
     def positional(self) -> bool:
         """Whether the value is given without a flag."""
-        return any(note is tyro.conf.Positional for note in self.notes)
+        return tyro.conf.Positional in self.notes
 
     @property
     def repeatable(self) -> bool:
         """Whether the flag takes one value and may be repeated."""
-        return any(note is tyro.conf.UseAppendAction for note in self.notes)
+        return tyro.conf.UseAppendAction in self.notes
 
     @property
     def choices(self) -> tuple[str, ...]:

@@ -363,7 +363,7 @@ def _continues_exactly(make_copy: Callable[[int], Environments]) -> bool:
 
 
 def _equal(one: Step, other: Step) -> bool:
-    return all(
-        np.array_equal(getattr(one, field.name), getattr(other, field.name), equal_nan=True)
-        for field in fields(Step)
-    )
+    for field in fields(Step):
+        if not np.array_equal(getattr(one, field.name), getattr(other, field.name), equal_nan=True):
+            return False
+    return True

@@ -30,8 +30,8 @@ RUNNING, TERMINATED, TRUNCATED, NO_TRANSITION = range(4)
 EMPTY_MESSAGE = (
     "replay holds no transition to learn from yet: learning must start after n_step steps of every env"
 )
-# After this many attempts to draw enough rows at random, list all rows that can be sampled and draw from the list.
-_MAX_RETRIES = 64
+# After this many draws that found too few rows, list all rows that can be sampled and draw from the list.
+_MAX_DRAWS = 64
 _ALL = slice(None)
 
 
@@ -168,25 +168,22 @@ class Replay:
 
     def _draw_rows(self, count: int) -> Rows:
         """Draw `count` rows that can be sampled, all equally likely. [count]."""
-        rows = self._draw_candidates(count)
-        for _ in range(_MAX_RETRIES):
-            if rows.size >= count:
-                return rows[:count]
-            rows = np.concatenate([rows, self._draw_candidates(count)])
+        written = max(self._newest_serial.tolist()) + 1
+        used = min(max(written, 1), self.rows_per_env)  # rows in use of the fullest ring
+        found = np.empty(0, np.int64)
+        for _ in range(_MAX_DRAWS):
+            # Draw more than needed: usually some hit a final observation.
+            rows = self._rng.integers(self.envs * used, size=count + count // 4 + 8)
+            if used < self.rows_per_env:
+                rows += rows // used * (self.rows_per_env - used)
+            rows = rows[self.is_sampleable(rows)]
+            found = np.concatenate([found, rows]) if found.size else rows
+            if found.size >= count:
+                return found[:count]
         rows = self.sampleable_rows()
         if not rows.size:
             raise ValueError(EMPTY_MESSAGE)
         return rows[self._rng.integers(rows.size, size=count)]
-
-    def _draw_candidates(self, count: int) -> Rows:
-        """Draw rows in use and keep those that can be sampled: `count`, or more, or fewer."""
-        written = max(self._newest_serial.tolist()) + 1
-        used = min(max(written, 1), self.rows_per_env)  # rows in use of the fullest ring
-        # Draw more than needed: usually some hit a final observation.
-        rows = self._rng.integers(self.envs * used, size=count + count // 4 + 8)
-        if used < self.rows_per_env:
-            rows += rows // used * (self.rows_per_env - used)
-        return rows[self.is_sampleable(rows)]
 
     def is_sampleable(self, rows: Rows) -> Bools:
         """Return True for rows at which a complete transition begins. [batch] -> [batch].

@@ -15,8 +15,8 @@ from hvdqn.sync.gradients import Gradients
 from hvdqn.sync.parameters import Parameters
 from hvdqn.sync.recorded import RecordedGradients
 from hvdqn.sync.server import Server
-from hvdqn.sync.strategy import Outcome, Strategy
-from hvdqn.sync.totals import Totals
+from hvdqn.sync.statistics import Outcome, Totals
+from hvdqn.sync.strategy import Strategy
 from hvdqn.sync.worker import Worker
 
 __all__ = ["Outcome", "Strategy", "Totals", "make_strategy"]

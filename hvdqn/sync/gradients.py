@@ -14,8 +14,8 @@ from torch import Tensor
 from hvdqn.comm import Comm, Handle
 from hvdqn.learner import Learner
 from hvdqn.metrics import PhaseTimer
-from hvdqn.sync.strategy import Outcome, Strategy, broadcast_target, check_skipped
-from hvdqn.sync.trailer import REPORTED, STATISTICS, Received, Trailer
+from hvdqn.sync.statistics import REPORTED, STATISTICS, Outcome, Received, Trailer
+from hvdqn.sync.strategy import Strategy, broadcast_target, check_skipped
 
 LOSS = STATISTICS.index("loss")
 LARGEST_WEIGHT, FINITE = range(2)
@@ -56,8 +56,7 @@ class Gradients(Strategy):
             self.learner.gradient.zero_()
             self.trailer.pack(reported, absent=True)
         else:
-            self.trailer.pack(reported, (largest_weight,))
-            self.trailer.pack_learned(learned)
+            self.trailer.pack(reported, (largest_weight,), learned)
         self.exchanged_updates += 1
         self.sent_messages += 1
         self.sent_bytes += self.message.nbytes

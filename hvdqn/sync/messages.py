@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from hvdqn.learner import Learner
-from hvdqn.sync.trailer import STATISTICS
+from hvdqn.sync.statistics import STATISTICS
 
 # Kinds of a push: with a gradient, with statistics alone, or to say that the worker waits for a synchronization.
 GRADIENT, REPORT, WAITING = range(3)

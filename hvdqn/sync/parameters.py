@@ -21,8 +21,8 @@ from hvdqn.comm import Comm, Handle
 from hvdqn.config import ParallelConfig
 from hvdqn.learner import Learner
 from hvdqn.metrics import PhaseTimer
-from hvdqn.sync.strategy import Outcome, Strategy, broadcast_target, check_skipped
-from hvdqn.sync.trailer import REPORTED, STATISTICS, Trailer
+from hvdqn.sync.statistics import REPORTED, STATISTICS, Outcome, Trailer
+from hvdqn.sync.strategy import Strategy, broadcast_target, check_skipped
 
 # A signal must be answered within half a minute: where averages are rarer, the trailer travels alone in between.
 UPDATES_BETWEEN_VOTES = 16

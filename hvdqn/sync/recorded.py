@@ -12,7 +12,7 @@ from hvdqn.graphs import Record, Recorded
 from hvdqn.learner import Learner, learning_rate
 from hvdqn.metrics import PhaseTimer
 from hvdqn.sync.gradients import FINITE, LARGEST_WEIGHT, Gradients
-from hvdqn.sync.strategy import Outcome
+from hvdqn.sync.statistics import Outcome
 
 
 class RecordedGradients(Gradients):

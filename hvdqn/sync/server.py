@@ -30,8 +30,8 @@ from hvdqn.config import ParallelConfig
 from hvdqn.learner import Learner
 from hvdqn.metrics import PhaseTimer
 from hvdqn.sync.messages import GRADIENT, WAITING, Message, Push, Reply, describe, expected_traffic
-from hvdqn.sync.strategy import Outcome, Strategy, check_skipped
-from hvdqn.sync.trailer import LEARNED, REPORTED, STATISTICS
+from hvdqn.sync.statistics import LEARNED, REPORTED, STATISTICS, Outcome
+from hvdqn.sync.strategy import Strategy, check_skipped
 
 log = logging.getLogger(__name__)
 

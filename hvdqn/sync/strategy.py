@@ -5,43 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from hvdqn.comm import Comm
 from hvdqn.errors import NonFiniteError
 from hvdqn.learner import Learner
 from hvdqn.metrics import PhaseTimer
-from hvdqn.sync.trailer import STATISTICS
-
-
-@dataclass
-class Outcome:
-    """What an exchange brought.
-
-    Attributes:
-        statistics: `STATISTICS`, summed over ranks and over `updates`. [9].
-        updates: optimizer steps taken by ranks since the last outcome.
-        skipped: updates that were skipped because a gradient was not finite.
-        stop: whether some rank voted to stop.
-    """
-
-    statistics: NDArray[np.float64] = field(default_factory=lambda: np.zeros(len(STATISTICS)))
-    updates: int = 0
-    skipped: int = 0
-    stop: bool = False
-
-    def add(self, other: Outcome) -> None:
-        """Add a later outcome to this one."""
-        self.statistics += other.statistics
-        self.updates += other.updates
-        self.skipped += other.skipped
-        self.stop = self.stop or other.stop
+from hvdqn.sync.statistics import Outcome
 
 
 class Strategy(ABC):

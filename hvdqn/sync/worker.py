@@ -18,8 +18,8 @@ from hvdqn.learner import Learner
 from hvdqn.metrics import PhaseTimer
 from hvdqn.sync.messages import GRADIENT, REPORT, WAITING, Message, Push, Reply, describe, expected_traffic
 from hvdqn.sync.server import rejoin
-from hvdqn.sync.strategy import Outcome, Strategy, check_skipped
-from hvdqn.sync.trailer import REPORTED, STATISTICS
+from hvdqn.sync.statistics import REPORTED, STATISTICS, Outcome
+from hvdqn.sync.strategy import Strategy, check_skipped
 
 log = logging.getLogger(__name__)
 

@@ -14,6 +14,8 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from hvdqn.presets import JOINED, PRESETS
+from hvdqn.resume import restore
 from threadpoolctl import ThreadpoolController, threadpool_limits
 
 import hvdqn.networks.torsos
@@ -26,9 +28,7 @@ from hvdqn.errors import UserError
 from hvdqn.learner import REPORTED
 from hvdqn.metrics import PhaseTimer
 from hvdqn.parts import build_parts, choose_device, importance_at, share_of_cores
-from hvdqn.presets import JOINED, PRESETS
 from hvdqn.replay import PrioritizedReplay
-from hvdqn.resume import restore
 from hvdqn.seeds import torch_state
 from tests.ranks import ThreadComm, run_ranks
 from tests.unit.test_train import run

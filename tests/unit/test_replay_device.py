@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hvdqn.trailer import REPORTED
 
 from hvdqn.comm.local import LocalComm
 from hvdqn.config import parse
@@ -16,7 +17,6 @@ from hvdqn.metrics import PhaseTimer
 from hvdqn.parts import build_parts, replay_memory
 from hvdqn.replay import HOST_MEMORY, Memory, PrioritizedReplay, Replay
 from hvdqn.replay.device import DeviceMemory, PinnedMemory
-from hvdqn.trailer import REPORTED
 from tests.unit.replay_naive import ScriptedEnvs, check_replay, make_replay
 from tests.unit.test_replay import SCRIPT
 

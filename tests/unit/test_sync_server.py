@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hvdqn.trailer import LEARNED, REPORTED
 
 from hvdqn.clock import Clock, ReportedClock
 from hvdqn.config import LearningConfig, NetworkConfig, ParallelConfig, parse
@@ -19,7 +20,6 @@ from hvdqn.metrics import PhaseTimer
 from hvdqn.networks import make_network
 from hvdqn.sync import make_sync
 from hvdqn.sync.server import GRADIENT, REPORT, Push
-from hvdqn.trailer import LEARNED, REPORTED
 from hvdqn.train import Training, start
 from tests.ranks import run_ranks
 from tests.unit.test_learner import make_batch
