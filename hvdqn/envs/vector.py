@@ -125,6 +125,9 @@ class Environments:
         )
         self._pending = None
         step = self._make_step(self._to_storage(observation), reward, terminated, truncated, infos)
+        if self._clip_rewards:
+            step.reward = np.minimum(np.maximum(step.reward, -1.0), 1.0)
+        step.reward = step.reward.astype(np.float32, copy=False)
         self._observation = step.observation
         return step
 
@@ -228,24 +231,16 @@ class Environments:
         stored: Observation = np.asarray(observation, self.observation_dtype)
         return stored if stored.shape == self._shape else stored.reshape(self._shape)
 
-    def _learner_reward(self, reward: NDArray[Any]) -> NDArray[np.float32]:
-        """Clip the rewards if asked to, and convert them to float32."""
-        if self._clip_rewards:
-            reward = np.minimum(np.maximum(reward, -1.0), 1.0)
-        return reward.astype(np.float32, copy=False)
-
     def _step_next_step(
         self, observation: Observation, reward: NDArray[Any], terminated: Bools, truncated: Bools, _: Any
     ) -> Step:
-        """Build the Step in NEXT_STEP mode: an env that ended in the last call was only reset in this one."""
+        """Build the Step, with raw rewards, in NEXT_STEP mode: an env that ended in the last call was only reset."""
         fresh, done = self._done, terminated | truncated
         valid = ~fresh if np.count_nonzero(fresh) else self._all
         self._done = done
         self._lengths += valid
         self._count(reward, done)
-        return Step(
-            self._learner_reward(reward), terminated, truncated, observation, observation, fresh, valid
-        )
+        return Step(reward, terminated, truncated, observation, observation, fresh, valid)
 
     def _step_same_step(
         self,
@@ -255,24 +250,23 @@ class Environments:
         truncated: Bools,
         infos: dict[str, Any],
     ) -> Step:
-        """Build the Step in SAME_STEP mode: `infos` holds the final observation of an env that ended."""
+        """Build the Step, with raw rewards, in SAME_STEP mode: `infos` holds final observations."""
         self._lengths += 1
         done = terminated | truncated
-        reward_seen = self._learner_reward(reward)
         if not np.count_nonzero(done):
             self._returns += reward
-            return Step(reward_seen, terminated, truncated, observation, observation, self._none, self._all)
+            return Step(reward, terminated, truncated, observation, observation, self._none, self._all)
         next_observation = observation.copy()
         for env in np.flatnonzero(done):
             next_observation[env] = np.reshape(infos["final_obs"][env], self.observation_shape)
         life_lost = infos.get("final_info", {}).get(LIFE_LOST, False)
         self._count(reward, done & ~np.asarray(life_lost))
-        return Step(reward_seen, terminated, truncated, next_observation, observation, done, self._all)
+        return Step(reward, terminated, truncated, next_observation, observation, done, self._all)
 
     def _step_disabled(
         self, observation: Observation, reward: NDArray[Any], terminated: Bools, truncated: Bools, _: Any
     ) -> Step:
-        """Build the Step in DISABLED mode: reset the envs that ended."""
+        """Build the Step, with raw rewards, in DISABLED mode: reset the envs that ended."""
         self._lengths += 1
         next_observation, done = observation, terminated | truncated
         self._count(reward, done)
@@ -282,7 +276,7 @@ class Environments:
             mask = done.reshape(-1, *(1 for _ in self.observation_shape))
             observation = np.where(mask, self._to_storage(first), next_observation)
         return Step(
-            self._learner_reward(reward),
+            reward,
             terminated,
             truncated,
             next_observation,
