@@ -125,8 +125,10 @@ def begin(trainer: Trainer, checkpoint: Checkpoint | None, warnings: Sequence[st
         recorder.saved_at_env_steps = parts.clock.env_steps
     recorder.resume()
     log_header(config, comm, parts)
-    for line in (*warnings, *changes):
-        log.info("%s", line)
+    for line in warnings:
+        log.warning(line)
+    for line in changes:
+        log.info(line)
     total = config.run.total_env_steps
     if parts.clock.env_steps >= total:
         log.info(

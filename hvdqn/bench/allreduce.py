@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from hvdqn.bench.report import Parser, above_zero, print_table, write_json
-from hvdqn.bench.training import Job, check_config, gradient_message, run_on_all_ranks
+from hvdqn.bench.training import Job, check_config, gradient_floats, run_on_all_ranks
 from hvdqn.comm import Comm
 from hvdqn.parts import build_parts
 
@@ -140,8 +140,7 @@ def run_benchmark(options: Namespace, _: Sequence[str], job: Job) -> None:
     """Time messages of this configuration's network and of other sizes; print and write the result on rank 0."""
     check_config(job.config, job.comm)
     parts = build_parts(job.config, job.comm, job.timer)
-    message = gradient_message(parts)
-    timings = time_engine(job.comm, message.device, message.numel(), options.seconds)
+    timings = time_engine(job.comm, parts.device, gradient_floats(parts, job.comm), options.seconds)
     if parts.acting is not None:
         parts.acting.envs.close()
     if job.comm.rank == 0:

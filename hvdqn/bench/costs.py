@@ -14,7 +14,7 @@ from hvdqn.bench import allreduce, loop
 from hvdqn.bench.allreduce import AllreduceTiming
 from hvdqn.bench.jobs import available_engines, run_bench_job
 from hvdqn.bench.report import Parser, above_zero, one_or_more, print_message, write_json
-from hvdqn.bench.training import Job, gradient_message, run_on_all_ranks, start_training
+from hvdqn.bench.training import Job, gradient_floats, run_on_all_ranks, start_training
 from hvdqn.errors import StoppedError, UserError
 from hvdqn.faults import StopSignal
 
@@ -30,8 +30,8 @@ def run_benchmark(options: Namespace, flags: Sequence[str], job: Job) -> None:
     if is_rank_0:
         loop.print_loop(loop_timing)
     if job.comm.size > 1:
-        message = gradient_message(run.parts)
-        timings = allreduce.time_engine(job.comm, message.device, message.numel(), options.allreduce_seconds)
+        floats = gradient_floats(run.parts, job.comm)
+        timings = allreduce.time_engine(job.comm, run.parts.device, floats, options.allreduce_seconds)
     else:
         timings = time_installed_engines(options, flags, job.stop)
     if is_rank_0:

@@ -19,31 +19,32 @@ from torch import Tensor
 from hvdqn import train
 from hvdqn.acting import Epsilons
 from hvdqn.bench.report import Parser
-from hvdqn.comm import Comm, connect
+from hvdqn.comm import Comm, connect, launcher_rank, launcher_size
 from hvdqn.config import Config, check_engine, check_world
 from hvdqn.errors import EXIT_FINISHED, StoppedError, UserError
 from hvdqn.evaluate import Evaluation
 from hvdqn.faults import StopSignal
+from hvdqn.logs import setup_logging
 from hvdqn.metrics import PhaseTimer
 from hvdqn.parts import build_parts
 from hvdqn.rank import Acting, Parts
 from hvdqn.replay import Batch
 from hvdqn.role import assign_role
 from hvdqn.startup import check_same_config, make_trainer, start_run
-from hvdqn.sync import Outcome
-from hvdqn.sync.gradients import Gradients
-from hvdqn.sync.statistics import REPORTED, STATISTICS
+from hvdqn.sync.statistics import REPORTED, STATISTICS, Trailer
 from hvdqn.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
 NO_EPISODES = (0.0,) * len(REPORTED)
+LOSS = STATISTICS.index("loss")
 
 # `python -m hvdqn.train`, but the first env step ends the process.
 TRAIN_UNTIL_FIRST_ENV_STEP = """
 import os, sys
-from hvdqn import train, trainer
-trainer.Trainer.iterate = lambda *_: os._exit(0)
+from hvdqn import train
+from hvdqn.acting import Actor
+Actor.choose = lambda *_: os._exit(0)
 sys.exit(train.main(sys.argv[1:]))
 """
 
@@ -76,6 +77,7 @@ def run_on_all_ranks(
         before_connecting: called first, with the benchmark's own flags.
     """
     try:
+        setup_logging(launcher_rank(), launcher_size())
         options, flags = parser.parse_known_args(argv)
         if before_connecting is not None:
             before_connecting(options)
@@ -130,7 +132,7 @@ class TrainingRun:
     def use_random_actions(self) -> None:
         """Replace every action that the network chooses by a random one from now on."""
         config = self.config.replace(exploration="linear", epsilon_start=1.0, epsilon_end=1.0)
-        role, envs = self.parts.role, config.environment.envs_per_rank
+        envs, role = config.environment.envs_per_rank, self.parts.role
         self.parts.epsilons = Epsilons(config.exploration, envs, role.index, role.of)
 
     def train(self, iterations: int, overlap: bool) -> None:
@@ -150,7 +152,8 @@ class TrainingRun:
 
     def evaluate(self, training_seconds: float) -> Evaluation:
         """Make the weights of all ranks equal, evaluate them, and log and return the result."""
-        self._trainer.accumulate(self.parts.strategy.synchronize())
+        self._trainer.accumulate(self._trainer.strategy.synchronize())
+        self._trainer.update_target_if_due()
         evaluation = self._trainer.recorder.evaluator.run(self.parts.learner.online)
         assert evaluation is not None, "only a signal to stop ends an evaluation, and it is not checked here"
         env_steps = self.parts.clock.env_steps
@@ -173,10 +176,15 @@ def start_training(config: Config, job: Job) -> Iterator[TrainingRun]:
         run.close()
 
 
-def gradient_message(parts: Parts) -> Tensor:
-    """Return the tensor that travels in each update: the flat gradient and its trailer."""
-    assert isinstance(parts.strategy, Gradients), "a benchmark of the engines averages gradients"
-    return parts.strategy.message
+def acting_parts(parts: Parts) -> Acting:
+    """Return the environments, the actor and the replay of a rank that acts."""
+    assert parts.acting is not None, "only rank 0 of --sync server does not act"
+    return parts.acting
+
+
+def gradient_floats(parts: Parts, comm: Comm) -> int:
+    """Return the size of the message of one update: the flat gradient and its trailer."""
+    return parts.learner.gradient.numel() + Trailer.length(comm.size, slots=2)
 
 
 def build_filled_parts(config: Config, random_iterations: int) -> Parts:
@@ -187,38 +195,32 @@ def build_filled_parts(config: Config, random_iterations: int) -> Parts:
         random_iterations: steps of every environment.
     """
     parts = build_parts(config, connect("local"), PhaseTimer())
-    acting = acting_parts(parts)
-    acting.replay.start(acting.actor.start())
+    actor, replay = acting_parts(parts).actor, acting_parts(parts).replay
+    replay.start(actor.start())
     for _ in range(random_iterations):
-        actions = acting.actor.choose(1.0)
-        acting.replay.add(actions, acting.actor.step(actions))
+        actions = actor.choose(1.0)
+        replay.add(actions, actor.step(actions))
     return parts
 
 
-def acting_parts(parts: Parts) -> Acting:
-    """Return the environments, the actor and the replay of a rank that acts."""
-    assert parts.acting is not None, "this rank serves"
-    return parts.acting
-
-
-def update(parts: Parts, batch: Batch) -> Outcome:
+def update(parts: Parts, batch: Batch) -> None:
     """Take one update from this minibatch."""
-    launch(parts, batch)
-    return parts.strategy.wait()
-
-
-def launch(parts: Parts, batch: Batch) -> None:
-    """Compute the gradient of this minibatch and launch the exchange."""
-    learned = parts.learner.compute_gradient(batch)
-    parts.strategy.launch(NO_EPISODES, learned, float(batch.weight.max()), progress=1.0)
+    launch_update(parts, batch)
+    parts.strategy.wait()
 
 
 def update_and_return_gradient(parts: Parts, batch: Batch) -> tuple[float, Tensor]:
     """Take one update from this minibatch; return its loss and a copy of its gradient on the CPU."""
-    launch(parts, batch)
+    launch_update(parts, batch)
     gradient = parts.learner.gradient.cpu().clone()
     outcome = parts.strategy.wait()
-    return float(outcome.statistics[STATISTICS.index("loss")]), gradient
+    return float(outcome.statistics[LOSS]), gradient
+
+
+def launch_update(parts: Parts, batch: Batch) -> None:
+    """Compute the gradient of this minibatch and launch its exchange."""
+    learned = parts.learner.compute_gradient(batch)
+    parts.strategy.launch(NO_EPISODES, learned, float(batch.weight.max()), progress=1.0)
 
 
 def copy_learner(source: Parts, target: Parts) -> None:

@@ -49,9 +49,7 @@ def find_checkpoint(
     if found is not None:
         _check_fixed(found.manifest["config"], config.flat(), run_dir)
     checkpoints.set_aside_broken(found, broken)
-    lines = [
-        f"warning: checkpoint {name} is set aside as {name}.broken: {why}" for name, why in broken.items()
-    ]
+    lines = [f"checkpoint {name} is set aside as {name}.broken: {why}" for name, why in broken.items()]
     kept: list[str] = []
     if found is None and checkpoints.comm.rank == 0:
         with suppress(OSError):
@@ -59,7 +57,7 @@ def find_checkpoint(
     if found is None and (broken or kept):
         what = "no checkpoint is valid" if broken else "there is no checkpoint"
         where = f"; its records until now are in {' and '.join(kept)}" if kept else ""
-        lines.append(f"warning: {what}: the run starts from the beginning{where}")
+        lines.append(f"{what}: the run starts from the beginning{where}")
     return found, lines
 
 

@@ -29,8 +29,6 @@ from hvdqn.config.settings import (
     settings_of_same_curve,
 )
 from hvdqn.config.validation import (
-    acting_place,
-    acting_ranks,
     check_engine,
     check_world,
     unused_settings,
@@ -48,8 +46,6 @@ __all__ = [
     "ParallelConfig",
     "ReplayConfig",
     "RunConfig",
-    "acting_place",
-    "acting_ranks",
     "as_yaml",
     "check_engine",
     "check_world",

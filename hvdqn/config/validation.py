@@ -110,16 +110,6 @@ def _alternatives(needs: Needs) -> str:
     return " or ".join(flag if value is True else f"{flag} {value}" for value in needs.values)
 
 
-def acting_ranks(config: Config, size: int) -> int:
-    """Return how many of `size` ranks act and learn: all but the parameter server, if there is one."""
-    return size - 1 if config.parallel.sync == "server" else size
-
-
-def acting_place(config: Config, rank: int) -> int:
-    """Return the index of this rank among the acting ranks; the parameter server gets 0, which it does not use."""
-    return max(rank - 1, 0) if config.parallel.sync == "server" else rank
-
-
 def check_engine(config: Config, engine: str, size: int) -> None:
     """Check that `--sync` works with this communication library and number of ranks.
 

@@ -67,10 +67,6 @@ class Metrics:
         for writer in self._writers:
             self._attempt(writer.write, record)
 
-    def say(self, text: str) -> None:
-        """Log one message at level INFO."""
-        log.info(text)
-
     def close(self) -> None:
         """Show the last record that the console held back, and remove the bar."""
         for writer in self._writers:

@@ -18,10 +18,10 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from hvdqn.bench.training import build_filled_parts, update
+from hvdqn.bench.training import acting_parts, build_filled_parts, update
 from hvdqn.comm import Comm, connect
 from hvdqn.config import Config, parse
-from hvdqn.parts import Parts
+from hvdqn.rank import Parts
 from tests.launchers import clean_environment
 
 pytestmark = pytest.mark.benchmark
@@ -38,25 +38,25 @@ def run(request: pytest.FixtureRequest) -> Iterator[tuple[Config, Parts]]:
     config = parse(["--preset", request.param])
     parts = build_filled_parts(config, FILLED_ENV_STEPS // config.environment.envs_per_rank)
     yield config, parts
-    parts.envs.close()
+    acting_parts(parts).envs.close()
 
 
 def test_act(benchmark: BenchmarkFixture, run: tuple[Config, Parts]) -> None:
     _, parts = run
-    actions = benchmark(parts.actor.choose, 0.05)
-    assert actions.shape == (parts.envs.num_envs,)
+    actions = benchmark(acting_parts(parts).actor.choose, 0.05)
+    assert actions.shape == (acting_parts(parts).envs.num_envs,)
 
 
 def test_sample(benchmark: BenchmarkFixture, run: tuple[Config, Parts]) -> None:
     config, parts = run
-    batch = benchmark(parts.replay.sample, config.replay.batch_per_rank)
+    batch = benchmark(acting_parts(parts).replay.sample, config.replay.batch_per_rank)
     assert len(batch.action) == config.replay.batch_per_rank
 
 
 def test_update(benchmark: BenchmarkFixture, run: tuple[Config, Parts]) -> None:
     config, parts = run
     before = parts.learner.parameters.detach().clone()
-    batch = parts.replay.sample(config.replay.batch_per_rank)
+    batch = acting_parts(parts).replay.sample(config.replay.batch_per_rank)
     benchmark(update, parts, batch)
     assert not torch.equal(before, parts.learner.parameters)
 

@@ -135,10 +135,11 @@ def test_a_signal_to_the_benchmark_ends_its_job(
         "run_bench_job",
         lambda args, name, np, stopped: jobs.run_command(["sleep", "100"], stopped=stopped),
     )
-    monkeypatch.setattr(StopSignal, "received", True)
+    stop = StopSignal()
+    stop.requested = True
     began = time.monotonic()
     with pytest.raises(StoppedError, match="before the measurement was complete"):
-        costs.time_installed_engines(Namespace(allreduce_seconds=1.0, np=2), [], StopSignal())
+        costs.time_installed_engines(Namespace(allreduce_seconds=1.0, np=2), [], stop)
     assert time.monotonic() - began < 50
     assert "left out" not in capsys.readouterr().err
 
@@ -195,7 +196,7 @@ def test_schedules_stay_at_their_start_during_a_measurement():
     config = loop.benchmark_config(parse(["--preset", "cartpole"]), LocalComm(), whole_run=False)
     assert config.learning.lr_final < 1.0
     done = 10_000_000 / config.run.total_env_steps
-    assert learning_rate(config.learning, 128, 128, done) == pytest.approx(config.learning.lr, rel=0.01)
+    assert learning_rate(config.learning, 1.0, done) == pytest.approx(config.learning.lr, rel=0.01)
 
 
 def test_a_whole_run_counts_all_env_steps(tmp_path: Path):
@@ -247,7 +248,9 @@ def test_a_benchmark_stopped_by_a_signal_writes_no_result(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     file = tmp_path / "result.json"
-    monkeypatch.setattr(StopSignal, "received", True)
+    stop = StopSignal()
+    stop.requested = True
+    monkeypatch.setattr("hvdqn.train.StopSignal", lambda: stop)
     assert bench.main([name, "--preset", "smoke", "--eval-episodes", "2", "--json", str(file)]) == 1
     assert (
         capsys.readouterr().err == "hvdqn: error: stopped by a signal before the measurement was complete\n"
@@ -300,14 +303,16 @@ def test_solve(tmp_path: Path):
 
 
 def test_weights_are_made_equal_before_each_evaluation(monkeypatch: pytest.MonkeyPatch):
-    agreed: list[int] = []
-    monkeypatch.setattr(
-        "hvdqn.train.Training.agree", lambda training: agreed.append(training.clock.env_steps)
-    )
+    synchronized: list[int] = []
     config = parse(["--preset", "smoke", "--eval-episodes", "1", "--total-env-steps", "400"])
     with start_training(config, Job(config, LocalComm(), StopSignal(), PhaseTimer())) as run:
+        strategy, clock = run.parts.strategy, run.parts.clock
+        synchronize = strategy.synchronize
+        monkeypatch.setattr(
+            strategy, "synchronize", lambda: synchronized.append(clock.env_steps) or synchronize()
+        )
         solve.train_until(run, 501.0, 200)
-    assert agreed == [200, 400]
+    assert synchronized == [200, 400, 400]  # the end of the run synchronizes, too
 
 
 def test_gpu_needs_a_gpu(capsys: pytest.CaptureFixture[str]):
