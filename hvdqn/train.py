@@ -64,8 +64,8 @@ def train(config: Config, comm: Comm, stop: StopSignal, timer: PhaseTimer) -> in
     run_dir = open_run_dir(config, comm)
     try:
         seconds = config.parallel.stall_timeout
-        watchdog = Watchdog(run_dir / "heartbeats", comm, timer, seconds, stop=stop)
-        with sole_job(run_dir, comm), closing(watchdog):
+        heartbeats = run_dir / "heartbeats"
+        with sole_job(run_dir, comm), closing(Watchdog(heartbeats, comm, timer, seconds, stop=stop)):
             trainer = start_run(config, comm, run_dir, stop, timer, make_trainer)
             try:
                 trainer.complete()

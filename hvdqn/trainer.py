@@ -88,16 +88,20 @@ class Trainer:
         actions = self.acting.actor.choose(self.parts.epsilons.at(self.clock.env_steps))
         self.timer.start("env")
         self.acting.actor.send(actions)
-        if overlapped and self.overlap == "update":
-            self.update()  # a GPU learns while the environments step
+        if overlapped and self.overlap == "update":  # a GPU learns while the environments step
+            self.begin_update()
+            self.finish_update()
             self.timer.start("env")
         step = self.acting.actor.receive()
         self.timer.start("add")
         self.acting.replay.add(actions, step)
         self.clock.tick()
         self.acted_env_steps += len(actions)
-        if overlapped and self.overlap == "exchange":
-            self.finish_update()
+        if overlapped:
+            if self.overlap == "exchange":
+                self.finish_update()
+            if self.acting.replay.uses_td_errors:
+                self.update_priorities()
         elif due == 0 and self.clock.poll_due(POLL_ITERATIONS):
             self.exchange_stats()
 
@@ -107,6 +111,8 @@ class Trainer:
         if prefetch and not self.acting.replay.uses_td_errors:
             self.prefetched = self.sample()
         self.finish_update()
+        if self.acting.replay.uses_td_errors:
+            self.update_priorities()
 
     def begin_update(self) -> None:
         """Compute the gradient of a minibatch, and let the strategy send it."""
@@ -122,10 +128,13 @@ class Trainer:
             self.strategy.launch(report, learned, float(self.batch.weight.max()), progress)
 
     def finish_update(self) -> None:
-        """Wait until the strategy has taken the step, and update the priorities of the minibatch."""
+        """Wait until the strategy has taken the step."""
         self.accumulate(self.strategy.wait())
         self.updating = False
-        if self.batch is not None and self.acting.replay.uses_td_errors:
+
+    def update_priorities(self) -> None:
+        """Give the TD errors of the last minibatch to prioritized replay."""
+        if self.batch is not None:
             self.timer.start("sample")
             self.acting.replay.update_priorities(self.batch.row_ids, self.learner.td_errors.cpu().numpy())
 

@@ -31,7 +31,7 @@ from hvdqn.rank import Acting, Parts
 from hvdqn.replay import Batch
 from hvdqn.role import assign_role
 from hvdqn.startup import check_same_config, make_trainer, start_run
-from hvdqn.sync.statistics import REPORTED, STATISTICS, Trailer
+from hvdqn.sync.statistics import REPORTED, STATISTICS, Outcome, Trailer
 from hvdqn.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -203,10 +203,10 @@ def build_filled_parts(config: Config, random_iterations: int) -> Parts:
     return parts
 
 
-def update(parts: Parts, batch: Batch) -> None:
-    """Take one update from this minibatch."""
+def update(parts: Parts, batch: Batch) -> Outcome:
+    """Take one update from this minibatch; return its outcome."""
     launch_update(parts, batch)
-    parts.strategy.wait()
+    return parts.strategy.wait()
 
 
 def update_and_return_gradient(parts: Parts, batch: Batch) -> tuple[float, Tensor]:

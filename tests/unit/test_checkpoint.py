@@ -15,6 +15,7 @@ import pytest
 import safetensors.numpy
 import torch
 
+from hvdqn.bench.training import acting_parts
 from hvdqn.checkpoint import (
     BrokenCheckpointError,
     Checkpoints,
@@ -35,6 +36,7 @@ from hvdqn.comm.local import LocalComm
 from hvdqn.config import parse
 from hvdqn.metrics import PhaseTimer
 from hvdqn.parts import build_parts
+from hvdqn.sync import Outcome, Totals
 
 CONTENT = {
     "learner": {"online": torch.arange(6, dtype=torch.float32), "step": torch.tensor(7.0)},
@@ -318,17 +320,18 @@ def small_parts():
     try:
         yield parts
     finally:
-        parts.envs.close()
+        acting_parts(parts).envs.close()
 
 
 def test_contents_have_the_names_that_earlier_versions_wrote():
     with small_parts() as parts:
         reset_environments(parts)
-        written = contents(parts, LocalComm(), Progress(keeps_replay=True))
+        written = contents(parts, LocalComm(), Totals(), Progress(keeps_replay=True))
         assert written.keys() == {"learner", "rank-00000"}
         assert written["learner"].keys() == {"learner", "counters", "clock", "progress"}
         assert written["rank-00000"].keys() == {"actor", "clock", "replay", "seconds", "torch"}
-        assert contents(parts, LocalComm(), Progress(keeps_replay=False))["rank-00000"]["replay"] is None
+        without = contents(parts, LocalComm(), Totals(), Progress(keeps_replay=False))
+        assert without["rank-00000"]["replay"] is None
 
 
 @pytest.mark.parametrize("through_file", [False, True])
@@ -337,15 +340,18 @@ def test_shared_state_makes_another_rank_equal(tmp_path, through_file):
     with small_parts() as before, small_parts() as after:
         for tensor in before.learner.state().values():
             tensor.copy_(torch.rand_like(tensor))
-        before.learner.skipped_updates = 7
+        totals, loaded = Totals(), Totals()
+        totals.add(Outcome(np.arange(9.0), updates=3, skipped=7))
+        before.strategy.skipped_in_a_row = 2
         before.clock.advance(808)
         before.clock.updates = 30
-        state = shared_state(before.learner, before.clock, progress)
+        state = shared_state(before, totals, progress)
         if through_file:
             write_part(tmp_path / "x.safetensors", state)
             state = read_part(tmp_path / "x.safetensors")
-        assert load_shared_state(state, after.learner, after.clock) == progress
-        assert after.learner.skipped_updates == 7
+        assert load_shared_state(state, after, loaded) == progress
+        assert (loaded.skipped_updates, after.strategy.skipped_in_a_row) == (7, 2)
+        assert loaded.pop() == totals.pop()
         assert after.clock.state() == before.clock.state()
         for name, tensor in before.learner.state().items():
             assert torch.equal(after.learner.state()[name], tensor), name
@@ -354,6 +360,6 @@ def test_shared_state_makes_another_rank_equal(tmp_path, through_file):
 def test_updates_wait_for_replay_to_fill_if_it_was_not_saved():
     with small_parts() as before, small_parts() as after:
         before.clock.advance(808)
-        state = shared_state(before.learner, before.clock, Progress())
-        load_shared_state(state, after.learner, after.clock, refill=True)
+        state = shared_state(before, Totals(), Progress())
+        load_shared_state(state, after, Totals(), refill=True)
         assert after.clock.updates_owed(808 + after.clock.learning_starts) == after.clock.updates

@@ -14,22 +14,24 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from hvdqn.presets import JOINED, PRESETS
-from hvdqn.resume import restore
 from threadpoolctl import ThreadpoolController, threadpool_limits
 
 import hvdqn.networks.torsos
 from hvdqn import train
 from hvdqn.acting import Actor
-from hvdqn.checkpoint import open_checkpoint, rank_part
+from hvdqn.bench.training import acting_parts, update
+from hvdqn.checkpoint import open_checkpoint, rank_part, restore
 from hvdqn.comm.local import LocalComm
 from hvdqn.config import Config, parse, preset_config
+from hvdqn.config.presets import JOINED, PRESETS
 from hvdqn.errors import UserError
-from hvdqn.learner import REPORTED
 from hvdqn.metrics import PhaseTimer
-from hvdqn.parts import build_parts, choose_device, importance_at, share_of_cores
+from hvdqn.parts import build_parts, choose_device, importance_at
+from hvdqn.process import share_of_cores
 from hvdqn.replay import PrioritizedReplay
+from hvdqn.role import Role
 from hvdqn.seeds import torch_state
+from hvdqn.sync import Totals
 from tests.ranks import ThreadComm, run_ranks
 from tests.unit.test_train import run
 
@@ -113,25 +115,25 @@ def learn(argv: list[str], updates: int = 3) -> None:
     """Act until replay can be drawn from, and take some updates; all of it must stay finite."""
     config = parse([*TINY, *argv])
     parts = build_parts(config, LocalComm(), PhaseTimer())
+    acting, totals = acting_parts(parts), Totals()
     began = parts.learner.parameters.detach().clone()
     try:
-        parts.replay.start(parts.actor.start())
+        acting.replay.start(acting.actor.start())
         for _ in range(8):
-            actions = parts.actor.choose(parts.epsilons.at(parts.clock.env_steps))
-            parts.replay.add(actions, parts.actor.step(actions))
+            actions = acting.actor.choose(parts.epsilons.at(parts.clock.env_steps))
+            acting.replay.add(actions, acting.actor.step(actions))
             parts.clock.tick()
         for _ in range(updates):
-            batch = parts.replay.sample(
-                config.replay.batch_per_rank, importance_at(config, 1, parts.clock.env_steps)
-            )
-            parts.learner.begin_update(batch, (0.0,) * len(REPORTED))
-            parts.replay.update_priorities(*parts.learner.finish_update())
+            importance = importance_at(config, parts.role, parts.clock.env_steps)
+            batch = acting.replay.sample(config.replay.batch_per_rank, importance)
+            totals.add(update(parts, batch))
+            acting.replay.update_priorities(batch.row_ids, parts.learner.td_errors.numpy())
     finally:
-        parts.envs.close()
-    assert parts.learner.skipped_updates == 0
+        acting.envs.close()
+    assert totals.skipped_updates == 0
     assert parts.learner.parameters.isfinite().all()
     assert not torch.equal(parts.learner.parameters, began)
-    assert parts.learner.drain()["loss"] >= 0
+    assert totals.pop()["loss"] >= 0
 
 
 PAIRS = [
@@ -174,7 +176,7 @@ def test_one_action(head):
     [
         ("--munchausen", "--no-double"),
         ("--munchausen --no-double --munchausen-clip 0.5", "--munchausen-clip is 0.5; it must be 0 or less"),
-        ("--exploration noisy", "needs the noise of --noisy"),
+        ("--exploration noisy", "--exploration noisy needs the noise of --noisy"),
         ("--head c51 --v-min 3 --v-max 3", "--v-min 3 to --v-max 3"),
         ("--head c51 --atoms 1", "at least 2 atoms"),
         ("--head qr --quantiles 0", "--quantiles is 0; it must be at least 1"),
@@ -393,27 +395,28 @@ def test_beta_rises_to_one_over_global_env_steps():
     flags = "--replay prioritized --priority-beta 0.4 --total-env-steps 1000 --replay-capacity 600"
     config = parse([*flags.split(), "--learning-starts", "100"])
     for env_steps, beta, n in ((0, 0.4, 1), (500, 0.7, 500), (1_000, 1.0, 600), (1_008, 1.0, 600)):
-        importance = importance_at(config, 4, env_steps)
+        importance = importance_at(config, Role(True, 0, 4), env_steps)
         assert (importance.beta, importance.n_global, importance.size) == (pytest.approx(beta), n, 4)
 
 
 def test_td_errors_of_an_update_become_priorities():
     config = parse([*TINY, *VECTOR, "--replay", "prioritized", "--priority-alpha", "1"])
     parts = build_parts(config, LocalComm(), PhaseTimer())
-    parts.replay.start(parts.actor.start())
+    acting = acting_parts(parts)
+    acting.replay.start(acting.actor.start())
     for _ in range(20):
-        actions = parts.actor.choose(1.0)
-        parts.replay.add(actions, parts.actor.step(actions))
-    batch = parts.replay.sample(8)
-    parts.learner.begin_update(batch, (0.0,) * len(REPORTED))
-    row_ids, td_errors = parts.learner.finish_update()
-    assert isinstance(parts.replay, PrioritizedReplay)
-    parts.replay.update_priorities(row_ids, td_errors)
-    rows, held = parts.replay.rows_of(row_ids)
+        actions = acting.actor.choose(1.0)
+        acting.replay.add(actions, acting.actor.step(actions))
+    batch = acting.replay.sample(8)
+    update(parts, batch)
+    row_ids, td_errors = batch.row_ids, parts.learner.td_errors.numpy()
+    assert isinstance(acting.replay, PrioritizedReplay)
+    acting.replay.update_priorities(row_ids, td_errors)
+    rows, held = acting.replay.rows_of(row_ids)
     assert held.all()
-    priorities = parts.replay._tree.priorities[rows]
+    priorities = acting.replay._tree.priorities[rows]
     assert priorities == pytest.approx(td_errors + 1e-6, rel=1e-4)
-    parts.envs.close()
+    acting.envs.close()
 
 
 @pytest.mark.parametrize(
@@ -455,8 +458,8 @@ def test_noise_goes_on_where_environments_cannot(tmp_path: Path, monkeypatch: py
     config = Config().replace(**checkpoint.manifest["config"])
     monkeypatch.setattr(Actor, "load_state", lambda self, state: False)
     parts = build_parts(config, LocalComm(), PhaseTimer())
-    with closing(parts.envs):
-        _, lines = restore(parts, checkpoint, config, LocalComm())
+    with closing(acting_parts(parts).envs):
+        _, lines = restore(parts, checkpoint, config, LocalComm(), Totals())
     assert any("not bit for bit" in line for line in lines)
     np.testing.assert_array_equal(
         torch_state(parts.device)["cpu"], checkpoint.read(rank_part(0))["torch"]["cpu"]

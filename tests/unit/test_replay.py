@@ -156,12 +156,12 @@ def test_rewards_past_the_end_do_not_leak_in() -> None:
     assert replay.build_batch(np.array([0])).reward.tolist() == [1.0]
 
 
-@pytest.mark.parametrize("retries", [replay_module._MAX_RETRIES, 0])
+@pytest.mark.parametrize("retries", [replay_module._MAX_DRAWS, 0])
 @pytest.mark.parametrize(("steps", "n_step", "frame_stack"), [(9, 1, 1), (200, 1, 4), (200, 3, 2)])
 def test_draws_are_uniform_over_all_transitions(
     monkeypatch: pytest.MonkeyPatch, retries: int, steps: int, n_step: int, frame_stack: int
 ) -> None:
-    monkeypatch.setattr(replay_module, "_MAX_RETRIES", retries)  # 0: draw from a list of all transitions
+    monkeypatch.setattr(replay_module, "_MAX_DRAWS", retries)  # 0: draw from a list of all transitions
     envs = ScriptedEnvs(SCRIPT, "next_step")
     replay = make_replay(envs, 90, frame_stack, n_step)
     fill(replay, envs, steps)

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hvdqn.trailer import REPORTED
 
+from hvdqn.bench.training import acting_parts, update
 from hvdqn.comm.local import LocalComm
 from hvdqn.config import parse
 from hvdqn.errors import UserError
@@ -101,16 +101,18 @@ def test_updates_do_not_depend_on_the_memory(monkeypatch: pytest.MonkeyPatch) ->
     for memory in (HOST_MEMORY, ON_DEVICE):
         monkeypatch.setattr("hvdqn.parts.HOST_MEMORY", memory)
         parts = build_parts(parse(["--preset", "minatar,rainbow"]), LocalComm(), PhaseTimer())
-        parts.replay.start(parts.actor.start())
+        acting = acting_parts(parts)
+        acting.replay.start(acting.actor.start())
         for _ in range(20):
-            actions = parts.actor.choose(1.0)
-            parts.replay.add(actions, parts.actor.step(actions))
+            actions = acting.actor.choose(1.0)
+            acting.replay.add(actions, acting.actor.step(actions))
         for _ in range(3):
-            parts.learner.begin_update(parts.replay.sample(32), (0.0,) * len(REPORTED))
-            parts.replay.update_priorities(*parts.learner.finish_update())
-        parts.envs.close()
+            batch = acting.replay.sample(32)
+            update(parts, batch)
+            acting.replay.update_priorities(batch.row_ids, parts.learner.td_errors.numpy())
+        acting.envs.close()
         learned.append(parts.learner.parameters)
-        assert parts.replay.memory is memory
+        assert acting.replay.memory is memory
     assert torch.equal(*learned)
 
 
@@ -118,11 +120,12 @@ def test_observations_go_to_the_gpu_if_they_fit(monkeypatch: pytest.MonkeyPatch)
     """Two ranks share a GPU with 10 MB free; a MinAtar Breakout observation has 400 bytes."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (10_000_000, 20_000_000))
     parts = build_parts(parse(["--preset", "minatar"]), LocalComm(), PhaseTimer())
-    parts.envs.close()
+    envs = acting_parts(parts).envs
+    envs.close()
 
     def placed(*flags: str, device: str = "cuda") -> Memory:
         config = parse(["--preset", "minatar", *flags])
-        return replay_memory(config, 1, parts.envs, torch.device(device), sharing=2)
+        return replay_memory(config, parts.role, envs, torch.device(device), sharing=2)
 
     assert isinstance(placed("--replay-capacity", "6250"), DeviceMemory)
     assert isinstance(placed("--replay-capacity", "6251"), PinnedMemory)

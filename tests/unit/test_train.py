@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,10 +18,11 @@ import pytest
 import torch
 import yaml
 
-from hvdqn import __main__, train
+from hvdqn import __main__, startup, train
 from hvdqn.checkpoint import Checkpoints, open_checkpoint
 from hvdqn.comm.local import LocalComm
 from hvdqn.evaluate import Evaluation, Evaluator
+from hvdqn.rank import Parts
 from hvdqn.run_directory import sole_job
 from tests.launchers import clean_environment
 
@@ -203,7 +205,7 @@ def test_the_same_seed_ends_with_the_same_parameters(
 def test_what_is_learned_while_environments_are_busy_is_the_same(
     flags: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As it is beside a GPU: the same bits, with two updates an iteration of which the last is held back."""
+    """As with a GPU: the same bits, with two updates per iteration of which the last overlaps the environments."""
     words = (
         "--replay-ratio",
         "8",
@@ -216,13 +218,12 @@ def test_what_is_learned_while_environments_are_busy_is_the_same(
         *flags,
     )
     after = run(tmp_path / "after", *words)
-    prepared = train.Training.begin
+    build = startup.build_parts
 
-    def begin(training: train.Training, *args: Any) -> None:
-        training.learns_beside_envs = True
-        prepared(training, *args)
+    def build_parts_as_on_a_gpu(*args: Any) -> Parts:
+        return replace(build(*args), overlap="update")
 
-    monkeypatch.setattr(train.Training, "begin", begin)
+    monkeypatch.setattr(startup, "build_parts", build_parts_as_on_a_gpu)
     beside = run(tmp_path / "beside", *words)
     assert beside["updates"] == after["updates"] > 0
     assert beside["param_sha256"] == after["param_sha256"]
