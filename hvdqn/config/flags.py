@@ -136,7 +136,7 @@ def print_help(kind: type[T], prog: str, default: T | None = None) -> NoReturn:
     Raises:
         SystemExit: 0.
     """
-    _print_with_tyro(kind, prog, ["--help"], MISSING_NONPROP if default is None else default)
+    _print(_output_of_tyro(kind, prog, ["--help"], MISSING_NONPROP if default is None else default))
     raise SystemExit(0)
 
 
@@ -153,15 +153,26 @@ def print_completion(commands: Any, shell: str, prog: str) -> None:
     """
     if shell not in SHELLS:
         raise UserError(f"there is no completion for the shell '{shell}'; there are {', '.join(SHELLS)}")
-    _print_with_tyro(commands, prog, ["--tyro-print-completion", shell], MISSING_NONPROP)
+    script = _output_of_tyro(commands, prog, ["--tyro-print-completion", shell], MISSING_NONPROP)
+    # tyro does not escape the line breaks of help texts: the shell would offer every line as a completion.
+    lines = [
+        line.replace("\\n", " ") if line.startswith("COMPLETION_SPEC = ") else line
+        for line in script.splitlines()
+    ]
+    _print("\n".join(lines))
 
 
-def _print_with_tyro(kind: Any, prog: str, argv: Sequence[str], default: Any) -> None:
-    """Print what tyro prints for `--help` and the like, also into a pipe that closes early (`--help | head`)."""
+def _output_of_tyro(kind: Any, prog: str, argv: Sequence[str], default: Any) -> str:
+    """Return what tyro prints for `--help` and the like."""
     out = io.StringIO()
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(out):
         tyro.cli(kind, prog=prog, args=argv, default=default, config=(tyro.conf.OmitArgPrefixes,))
+    return out.getvalue()
+
+
+def _print(text: str) -> None:
+    """Print text, also into a pipe that closes early (`--help | head`)."""
     try:
-        print(out.getvalue(), flush=True)
+        print(text, flush=True)
     except BrokenPipeError:  # Python flushes once more at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
