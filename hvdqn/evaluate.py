@@ -133,7 +133,7 @@ class _Player:
         actor: chooses the actions and steps `envs`.
         epsilon: the probability of a random action.
         episodes: the number of episodes, at least one per environment.
-        timer: tells the watchdog that this rank makes progress.
+        timer: shows the watchdog that this rank makes progress.
     """
 
     def __init__(

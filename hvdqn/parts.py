@@ -257,8 +257,8 @@ def make_replay(
             return PrioritizedReplay(alpha=config.replay.priority_alpha, **arguments)
         return Replay(**arguments)
     except (MemoryError, torch.OutOfMemoryError) as error:
-        said = str(error).splitlines()[0]
-        raise UserError(f"a replay of {capacity:,} transitions: {said}; lower --replay-capacity") from None
+        reason = str(error).splitlines()[0]
+        raise UserError(f"a replay of {capacity:,} transitions: {reason}; lower --replay-capacity") from None
 
 
 def importance_at(config: Config, role: Role, env_steps: int) -> Importance:

@@ -1,4 +1,4 @@
-"""What a run says of itself: the header at its start, `summary.json` and the last lines at its end."""
+"""What a run reports: the header at its start, `summary.json` and the last lines at its end."""
 
 from __future__ import annotations
 

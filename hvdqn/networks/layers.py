@@ -1,4 +1,4 @@
-"""What torsos and heads are built of: fully connected layers, plain, normalised or noisy."""
+"""The layers of torsos and heads: fully connected, plain, normalized or noisy."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class NoisyLinear(nn.Module):
 
         y = (mu_w + sigma_w * e_out e_in^T) x + mu_b + sigma_b * e_out,   e = sgn(n) sqrt|n|,  n ~ N(0, 1)
 
-    Each pass draws its noise anew from torch's generator, one draw for the whole batch; in evaluation there is none.
+    Each forward pass draws new noise from torch's generator, once for the whole batch; evaluation has no noise.
 
     Args:
-        sigma: sigma_0 of the paper: the noise begins at sigma / sqrt(inputs).
+        sigma: sigma_0 of the paper: the initial scale of the noise is sigma / sqrt(inputs).
     """
 
     def __init__(self, inputs: int, outputs: int, sigma: float) -> None:
@@ -32,34 +32,34 @@ class NoisyLinear(nn.Module):
         self.bias_sigma = nn.Parameter(torch.full((outputs,), sigma * bound))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """`[rows, inputs]` to `[rows, outputs]`."""
+        """Map `[rows, inputs]` to `[rows, outputs]`."""
         if not self.training:
             return functional.linear(inputs, self.weight, self.bias)
         noise_out, noise_in = self._noise()
-        # One product with noisy weights takes less time than one with each of mu and sigma.
+        # One product with noisy weights is faster than one product with mu and one with sigma.
         weight = torch.addcmul(self.weight, self.weight_sigma, torch.outer(noise_out, noise_in))
         return functional.linear(inputs, weight, torch.addcmul(self.bias, self.bias_sigma, noise_out))
 
     def _noise(self) -> tuple[Tensor, Tensor]:
-        """Of the outputs and of the inputs, `[outputs]` and `[inputs]`, drawn at once: short operations cost most."""
+        """Draw the noise of the outputs and of the inputs, `[outputs]` and `[inputs]`, in one operation."""
         outputs, inputs = self.weight.shape
         normal = torch.randn(outputs + inputs, dtype=self.weight.dtype, device=self.weight.device)
         noise = normal.abs().sqrt_().copysign_(normal)
         return noise[:outputs], noise[outputs:]
 
 
-WIDE = 1 << 18  # weights; with fewer, changing the layout takes more time than it saves
+WIDE = 1 << 18  # with fewer weights, changing the layout takes more time than it saves
 ONEDNN = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 
 
 class WideLinear(nn.Linear):
-    """A linear layer of many weights; in float32 on a CPU oneDNN works it out, as it does convolutions.
+    """A linear layer of many weights. In float32 on a CPU it uses oneDNN, as convolutions do.
 
-    On some processors MKL, which torch asks otherwise, takes twice the time.
+    Torch's default for linear layers, MKL, is much slower on some processors.
     """
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """`[rows, inputs]` to `[rows, outputs]`."""
+        """Map `[rows, inputs]` to `[rows, outputs]`."""
         plain = inputs.device.type == "cpu" and inputs.dtype == torch.float32
         if not (ONEDNN and plain) or torch.is_autocast_enabled("cpu"):
             return super().forward(inputs)
@@ -67,7 +67,7 @@ class WideLinear(nn.Linear):
 
 
 def hidden_layers(inputs: int, hidden: Sequence[int], config: NetworkConfig, noisy: bool) -> list[nn.Module]:
-    """Fully connected layers with ReLU, normalised before it if asked (Ba et al. 2016)."""
+    """Make fully connected layers with ReLU, and layer norm before each ReLU if configured (Ba et al. 2016)."""
     layers: list[nn.Module] = []
     for units in hidden:
         layers.append(linear(inputs, units, config, noisy))
@@ -79,7 +79,7 @@ def hidden_layers(inputs: int, hidden: Sequence[int], config: NetworkConfig, noi
 
 
 def linear(inputs: int, outputs: int, config: NetworkConfig, noisy: bool) -> nn.Module:
-    """One fully connected layer."""
+    """Make one fully connected layer."""
     if noisy:
         return NoisyLinear(inputs, outputs, config.noisy_sigma)
     return (WideLinear if inputs * outputs >= WIDE else nn.Linear)(inputs, outputs)
@@ -88,14 +88,14 @@ def linear(inputs: int, outputs: int, config: NetworkConfig, noisy: bool) -> nn.
 def make_streams(
     features: int, hidden: Sequence[int], actions: int, outputs: tuple[int, ...], config: NetworkConfig
 ) -> nn.Module:
-    """From features `[rows, features]` to what a head says of each action, `[rows, actions, *outputs]`.
+    """Make the layers from features `[rows, features]` to a head's outputs `[rows, actions, *outputs]`.
 
     Args:
-        features: width of what comes in.
-        hidden: units of the hidden layers, of which each dueling stream has its own.
+        features: number of input features.
+        hidden: units of the hidden layers; each dueling stream has its own.
         actions: number of actions.
-        outputs: shape of what is said of an action; (): one number.
-        config: whether streams duel, whether layers are noisy or normalised.
+        outputs: shape of the output of one action; () for one number.
+        config: whether there are dueling streams, and whether layers are noisy or normalized.
     """
 
     def stream(*shape: int) -> nn.Sequential:
@@ -108,11 +108,11 @@ def make_streams(
 
 
 class Dueling(nn.Module):
-    """A stream for the state's value and one for the actions' advantages (Wang et al. 2016, eq. 9).
+    """Separate streams for the state's value and the actions' advantages (Wang et al. 2016, eq. 9).
 
         q(s, a) = v(s) + adv(s, a) - mean_a' adv(s, a')
 
-    Where more than one number is said of an action, each of them duels alone (Hessel et al. 2018).
+    With several outputs per action, such as atoms, this holds for each of them (Hessel et al. 2018).
     """
 
     def __init__(self, advantage: nn.Module, value: nn.Module) -> None:
@@ -121,7 +121,7 @@ class Dueling(nn.Module):
         self.value = value
 
     def forward(self, features: Tensor) -> Tensor:
-        """`[rows, features]` to `[rows, actions, ...]`."""
+        """Map `[rows, features]` to `[rows, actions, ...]`."""
         advantage: Tensor = self.advantage(features)
         value: Tensor = self.value(features)
         return value + advantage - advantage.mean(dim=1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Torsos: from an observation to features. `--torso module:attribute` names a class of your own.
+"""Torsos: from an observation to features. `--torso module:attribute` names your own class.
 
     # wide.py, on PYTHONPATH or where the job is started: --torso wide:Wide --hidden 256
     from torch import nn
@@ -10,8 +10,9 @@
             channels, height, width = shape
             super().__init__(nn.Conv2d(channels, 64, 3), nn.ReLU(), nn.Flatten())
 
-The layers of `--hidden` follow it, then the head. Anything may be in it but batch norm, whose statistics would differ
-between ranks, and what else changes in a forward pass; what is not learned is a buffer, the same on every rank.
+The layers of `--hidden` follow it, then the head. It may hold anything but batch norm, whose statistics would differ
+between ranks, and other state that a forward pass changes. Tensors that are not learned must be buffers, equal on every
+rank.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from hvdqn.networks.layers import hidden_layers
 
 
 class Images(nn.Module):
-    """Raw image observations as the float planes that convolutions take.
+    """Reshapes image observations to the planes that convolutions take.
 
-    Frames `[batch, (stack,) H, W]`, `[batch, (stack,) H, W, C]` or `[batch, (stack,) C, H, W]`, the last two told
-    apart by which end is smaller (Gymnasium's `[H, W, C]` where both are alike), become `[batch, stack x C, H, W]`;
-    uint8 is scaled to [0, 1].
+    Frames `[batch, (stack,) H, W]`, `[batch, (stack,) H, W, C]` or `[batch, (stack,) C, H, W]` become
+    `[batch, stack x C, H, W]`. The last two are distinguished by which end is smaller; if both are equal,
+    Gymnasium's `[H, W, C]` is assumed.
     """
 
     def __init__(self, frame_shape: Sequence[int], frame_stack: int) -> None:
@@ -44,38 +45,37 @@ class Images(nn.Module):
         self.planes = (frame_stack * self.channels_per_frame, *height_width)
 
     def forward(self, observation: Tensor) -> Tensor:
-        """`[batch, (stack,) *frame]` raw to `[batch, planes, H, W]` float."""
+        """Map `[batch, (stack,) *frame]` to `[batch, planes, H, W]`."""
         if self.channels_last:
             observation = observation.movedim(-1, -3)
         return observation.reshape(-1, *self.planes)
 
 
 class Centered(nn.Module):
-    """An image less the mean of all its pixels, over all planes.
+    """Subtracts from each image the mean of all its pixels, over all planes.
 
-    In most Atari games nearly every pixel shows the same background. It moves every unit by a constant, beside which a
-    ball or a paddle hardly counts: of Pong played at random nothing was learned in 1,600 updates of the Nature network,
-    and the next three rewards could be told once the mean was gone (correlation 0.0 and 0.5).
+    In most Atari games nearly every pixel shows the same background. It shifts every unit by a constant, beside which a
+    ball or a paddle hardly counts.
     """
 
     def forward(self, image: Tensor) -> Tensor:
-        """`[batch, ...]` float to the same shape."""
+        """Map `[batch, ...]` to the same shape."""
         return image - image.mean(dim=tuple(range(1, image.ndim)), keepdim=True)
 
 
 class ChannelsLast(nn.Module):
-    """The same planes, but with all of a pixel's side by side in memory.
+    """Changes the memory format to channels last, which the convolutions after it keep.
 
-    What convolutions are given so they give on, and of few planes their derivative takes a third of the time.
+    With few planes the backward pass of a convolution is much faster in this format.
     """
 
     def forward(self, planes: Tensor) -> Tensor:
-        """`[batch, planes, H, W]` to the same shape."""
+        """Map `[batch, planes, H, W]` to the same shape."""
         return planes.contiguous(memory_format=torch.channels_last)
 
 
 class Torso(nn.Sequential):
-    """From a float observation `[batch, ...]` to features `[batch, features]`."""
+    """Layers from a float observation `[batch, ...]` to features `[batch, features]`."""
 
     def __init__(self, features: int, *layers: nn.Module) -> None:
         super().__init__(*layers)
@@ -84,7 +84,7 @@ class Torso(nn.Sequential):
 
 # (filters, kernel, stride) of each convolution: Mnih et al. 2015, Methods; Young and Tian 2019, section 4.
 CONVOLUTIONS = {"nature": ((32, 8, 4), (64, 4, 2), (64, 3, 1)), "minatar": ((16, 3, 1),)}
-# Filters of each section: Espeholt et al. 2018, figure 3, the large architecture.
+# Filters of each section of the large architecture: Espeholt et al. 2018, figure 3.
 IMPALA = (16, 32, 32)
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -93,25 +93,25 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 def make_torso(
     config: NetworkConfig, frame_shape: Sequence[int], frame_stack: int, is_image: bool
 ) -> tuple[Torso, tuple[int, ...]]:
-    """The torso that the configuration names, or that the observation asks for, and the hidden layers left to the head.
+    """Make the torso that the configuration names or the observation needs; also return the head's hidden layers.
 
-    The last hidden layer is the head's, so that dueling streams and noise have one of their own, and IQN joins its
-    fractions before it. Of an MLP with a single layer that would leave nothing, so there the torso keeps it.
+    The last hidden layer belongs to the head, so that dueling streams and noisy layers have one of their own, and IQN
+    multiplies its embedding in before it. An MLP with a single hidden layer keeps it in the torso.
 
     Raises:
-        UserError: the torso does not take such observations.
+        UserError: the torso cannot take such observations.
     """
     if config.center_images and not is_image:
         raise UserError(
             f"--center-images needs images, observations are {tuple(frame_shape)}; leave it out, "
-            f"or say --no-center-images where a preset has it"
+            f"or give --no-center-images if a preset has it"
         )
-    name = config.torso if config.torso != "auto" else _fitting(frame_shape, is_image)
+    name = config.torso if config.torso != "auto" else _default_torso(frame_shape, is_image)
     if name == "mlp":
         flat = frame_stack == len(frame_shape) == 1
         body = Torso(frame_stack * math.prod(frame_shape), *([] if flat else [nn.Flatten()]))
     elif ":" in name:
-        body = _users(name, frame_shape, frame_stack, is_image)
+        body = _make_own_torso(name, frame_shape, frame_stack, is_image)
     elif not is_image:
         raise UserError(
             f"--torso {name} needs images, observations are {tuple(frame_shape)}; use --torso mlp"
@@ -127,14 +127,14 @@ def make_torso(
     return Torso(mine[-1] if mine else body.features, *centered, *body, *layers), heads
 
 
-def _fitting(frame_shape: Sequence[int], is_image: bool) -> str:
+def _default_torso(frame_shape: Sequence[int], is_image: bool) -> str:
     if not is_image:
         return "mlp"
     return "nature" if min(Images(frame_shape, 1).planes[1:]) >= 36 else "minatar"
 
 
 def _norm(channels: int, layer_norm: bool) -> list[nn.Module]:
-    # Over all channels and places of an image at once, as LayerNorm does over units.
+    # One group normalizes over all channels and pixels of an image, as LayerNorm does over units.
     return [nn.GroupNorm(1, channels)] if layer_norm else []
 
 
@@ -171,7 +171,7 @@ class Residual(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, planes: Tensor) -> Tensor:
-        """`[batch, channels, H, W]` to the same shape."""
+        """Map `[batch, channels, H, W]` to the same shape."""
         out: Tensor = planes + self.layers(planes)
         return out
 
@@ -190,8 +190,8 @@ def _impala(images: Images, layer_norm: bool) -> Torso:
     return Torso(channels * height * width, *modules, *_norm(channels, layer_norm), nn.ReLU(), nn.Flatten())
 
 
-def _users(path: str, frame_shape: Sequence[int], frame_stack: int, is_image: bool) -> Torso:
-    """A class of the user's own, called with the shape of one observation; `--hidden` layers follow it.
+def _make_own_torso(path: str, frame_shape: Sequence[int], frame_stack: int, is_image: bool) -> Torso:
+    """Make a torso of the user's own class, which is called with the shape of one observation.
 
     Raises:
         UserError: it cannot be imported, is no module, or does not map such observations to features.
@@ -227,7 +227,7 @@ def _users(path: str, frame_shape: Sequence[int], frame_stack: int, is_image: bo
 
 
 def _width(module: nn.Module, shape: tuple[int, ...], path: str) -> int:
-    """How many features a user's module gives, by asking it."""
+    """Return how many features a user's module returns, by a forward pass."""
     with torch.no_grad():
         try:
             features = module(torch.zeros(2, *shape))
@@ -237,6 +237,6 @@ def _width(module: nn.Module, shape: tuple[int, ...], path: str) -> int:
                 f"{' '.join(str(error).split())}"
             ) from error
     if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != 2:
-        said = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-        raise UserError(f"--torso '{path}' gave {said} for a batch of 2; it must give [batch, features]")
+        found = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        raise UserError(f"--torso '{path}' gave {found} for a batch of 2; it must give [batch, features]")
     return features.shape[1]

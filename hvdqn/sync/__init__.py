@@ -36,7 +36,7 @@ def make_strategy(
         config: of the run; `check_engine` has accepted it.
         learner: of this rank.
         comm: the ranks.
-        timer: told when this rank waits for others.
+        timer: counts the seconds that this rank waits for others.
         clock: of this rank.
         record: how to record CUDA graphs; None: none are used.
     """

@@ -32,7 +32,7 @@ class Gradients(Strategy):
     Args:
         learner: computes and applies gradients.
         comm: the ranks.
-        timer: told when this rank waits for the others.
+        timer: counts the seconds that this rank waits for the others.
         max_skipped_updates: updates skipped in a row before the run ends.
     """
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from hvdqn.learner import Learner
 from hvdqn.sync.statistics import STATISTICS
 
-# Kinds of a push: with a gradient, with statistics alone, or to say that the worker waits for a synchronization.
+# Kinds of a push: with a gradient, with statistics alone, or that the worker waits for a synchronization.
 GRADIENT, REPORT, WAITING = range(3)
 
 

@@ -68,7 +68,7 @@ class Parameters(Strategy):
     Args:
         learner: whose parameters are averaged.
         comm: the ranks.
-        timer: told when this rank waits for the others.
+        timer: counts the seconds that this rank waits for the others.
         config: `sync_every`, `outer_lr`, `outer_momentum`.
         max_skipped_updates: updates skipped in a row by one rank before the run ends.
     """

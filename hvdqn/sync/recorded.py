@@ -21,7 +21,7 @@ class RecordedGradients(Gradients):
     Args:
         learner: its `differentiate` is to be recorded as well.
         comm: the ranks.
-        timer: told when this rank waits for the others.
+        timer: counts the seconds that this rank waits for the others.
         max_skipped_updates: updates skipped in a row before the run ends.
         record: how to record a function.
     """

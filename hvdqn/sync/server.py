@@ -68,7 +68,7 @@ class Server(Strategy):
     Args:
         learner: applies gradients.
         comm: the ranks.
-        timer: told when rank 0 waits for all workers.
+        timer: counts the seconds that rank 0 waits for all workers.
         config: `pull_every`, `max_staleness`, `stall_timeout`, `tolerate_dead_workers`.
         clock: of the job.
         max_skipped_updates: updates of one worker skipped in a row before the run ends.
@@ -86,7 +86,7 @@ class Server(Strategy):
         super().__init__(learner, timer)
         self.comm, self.config, self.clock = comm, config, clock
         self.max_skipped_updates = max_skipped_updates
-        self.size = comm.size  # it stays, whoever leaves the job
+        self.size = comm.size  # it stays as it is when ranks leave the job
         self.channel = comm.duplicate()
         self.living = list(range(comm.size))
         self.workers = set(range(1, comm.size))
@@ -98,7 +98,7 @@ class Server(Strategy):
         self.synchronized = self.stop = False
         self.waiting: set[int] = set()  # workers that wait for the synchronization
         self.due_since: int | None = None  # env steps before the synchronization came due
-        self.heard_at: dict[int, float] = {}
+        self.last_push_at: dict[int, float] = {}
         self.checked_at = 0.0
         self.largest_weights = dict.fromkeys(self.workers, 0.0)
         self.skipped_of = dict.fromkeys(self.workers, 0)
@@ -122,8 +122,8 @@ class Server(Strategy):
         Returns:
             What the push brought.
         """
-        if self.synchronized or not self.heard_at:  # nobody could push while all ranks synchronized
-            self.heard_at = dict.fromkeys(self.workers, time.monotonic())
+        if self.synchronized or not self.last_push_at:  # nobody could push while all ranks synchronized
+            self.last_push_at = dict.fromkeys(self.workers, time.monotonic())
         self.stop = self.stop or stop
         self.clock.last_tick = 0
         outcome = self._serve_one()
@@ -151,8 +151,8 @@ class Server(Strategy):
         if self.synchronized:
             return outcome
         self.due_since = self.clock.env_steps - self.clock.last_tick
-        if not self.heard_at:
-            self.heard_at = dict.fromkeys(self.workers, time.monotonic())
+        if not self.last_push_at:
+            self.last_push_at = dict.fromkeys(self.workers, time.monotonic())
         while self.waiting != self.workers:
             outcome.add(self._serve_one())
         self.clock.last_tick = self.clock.env_steps - self.due_since
@@ -331,17 +331,21 @@ class Server(Strategy):
             request.Wait()
         check_skipped(self.failed[0], [self.failed[1]], self.max_skipped_updates)
 
-    def _check_silent_workers(self, heard: int | None) -> None:
-        """Look, now and then, for workers that have been silent for long: drop them, or end the job."""
+    def _check_silent_workers(self, sender: int | None) -> None:
+        """Look, every `PATIENCE_SECONDS`, for workers that have been silent for long: drop them, or end the job.
+
+        Args:
+            sender: the worker whose push has just come, if any.
+        """
         limit = self.config.stall_timeout / 2  # sooner than the watchdog of any rank that waits for them
         now = time.monotonic()
-        if heard is not None:
-            self.heard_at[heard] = now
+        if sender is not None:
+            self.last_push_at[sender] = now
         if now < self.checked_at + PATIENCE_SECONDS:
             return
         self.checked_at = now
         for worker in sorted(self.workers - self.waiting):
-            silence = now - self.heard_at[worker]
+            silence = now - self.last_push_at[worker]
             if limit > 0 and silence > limit:
                 self._drop_worker(worker, silence)
 

@@ -24,7 +24,7 @@ class Strategy(ABC):
 
     Args:
         learner: whose gradients or parameters are exchanged.
-        timer: told when a rank waits for others.
+        timer: counts the seconds that this rank waits for others.
 
     Attributes:
         exchanged_updates, sent_messages, sent_bytes: what this rank sent so far, and for how many updates. An allreduce

@@ -30,7 +30,7 @@ class Worker(Strategy):
     Args:
         learner: computes gradients; its weights are replaced by those that are pulled.
         comm: the ranks.
-        timer: told when this rank waits for rank 0.
+        timer: counts the seconds that this rank waits for rank 0.
         config: `pull_every` and more.
         clock: of this rank; the server's replies set how far the job is.
         max_skipped_updates: updates of one worker skipped in a row before the run ends.
@@ -48,7 +48,7 @@ class Worker(Strategy):
         super().__init__(learner, timer)
         self.comm, self.config, self.clock = comm, config, clock
         self.max_skipped_updates = max_skipped_updates
-        self.rank, self.size = comm.rank, comm.size  # they stay, whoever leaves the job
+        self.rank, self.size = comm.rank, comm.size  # they stay as they are when ranks leave the job
         self.channel = comm.duplicate()
         self.living = list(range(comm.size))
         self.push, self.reply = Message.push(learner), Message.reply(learner, comm.size)
