@@ -6,21 +6,22 @@ import os
 import socket
 import sys
 
-from hvdqn.train import Training, main
+from hvdqn.train import main
+from hvdqn.trainer import Trainer
 
-_close = Training.close
+_close = Trainer.close
 
 
-def _report_and_close(training: Training) -> None:
+def _report_and_close(trainer: Trainer) -> None:
     secrets = sorted(name for name in os.environ if "TOKEN" in name or "KEY" in name)
     # One write, because the ranks share the output.
     sys.stdout.write(
-        f"rank {training.comm.rank} on {socket.gethostname()} has {','.join(secrets) or 'no secret'}, "
-        f"parameters {training.learner.sha256()}\n"
+        f"rank {trainer.comm.rank} on {socket.gethostname()} has {','.join(secrets) or 'no secret'}, "
+        f"parameters {trainer.learner.sha256()}\n"
     )
     sys.stdout.flush()
-    _close(training)
+    _close(trainer)
 
 
-Training.close = _report_and_close  # type: ignore[method-assign]
+Trainer.close = _report_and_close  # type: ignore[method-assign]
 sys.exit(main())
