@@ -1,4 +1,4 @@
-"""Exploration by the schedule, one coin per environment; frames stacked as replay stacks them."""
+"""The exploration schedule, random actions, frame stacks, and the actor that uses them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hvdqn.acting import Actor, FrameStack, RandomActions, linear_epsilon
 from hvdqn.config import EnvironmentConfig, ExplorationConfig, NetworkConfig
 from hvdqn.envs import Environments, make_environments
 from hvdqn.graphs import Record
-from hvdqn.networks import make_network
+from hvdqn.networks import QNetwork, make_network
 from hvdqn.replay import Replay
 from tests.unit.scripted_envs import TWO_EPISODES
 from tests.unit.test_graphs import call_again
@@ -21,24 +21,24 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(
     ("env_steps", "expected"), [(0, 0.9), (250, 0.7), (500, 0.5), (1_000, 0.1), (1_001, 0.1), (10**9, 0.1)]
 )
-def test_epsilon_falls_in_a_line_then_stays(env_steps, expected):
+def test_epsilon_falls_linearly_and_then_stays(env_steps, expected):
     config = ExplorationConfig(epsilon_start=0.9, epsilon_end=0.1, exploration_env_steps=1_000)
     assert linear_epsilon(config, env_steps) == pytest.approx(expected)
 
 
-def test_epsilon_without_a_schedule_is_its_end():
+def test_epsilon_without_a_schedule_is_its_final_value():
     config = ExplorationConfig(epsilon_start=1.0, epsilon_end=0.2, exploration_env_steps=0)
     assert linear_epsilon(config, 0) == 0.2
 
 
-def test_each_environment_has_a_coin_of_its_own():
-    """4 standard deviations around what 10,000 rounds of independent coins would give."""
+def test_each_environment_draws_independently():
+    """Counts lie within 4 standard deviations of the expectation for independent draws."""
     rounds, envs, epsilon, actions = 10_000, 4, 0.3, 1_000_000  # a random action is never the greedy one, -1
-    coins, greedy = RandomActions(envs, actions, np.random.default_rng(0)), np.full(envs, -1)
-    explored = np.array([coins.replace(greedy, epsilon) for _ in range(rounds)]) >= 0
+    random_actions, greedy = RandomActions(envs, actions, np.random.default_rng(0)), np.full(envs, -1)
+    explored = np.array([random_actions.replace(greedy, epsilon) for _ in range(rounds)]) >= 0
     for env in range(envs):
         assert abs(explored[:, env].sum() - rounds * epsilon) < 4 * np.sqrt(rounds * epsilon * (1 - epsilon))
-    together = epsilon**envs  # one coin for all would make this epsilon
+    together = epsilon**envs  # with one draw for all this would be epsilon
     assert abs(explored.all(axis=1).sum() - rounds * together) < 4 * np.sqrt(rounds * together)
 
 
@@ -60,16 +60,17 @@ def test_epsilon_zero_is_greedy():
 
 
 @pytest.mark.parametrize("record", [None, call_again], ids=["eager", "recorded"])
-def test_without_chance_the_best_action_of_the_network_as_it_is_now_is_chosen(record):
+def test_with_epsilon_zero_the_actor_is_greedy_with_the_current_parameters(record):
     envs = scripted(3)
-    actor = make_actor(envs, 2, record=record)
+    network = network_for(envs, 2)
+    actor = make_actor(envs, 2, record=record, network=network)
     actor.start()
     chosen = []
     for _ in range(20):
         with torch.no_grad():
-            for parameter in actor.network.parameters():
+            for parameter in network.parameters():
                 parameter.add_(0.3 * torch.randn_like(parameter))
-            q = actor.network(torch.from_numpy(actor.frames.observation)).numpy()
+            q = network(torch.from_numpy(actor.frames.observation)).numpy()
         chosen.append(actor.choose(0.0))
         assert (chosen[-1] == q.argmax(axis=1)).all()
         actor.step(chosen[-1])
@@ -93,9 +94,29 @@ def test_a_stack_of_one_is_the_observation_itself():
     assert frames.observation.tolist() == [[1.0], [20.0]]
 
 
-def make_actor(envs: Environments, depth: int, repeat: float = 0.0, record: Record | None = None) -> Actor:
+def test_an_actor_can_be_given_another_network():
+    """As elastic training does, where the parameters move to other memory."""
+    envs = scripted(3)
+    first, second = network_for(envs, 2), network_for(envs, 2)
+    with torch.no_grad():
+        for parameter in second.parameters():
+            parameter.mul_(-1)
+    actor = make_actor(envs, 2, network=first)
+    actor.start()
+    chosen = []
+    for network in (first, second):
+        actor.set_network(network)
+        with torch.no_grad():
+            q = network(torch.from_numpy(actor.frames.observation)).numpy()
+        chosen.append(actor.choose(0.0))
+        assert (chosen[-1] == q.argmax(axis=1)).all()
+    envs.close()
+    assert (chosen[0] != chosen[1]).any()
+
+
+def network_for(envs: Environments, depth: int) -> QNetwork:
     torch.manual_seed(0)
-    network = make_network(
+    return make_network(
         NetworkConfig(hidden=(8,)),
         "huber",
         envs.observation_shape,
@@ -103,6 +124,16 @@ def make_actor(envs: Environments, depth: int, repeat: float = 0.0, record: Reco
         is_image=False,
         actions=envs.num_actions,
     )
+
+
+def make_actor(
+    envs: Environments,
+    depth: int,
+    repeat: float = 0.0,
+    record: Record | None = None,
+    network: QNetwork | None = None,
+) -> Actor:
+    network = network or network_for(envs, depth)
     return Actor(envs, network, depth, np.random.default_rng(5), CPU, repeat=repeat, record=record)
 
 
@@ -113,7 +144,7 @@ def scripted(envs: int, seed: int = 0) -> Environments:
 
 @pytest.mark.parametrize("depth", [2, 4])
 def test_the_actor_sees_the_stacks_that_replay_builds(depth):
-    """Over episodes shorter and longer than the stack, ended by termination and truncation, round the ring's seam."""
+    """For episodes shorter and longer than the stack, ended by termination and truncation, where the ring wraps."""
     envs = scripted(2)
     actor = make_actor(envs, depth)
     rng = np.random.default_rng(1)
@@ -123,7 +154,9 @@ def test_the_actor_sees_the_stacks_that_replay_builds(depth):
     compared = {"observation": 0, "next_observation": 0}
     for _ in range(60):
         for stack in actor.frames.observation:
-            seen[tuple(stack[-1])] = stack.copy()  # the newest frame, [episode, step in it], names the moment
+            seen[tuple(stack[-1])] = (
+                stack.copy()
+            )  # the newest frame, [episode, step in it], identifies the step
         actions = actor.choose(0.5)
         replay.add(actions, actor.step(actions))
         batch = replay.sample(16)
@@ -131,7 +164,7 @@ def test_the_actor_sees_the_stacks_that_replay_builds(depth):
             np.testing.assert_array_equal(stack, seen[tuple(stack[-1])])
             compared["observation"] += 1
         for stack in batch.next_observation:
-            if tuple(stack[-1]) in seen:  # nobody acts on a final observation
+            if tuple(stack[-1]) in seen:  # no action is taken at a final observation
                 np.testing.assert_array_equal(stack, seen[tuple(stack[-1])])
                 compared["next_observation"] += 1
     assert compared["observation"] == 60 * 16
@@ -142,7 +175,7 @@ def test_the_actor_sees_the_stacks_that_replay_builds(depth):
 
 
 @pytest.mark.parametrize("repeat", [0.0, 2.0])
-def test_an_actor_goes_on_from_its_state(repeat):
+def test_an_actor_continues_from_its_state(repeat):
     first, second = (make_actor(scripted(3), 2, repeat) for _ in range(2))
     first.start()
     for _ in range(7):
@@ -160,7 +193,7 @@ def test_an_actor_goes_on_from_its_state(repeat):
 
 def test_a_repeated_action_ends_with_its_episode():
     envs = scripted(4)
-    actor = make_actor(envs, 1, repeat=1.01)  # long ones
+    actor = make_actor(envs, 1, repeat=1.01)  # mu close to 1: long repeats
     actor.start()
     cut = 0
     for _ in range(60):
@@ -174,7 +207,7 @@ def test_a_repeated_action_ends_with_its_episode():
     envs.close()
 
 
-def test_an_actor_whose_environments_cannot_be_saved_asks_for_a_start():
+def test_load_state_returns_false_if_the_environments_were_not_saved():
     config = EnvironmentConfig(env="tests.unit.scripted_envs:Forgetful-v0", vectorization="sync")
     first = make_actor(make_environments(config, 2, 0, training=True), 1)
     first.start()
@@ -184,4 +217,6 @@ def test_an_actor_whose_environments_cannot_be_saved_asks_for_a_start():
     second = make_actor(make_environments(config, 2, 0, training=True), 1)
     assert not second.load_state(state)
     second.start()
-    assert second.choose(1.0).tolist() == first.choose(1.0).tolist()  # exploration goes on all the same
+    assert (
+        second.choose(1.0).tolist() == first.choose(1.0).tolist()
+    )  # the random stream of exploration continues

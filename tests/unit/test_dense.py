@@ -1,4 +1,4 @@
-"""Fully connected networks as one piece: their derivative written out is autograd's."""
+"""Passes written out by hand against autograd, and which networks they cover."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from torch import nn
 
 from hvdqn.config import NetworkConfig
 from hvdqn.learner import flatten_parameters
-from hvdqn.networks import make_network
-from hvdqn.networks.dense import Dense
+from hvdqn.losses import TD_LOSSES, TDLoss
+from hvdqn.networks import QNetwork, make_network, make_passes
+from hvdqn.networks.dense import DensePasses
+from hvdqn.networks.heads import ScalarHead
 from hvdqn.networks.layers import Dueling
+from hvdqn.networks.passes import AutogradPasses
 
 DENSE = {
     "none": {"hidden": ()},
@@ -35,14 +38,22 @@ def network(shape=(6,), stack=1, is_image=False, loss="huber", **settings):
 
 
 def with_gradients(made):
+    """Give every parameter a gradient of NaN, which a backward pass must overwrite."""
     for parameter in made.parameters():
-        parameter.grad = torch.full_like(parameter, torch.nan)  # to be overwritten
+        parameter.grad = torch.full_like(parameter, torch.nan)
     return made
 
 
-def gradients_of(made, differentiate, observation, slope):
-    output, pull_back = differentiate(with_gradients(made), observation)
-    pull_back(slope)
+def dense_passes_of(*modules):
+    """Return the passes by hand of these modules in a row, or None if there are none."""
+    return DensePasses.of(QNetwork(nn.Sequential(*modules), ScalarHead(nn.Sequential(), "huber")))
+
+
+def run(passes, made, observation, slope):
+    """Return the output, and the gradients that a backward pass with this slope leaves."""
+    with passes.no_grad():
+        output, tape = passes.forward(observation)
+        passes.backward(tape, slope)
     return output, [parameter.grad.clone() for parameter in made.parameters()]
 
 
@@ -50,45 +61,56 @@ def gradients_of(made, differentiate, observation, slope):
 @pytest.mark.parametrize(
     ("shape", "stack"), [((6,), 1), ((6,), 3), ((2, 3), 1)], ids=["flat", "stack", "table"]
 )
-def test_the_derivative_by_hand_is_that_of_autograd(settings, shape, stack):
-    made = network(shape, stack, **settings)
-    assert made.dense is not None
+def test_gradients_by_hand_equal_those_of_autograd(settings, shape, stack):
+    made = with_gradients(network(shape, stack, **settings))
+    passes = make_passes(made)
+    assert isinstance(passes, DensePasses)
     observation = torch.randn(9, *((stack,) if stack > 1 else ()), *shape).double()
     slope = torch.randn(made(observation).shape).double()
-    with torch.inference_mode():
-        output, by_hand = gradients_of(made, type(made).by_hand, observation, slope)
-    expected, by_autograd = gradients_of(made, type(made).by_autograd, observation, slope)
-    torch.testing.assert_close(output, expected)  # products of another library: not bit for bit
+    output, by_hand = run(passes, made, observation, slope)
+    with_gradients(made)
+    expected, by_autograd = run(AutogradPasses(made), made, observation, slope)
+    # NumPy and torch multiply with different libraries, so that the last bits differ.
+    torch.testing.assert_close(output, expected)
     torch.testing.assert_close(by_hand, by_autograd)
 
 
 @pytest.mark.parametrize("settings", [*DENSE.values(), *NOT_DENSE.values()], ids=[*DENSE, *NOT_DENSE])
-def test_a_network_as_one_piece_is_its_modules(settings):
+def test_passes_compute_what_the_modules_compute(settings):
     made = network(**settings).eval()
+    passes = make_passes(made)
     observation = torch.randn(5, 6).double()
-    with torch.no_grad():
+    with passes.no_grad():
         torch.manual_seed(1)
         modules = made.head(made.torso(observation))
-        torch.manual_seed(1)
-        torch.testing.assert_close(made(observation), modules)
+        for output in (made, passes.output, lambda observation: passes.forward(observation)[0]):
+            torch.manual_seed(1)
+            torch.testing.assert_close(output(observation), modules)
         torch.manual_seed(1)
         actions = made.head.q_values(made.head.act(made.torso(observation)))
-        torch.manual_seed(1)
-        torch.testing.assert_close(made.q_values(observation), actions)
+        for q_values in (made.q_values, passes.q_values):
+            torch.manual_seed(1)
+            torch.testing.assert_close(q_values(observation), actions)
 
 
 @pytest.mark.parametrize("settings", NOT_DENSE.values(), ids=NOT_DENSE.keys())
-def test_anything_else_is_left_to_autograd(settings):
-    made = network(**settings)
-    assert made.dense is None
+def test_all_other_networks_use_autograd(settings):
+    made = with_gradients(network(**settings))
+    assert DensePasses.of(made) is None
+    passes = make_passes(made)
+    assert isinstance(passes, AutogradPasses)
     torch.manual_seed(1)
-    output, pull_back = made.by_autograd(torch.randn(5, 6).double())
-    with_gradients(made)
-    pull_back(torch.ones_like(output))
+    output, tape = passes.forward(torch.randn(5, 6).double())
+    passes.backward(tape, torch.ones_like(output))
     assert all(parameter.grad.isfinite().all() for parameter in made.parameters())
 
 
-def test_what_is_no_row_of_linear_layers():
+def test_autocast_uses_autograd():
+    """The passes by hand do not compute in bf16."""
+    assert isinstance(make_passes(network(hidden=(4,)), autocast=True), AutogradPasses)
+
+
+def test_networks_that_have_no_passes_by_hand():
     one, tied = nn.Linear(2, 2), nn.Linear(2, 2)
     tied.weight = one.weight
     for modules in [
@@ -113,8 +135,8 @@ def test_what_is_no_row_of_linear_layers():
         (one, nn.ReLU(), one),
         (one, nn.ReLU(), tied),
     ]:
-        assert Dense.of(*modules) is None
-    assert Dense.of(nn.Flatten(), nn.Sequential(one, nn.ReLU()), nn.Linear(2, 2)) is not None
+        assert dense_passes_of(*modules) is None
+    assert dense_passes_of(nn.Flatten(), nn.Sequential(one, nn.ReLU()), nn.Linear(2, 2)) is not None
 
 
 @pytest.mark.parametrize(
@@ -126,56 +148,77 @@ def test_what_is_no_row_of_linear_layers():
     ],
     ids=["spectral norm", "forward", "backward"],
 )
-def test_layers_with_hooks_are_left_to_autograd(hook):
+def test_layers_with_hooks_use_autograd(hook):
     layers = nn.Sequential(nn.Linear(3, 2), nn.ReLU())
-    assert Dense.of(layers) is not None
+    assert dense_passes_of(layers) is not None
     hook(layers[0])
-    assert Dense.of(layers) is None
+    assert dense_passes_of(layers) is None
     whole = nn.Sequential(nn.Linear(3, 2), nn.ReLU())
     whole.register_forward_hook(lambda module, inputs, output: None)
-    assert Dense.of(whole) is None
+    assert dense_passes_of(whole) is None
 
 
-def test_a_copy_looks_at_its_own_parameters():
+def test_passes_of_a_copy_use_its_own_parameters():
     made = network(hidden=(4,))
     target = made.target_copy()
-    mine = [tensor for layer in target.dense.trunk.layers for tensor in (layer.weight, layer.bias)]
-    assert all(copied is own for copied, own in zip(mine, target.parameters(), strict=True))
+    used = [
+        tensor
+        for layer in DensePasses.of(target).trunk.layers
+        for tensor in (torch.from_numpy(layer.weight), layer.bias)
+    ]
+    for tensor, its, other in zip(used, target.parameters(), made.parameters(), strict=True):
+        assert tensor.data_ptr() == its.data_ptr() != other.data_ptr()
 
 
-def test_weights_are_found_where_they_were_moved_to():
+def test_passes_use_the_parameters_where_they_are_now():
+    """Passes made anew after a move find the new memory, and see what is changed there in place."""
     made = network(hidden=(4,))
     observation = torch.randn(5, 6).double()
     with torch.inference_mode():
-        made.q_values(observation)
-    flatten_parameters(made, torch.device("cpu")).mul_(2)
+        before = make_passes(made).q_values(observation)
+    flat = flatten_parameters(made, torch.device("cpu"))
+    passes = make_passes(made)
+    flat.mul_(2)
     with torch.inference_mode():
-        found = made.q_values(observation)
+        found = passes.q_values(observation)
+    assert not torch.allclose(found, before)
     torch.testing.assert_close(found, made.head(made.torso(observation)))
+    torch.testing.assert_close(found, made.q_values(observation))
 
 
-def test_what_is_not_finite_comes_out_without_a_warning():
-    # Pytest has filters of its own, hence another process.
+def test_values_that_are_not_finite_cause_no_warning():
+    # In a process of its own, because pytest sets warning filters.
     code = """
 import torch
+from hvdqn.networks.dense import DensePasses
 from tests.unit.test_dense import network, with_gradients
 made = with_gradients(network(hidden=(4,)))
-with torch.inference_mode():
-    output, pull_back = made.by_hand(torch.full((5, 6), torch.inf).double())
-    pull_back(torch.full_like(output, torch.nan))
+passes = DensePasses.of(made)
+with passes.no_grad():
+    output, tape = passes.forward(torch.full((5, 6), torch.inf).double())
+    passes.backward(tape, torch.full_like(output, torch.nan))
 assert all(parameter.grad.isnan().any() for parameter in made.parameters())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize("loss", ["huber", "mse"])
-def test_the_slope_of_a_scalar_head_is_that_of_autograd(loss):
+LOG_COSH = TDLoss(value=lambda d: torch.log(torch.cosh(d)), derivative=torch.tanh)
+
+
+@pytest.mark.parametrize("loss", [*TD_LOSSES, "log-cosh"])
+def test_loss_and_gradient_of_a_scalar_head_equal_those_of_autograd(loss, monkeypatch):
+    """Also for a loss that is added later: the loss that is logged is its own value."""
+    monkeypatch.setitem(TD_LOSSES, "log-cosh", LOG_COSH)
     head = network(loss=loss).head
-    output, goal = 3 * torch.randn(20, 3).double(), torch.randn(20).double()
+    output, target = 3 * torch.randn(20, 3).double(), torch.randn(20).double()
     action, weight = torch.randint(3, (20,)), torch.rand(20).double()
-    found = head.slope(output, action, goal, weight)
-    expected = super(type(head), head).slope(output, action, goal, weight)
+    given = [tensor.clone() for tensor in (output, action, target, weight)]
+    found = head.loss_and_gradient(output, action, target, weight)
+    expected = super(type(head), head).loss_and_gradient(output, action, target, weight)
     assert (found[1] > 1).any()
     assert (found[1] < 1).any()
     torch.testing.assert_close(found, expected)
+    td_error = output[torch.arange(20), action] - target
+    assert found[0].item() == pytest.approx((weight * TD_LOSSES[loss].value(td_error)).mean().item())
+    torch.testing.assert_close([output, action, target, weight], given, rtol=0, atol=0)  # unchanged

@@ -1,4 +1,4 @@
-"""Exploration over ranks: the same schedule for all, a ladder over the environments of the job, softmax draws."""
+"""Exploration on several ranks: schedules, the epsilon ladder over all environments, softmax draws."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_the_ranks_share_one_ladder(size, envs):
 @pytest.mark.parametrize(
     ("size", "envs", "greediest"), [(1, 8, 2), (2, 4, 2), (4, 16, 16), (1, 2, 1), (2, 1, 1)]
 )
-def test_the_greediest_quarter_of_a_ladder_is_told_apart(size, envs, greediest):
+def test_the_greediest_quarter_of_a_ladder_is_marked(size, envs, greediest):
     config = ExplorationConfig(exploration="ladder")
     ranks = [Epsilons(config, envs, rank, size) for rank in range(size)]
     epsilon = np.concatenate([rank.at(0) for rank in ranks])
@@ -52,7 +52,7 @@ def test_the_greediest_quarter_of_a_ladder_is_told_apart(size, envs, greediest):
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("linear", 0.55), ("softmax", 0.55), ("noisy", 0.0)])
-def test_others_are_alike_in_all_environments(kind, expected):
+def test_other_schedules_are_the_same_in_all_environments(kind, expected):
     config = ExplorationConfig(
         exploration=kind, epsilon_start=1.0, epsilon_end=0.1, exploration_env_steps=1_000
     )
@@ -63,24 +63,24 @@ def test_others_are_alike_in_all_environments(kind, expected):
         assert not epsilons.greediest.any()
 
 
-def test_a_ladder_needs_two_rungs():
+def test_a_ladder_needs_two_environments():
     config = Config().replace(exploration="ladder", envs_per_rank=1)
     with pytest.raises(UserError, match=r"--exploration ladder .* raise --envs-per-rank"):
         check_world(config, ranks=1)
     check_world(config, ranks=2)
 
 
-def test_each_environment_explores_by_its_own_epsilon():
+def test_each_environment_explores_with_its_own_epsilon():
     epsilon = np.array([0.0, 0.1, 0.5, 1.0])
-    coins, rounds = RandomActions(4, 10**6, np.random.default_rng(0)), 10_000
-    explored = np.array([coins.replace(np.full(4, -1), epsilon) >= 0 for _ in range(rounds)])
+    random_actions, rounds = RandomActions(4, 10**6, np.random.default_rng(0)), 10_000
+    explored = np.array([random_actions.replace(np.full(4, -1), epsilon) >= 0 for _ in range(rounds)])
     deviation = np.sqrt(epsilon * (1 - epsilon) / rounds)
     assert (np.abs(explored.mean(axis=0) - epsilon) <= 4 * deviation).all()
 
 
 def test_random_actions_are_repeated():
-    """As a naive loop says, which takes the lengths where the class draws them; an ended episode ends a repeat."""
-    coins, rng = RandomActions(2, 5, np.random.default_rng(3), repeat=2.0), np.random.default_rng(3)
+    """Compare with a naive loop that draws from the same stream; the end of an episode ends a repeat."""
+    random_actions, rng = RandomActions(2, 5, np.random.default_rng(3), repeat=2.0), np.random.default_rng(3)
     action, left, repeated, interrupted = [0, 0], [0, 0], 0, 0
     for step in range(2_000):
         chance, drawn, lengths = rng.random(2), rng.integers(5, size=2), rng.zipf(2.0, 2)
@@ -91,21 +91,23 @@ def test_random_actions_are_repeated():
                 action[env], left[env] = drawn[env], lengths[env]
             expected.append(action[env] if left[env] else -1)
             left[env] = max(left[env] - 1, 0)
-        assert coins.replace(np.full(2, -1), 0.1).tolist() == expected
+        assert random_actions.replace(np.full(2, -1), 0.1).tolist() == expected
         if step % 10 == 9:
             interrupted += left[0] > 0
-            coins.interrupt(np.array([True, False]))
+            random_actions.interrupt(np.array([True, False]))
             left[0] = 0
     assert repeated > 100
     assert interrupted > 5
 
 
-def test_lengths_of_random_actions_follow_their_law():
+def test_lengths_of_random_actions_have_the_zipf_distribution():
     """With epsilon 1 every action is random: p(1) = 6 / pi^2, p(2) = a quarter of that (mu = 2)."""
-    coins, count = RandomActions(100_000, 2, np.random.default_rng(0), repeat=2.0), 100_000
-    coins.replace(np.zeros(count, np.int64), 1.0)
+    random_actions, count = RandomActions(100_000, 2, np.random.default_rng(0), repeat=2.0), 100_000
+    random_actions.replace(np.zeros(count, np.int64), 1.0)
     for length, share in ((1, 6 / np.pi**2), (2, 1.5 / np.pi**2), (3, 2 / 3 / np.pi**2)):
-        assert np.mean(coins.left == length - 1) == pytest.approx(share, abs=4 * np.sqrt(share / count))
+        assert np.mean(random_actions.left == length - 1) == pytest.approx(
+            share, abs=4 * np.sqrt(share / count)
+        )
 
 
 @pytest.mark.parametrize("exponent", ["1", "0.5", "-1"])
@@ -114,7 +116,7 @@ def test_lengths_need_an_exponent_above_one(exponent):
         parse(["--epsilon-repeat", exponent])
 
 
-def test_softmax_draws_in_proportion():
+def test_softmax_draws_actions_with_their_probabilities():
     """q / T = log 1, log 2, log 5: odds of 1 : 2 : 5."""
     q = np.tile(np.float32([0.0, 0.5 * np.log(2.0), 0.5 * np.log(5.0)]), (80_000, 1))
     actions = softmax_actions(q, 0.5, np.random.default_rng(0))
@@ -127,19 +129,20 @@ def test_a_cold_softmax_is_greedy_and_does_not_overflow():
 
 
 @pytest.mark.parametrize("kind", ["linear", "ladder", "noisy", "softmax"])
-def test_the_actor_explores_as_asked(kind):
+def test_the_actor_explores_as_the_setting_says(kind):
     flags = ["--exploration", kind, "--epsilon-start", "0", "--epsilon-end", "0", "--ladder-epsilon", "1"]
     flags += ["--temperature", "1000", "--noisy" if kind == "noisy" else "--no-noisy", "--noisy-sigma", "5"]
     parts = build_parts(parse([*flags, "--ladder-alpha", "0"]), LocalComm(), PhaseTimer())
-    parts.actor.start()
-    seen = np.array([parts.actor.choose(parts.epsilons.at(0)) for _ in range(40)])  # of one observation
-    parts.envs.close()
+    actor = parts.acting.actor
+    actor.start()
+    seen = np.array([actor.choose(parts.epsilons.at(0)) for _ in range(40)])  # for one observation
+    parts.acting.envs.close()
     varied = (seen != seen[0]).any()
     assert varied == (kind != "linear")
 
 
 @pytest.mark.parametrize("kind", ["linear", "ladder"])
-def test_returns_of_the_greediest_are_logged_apart(kind, tmp_path: Path):
+def test_returns_of_the_greediest_are_logged_separately(kind, tmp_path: Path):
     argv = [
         "--preset",
         "smoke",

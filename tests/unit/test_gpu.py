@@ -1,4 +1,4 @@
-"""What only a GPU can show. On the CPU test_graphs.py, test_learner.py and test_replay_device.py run the same code."""
+"""Tests that need a GPU. Without one test_graphs.py, test_sync_gradients.py and test_replay_device.py run this code."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from hvdqn.replay.device import DeviceMemory, PinnedMemory
 from hvdqn.seeds import load_torch_state, torch_state
 from hvdqn.train import main
 from tests.unit.test_graphs import LEARNERS, LR
-from tests.unit.test_learner import REPORT, make_batch, make_learner
+from tests.unit.test_learner import make_batch
 from tests.unit.test_replay_device import CLASSES, replays
+from tests.unit.test_sync_gradients import REPORT, Rank
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="NOT RUN: torch sees no GPU here")
 
@@ -33,60 +34,60 @@ RANDOM = {
 }
 
 
-def take(learner, seeds):
-    """Updates on made-up minibatches, some of them with importance weights and rewards that are not finite."""
+def train(rank, seeds):
+    """Take updates on random minibatches with importance weights; that of seed 3 has a reward that is not finite."""
     for seed in seeds:
         batch = make_batch(seed=seed)
         batch.weight[:] = np.linspace(0.5, 0.9, len(batch.weight))
         if seed == 3:
             batch.reward[3] = np.nan
-        learner.begin_update(batch, REPORT)
-        learner.finish_update()
+        rank.update(batch)
 
 
 @pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
 @pytest.mark.parametrize("settings", LEARNERS.values(), ids=LEARNERS)
-def test_updates_are_those_of_the_cpu(settings, graphs):
+def test_updates_equal_those_of_the_cpu(settings, graphs):
     """Parameters, moments, target, the mean loss and the norm of the last gradient, after 20 updates."""
     record = record_cuda_graph if graphs else None
-    host, device = make_learner(lr=LR, **settings), make_learner(lr=LR, **settings, device=GPU, record=record)
+    host, device = Rank(lr=LR, **settings), Rank(lr=LR, **settings, device=GPU, record=record)
     tolerance = {"rtol": 0.1, "atol": 5e-3} if "autocast" in settings else {"rtol": 1e-3, "atol": 1e-5}
-    for learner in (host, device):
-        take(learner, range(20))
-        assert learner.skipped_updates == 1
-    for name, tensor in host.state().items():
-        torch.testing.assert_close(device.state()[name].cpu(), tensor, **tolerance, msg=name)
+    for rank in (host, device):
+        train(rank, range(20))
+        assert rank.totals.skipped_updates == 1
+    for name, tensor in host.learner.state().items():
+        torch.testing.assert_close(device.learner.state()[name].cpu(), tensor, **tolerance, msg=name)
     relative = 0.1 if "autocast" in settings else 1e-3
-    assert device.drain()["loss"] == pytest.approx(host.drain()["loss"], rel=relative)
-    assert device.grad_norm == pytest.approx(host.grad_norm, rel=relative)
+    assert device.totals.pop()["loss"] == pytest.approx(host.totals.pop()["loss"], rel=relative)
+    assert device.learner.grad_norm == pytest.approx(host.learner.grad_norm, rel=relative)
 
 
 @pytest.mark.parametrize("network", RANDOM.values(), ids=RANDOM)
-def test_a_graph_draws_anew_each_time_and_goes_on_from_a_checkpoint(network):
-    whole = make_learner(network=network, device=GPU, record=record_cuda_graph)
-    take(whole, range(5))
-    kept = {name: tensor.clone() for name, tensor in whole.state().items()}, torch_state(GPU)
+def test_a_graph_draws_new_numbers_at_each_replay_and_resumes_from_a_checkpoint(network):
+    whole = Rank(network=network, device=GPU, record=record_cuda_graph)
+    train(whole, range(5))
+    state = {name: tensor.clone() for name, tensor in whole.learner.state().items()}
+    random_state = torch_state(GPU)
     batch, losses = make_batch(seed=5), set()
     for _ in range(3):
-        losses.add(float(whole.backward(batch)[0]))
+        losses.add(float(whole.learner.compute_gradient(batch)[0]))
     assert len(losses) == 3
-    resumed = make_learner(network=network, device=GPU, record=record_cuda_graph)
+    resumed = Rank(network=network, device=GPU, record=record_cuda_graph)
     ends = []
-    for learner in (whole, resumed):
-        learner.load_state(kept[0])
-        load_torch_state(kept[1], GPU)
-        take(learner, range(5, 10))
-        ends.append(learner.parameters.clone())
+    for rank in (whole, resumed):
+        rank.learner.load_state(state)
+        load_torch_state(random_state, GPU)
+        train(rank, range(5, 10))
+        ends.append(rank.learner.parameters.clone())
     assert torch.equal(*ends)
 
 
-def test_gpus_are_told_apart():
+def test_each_gpu_has_a_name_of_its_own():
     assert len(set(visible_gpus())) == torch.cuda.device_count()
     assert choose_device(Config(), LocalComm(), PhaseTimer()) == (torch.device("cuda", 0), 1)
 
 
-def test_a_replay_that_the_gpu_cannot_hold_is_refused():
-    """700 GB of Pong."""
+def test_a_replay_that_does_not_fit_on_the_gpu_is_an_error():
+    """It would take 700 GB for Pong."""
     flags = ["--preset", "atari", "--replay-capacity", "100_000_000", "--replay-device", "cuda"]
     with pytest.raises(UserError, match="lower --replay-capacity"):
         build_parts(parse(flags), LocalComm(), PhaseTimer())
@@ -96,7 +97,7 @@ MEMORIES = (HOST_MEMORY, PinnedMemory(), DeviceMemory(GPU))
 
 
 @pytest.mark.parametrize("replay_class", CLASSES)
-def test_minibatches_are_those_of_the_host(replay_class):
+def test_minibatches_equal_those_of_the_host(replay_class):
     made = replays(replay_class, MEMORIES)
     for _ in range(5):
         host, pinned, device = (replay.sample(16) for replay in made)
@@ -110,7 +111,7 @@ def test_minibatches_are_those_of_the_host(replay_class):
             replay.update_priorities(host.row_ids, np.linspace(0.1, 2.0, 16))
 
 
-def test_observations_go_from_the_gpu_to_the_host():
+def test_observations_can_be_loaded_from_the_gpu_to_the_host():
     host, pinned, device = replays(Replay, MEMORIES)
     rows = slice(0, 13)
     np.testing.assert_array_equal(device.observation[rows], host.observation[rows])
@@ -121,44 +122,49 @@ def test_observations_go_from_the_gpu_to_the_host():
 
 @pytest.mark.parametrize("place", ["cuda", "cpu"])
 @pytest.mark.parametrize("preset", ["minatar,rainbow", "atari"])
-def test_updates_do_not_depend_on_where_replay_lies(place, preset):
-    """To rounding: of which kernel is chosen there may be more than one."""
+def test_updates_do_not_depend_on_the_memory_of_replay(place, preset):
+    """Up to rounding, because the choice of kernels may differ."""
     flags = ["--preset", preset, "--device", "cuda", "--replay-capacity", "4000", "--learning-starts", "200"]
     learned = []
     for where in (place, "cuda"):
         parts = build_parts(parse([*flags, "--replay-device", where]), LocalComm(), PhaseTimer())
-        parts.replay.start(parts.actor.start())
+        actor, replay, learner = parts.acting.actor, parts.acting.replay, parts.learner
+        replay.start(actor.start())
         for _ in range(20):
-            actions = parts.actor.choose(1.0)
-            parts.replay.add(actions, parts.actor.step(actions))
+            actions = actor.choose(1.0)
+            replay.add(actions, actor.step(actions))
         for _ in range(3):
-            parts.learner.begin_update(parts.replay.sample(32), REPORT)
-            parts.replay.update_priorities(*parts.learner.finish_update())
-        parts.envs.close()
-        learned.append(parts.learner.parameters)
-        assert isinstance(parts.replay.memory, DeviceMemory if where == "cuda" else PinnedMemory)
+            batch = replay.sample(32)
+            statistics = learner.compute_gradient(batch)
+            parts.strategy.launch(REPORT, statistics, float(batch.weight.max()), progress=1.0)
+            assert parts.strategy.wait().updates == 1
+            replay.update_priorities(batch.row_ids, learner.td_errors.cpu().numpy())
+        parts.acting.envs.close()
+        learned.append(learner.parameters)
+        assert isinstance(replay.memory, DeviceMemory if where == "cuda" else PinnedMemory)
     torch.testing.assert_close(*learned, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("preset", ["smoke", "minatar"])
-def test_recorded_actors_choose_as_others_do_by_the_network_as_it_is_now(preset):
+def test_recorded_actors_choose_the_same_actions_by_the_current_parameters(preset):
     flags = ["--preset", preset, "--device", "cuda", "--envs-per-rank", "16"]
     eager, recorded = (
         build_parts(parse([*flags, graphs]), LocalComm(), PhaseTimer())
         for graphs in ("--no-cuda-graphs", "--cuda-graphs")
     )
-    np.testing.assert_array_equal(eager.actor.start(), recorded.actor.start())
+    actors = eager.acting.actor, recorded.acting.actor
+    np.testing.assert_array_equal(*(actor.start() for actor in actors))
     seen = set()
     for _ in range(20):
-        actions = [parts.actor.choose(0.1) for parts in (eager, recorded)]
+        actions = [actor.choose(0.1) for actor in actors]
         np.testing.assert_array_equal(*actions)
         seen |= set(actions[0].tolist())
-        for parts, chosen in zip((eager, recorded), actions, strict=True):
-            parts.actor.step(chosen)
+        for actor, chosen in zip(actors, actions, strict=True):
+            actor.step(chosen)
         eager.learner.parameters.add_(0.1 * torch.randn_like(eager.learner.parameters))
         recorded.learner.parameters.copy_(eager.learner.parameters)
     for parts in (eager, recorded):
-        parts.envs.close()
+        parts.acting.envs.close()
     assert len(seen) > 1
 
 
@@ -174,14 +180,12 @@ def test_recorded_actors_choose_as_others_do_by_the_network_as_it_is_now(preset)
     ],
 )
 def test_runs_resume_bit_for_bit(flags, tmp_path):
-    """From the first of three checkpoints. Atari's episodes begin anew: there it is enough that the run goes on."""
+    """From the first of three checkpoints. Atari's episodes start anew, so that only the count of updates is equal."""
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    words = [*flags.split(), "--device", "cuda", "--total-env-steps", "1500", "--checkpoint-every", "500"]
+    argv = [*flags.split(), "--device", "cuda", "--total-env-steps", "1500", "--checkpoint-every", "500"]
 
     def run(run_dir):
-        assert (
-            main([*words, "--checkpoint-keep", "9", "--eval-episodes", "1", "--run-dir", str(run_dir)]) == 0
-        )
+        assert main([*argv, "--checkpoint-keep", "9", "--eval-episodes", "1", "--run-dir", str(run_dir)]) == 0
         return json.loads((run_dir / "summary.json").read_text())
 
     expected = run(whole)

@@ -1,4 +1,4 @@
-"""Heads answer the same questions; their layers duel, and are noisy, as the papers say."""
+"""Heads, and the dueling and noisy layers in them, against the equations of their papers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def network(head="scalar", inputs=6, actions=3, hidden=(16, 8), **settings):
 @pytest.mark.parametrize("actions", [1, 3])
 @pytest.mark.parametrize("dueling", [False, True])
 @pytest.mark.parametrize("head", HEADS)
-def test_all_heads_answer_the_same_questions(head, dueling, actions):
+def test_every_head_has_outputs_targets_losses_and_gradients(head, dueling, actions):
     made = network(head, actions=actions, dueling=dueling)
     observation = torch.randn(5, 6)
     output = made(observation)
@@ -35,8 +35,8 @@ def test_all_heads_answer_the_same_questions(head, dueling, actions):
     assert made.head.q_values(output).shape == (5, actions)
     assert made.q_values(observation).shape == (5, actions)
     next_output = made.target_copy()(observation)[:, 0]
-    goal = made.head.goal(next_output, torch.ones(5), torch.full((5,), 0.9))
-    losses, priorities = made.head.loss(output[:, 0], goal)
+    target = made.head.target(next_output, torch.ones(5), torch.full((5,), 0.9))
+    losses, priorities = made.head.loss(output[:, 0], target)
     assert losses.shape == priorities.shape == (5,)
     assert (priorities >= 0).all()
     assert not priorities.requires_grad
@@ -45,12 +45,12 @@ def test_all_heads_answer_the_same_questions(head, dueling, actions):
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_a_termination_leaves_the_reward_alone(head):
-    """Whatever comes after it. For c51 it must lie within the support."""
+def test_the_target_after_a_termination_is_the_reward(head):
+    """The next state's value does not enter. For c51 the reward must lie within the support."""
     made = network(head)
     reward = torch.tensor([0.0, 2.0])
-    goal = made.head.goal(made(torch.randn(2, 6))[:, 0], reward, torch.zeros(2))
-    mean = goal @ made.head.support if head == "c51" else goal.view(2, -1).mean(dim=1)
+    target = made.head.target(made(torch.randn(2, 6))[:, 0], reward, torch.zeros(2))
+    mean = target @ made.head.support if head == "c51" else target.view(2, -1).mean(dim=1)
     torch.testing.assert_close(mean, reward)
 
 
@@ -62,12 +62,12 @@ def test_q_values_of_a_distribution_are_its_mean():
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_the_best_entry_is_that_of_the_largest_q_value(head):
+def test_greedy_returns_the_entry_of_the_largest_q_value(head):
     made = network(head).head
     output = made(torch.randn(5, 16))
-    best = made.best(output)
+    greedy = made.greedy(output)
     for row, q in enumerate(made.q_values(output)):
-        assert torch.equal(best[row], output[row, int(q.argmax())])
+        assert torch.equal(greedy[row], output[row, int(q.argmax())])
 
 
 def test_fractions_are_the_midpoints_of_equal_parts():
@@ -98,16 +98,16 @@ def test_iqn_draws_fractions_uniformly_and_anew_for_each_sample():
     assert not torch.equal(made(torch.zeros(3, 6))[..., 1], made(torch.zeros(3, 6))[..., 1])
 
 
-def test_iqn_counts_fractions_for_each_use():
+def test_iqn_has_its_own_number_of_fractions_for_each_use():
     made = network("iqn", iqn_samples=4, iqn_target_samples=6, iqn_policy_samples=9)
     observation = torch.randn(5, 6)
     assert made(observation).shape[2] == 4
     assert made.target_copy()(observation).shape[2] == 6
-    assert made(observation).shape[2] == 4, "the online network is as it was"
+    assert made(observation).shape[2] == 4, "a target copy changed the online network"
     assert made.head.act(made.torso(observation)).shape == (5, 3, 9, 2)
 
 
-def test_iqn_acts_alike_every_time():
+def test_iqn_acts_on_the_same_q_values_every_time():
     made = network("iqn")
     observation = torch.randn(5, 6)
     assert torch.equal(made.q_values(observation), made.q_values(observation))
@@ -133,7 +133,7 @@ def test_iqn_embedding_by_loop():
             assert (output[row, :, k, 1] == fraction[row, k]).all()
 
 
-def test_the_mean_over_even_fractions_is_that_of_many_draws():
+def test_the_mean_over_even_fractions_equals_the_mean_over_many_draws():
     made = network("iqn", iqn_samples=20_000)
     observation = torch.randn(2, 6)
     drawn = made.head.q_values(made(observation))
@@ -144,8 +144,8 @@ def test_the_mean_over_even_fractions_is_that_of_many_draws():
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_advantages_are_relative(head):
-    """What all advantages have in common does not count, and the value counts for each action alike."""
+def test_only_differences_of_advantages_count(head):
+    """A constant added to all advantages changes nothing; one added to the value is added to every action."""
     made = network(head, dueling=True)
     observation = torch.randn(5, 6)
 
@@ -178,7 +178,7 @@ def test_dueling_by_hand():
         assert made.head(features)[row].tolist() == pytest.approx(expected, abs=1e-6)
 
 
-def test_streams_have_a_hidden_layer_of_their_own():
+def test_each_stream_has_its_own_hidden_layer():
     """6-16 shared, then 16-8-1 and 16-8-3."""
     made = network(dueling=True)
     assert sum(p.numel() for p in made.torso.parameters()) == 6 * 16 + 16
@@ -188,7 +188,7 @@ def test_streams_have_a_hidden_layer_of_their_own():
 # Noise
 
 
-def test_noise_is_drawn_anew_while_training_and_absent_in_evaluation():
+def test_noise_is_drawn_at_each_pass_in_training_and_is_absent_in_evaluation():
     made = network(noisy=True)
     observation = torch.randn(5, 6)
     assert not torch.equal(made(observation), made(observation))
@@ -214,7 +214,7 @@ def test_noisy_layer_by_its_equations():
         torch.testing.assert_close(output[:, i], expected)
 
 
-def test_noisy_layer_begins_as_in_the_paper():
+def test_noisy_layer_is_initialized_as_in_the_paper():
     layer = NoisyLinear(100, 50, 0.4)
     assert layer.weight_sigma.unique().item() == pytest.approx(0.04)
     assert layer.bias_sigma.unique().item() == pytest.approx(0.04)
@@ -222,7 +222,7 @@ def test_noisy_layer_begins_as_in_the_paper():
     assert layer.bias.abs().max() <= 0.1
 
 
-def test_noise_is_on_the_heads_layers():
+def test_only_the_layers_of_the_head_are_noisy():
     made = network(noisy=True, dueling=True)
     names = [name for name, module in made.named_modules() if isinstance(module, NoisyLinear)]
     assert len(names) == 4
@@ -233,7 +233,7 @@ def test_noise_is_on_the_heads_layers():
     )
 
 
-def test_layer_norm_stands_before_every_relu():
+def test_layer_norm_comes_before_every_relu():
     made = network(layer_norm=True, dueling=True)
     kinds = [type(module).__name__ for module in made.modules()]
     assert kinds.count("LayerNorm") == kinds.count("ReLU") == 3
@@ -252,7 +252,7 @@ def test_a_target_is_a_copy_without_gradients(head):
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_bf16_forward_passes_give_outputs_in_the_parameters_type(head):
+def test_bf16_forward_passes_return_the_dtype_of_the_parameters(head):
     made = network(head, noisy=True, dueling=True)
     observation = torch.randn(5, 6)
     with torch.autocast("cpu", dtype=torch.bfloat16):

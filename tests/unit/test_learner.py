@@ -1,4 +1,4 @@
-"""The update in two halves, on one process."""
+"""The learner on one rank: the gradient, the targets, the optimizer step and the target network."""
 
 from __future__ import annotations
 
@@ -10,19 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from hvdqn.clock import Clock
-from hvdqn.comm import connect
-from hvdqn.comm.local import LocalComm
-from hvdqn.config import LearningConfig, NetworkConfig, ParallelConfig
-from hvdqn.errors import NonFiniteError
-from hvdqn.learner import LEARNED, REPORTED, Learner, learning_rate
+from hvdqn.config import Config, LearningConfig, NetworkConfig
+from hvdqn.learner import Learner, learning_rate
 from hvdqn.losses import select
-from hvdqn.metrics import PhaseTimer
 from hvdqn.networks import make_network
+from hvdqn.networks.dense import DensePasses
+from hvdqn.networks.passes import AutogradPasses
+from hvdqn.parts import batch_factor
 from hvdqn.replay import Batch
-from hvdqn.sync import make_sync
-
-REPORT = (0.0, 2.0, 30.0, 12.0, 1.0, 20.0)
 
 
 def make_batch(size=16, inputs=4, actions=3, seed=0, dtype=np.float32):
@@ -39,82 +34,61 @@ def make_batch(size=16, inputs=4, actions=3, seed=0, dtype=np.float32):
 
 
 def make_learner(
-    dtype=torch.float32, comm=None, network=None, autocast=False, record=None, device="cpu", **settings
+    dtype=torch.float32, network=None, autocast=False, device="cpu", batch_factor=1.0, **settings
 ):
     torch.manual_seed(3)
-    parts = network or NetworkConfig(hidden=(32,))
+    network_config = network or NetworkConfig(hidden=(32,))
     loss = settings.get("loss", "huber")
-    made = make_network(parts, loss, (4,), 1, is_image=False, actions=3).to(dtype)
+    made = make_network(network_config, loss, (4,), 1, is_image=False, actions=3).to(dtype)
     config = LearningConfig(**{"lr": 1e-3, "lr_scaling": "none", **settings})
-    comm = comm or connect("local")
-    return Learner(
-        made,
-        config,
-        comm,
-        make_sync(ParallelConfig(), comm, Clock(1, 1, 1.0, 0)),
-        16,
-        PhaseTimer(),
-        torch.device(device),
-        autocast,
-        record,
-    )
-
-
-class Together(LocalComm):
-    """Ranks in one process: an exchange is done when the last of them has joined it."""
-
-    def __init__(self, rank, peers):
-        super().__init__()
-        self.rank, self.size, self.peers, self.sent = rank, len(peers), peers, None
-        peers[rank] = self
-
-    def allreduce_sum_async(self, tensor, name):
-        self.sent = tensor
-        if all(peer.sent is not None for peer in self.peers):
-            total = torch.stack([peer.sent for peer in self.peers]).sum(dim=0)
-            for peer in self.peers:
-                peer.sent.copy_(total)
-                peer.sent = None
-        return super().allreduce_sum_async(tensor, name)
-
-
-def make_ranks(size, **settings):
-    peers = [None] * size
-    return [make_learner(comm=Together(rank, peers), **settings) for rank in range(size)]
+    return Learner(made, config, torch.device(device), batch_factor, autocast)
 
 
 def weighted(batch, weight):
+    """Return the minibatch with this importance weight for every transition."""
     return dataclasses.replace(batch, weight=np.full(len(batch.reward), weight, np.float32))
 
 
 def update(learner, batch):
-    learner.begin_update(batch, REPORT)
-    learner.finish_update()
+    """Take a step; return the statistics of the minibatch."""
+    statistics = learner.compute_gradient(batch)
+    assert learner.apply_gradient(progress=1.0, largest_weight=float(batch.weight.max()))
+    return statistics
 
 
 def test_parameters_and_gradients_are_views_of_flat_tensors():
     learner = make_learner()
+    message = learner.allocate_gradient(trailing=5)
     learner.parameters.fill_(0.5)
     assert all((p == 0.5).all() for p in learner.online.parameters())
-    learner.backward(make_batch())
+    learner.compute_gradient(make_batch())
     flat = torch.cat([p.grad.reshape(-1) for p in learner.online.parameters()])
     assert torch.equal(flat, learner.gradient)
-    assert learner.gradient.data_ptr() == learner.message.data_ptr()
+    assert learner.gradient.data_ptr() == message.data_ptr()
+    assert len(message) == len(learner.gradient) + 5
+    assert (message[-5:] == 0).all()
+
+
+def test_the_gradient_is_scaled_where_ranks_sum_it():
+    plain, scaled = make_learner(torch.float64), make_learner(torch.float64)
+    scaled.allocate_gradient(scale=0.25)
+    statistics = plain.compute_gradient(make_batch()), scaled.compute_gradient(make_batch())
+    torch.testing.assert_close(scaled.gradient, plain.gradient / 4)
+    assert torch.equal(statistics[0][:3], statistics[1][:3])
 
 
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("optimizer", ["adam", "rmsprop", "sgd"])
 def test_updates_equal_plain_pytorch(double, optimizer):
-    """The flat, in-place learner against textbook code on an ordinary network."""
+    """The flat, in-place learner against textbook code on a separate copy of the network."""
     learner = make_learner(double=double, optimizer=optimizer, max_grad_norm=0.5, loss="mse")
-    learner.online.head.loss_of = lambda d: 0.5 * d * d
     plain, target = copy.deepcopy(learner.online), copy.deepcopy(learner.target)
-    kinds = {
+    optimizers = {
         "adam": lambda p: torch.optim.Adam(p, lr=1e-3, eps=1e-8),
         "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-3, alpha=0.95, eps=1e-8, centered=True),
         "sgd": lambda p: torch.optim.SGD(p, lr=1e-3),
     }
-    reference = kinds[optimizer](plain.parameters())
+    reference = optimizers[optimizer](plain.parameters())
     for seed in range(20):
         batch = make_batch(seed=seed)
         update(learner, batch)
@@ -135,79 +109,53 @@ def test_updates_equal_plain_pytorch(double, optimizer):
 
 def test_learning_lowers_the_loss_on_one_batch():
     learner, batch = make_learner(lr=1e-2), make_batch()
-    update(learner, batch)
-    first = learner.drain()["loss"]
+    first = float(update(learner, batch)[0])
     for _ in range(100):
         update(learner, batch)
-    learner.drain()
-    update(learner, batch)
-    assert learner.drain()["loss"] < first / 10
+    assert float(update(learner, batch)[0]) < first / 10
 
 
+@pytest.mark.parametrize("reward", [np.nan, np.inf])
 @pytest.mark.parametrize("head", ["scalar", "c51", "qr", "iqn"])
-def test_an_infinite_reward_is_skipped_whatever_the_head(head):
-    """C51's projection would clip it to the last atom."""
+def test_the_fourth_statistic_shows_a_reward_that_is_not_finite(head, reward):
     learner = make_learner(network=NetworkConfig(hidden=(32,), **{**SMALL_HEADS, "head": head}))
-    before, batch = learner.parameters.clone(), make_batch()
-    batch.reward[3] = np.inf
-    update(learner, batch)
-    assert learner.skipped_updates == 1
-    assert torch.equal(learner.parameters, before)
+    batch = make_batch()
+    assert learner.compute_gradient(batch)[3].isfinite()
+    batch.reward[3] = reward
+    assert not learner.compute_gradient(batch)[3].isfinite()
 
 
-def test_a_non_finite_gradient_skips_the_update_and_leaves_everything_as_it_was():
-    learner = make_learner(max_skipped_updates=3)
+def test_a_gradient_that_is_not_finite_is_not_applied():
+    learner = make_learner(target_tau=0.25)
     update(learner, make_batch())
-    before, learned = learner.sha256(), learner.drain()["loss"]
-    assert math.isfinite(learned)
-    spoilt = make_batch()
-    spoilt.reward[3] = np.nan
-    update(learner, spoilt)
-    assert learner.sha256() == before
-    assert learner.skipped_updates == 1
-    assert math.isnan(learner.drain()["loss"])  # no update, no mean
-    update(learner, make_batch())
-    assert learner.sha256() != before
-    assert learner.skipped_in_a_row == 0
-    for _ in range(2):
-        update(learner, spoilt)
-    with pytest.raises(NonFiniteError, match=r"3 updates in a row .* rank 0"):
-        update(learner, spoilt)
+    before = {name: tensor.clone() for name, tensor in learner.state().items()}
+    norm = learner.grad_norm
+    learner.compute_gradient(make_batch())
+    learner.gradient[7] = torch.nan
+    assert not learner.apply_gradient(progress=1.0)
+    for name, tensor in learner.state().items():
+        assert torch.equal(tensor, before[name]), name
+    assert learner.grad_norm == norm
 
 
-def test_trailer_sums_reports_and_averages_learning():
-    learner = make_learner()
-    for _ in range(2):
-        update(learner, make_batch())
-    learner.exchange(REPORT)
-    values = learner.drain()
-    assert [values[name] for name in REPORTED] == pytest.approx([0.0, 6.0, 90.0, 36.0, 3.0, 60.0])
-    assert all(math.isfinite(values[name]) for name in LEARNED)
-
-
-def test_a_vote_to_stop_is_heard_in_the_update_that_carries_it():
-    learner = make_learner()
-    learner.begin_update(make_batch(), (1.0, *REPORT[1:]))
-    assert not learner.stop_voted
-    learner.finish_update()
-    assert learner.stop_voted
-
-
-def test_hard_sync_copies_and_tau_follows():
+def test_the_target_is_copied_or_follows_the_online_network():
     hard = make_learner()
-    began = hard.target_parameters.clone()
+    before = hard.target_parameters.clone()
     update(hard, make_batch())
-    assert torch.equal(hard.target_parameters, began)
-    assert hard.sync_target() == []
+    assert torch.equal(hard.target_parameters, before)
+    hard.update_target()
     assert torch.equal(hard.target_parameters, hard.parameters)
+    hard.update_target(before)
+    assert torch.equal(hard.target_parameters, before)
 
     soft = make_learner(target_tau=0.25)
-    began = soft.target_parameters.clone()
+    before = soft.target_parameters.clone()
     update(soft, make_batch())
-    torch.testing.assert_close(soft.target_parameters, 0.75 * began + 0.25 * soft.parameters)
+    torch.testing.assert_close(soft.target_parameters, 0.75 * before + 0.25 * soft.parameters)
 
-    # Twice the batch, half the updates: one of them does what two would have done, 1 - 0.75^2.
-    assert make_learner(target_tau=0.25, lr_reference_batch=8).target_tau == pytest.approx(0.4375)
+    # With twice the batch there are half the updates, and one moves the target as far as two would: 1 - 0.75^2.
+    factor = batch_factor(Config().replace(batch_per_rank=16, lr_reference_batch=8), size=1)
+    assert make_learner(target_tau=0.25, batch_factor=factor).target_tau == pytest.approx(0.4375)
 
 
 def test_state_round_trip_continues_bit_for_bit():
@@ -221,24 +169,6 @@ def test_state_round_trip_continues_bit_for_bit():
     assert first.sha256() == second.sha256()
 
 
-def test_importance_weights_are_divided_by_the_largest_of_all_ranks():
-    """Two ranks, one with weights of 4 and one with weights of 1: the second counts for a quarter of the first."""
-    ranks = make_ranks(2, dtype=torch.float64, max_grad_norm=0.0)
-    batches = [make_batch(seed=0), make_batch(seed=1)]
-    alone = make_learner(torch.float64)
-    gradients, losses = [], []
-    for batch in batches:
-        losses.append(alone.backward(batch)[0])
-        gradients.append(alone.gradient.clone())
-    for learner, batch, weight in zip(ranks, batches, (4.0, 1.0), strict=True):
-        learner.begin_update(weighted(batch, weight), REPORT)
-    for learner in ranks:
-        learner.finish_update()
-        torch.testing.assert_close(learner.gradient, (gradients[0] + gradients[1] / 4) / 2)
-        assert learner.drain()["loss"] == pytest.approx(float(losses[0] + losses[1] / 4) / 2)
-    assert ranks[0].sha256() == ranks[1].sha256()
-
-
 def test_the_norm_is_clipped_after_weights_are_normalised():
     plain, heavy = (make_learner(torch.float64, max_grad_norm=0.1) for _ in range(2))
     update(plain, make_batch())
@@ -249,32 +179,21 @@ def test_the_norm_is_clipped_after_weights_are_normalised():
     assert float(plain.gradient.norm()) == pytest.approx(0.1)
 
 
-def test_a_rank_without_a_minibatch_leaves_weights_and_average_to_the_others():
-    ranks = make_ranks(3, dtype=torch.float64, max_grad_norm=0.0)
-    alone = make_learner(torch.float64)
-    alone.backward(make_batch())
-    for learner, batch in zip(ranks, (make_batch(), None, make_batch()), strict=True):
-        learner.begin_update(weighted(batch, 7.0) if batch else None, REPORT)
-    told = [learner.finish_update() for learner in ranks]
-    for learner in ranks:
-        torch.testing.assert_close(learner.gradient, alone.gradient)
-    assert [len(rows) for rows, _ in told] == [16, 0, 16]
-    assert [len(td_errors) for _, td_errors in told] == [16, 0, 16]
-
-
-def test_an_update_says_how_wrong_each_sample_was():
-    learner = make_learner(torch.float64, double=False)
-    batch = make_batch()
-    q = learner.online.q_values(torch.from_numpy(batch.observation)).detach().numpy()
-    next_q = learner.target.q_values(torch.from_numpy(batch.next_observation)).numpy()
+def test_td_errors_and_statistics_by_hand():
+    """Q-values of the separate networks, put together in NumPy."""
+    learner = make_learner(torch.float64, double=False, loss="mse")
+    batch = weighted(make_batch(), 3.0)
+    q = learner.online.q_values(torch.from_numpy(batch.observation).double()).detach().numpy()
+    next_q = learner.target.q_values(torch.from_numpy(batch.next_observation).double()).numpy()
     expected = np.abs(batch.reward + batch.discount * next_q.max(axis=1) - q[np.arange(16), batch.action])
-    learner.begin_update(batch, REPORT)
-    rows, td_errors = learner.finish_update()
-    assert (rows == batch.row_ids).all()
-    np.testing.assert_allclose(td_errors, expected, rtol=1e-6)
+    loss, td_error, q_mean, _ = learner.compute_gradient(batch).tolist()
+    np.testing.assert_allclose(learner.td_errors.numpy(), expected, rtol=1e-6)
+    assert td_error == pytest.approx(expected.mean())
+    assert q_mean == pytest.approx(q.mean())
+    assert loss == pytest.approx(3 * (expected**2).mean() / 2)
 
 
-def test_munchausen_goal_by_loop():
+def test_munchausen_target_by_loop():
     """r + alpha [tau log pi(a|s)]_clip + discount sum_a' pi(a'|s') (q(s', a') - tau log pi(a'|s'))."""
     learner = make_learner(
         torch.float64, munchausen=True, double=False, munchausen_temperature=0.2, munchausen_clip=-0.3
@@ -283,16 +202,16 @@ def test_munchausen_goal_by_loop():
     q = learner.target.q_values(torch.from_numpy(batch.observation)).numpy()
     next_q = learner.target.q_values(torch.from_numpy(batch.next_observation)).numpy()
     online = learner.online.q_values(torch.from_numpy(batch.observation)).detach().numpy()
-    learner.begin_update(batch, REPORT)
-    _, td_errors = learner.finish_update()
+    learner.compute_gradient(batch)
+    td_errors = learner.td_errors.numpy()
     clipped = 0
     for row in range(16):
         pi, next_pi = (np.exp(x[row] / 0.2) / np.exp(x[row] / 0.2).sum() for x in (q, next_q))
         log_pi = 0.2 * math.log(pi[batch.action[row]])
         clipped += log_pi < -0.3
-        goal = batch.reward[row] + 0.9 * max(log_pi, -0.3)
-        goal += batch.discount[row] * (next_pi * (next_q[row] - 0.2 * np.log(next_pi))).sum()
-        assert td_errors[row] == pytest.approx(abs(goal - online[row, batch.action[row]]), rel=1e-5)
+        expected = batch.reward[row] + 0.9 * max(log_pi, -0.3)
+        expected += batch.discount[row] * (next_pi * (next_q[row] - 0.2 * np.log(next_pi))).sum()
+        assert td_errors[row] == pytest.approx(abs(expected - online[row, batch.action[row]]), rel=1e-5)
     assert 0 < clipped < 16
 
 
@@ -307,7 +226,7 @@ SMALL_HEADS = {
 
 
 @pytest.mark.parametrize("head", ["scalar", "c51", "qr", "iqn"])
-def test_double_lets_the_online_network_choose_and_the_target_value(head):
+def test_double_chooses_by_the_online_network_and_evaluates_by_the_target(head):
     learner = make_learner(network=NetworkConfig(hidden=(32,), head=head, **SMALL_HEADS), double=True)
     plain = make_learner(network=NetworkConfig(hidden=(32,), head=head, **SMALL_HEADS), double=False)
     assert torch.equal(plain.target_parameters, learner.target_parameters)
@@ -318,21 +237,23 @@ def test_double_lets_the_online_network_choose_and_the_target_value(head):
         for name in ("observation", "action", "reward", "next_observation", "discount")
     ]
     target, reward, next_observation, discount = learner.target, *tensors[2:]
-    torch.manual_seed(1)  # of the fractions that IQN draws
+    torch.manual_seed(1)  # IQN draws fractions
     next_output = target(next_observation)
     chosen = learner.online.q_values(next_observation).argmax(dim=1)
     best = target.head.q_values(next_output).argmax(dim=1)
     assert 0 < (chosen != best).sum() < 64
     for one, action in ((learner, chosen), (plain, best)):
+        # The same kernels as above, so that the targets are equal bit for bit.
+        one.passes, one.target_passes = AutogradPasses(one.online), AutogradPasses(one.target)
         torch.manual_seed(1)
-        goal = one._goal(*tensors)
-        assert torch.equal(goal, target.head.goal(select(next_output, action), reward, discount))
+        found = one.td_target(*tensors)
+        assert torch.equal(found, target.head.target(select(next_output, action), reward, discount))
 
 
 @pytest.mark.parametrize("munchausen", [False, True])
 @pytest.mark.parametrize("dueling", [False, True])
-def test_bf16_is_for_forward_passes_alone(munchausen, dueling):
-    """Goals and losses in bf16 would be off by 1%, and autocast takes every matrix product in it."""
+def test_only_forward_passes_compute_in_bf16(munchausen, dueling):
+    """Targets and losses in bf16 would be off by 1%, and autocast would compute every matrix product in it."""
     network = NetworkConfig(hidden=(32,), dueling=dueling)
     learner = make_learner(network=network, double=not munchausen, munchausen=munchausen, autocast=True)
     casting = {}
@@ -347,71 +268,99 @@ def test_bf16_is_for_forward_passes_alone(munchausen, dueling):
         setattr(owner, name, watched)
 
     for network in (learner.online, learner.target):
-        watch(network, "forward")
-        for name in ("goal", "slope"):
+        for name in ("forward", "q_values"):
+            watch(network, name)
+        for name in ("target", "loss_and_gradient"):
             watch(network.head, name)
-    loss, _, _ = learner.backward(make_batch())
-    assert casting == {"forward": {True}, "goal": {False}, "slope": {False}}
-    assert loss.dtype == learner.gradient.dtype == torch.float32
+    statistics = learner.compute_gradient(make_batch())
+    assert casting == {
+        "forward": {True},
+        "q_values": {True},
+        "target": {False},
+        "loss_and_gradient": {False},
+    }
+    assert statistics.dtype == learner.gradient.dtype == torch.float32
 
 
-def test_epsilon_of_the_optimizer_follows_the_global_batch():
-    """0.01 / 16 on one rank with a batch of 16 is 0.01 / 64 on four."""
+def test_batch_factor_by_hand():
+    """The global batch over the reference batch; a server takes a step for each minibatch of one worker."""
+    config = Config().replace(batch_per_rank=32)
+    assert batch_factor(config, size=4) == 4.0
+    assert batch_factor(config.replace(lr_reference_batch=16), size=4) == 8.0
+    assert batch_factor(config.replace(lr_reference_batch=64), size=1) == 0.5
+    assert batch_factor(config.replace(sync="parameters"), size=4) == 4.0
+    assert batch_factor(config.replace(sync="server"), size=4) == 1.0
+
+
+def test_epsilon_of_the_optimizer_depends_on_the_global_batch():
+    """0.01 / 16 on one rank with a batch of 16 becomes 0.01 / 64 on four."""
     settings = {"optimizer_eps": 0.01 / 16, "lr_reference_batch": 16}
-    fixed, follows = (
-        make_ranks(4, **settings, optimizer_eps_scaling=scaling)[0] for scaling in ("none", "inverse")
+    factor = batch_factor(Config().replace(batch_per_rank=16, **settings), size=4)
+    fixed, scaled = (
+        make_learner(batch_factor=factor, **settings, optimizer_eps_scaling=scaling)
+        for scaling in ("none", "inverse")
     )
     assert fixed.optimizer.eps == pytest.approx(0.01 / 16)
-    assert follows.optimizer.eps == pytest.approx(0.01 / 64)
+    assert scaled.optimizer.eps == pytest.approx(0.01 / 64)
 
 
 @pytest.mark.parametrize(
-    ("scaling", "global_batch", "done", "expected"),
+    ("scaling", "ranks", "progress", "expected"),
     [
-        ("none", 256, 1.0, 1.0),
-        ("sqrt", 128, 1.0, 2.0),
-        ("sqrt", 3200, 1.0, 3.0),  # capped
-        ("linear", 128, 1.0, 4.0),
-        ("linear", 128, 0.05, 2.5),  # half-way through the warm-up
-        ("sqrt", 32, 0.0, 1.0),  # one rank: nothing to scale, nothing to warm up
+        ("none", 8, 1.0, 1.0),
+        ("sqrt", 4, 1.0, 2.0),
+        ("sqrt", 100, 1.0, 3.0),  # capped
+        ("linear", 4, 1.0, 4.0),
+        ("linear", 4, 0.05, 2.5),  # half-way through the warm-up
+        ("sqrt", 1, 0.0, 1.0),  # one rank: nothing to scale, nothing to warm up
     ],
 )
-def test_learning_rate_by_hand(scaling, global_batch, done, expected):
-    config = LearningConfig(lr=1.0, lr_scaling=scaling, lr_warmup=0.1)
-    assert learning_rate(config, global_batch, 32, done) == pytest.approx(expected)
+def test_learning_rate_by_hand(scaling, ranks, progress, expected):
+    config = Config().replace(lr=1.0, lr_scaling=scaling, lr_warmup=0.1, batch_per_rank=32)
+    factor = batch_factor(config, ranks)
+    assert learning_rate(config.learning, factor, progress) == pytest.approx(expected)
 
 
 def test_learning_rate_falls_to_its_final_share():
     config = LearningConfig(lr=1.0, lr_final=0.1)
-    assert [learning_rate(config, 32, 32, done) for done in (0.0, 0.5, 1.0)] == pytest.approx(
-        [1.0, 0.55, 0.1]
-    )
+    rates = [learning_rate(config, 1.0, progress) for progress in (0.0, 0.5, 1.0, 1.5)]
+    assert rates == pytest.approx([1.0, 0.55, 0.1, 0.1])
+
+
+def test_a_step_uses_the_learning_rate_at_this_progress():
+    learner = make_learner(torch.float64, optimizer="sgd", lr=1.0, lr_final=0.1, max_grad_norm=0.0)
+    before = learner.parameters.clone()
+    learner.compute_gradient(make_batch())
+    assert learner.apply_gradient(progress=0.5)
+    assert learner.lr == pytest.approx(0.55)
+    torch.testing.assert_close(learner.parameters, before - 0.55 * learner.gradient)
 
 
 @pytest.mark.parametrize("hidden", [(), (32, 16)])
 @pytest.mark.parametrize("head", ["scalar", "c51", "qr"])
 @pytest.mark.parametrize("munchausen", [False, True])
-def test_gradients_by_hand_are_those_of_autograd(head, hidden, munchausen):
+def test_gradients_by_hand_equal_those_of_autograd(head, hidden, munchausen):
     settings = {
         "network": NetworkConfig(hidden=hidden, head=head, **SMALL_HEADS),
         "munchausen": munchausen,
         "double": not munchausen,
     }
     by_hand, by_autograd = make_learner(torch.float64, **settings), make_learner(torch.float64, **settings)
-    assert by_hand.differentiable == by_hand.online.by_hand
-    by_autograd.differentiable, by_autograd.no_grad = by_autograd.online.by_autograd, torch.no_grad
+    assert isinstance(by_hand.passes, DensePasses)
+    by_autograd.passes = AutogradPasses(by_autograd.online)
+    by_autograd.target_passes = AutogradPasses(by_autograd.target)
     batch = weighted(make_batch(), 0.7)
-    found, expected = by_hand.backward(batch), by_autograd.backward(batch)
+    found, expected = by_hand.compute_gradient(batch), by_autograd.compute_gradient(batch)
     torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(by_hand.td_errors, by_autograd.td_errors)
     torch.testing.assert_close(by_hand.gradient, by_autograd.gradient)
-    by_hand.begin_update(batch, REPORT)
-    by_hand.finish_update()
+    update(by_hand, batch)
 
 
 @pytest.mark.parametrize("network", [{}, {"dueling": True}, {"noisy": True}, {"head": "iqn"}])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_the_gradient_is_that_of_the_loss_alone_however_it_is_made(network, autocast):
-    """What was there before, such as the average of the ranks, is overwritten."""
+def test_a_gradient_overwrites_the_one_before(network, autocast):
+    """Such as the average of the ranks, which the last exchange left there."""
     learner = make_learner(
         network=NetworkConfig(hidden=(32,), **{**SMALL_HEADS, **network}), autocast=autocast
     )
@@ -419,7 +368,7 @@ def test_the_gradient_is_that_of_the_loss_alone_however_it_is_made(network, auto
     for before in (0.0, 5.0):
         learner.gradient.fill_(before)
         torch.manual_seed(1)
-        learner.backward(make_batch())
+        learner.compute_gradient(make_batch())
         gradients.append(learner.gradient.clone())
     assert gradients[0].abs().sum() > 0
     assert torch.equal(*gradients)

@@ -1,4 +1,4 @@
-"""Each equation against numbers worked out by hand and against a loop."""
+"""Each equation against numbers computed by hand and against a loop."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import math
 import pytest
 import torch
 
+from hvdqn.config.settings import setting
 from hvdqn.losses import (
+    TD_LOSSES,
     categorical_loss,
     categorical_projection,
-    expect,
+    expectation,
     huber_loss,
     mse_loss,
     munchausen_bonus,
@@ -39,12 +41,12 @@ def test_select_takes_each_rows_action():
     assert select(values[..., None], torch.tensor([1, 0, 1])).tolist() == [[2.0], [3.0], [6.0]]
 
 
-def test_expect_averages_over_actions():
+def test_expectation_averages_over_actions():
     values = tensor([1.0, 2.0], [3.0, 5.0])
     policy = tensor([0.25, 0.75], [1.0, 0.0])
-    assert expect(values, policy).tolist() == [1.75, 3.0]
+    assert expectation(values, policy).tolist() == [1.75, 3.0]
     quantiles = torch.stack([values, 10 * values], dim=2)
-    assert expect(quantiles, policy).tolist() == [[1.75, 17.5], [3.0, 30.0]]
+    assert expectation(quantiles, policy).tolist() == [[1.75, 17.5], [3.0, 30.0]]
 
 
 def test_target_by_hand():
@@ -74,12 +76,25 @@ def test_huber_agrees_with_a_loop():
     torch.testing.assert_close(huber_loss(d, delta=2.0), tensor(*(naive_huber(x, 2.0) for x in d.tolist())))
 
 
-def test_huber_clips_the_slope_and_never_kills_it():
+def test_huber_clips_the_derivative_and_not_the_error():
     """Clipping the error itself, a known bug, would leave no gradient beyond 1."""
     d = torch.tensor([0.3, 10.0, -10.0], requires_grad=True)
     huber_loss(d).sum().backward()
     assert d.grad is not None
     assert d.grad.tolist() == pytest.approx([0.3, 1.0, -1.0])
+
+
+@pytest.mark.parametrize("name", TD_LOSSES)
+def test_every_td_loss_has_the_derivative_that_autograd_computes(name):
+    """On errors far inside and outside Huber's corner, and at 0."""
+    value, derivative = TD_LOSSES[name]
+    td_error = torch.linspace(-5, 5, 101, dtype=DOUBLE, requires_grad=True)
+    (expected,) = torch.autograd.grad(value(td_error).sum(), td_error)
+    torch.testing.assert_close(derivative(td_error.detach()), expected)
+
+
+def test_the_loss_setting_accepts_the_names_of_all_td_losses():
+    assert set(setting("loss").choices) == set(TD_LOSSES)
 
 
 # C51: atoms 0, 1, 2, 3.
@@ -141,13 +156,13 @@ def test_the_projection_keeps_the_mean_of_what_stays_inside_the_support():
 
 
 def test_categorical_loss_by_hand():
-    """Logits 0 and log 3 are probabilities 1/4 and 3/4; the goal is a half each."""
-    logits, goal = tensor([0.0, math.log(3.0)]), tensor([0.5, 0.5])
+    """Logits 0 and log 3 are probabilities 1/4 and 3/4; the target is a half each."""
+    logits, target = tensor([0.0, math.log(3.0)]), tensor([0.5, 0.5])
     expected = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
-    assert categorical_loss(logits, goal).item() == pytest.approx(expected)
+    assert categorical_loss(logits, target).item() == pytest.approx(expected)
 
 
-def test_categorical_loss_is_zero_at_the_goal_and_takes_certain_goals():
+def test_categorical_loss_is_zero_at_the_target_and_accepts_certain_targets():
     logits = 3 * randn(8, 51)
     assert categorical_loss(logits, torch.softmax(logits, dim=1)).abs().max() < 1e-12
     certain = torch.zeros(8, 51, dtype=DOUBLE)
@@ -164,10 +179,10 @@ def test_pairwise_td_error_by_hand():
 
 
 def test_quantile_huber_by_hand():
-    """Fractions 1/4 and 3/4, predictions 0 and 2, goals 1 and 4.
+    """Fractions 1/4 and 3/4, predictions 0 and 2, targets 1 and 4.
 
-    d = goal - prediction: for prediction 0: 1, 4; for 2: -1, 2. Huber's: 0.5, 3.5; 0.5, 1.5.
-    Weights: 1/4, 1/4; |3/4 - 1|, 3/4. Means over goals: (0.125 + 0.875) / 2, (0.125 + 1.125) / 2.
+    d = target - prediction: for prediction 0: 1, 4; for 2: -1, 2. Huber's: 0.5, 3.5; 0.5, 1.5.
+    Weights: 1/4, 1/4; |3/4 - 1|, 3/4. Means over targets: (0.125 + 0.875) / 2, (0.125 + 1.125) / 2.
     """
     d = pairwise_td_error(tensor([0.0, 2.0]), tensor([1.0, 4.0]))
     loss = quantile_huber_loss(d, tensor(0.25, 0.75))
@@ -177,43 +192,43 @@ def test_quantile_huber_by_hand():
 @pytest.mark.parametrize("kappa", [0.5, 1.0, 3.0])
 @pytest.mark.parametrize("sampled", [False, True], ids=["qr", "iqn"])
 def test_quantile_huber_agrees_with_a_loop(kappa, sampled):
-    batch, predicted, goals = 6, 5, 7
-    prediction, goal = 2 * randn(batch, predicted), 2 * randn(batch, goals, seed=1)
+    batch, predicted, targets = 6, 5, 7
+    prediction, target = 2 * randn(batch, predicted), 2 * randn(batch, targets, seed=1)
     fraction = torch.rand(batch, predicted, dtype=DOUBLE) if sampled else (torch.arange(5.0) + 0.5) / 5
-    losses = quantile_huber_loss(pairwise_td_error(prediction, goal), fraction, kappa)
+    losses = quantile_huber_loss(pairwise_td_error(prediction, target), fraction, kappa)
     for row in range(batch):
         loop = 0.0
         for i in range(predicted):
             f = float(fraction[row, i] if sampled else fraction[i])
-            for j in range(goals):
-                d = float(goal[row, j] - prediction[row, i])
-                loop += abs(f - (1.0 if d < 0 else 0.0)) * naive_huber(d, kappa) / kappa / goals
+            for j in range(targets):
+                d = float(target[row, j] - prediction[row, i])
+                loop += abs(f - (1.0 if d < 0 else 0.0)) * naive_huber(d, kappa) / kappa / targets
         assert losses[row].item() == pytest.approx(loop)
 
 
 def test_the_quantile_loss_is_least_at_the_quantiles():
-    """Over goals 0..99 its minimum for fraction 0.9 is at 90 (where Huber's corner is small)."""
-    goals = torch.arange(100, dtype=DOUBLE).expand(1, -1)
+    """Over targets 0..99 its minimum for fraction 0.9 is at 90 (where Huber's corner is small)."""
+    targets = torch.arange(100, dtype=DOUBLE).expand(1, -1)
 
     def loss(prediction):
         return quantile_huber_loss(
-            pairwise_td_error(tensor([prediction]), goals), tensor(0.9), kappa=0.01
+            pairwise_td_error(tensor([prediction]), targets), tensor(0.9), kappa=0.01
         ).item()
 
     assert min(range(100), key=loss) in (89, 90)
 
 
 def test_all_equal_quantiles_are_pushed_apart_by_their_fractions():
-    """Equal predictions in the middle of the goals: low fractions go down, high ones up, as far as they are off 1/2."""
+    """Equal predictions in the middle of the targets: each moves in proportion to its fraction's distance from 1/2."""
     prediction = torch.zeros(1, 4, dtype=DOUBLE, requires_grad=True)
-    goals = tensor([-10.0, 10.0])
+    targets = tensor([-10.0, 10.0])
     quantile_huber_loss(
-        pairwise_td_error(prediction, goals), tensor(0.125, 0.375, 0.625, 0.875)
+        pairwise_td_error(prediction, targets), tensor(0.125, 0.375, 0.625, 0.875)
     ).sum().backward()
     assert prediction.grad[0].tolist() == pytest.approx([0.375, 0.125, -0.125, -0.375])
 
 
-def test_equal_quantiles_at_an_equal_goal_have_neither_loss_nor_gradient():
+def test_equal_quantiles_at_an_equal_target_have_neither_loss_nor_gradient():
     prediction = torch.full((1, 4), 2.0, dtype=DOUBLE, requires_grad=True)
     loss = quantile_huber_loss(
         pairwise_td_error(prediction, torch.full((1, 3), 2.0)), tensor(0.1, 0.4, 0.6, 0.9)
@@ -265,7 +280,7 @@ def test_a_soft_value_is_the_scaled_logsumexp():
     """Sum of pi (q - tau log pi) = tau log sum exp(q / tau): what Munchausen bootstraps from (alpha 0: soft DQN)."""
     q = randn(16, 5)
     policy, entropy = soft_policy(q, 0.3)
-    torch.testing.assert_close(expect(q, policy) + entropy, 0.3 * torch.logsumexp(q / 0.3, dim=1))
+    torch.testing.assert_close(expectation(q, policy) + entropy, 0.3 * torch.logsumexp(q / 0.3, dim=1))
 
 
 def test_one_action():

@@ -1,4 +1,4 @@
-"""Torsos picked from the observation, layouts of images, and the head's answers."""
+"""Torsos: which one an observation gets, layouts of images, and the Q-values behind them."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_impala_torso(frame, stack, left):
 
 @pytest.mark.parametrize("torso", ["minatar", "impala"])
 def test_layer_norm_of_convolutions(torso):
-    """Before every ReLU: however large what goes in, what comes out is not."""
+    """There is one before every ReLU, so that large inputs do not give large outputs."""
     made = network((10, 10, 4), is_image=True, torso=torso, hidden=(16,), layer_norm=True)
     kinds = [type(module).__name__ for module in made.modules()]
     assert kinds.count("GroupNorm") + kinds.count("LayerNorm") == kinds.count("ReLU")
@@ -93,8 +93,8 @@ def test_layer_norm_of_convolutions(torso):
     [((), 6), ((8,), 8), ((8, 5), 8), ((8, 5, 3), 5)],
     ids=["none", "one", "two", "three"],
 )
-def test_the_last_hidden_layer_is_the_heads(hidden, shared):
-    """But for an MLP of one layer, which would have no torso left."""
+def test_the_last_hidden_layer_belongs_to_the_head(hidden, shared):
+    """Except in an MLP of one layer, whose torso would be empty."""
     made = network((6,), hidden=hidden)
     assert made.torso.features == shared
     assert made.torso(torch.zeros(2, 6)).shape == (2, shared)
@@ -117,7 +117,7 @@ def test_one_action_and_no_hidden_layer():
     assert made.q_values(torch.zeros(2, 3)).argmax(1).tolist() == [0, 0]
 
 
-def test_torsos_that_do_not_fit_are_refused():
+def test_a_torso_that_does_not_fit_is_an_error():
     with pytest.raises(UserError, match="needs images"):
         network((4,), torso="nature")
     with pytest.raises(UserError, match="10 x 10"):
@@ -128,7 +128,7 @@ def test_torsos_that_do_not_fit_are_refused():
 
 @pytest.mark.parametrize("torso", ["mlp", "nature", "impala"])
 def test_centered_images_have_no_background(torso):
-    """The same for a picture brighter by a constant, of which each image's own is taken away."""
+    """The output is the same for an image that is brighter by a constant."""
     made = network((84, 84), 4, True, torso=torso, hidden=(16,), center_images=True)
     dark = torch.randint(0, 100, (3, 4, 84, 84)).to(torch.uint8)
     brighter = dark + torch.tensor([0, 40, 155], dtype=torch.uint8)[:, None, None, None]
@@ -138,7 +138,7 @@ def test_centered_images_have_no_background(torso):
 
 
 @pytest.mark.parametrize("torso", ["nature", "impala"])
-def test_convolutions_do_not_mind_how_planes_lie_in_memory(torso):
+def test_convolutions_do_not_depend_on_the_memory_layout(torso):
     made = network((84, 84), 4, True, torso=torso, hidden=(16,)).double()
     observation = torch.rand(2, 4, 84, 84).double()
     layers = [layer for layer in made.torso if not isinstance(layer, ChannelsLast)]
