@@ -14,10 +14,11 @@ import torch
 
 from hvdqn.comm import Comm, connect
 from hvdqn.config import parse
-from hvdqn.learner import REPORTED, Learner
 from hvdqn.metrics import PhaseTimer
-from hvdqn.parts import Parts, build_parts
+from hvdqn.parts import build_parts
+from hvdqn.rank import Acting, Parts
 from hvdqn.replay import Batch, Importance, PrioritizedReplay
+from hvdqn.sync.statistics import REPORTED
 
 UPDATES, BATCH = 400, 32
 REPORT = (0.0,) * len(REPORTED)
@@ -26,55 +27,59 @@ FLAGS = f"""--env CartPole-v1 --replay prioritized --priority-alpha 1 --hidden 1
     --lr-scaling none --max-grad-norm 0 --envs-per-rank 3 --replay-capacity 2000 --learning-starts 100 --gamma 0.9"""
 
 
-def fill(parts: Parts, rank: int) -> np.ndarray:
+def fill(acting: Acting, rank: int) -> np.ndarray:
     """Fill this rank's replay, differently on each rank, with priorities that matter for the gradient.
 
     Returns:
         The rows of all transitions.
     """
-    assert isinstance(parts.replay, PrioritizedReplay)
-    parts.replay.start(parts.actor.start())
+    replay = acting.replay
+    assert isinstance(replay, PrioritizedReplay)
+    replay.start(acting.actor.start())
     for _ in range(40 + 50 * rank):
-        actions = parts.actor.choose(1.0)
-        parts.replay.add(actions, parts.actor.step(actions))
-    rows = parts.replay.sampleable_rows()
-    angles = np.abs(parts.replay.observation[:][rows, 2])  # so priorities depend on the observations
+        actions = acting.actor.choose(1.0)
+        replay.add(actions, acting.actor.step(actions))
+    rows = replay.sampleable_rows()
+    angles = np.abs(replay.observation[:][rows, 2])  # so priorities depend on the observations
     td_errors = (0.02 + angles) * (1 + 4 * rank)
-    parts.replay.update_priorities(parts.replay.row_ids(rows), td_errors)
+    replay.update_priorities(replay.row_ids(rows), td_errors)
     return rows
 
 
 def true_gradient(comm: Comm, parts: Parts, rows: np.ndarray) -> tuple[torch.Tensor, int]:
     """Return the mean gradient over all transitions of all ranks, and their number."""
-    batch = parts.replay.build_batch(rows)
+    assert parts.acting is not None
+    batch = parts.acting.replay.build_batch(rows)
     assert (batch.weight == 1).all()
-    parts.learner.backward(batch)
-    gradient = (
-        parts.learner.gradient.double() * comm.size
-    )  # the learner divides by it, for the sum over ranks
+    parts.learner.compute_gradient(batch)
+    # The learner divides it by the number of ranks, for the sum over them.
+    gradient = parts.learner.gradient.double() * comm.size
     shares = comm.all_gather_object((gradient * rows.size, rows.size))
     total = sum(count for _, count in shares)
     return torch.stack([gradient for gradient, _ in shares]).sum(dim=0) / total, total
 
 
-def update(learner: Learner, batch: Batch) -> torch.Tensor:
+def update(parts: Parts, batch: Batch) -> torch.Tensor:
     """Take an update and return the gradient of all ranks [parameters]."""
-    learner.begin_update(batch, REPORT)
-    learner.finish_update()
-    return learner.gradient.double().clone()
+    learned = parts.learner.compute_gradient(batch)
+    parts.strategy.launch(REPORT, learned, float(batch.weight.max()), progress=1.0)
+    assert parts.strategy.wait().updates == 1
+    return parts.learner.gradient.double().clone()
 
 
 def check_unbiased(comm: Comm, config_flags: str) -> str:
     parts = build_parts(parse(config_flags.split()), comm, PhaseTimer())
-    true, n_global = true_gradient(comm, parts, fill(parts, comm.rank))
+    assert parts.acting is not None
+    replay = parts.acting.replay
+    true, n_global = true_gradient(comm, parts, fill(parts.acting, comm.rank))
     estimates, largest, uncorrected = [], [], []
     for _ in range(UPDATES):
         importance = Importance(beta=1.0, n_global=n_global, size=comm.size)
-        batch = parts.replay.sample(BATCH, importance)
+        batch = replay.sample(BATCH, importance)
         largest.append(max(comm.all_gather_object(float(batch.weight.max()))))
-        estimates.append(update(parts.learner, batch) * largest[-1])
-        uncorrected.append(update(parts.learner, parts.replay.sample(BATCH)))
-    parts.envs.close()
+        estimates.append(update(parts, batch) * largest[-1])
+        uncorrected.append(update(parts, replay.sample(BATCH)))
+    parts.acting.envs.close()
     z, z_uncorrected = (deviation(made, true) for made in (estimates, uncorrected))
     # The root mean square over parameters is about 1 standard error without a bias.
     assert z < 1.5, f"biased: {z:.2f} standard errors"

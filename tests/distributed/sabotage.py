@@ -18,10 +18,13 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from torch import Tensor
 
 from hvdqn.checkpoint import directory
 from hvdqn.comm import launcher_rank
 from hvdqn.learner import Learner
+from hvdqn.replay import Batch
+from hvdqn.trainer import Trainer
 
 FIRST_STEP = 200
 NEVER_ENDS_SECONDS = 10_000.0
@@ -139,47 +142,46 @@ class SlowSteps(gym.Wrapper[Any, Any, Any, Any]):
 
 
 def nan_gradient(env: Env) -> Env:
-    _wrap_backward()
+    _wrap_compute_gradient()
     return env
 
 
 @functools.cache
-def _wrap_backward() -> None:
+def _wrap_compute_gradient() -> None:
     """Put a NaN into the gradients of rank 1's updates 5 to 7."""
-    backward = Learner.backward
+    compute_gradient = Learner.compute_gradient
     calls = 0
 
-    def with_nan(self: Learner, batch: Any) -> Any:
+    def with_nan(self: Learner, batch: Batch) -> Tensor:
         nonlocal calls
-        result = backward(self, batch)
+        learned = compute_gradient(self, batch)
         calls += 1
-        if self.comm.rank == 1 and 5 <= calls < 8:
+        if launcher_rank() == 1 and 5 <= calls < 8:
             self.gradient[17] = float("nan")
-        return result
+        return learned
 
-    Learner.backward = with_nan  # type: ignore[method-assign]
+    Learner.compute_gradient = with_nan  # type: ignore[method-assign]
 
 
 def flipped_bit(env: Env) -> Env:
-    _wrap_finish()
+    _wrap_finish_update()
     return env
 
 
 @functools.cache
-def _wrap_finish() -> None:
+def _wrap_finish_update() -> None:
     """Flip the lowest bit of one of rank 1's weights after its 20th update."""
-    finish = Learner.finish_update
+    finish_update = Trainer.finish_update
     calls = 0
 
-    def flips(self: Learner) -> Any:
+    def flips(self: Trainer) -> None:
         nonlocal calls
-        result = finish(self)
+        finish_update(self)
         calls += 1
-        if self.comm.rank == 1 and calls == 20:
-            self.parameters.numpy().view(np.uint8)[4 * 123] ^= 1
-        return result
+        if launcher_rank() == 1 and calls == 20:
+            self.learner.parameters.numpy().view(np.uint8)[4 * 123] ^= 1
 
-    Learner.finish_update = flips  # type: ignore[method-assign]
+    Trainer.finish_update = flips  # type: ignore[method-assign]
 
 
 def full_disk(env: Env) -> Env:

@@ -1,6 +1,6 @@
 """N ranks are one learner: their averaged gradient is that of the whole batch, and they stay equal bit for bit.
 
-The checks are in gradient_worker.py; every engine and number of ranks is launched once.
+The checks are in gradient_worker.py, which is launched once for every engine and number of ranks.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ on_2_and_4_ranks = pytest.mark.parametrize("np", [2, 4])
 
 @functools.cache
 def run(launcher: str, comm: str, np: int) -> Result:
-    # One update of 32 transitions a rank after every 4 env steps; what the last iteration's steps owe is not taken.
+    # One update of 32 transitions per rank for every 4 env steps. The updates that the last iteration makes due are not
+    # taken.
     flags = {
         "--preset": "smoke",
         "--comm": comm,
@@ -61,6 +62,6 @@ def test_all_ranks_hold_the_same_parameters_after_200_updates(
 ) -> None:
     result = run(launcher, comm, np)
     assert result.returncode == 0, str(result)
-    said = re.findall(rf"rank (\d) of {np}, {engine}, 200 updates, parameters (\w{{64}})", result.stdout)
-    assert sorted(int(rank) for rank, _ in said) == list(range(np)), str(result)
-    assert len({digest for _, digest in said}) == 1, str(result)
+    printed = re.findall(rf"rank (\d) of {np}, {engine}, 200 updates, parameters (\w{{64}})", result.stdout)
+    assert sorted(int(rank) for rank, _ in printed) == list(range(np)), str(result)
+    assert len({digest for _, digest in printed}) == 1, str(result)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvdqn.clock import Clock, ReportedClock
+from hvdqn.clock import Clock, WorkerClock
 
 
 def clock(**changes):
@@ -27,7 +27,7 @@ def test_updates_become_due_one_by_one():
     c = clock(learning_starts=0)
     c.tick()
     taken = 0
-    while c.update_due():
+    while c.updates_due() > 0:
         c.updates += 1
         taken += 1
     assert taken == 2
@@ -44,7 +44,7 @@ def test_due(env_steps, every, due):
 
 
 @given(envs=st.integers(1, 40), every=st.integers(1, 100), ticks=st.integers(1, 200))
-def test_each_multiple_passed_makes_it_due_once(envs, every, ticks):
+def test_each_multiple_that_is_passed_is_due_once(envs, every, ticks):
     c = clock(envs=envs)
     fired = 0
     for _ in range(ticks):
@@ -68,63 +68,63 @@ def test_resume_with_a_smaller_batch_owes_nothing_for_the_past():
     a.env_steps, a.updates = 500, 100
     b = clock(global_batch=16, envs=4)
     b.resume(a.state())
-    assert not b.update_due()
+    assert b.updates_due() == 0
     assert b.updates_owed(600) - 100 == 50
 
 
-# --- ranks that step by themselves
+# --- clocks of workers
 
 
-def make_reported(**settings):
+def make_worker_clock(**settings):
     """4 environments, batches of 32 at replay ratio 8: an update every 4 own env steps, one every iteration."""
-    return ReportedClock(
+    return WorkerClock(
         4, replay_ratio=8.0, **{"global_batch": 32, "learning_starts": 100, "own_earliest": 16, **settings}
     )
 
 
 def test_own_env_steps_decide_when_the_next_update_is_due():
-    clock = make_reported()
+    clock = make_worker_clock()
     for _ in range(10):
         clock.tick()
-    assert not clock.update_due()  # the job has not begun to learn
-    clock.hear(env_steps=100, updates=0, last_tick=0)
+    assert clock.updates_due() == 0  # the job has not begun to learn
+    clock.set_job(env_steps=100, updates=0, last_tick=0)
     taken = []
     for _ in range(5):
         clock.tick()
-        while clock.update_due():
+        while clock.updates_due() > 0:
             clock.count_update()
         taken.append(clock.own_updates)
-    assert taken == [0, 1, 2, 3, 4]  # what had passed before is not made up for
-    assert clock.updates == 0  # of the job: it is told
+    assert taken == [0, 1, 2, 3, 4]  # no updates are owed for the env steps before
+    assert clock.updates == 0  # of the job; `set_job` sets them
 
 
-def test_a_rank_that_comes_late_fills_its_own_replay_first():
-    clock = make_reported()
-    clock.hear(env_steps=1_000_000, updates=9, last_tick=0)
+def test_a_rank_that_joins_late_fills_its_own_replay_first():
+    clock = make_worker_clock()
+    clock.set_job(env_steps=1_000_000, updates=9, last_tick=0)
     ticks = 0
-    while not clock.update_due():
+    while clock.updates_due() == 0:
         clock.tick()
         ticks += 1
     assert ticks == 4 + 1
 
 
-def test_what_all_do_together_is_due_at_a_meeting_and_no_later():
-    clock = make_reported()
+def test_what_all_ranks_do_together_is_due_right_after_they_synchronized_and_no_later():
+    clock = make_worker_clock()
     clock.tick()
     assert not clock.due(10)
-    clock.hear(env_steps=1_003, updates=5, last_tick=9)  # between 994 and 1003
+    clock.set_job(env_steps=1_003, updates=5, last_tick=9)  # between 994 and 1003
     assert clock.due(1_000)
     assert not clock.due(400)
     clock.tick()
-    assert clock.due(1_000), "it has not met the others yet"
-    clock.met = True
+    assert clock.due(1_000), "it has not synchronized with the others yet"
+    clock.synchronized = True
     assert clock.due(1_000)
     clock.tick()
     assert not clock.due(1_000)
 
 
-def test_polls_come_by_own_iterations():
-    clock = make_reported(learning_since=0)
+def test_polls_are_due_by_own_iterations():
+    clock = make_worker_clock(learning_since=0)
     due = []
     for _ in range(8):
         clock.tick()
@@ -132,57 +132,57 @@ def test_polls_come_by_own_iterations():
     assert due == [False, False, False, True] * 2
 
 
-def test_before_learning_it_asks_at_every_turn_how_far_the_job_is():
-    clock = make_reported()
+def test_before_learning_a_poll_is_due_at_every_iteration():
+    clock = make_worker_clock()
     clock.tick()
     assert clock.poll_due(4)
 
 
 @pytest.mark.parametrize(("batch", "updates"), [(32, 10), (16, 20), (64, 5)])
 def test_a_rank_that_resumes_with_another_batch_owes_nothing_for_the_past(batch, updates):
-    before = make_reported(learning_since=0)
+    before = make_worker_clock(learning_since=0)
     for _ in range(100):
         before.tick()
         before.count_update()
-    clock = make_reported(global_batch=batch)
+    clock = make_worker_clock(global_batch=batch)
     clock.load_own_state(before.own_state())
-    assert not clock.update_due()
+    assert clock.updates_due() == 0
     taken = 0
     for _ in range(10):
         clock.tick()
-        while clock.update_due():
+        while clock.updates_due() > 0:
             clock.count_update()
             taken += 1
     assert taken == updates
 
 
-def test_a_checkpoint_that_names_no_rate_was_counted_at_this_one():
-    clock = make_reported()
+def test_a_checkpoint_without_a_rate_was_counted_at_the_present_one():
+    clock = make_worker_clock()
     clock.load_own_state({"own_env_steps": 400, "own_updates": 90, "learning_since": 0})
-    assert (clock.own_updates, clock.learning_since, clock.told_env_steps) == (90, 0, 400)
-    make_reported().load_own_state({})
+    assert (clock.own_updates, clock.learning_since, clock.reported_env_steps) == (90, 0, 400)
+    make_worker_clock().load_own_state({})
 
 
-def test_what_is_a_ranks_own_goes_on_and_is_not_reported_twice():
-    clock, again = make_reported(), make_reported()
+def test_own_env_steps_survive_a_resume_and_are_not_reported_twice():
+    clock, again = make_worker_clock(), make_worker_clock()
     for _ in range(3):
         clock.tick()
-    assert clock.unreported() == 12
+    assert clock.pop_unreported() == 12
     again.load_own_state(clock.own_state())
     assert again.own_env_steps == 12
-    assert again.unreported() == 0
+    assert again.pop_unreported() == 0
     again.tick()
-    assert again.unreported() == 4
+    assert again.pop_unreported() == 4
 
 
-def test_a_resumed_rank_waits_where_replay_is_refilled():
-    clock = make_reported(own_earliest=0)
-    state = make_reported().state() | {"env_steps": 5_000, "updates": 7}
+def test_a_resumed_rank_takes_no_update_until_its_replay_is_refilled():
+    clock = make_worker_clock(own_earliest=0)
+    state = make_worker_clock().state() | {"env_steps": 5_000, "updates": 7}
     clock.resume(state, refill=True)
     clock.tick()
-    assert not clock.update_due()
-    clock.hear(5_100, 7, 0)
+    assert clock.updates_due() == 0
+    clock.set_job(5_100, 7, 0)
     for _ in range(2):
-        clock.update_due()
+        clock.updates_due()
         clock.tick()
-    assert clock.update_due()
+    assert clock.updates_due() > 0

@@ -12,15 +12,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hvdqn import sync
 from hvdqn.clock import Clock
 from hvdqn.comm.local import LocalComm
 from hvdqn.config import parse
-from hvdqn.elastic.__main__ import Alone, Member, elastic_config, elastic_options
+from hvdqn.elastic.__main__ import elastic_config, elastic_options
+from hvdqn.elastic.worker import ElasticWorker, SoloComm
 from hvdqn.elastic.world import ElasticWorld, place_among
 from hvdqn.errors import UserError
 from hvdqn.faults import StopSignal
 from hvdqn.metrics import PhaseTimer
 from hvdqn.parts import build_parts
+from hvdqn.sync.gradients import Gradients
 
 
 class PeerLostError(Exception):
@@ -58,6 +61,14 @@ class FragileComm(LocalComm):
         return [obj]
 
 
+class FragileGradients(Gradients):
+    """Uses the collective of a job with several ranks, so that it can fail: a single rank needs none."""
+
+    def launch(self, *arguments):
+        super().launch(*arguments)
+        self.handle = self.comm.allreduce_sum_async(self.message, name="gradient")
+
+
 class ScriptedWorld:
     """Stands for `ElasticWorld`: `connect` returns the given comms in turn."""
 
@@ -77,8 +88,10 @@ class ScriptedWorld:
 
 
 @pytest.fixture
-def serve(tmp_path):
-    """Return a function that trains through these worlds and returns the summary and the `Member`."""
+def train(tmp_path, monkeypatch):
+    """Return a function that trains through these worlds and returns the summary and the `ElasticWorker`."""
+
+    monkeypatch.setattr(sync, "Gradients", FragileGradients)
 
     def run(name, world):
         flags = [
@@ -92,10 +105,10 @@ def serve(tmp_path):
             "100",
         ]
         config = elastic_config([*flags, "--run-dir", str(tmp_path / name)], max_np=1)
-        member = Member(config, 1, world, StopSignal())
-        assert member.serve() == 0
+        worker = ElasticWorker(config, 1, world, StopSignal())
+        assert worker.run() == 0
         assert not world.comms, "not all worlds were used"
-        return json.loads((tmp_path / name / "summary.json").read_text()), member
+        return json.loads((tmp_path / name / "summary.json").read_text()), worker
 
     return run
 
@@ -103,34 +116,34 @@ def serve(tmp_path):
 @pytest.mark.parametrize(
     ("fatal", "nth"), [("broadcast", 5), ("gather", 20), ("evaluation", 2), ("trailer", 3)], ids=str
 )
-def test_a_world_that_ends_between_updates_leaves_no_trace(serve, fatal, nth):
+def test_a_world_that_ends_between_updates_leaves_no_trace(train, fatal, nth):
     """The run continues with the same parameters, optimizer state, clock, replay and environments, bit for bit."""
-    whole, _ = serve("whole", ScriptedWorld(FragileComm()))
-    broken, _ = serve("broken", ScriptedWorld(FragileComm(fatal, nth), FragileComm()))
+    whole, _ = train("whole", ScriptedWorld(FragileComm()))
+    broken, _ = train("broken", ScriptedWorld(FragileComm(fatal, nth), FragileComm()))
     assert (whole["world_changes"], broken["world_changes"]) == (0, 1)
     for name in ("param_sha256", "env_steps", "updates", "eval_return_mean"):
         assert broken[name] == whole[name], name
 
 
-def test_hosts_that_change_leave_no_trace(serve):
-    whole, _ = serve("whole", ScriptedWorld(FragileComm()))
-    changed, _ = serve("changed", ScriptedWorld(FragileComm(), FragileComm(), hosts_change=True))
+def test_hosts_that_change_leave_no_trace(train):
+    whole, _ = train("whole", ScriptedWorld(FragileComm()))
+    changed, _ = train("changed", ScriptedWorld(FragileComm(), FragileComm(), hosts_change=True))
     assert changed["world_changes"] == 1
     assert changed["param_sha256"] == whole["param_sha256"]
 
 
 @pytest.mark.parametrize("nth", [1, 2, 100])
 @pytest.mark.parametrize("fatal", ["gradient", "launch of gradient"])
-def test_an_update_that_a_lost_rank_broke_is_taken_again(serve, fatal, nth):
-    whole, _ = serve("whole", ScriptedWorld(FragileComm()))
-    broken, member = serve("broken", ScriptedWorld(FragileComm(fatal, nth), FragileComm()))
-    learner = member.training.learner
+def test_an_update_that_a_lost_rank_broke_is_taken_again(train, fatal, nth):
+    whole, _ = train("whole", ScriptedWorld(FragileComm()))
+    broken, worker = train("broken", ScriptedWorld(FragileComm(fatal, nth), FragileComm()))
+    learner = worker.trainer.learner
     assert broken["updates"] == whole["updates"] == int(learner.optimizer.steps)
     assert broken["env_steps"] == whole["env_steps"]
 
 
-def test_records_are_written_once(serve, tmp_path):
-    serve("run", ScriptedWorld(FragileComm("evaluation", 2), FragileComm()))
+def test_records_are_written_once(train, tmp_path):
+    train("run", ScriptedWorld(FragileComm("evaluation", 2), FragileComm()))
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     kinds = Counter((json.loads(line)["env_steps"], "eval_return_mean" in line) for line in lines)
     assert len(kinds) == 8 + 4
@@ -144,21 +157,22 @@ class FilledElsewhere(LocalComm):
         return [obj, True]
 
 
-def test_a_new_rank_samples_nothing_until_its_replay_is_filled(serve):
-    _, member = serve("run", ScriptedWorld(FragileComm()))
-    training = member.training
-    training.comm = FilledElsewhere()
-    training.agree_on_filling(filled=False)
-    for _ in range(training.clock.learning_starts // training.clock.envs):
-        assert training.draw() is None
-        training.act()
-    assert training.draw() is not None
+def test_a_new_rank_samples_nothing_until_its_replay_is_filled(train):
+    _, worker = train("run", ScriptedWorld(FragileComm()))
+    trainer = worker.trainer
+    trainer.comm = FilledElsewhere()
+    trainer.agree_on_filling(filled=False)
+    trainer.clock.updates_due = lambda: 0  # only act
+    for _ in range(trainer.clock.learning_starts // trainer.clock.envs):
+        assert trainer.sample() is None
+        trainer.iterate()
+    assert trainer.sample() is not None
 
 
-def test_a_rank_that_kept_its_replay_continues_to_sample(serve):
-    _, member = serve("run", ScriptedWorld(FragileComm()))
-    member.training.agree_on_filling(filled=True)
-    assert member.training.draw() is not None
+def test_a_rank_that_kept_its_replay_continues_to_sample(train):
+    _, worker = train("run", ScriptedWorld(FragileComm()))
+    worker.trainer.agree_on_filling(filled=True)
+    assert worker.trainer.sample() is not None
 
 
 def world_clock(ranks):
@@ -238,7 +252,7 @@ def test_settings_that_cannot_be_elastic_are_refused(flags):
         elastic_config(flags, max_np=2)
 
 
-def test_a_rank_fills_its_replay_for_long_enough_to_draw_from_it():
+def test_a_rank_fills_its_replay_for_long_enough_to_sample_from_it():
     """In a world of any size: for two n-step transitions in each environment."""
     config = elastic_config(["--learning-starts", "10", "--n-step", "3", "--envs-per-rank", "4"], max_np=100)
     assert config.replay.learning_starts == 2 * 4 * 100 * 4
@@ -260,10 +274,10 @@ def test_cutting_ends_the_connections_of_a_world_and_no_others():
     world.cut()  # a descriptor that is closed is ignored
 
 
-def test_a_rank_that_is_new_builds_its_parts_without_the_others():
+def test_a_new_rank_builds_its_parts_without_the_others():
     comm = LocalComm()
     comm.rank, comm.size, comm.local_rank, comm.local_size = 2, 3, 0, 1
-    parts = build_parts(parse(["--preset", "smoke"]), Alone(comm), PhaseTimer())
-    parts.envs.close()
+    parts = build_parts(parse(["--preset", "smoke"]), SoloComm(comm), PhaseTimer())
+    parts.acting.envs.close()
     assert parts.device.type == "cpu" or torch.cuda.is_available()
-    assert parts.clock.envs == 3 * parts.envs.num_envs
+    assert parts.clock.envs == 3 * parts.acting.envs.num_envs

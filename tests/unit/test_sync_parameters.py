@@ -2,133 +2,139 @@
 
 from __future__ import annotations
 
-import threading
-
 import numpy as np
 import pytest
 import torch
 
-from hvdqn.clock import Clock
-from hvdqn.config import LearningConfig, NetworkConfig, ParallelConfig
+from hvdqn.config import Config
 from hvdqn.errors import NonFiniteError
-from hvdqn.learner import Learner
-from hvdqn.metrics import PhaseTimer
-from hvdqn.networks import make_network
-from hvdqn.sync import make_sync
 from hvdqn.sync.parameters import UPDATES_BETWEEN_VOTES, Nesterov
-from hvdqn.trailer import REPORTED
+from tests.learning_ranks import (
+    NO_REPORT,
+    STOP_VOTE,
+    LearningRank,
+    make_batch,
+    nan_batch,
+    small_network,
+    weighted,
+)
 from tests.ranks import ThreadComm, run_ranks
-from tests.unit.test_learner import make_batch, weighted
-
-NOTHING = (0.0,) * len(REPORTED)
-STOP = (1.0, *NOTHING[1:])
 
 
-one_by_one = threading.Lock()  # torch's generator is that of all threads
+def make_rank(comm, settings=(), **parallel):
+    """Return a rank with weights in float64; all ranks begin with those of rank 0."""
+    settings = {"lr": 1e-2, "lr_scaling": "none", "max_grad_norm": 0.0, **dict(settings)}
+    config = Config().replace(**settings, **parallel)
+    return LearningRank(config, comm, small_network(config, seed=comm.rank).double())
 
 
-def make_learner(comm, settings=(), **parallel):
-    with one_by_one:
-        torch.manual_seed(comm.rank)  # rank 0's weights are taken by all
-        network = make_network(NetworkConfig(hidden=(32,)), "huber", (4,), 1, is_image=False, actions=3)
-    network.double()
-    config = LearningConfig(**{"lr": 1e-2, "lr_scaling": "none", "max_grad_norm": 0.0, **dict(settings)})
-    sync = make_sync(ParallelConfig(**parallel), comm, Clock(1, 1, 1.0, 0))
-    return Learner(network, config, comm, sync, 16, PhaseTimer(), torch.device("cpu"))
-
-
-def train(comm, updates, settings=(), report=NOTHING, **parallel):
-    """A learner after some updates, each rank's from minibatches of its own."""
-    learner = make_learner(comm, settings, **parallel)
+def train(comm, updates, settings=(), report=NO_REPORT, **parallel):
+    """Return a rank after some updates, each rank's from minibatches of its own."""
+    rank = make_rank(comm, settings, **parallel)
     for update in range(updates):
-        learner.begin_update(make_batch(seed=100 * comm.rank + update), report)
-        learner.finish_update()
-    return learner
+        rank.update(make_batch(seed=100 * comm.rank + update), report)
+    return rank
+
+
+def averaged(rank):
+    """Return True if no update has been taken since the last average."""
+    return rank.strategy.updates_since_average == 0
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_every_update_with_sgd_is_gradients(size):
+def test_with_sgd_an_average_at_every_update_equals_averaged_gradients(size):
     settings = {"optimizer": "sgd", "lr": 0.1}
     one = run_ranks(size, lambda comm: train(comm, 20, settings, sync="gradients"))[0]
     others = run_ranks(size, lambda comm: train(comm, 20, settings, sync="parameters", sync_every=1))
-    began = run_ranks(size, lambda comm: train(comm, 0))[0].parameters
-    assert (one.parameters - began).abs().max() > 0.01
+    before = run_ranks(size, lambda comm: train(comm, 0))[0].learner.parameters
+    assert (one.learner.parameters - before).abs().max() > 0.01
     for other in others:
-        torch.testing.assert_close(other.parameters, one.parameters, rtol=1e-9, atol=1e-12)
-    assert others[0].drain() == pytest.approx(one.drain())
+        torch.testing.assert_close(other.learner.parameters, one.learner.parameters, rtol=1e-9, atol=1e-12)
+    assert others[0].totals.pop() == pytest.approx(one.totals.pop())
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "rmsprop"])
-def test_weights_and_moments_are_the_mean_of_ranks_that_went_alone(optimizer):
-    """Three ranks alone for four updates, averaged by hand; then four more from there."""
+def test_weights_and_moments_are_the_mean_over_ranks(optimizer):
+    """Three ranks take four updates alone and are averaged by hand; then the same once more."""
     size, every = 3, 4
     parallel = {"sync": "parameters", "sync_every": every}
 
     def alone(comm):
-        """The same without any exchange: rank by rank on its own, its state set to the mean in between."""
-        learner = make_learner(comm, {"optimizer": optimizer}, sync="parameters", sync_every=1_000)
+        """Exchange nothing; set each rank's state to the mean by hand."""
+        rank = make_rank(comm, {"optimizer": optimizer}, sync="parameters", sync_every=1_000)
         for update in range(2 * every):
-            learner.begin_update(make_batch(seed=100 * comm.rank + update), NOTHING)
-            learner.finish_update()
+            rank.update(make_batch(seed=100 * comm.rank + update))
             if update % every == every - 1:
-                tensors = [learner.parameters, *learner.optimizer.moments().values()]
-                for tensor in tensors:
+                for tensor in (rank.learner.parameters, *rank.learner.optimizer.moments().values()):
                     tensor.copy_(torch.stack(comm.all_gather_object(tensor.clone())).mean(dim=0))
-        return learner
+        return rank
 
-    expected = run_ranks(size, alone)
-    learners = run_ranks(size, lambda comm: train(comm, 2 * every, {"optimizer": optimizer}, **parallel))
-    for learner in learners:
-        for name, tensor in expected[0].optimizer.moments().items():
-            torch.testing.assert_close(learner.optimizer.moments()[name], tensor, msg=name)
-        torch.testing.assert_close(learner.parameters, expected[0].parameters)
-        assert learner.sha256() == learners[0].sha256()
-        assert learner.sync.agreed
+    expected = run_ranks(size, alone)[0].learner
+    ranks = run_ranks(size, lambda comm: train(comm, 2 * every, {"optimizer": optimizer}, **parallel))
+    for rank in ranks:
+        for name, tensor in expected.optimizer.moments().items():
+            torch.testing.assert_close(rank.learner.optimizer.moments()[name], tensor, msg=name)
+        torch.testing.assert_close(rank.learner.parameters, expected.parameters)
+        assert rank.sha256() == ranks[0].sha256()
+        assert averaged(rank)
 
 
-def test_ranks_differ_in_between_and_agree_when_asked():
+def test_ranks_differ_between_averages_and_are_equal_after_synchronize():
     def body(comm):
-        learner = train(comm, 7, sync="parameters", sync_every=5)
-        apart, digest = learner.sync.agreed, learner.sha256()
-        learner.agree()
+        rank = train(comm, 7, sync="parameters", sync_every=5)
+        was_averaged, digest = averaged(rank), rank.sha256()
+        rank.synchronize()
         names = list(comm.names)
-        learner.agree()  # nothing is left to average
+        rank.synchronize()  # nothing is left to average
         assert comm.names == names
-        return apart, digest, learner.sync.agreed, learner.sha256(), learner.state()
+        return was_averaged, digest, averaged(rank), rank.sha256(), rank.state()
 
-    before, after = run_ranks(2, body)
-    assert not before[0]
-    assert before[1] != after[1]
-    assert before[2]
-    assert before[3] == after[3]
-    for name, tensor in before[4].items():
-        assert torch.equal(tensor, after[4][name]), name
+    first, second = run_ranks(2, body)
+    assert not first[0]
+    assert first[1] != second[1]
+    assert first[2]
+    assert first[3] == second[3]
+    for name, tensor in first[4].items():
+        assert torch.equal(tensor, second[4][name]), name
 
 
-def test_the_next_average_is_every_updates_after_the_one_that_was_asked_for():
+def test_the_next_average_comes_sync_every_updates_after_synchronize():
     def body(comm):
-        learner = train(comm, 3, sync="parameters", sync_every=5)
-        learner.agree()
+        rank = train(comm, 3, sync="parameters", sync_every=5)
+        rank.synchronize()
         names = len(comm.names)
-        agreed = []
+        was_averaged = []
         for update in range(5):
-            learner.begin_update(make_batch(seed=update), NOTHING)
-            learner.finish_update()
-            agreed.append(learner.sync.agreed)
+            rank.update(make_batch(seed=update))
+            was_averaged.append(averaged(rank))
         assert len(comm.names) == names + 1
-        return agreed
+        return was_averaged
 
     assert run_ranks(2, body) == [[False] * 4 + [True]] * 2
 
 
-def test_a_target_that_follows_is_averaged_too():
+def test_a_target_network_that_follows_the_online_network_is_averaged_too():
     settings = {"target_tau": 0.1}
-    learners = run_ranks(2, lambda comm: train(comm, 4, settings, sync="parameters", sync_every=4))
+    ranks = run_ranks(2, lambda comm: train(comm, 4, settings, sync="parameters", sync_every=4))
     apart = run_ranks(2, lambda comm: train(comm, 4, settings, sync="parameters", sync_every=5))
-    mean = (apart[0].target_parameters + apart[1].target_parameters) / 2
-    for learner in learners:
-        torch.testing.assert_close(learner.target_parameters, mean)
-        assert torch.equal(learner.target_parameters, learners[0].target_parameters)
+    mean = (apart[0].learner.target_parameters + apart[1].learner.target_parameters) / 2
+    for rank in ranks:
+        torch.testing.assert_close(rank.learner.target_parameters, mean)
+        assert torch.equal(rank.learner.target_parameters, ranks[0].learner.target_parameters)
+
+
+def test_the_target_network_is_copied_only_right_after_an_average():
+    def body(comm):
+        rank = train(comm, 3, sync="parameters", sync_every=5)
+        target = rank.learner.target_parameters.clone()
+        assert rank.strategy.update_target() is None
+        assert torch.equal(rank.learner.target_parameters, target)
+        rank.synchronize()
+        assert rank.strategy.update_target() == []
+        assert torch.equal(rank.learner.target_parameters, rank.learner.parameters)
+        assert not torch.equal(rank.learner.target_parameters, target)
+
+    run_ranks(2, body)
 
 
 # --- the outer optimizer
@@ -143,7 +149,7 @@ def test_the_outer_step_by_hand():
     assert float(outer.step(torch.tensor([0.15]))) == pytest.approx(-0.015)
 
 
-def test_the_outer_step_is_pytorchs_nesterov():
+def test_the_outer_step_equals_nesterov_momentum_of_pytorch():
     rng = torch.Generator().manual_seed(0)
     reference = torch.nn.Parameter(torch.randn(7, generator=rng))
     outer = Nesterov(reference.detach(), lr=0.7, momentum=0.9)
@@ -155,56 +161,55 @@ def test_the_outer_step_is_pytorchs_nesterov():
         torch.testing.assert_close(outer.step(mean), reference.detach())
 
 
-def test_an_outer_rate_of_1_without_momentum_is_the_average():
+def test_an_outer_lr_of_1_without_momentum_gives_the_average():
     mean = torch.randn(7, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(Nesterov(torch.ones(7), lr=1.0, momentum=0.0).step(mean), mean)
-    # Any other rate takes the outer step, 1 does not need it.
+    # With any other lr there is an outer optimizer, with 1 it is not needed.
     plain = run_ranks(2, lambda comm: train(comm, 12, sync="parameters", sync_every=3))[0]
     stepped = run_ranks(
         2, lambda comm: train(comm, 12, sync="parameters", sync_every=3, outer_lr=1.0 + 1e-12)
     )[0]
-    assert plain.sync.outer is None
-    assert stepped.sync.outer is not None
-    torch.testing.assert_close(stepped.parameters, plain.parameters, rtol=1e-9, atol=1e-9)
+    assert plain.strategy.outer is None
+    assert stepped.strategy.outer is not None
+    torch.testing.assert_close(stepped.learner.parameters, plain.learner.parameters, rtol=1e-9, atol=1e-9)
 
 
-def test_the_outer_optimizer_moves_ranks_as_one():
+def test_the_outer_optimizer_keeps_ranks_equal():
     parallel = {"sync": "parameters", "sync_every": 3, "outer_lr": 0.7, "outer_momentum": 0.9}
-    learners = run_ranks(2, lambda comm: train(comm, 12, **parallel))
+    ranks = run_ranks(2, lambda comm: train(comm, 12, **parallel))
     plain = run_ranks(2, lambda comm: train(comm, 12, sync="parameters", sync_every=3))
-    assert learners[0].sha256() == learners[1].sha256()
-    assert not torch.allclose(learners[0].parameters, plain[0].parameters, rtol=1e-3)
+    assert ranks[0].sha256() == ranks[1].sha256()
+    assert not torch.allclose(ranks[0].learner.parameters, plain[0].learner.parameters, rtol=1e-3)
 
 
-# --- what else travels
+# --- statistics and votes
 
 
-def test_votes_and_reports_travel_with_the_average_and_sooner_where_it_is_far():
+def test_votes_and_statistics_travel_with_the_average_and_earlier_where_averages_are_rare():
     every = UPDATES_BETWEEN_VOTES + 10
 
     def body(comm):
-        learner = make_learner(comm, sync="parameters", sync_every=every)
-        heard = []
+        rank = make_rank(comm, sync="parameters", sync_every=every)
+        voted = []
         for update in range(every):
-            vote = STOP if comm.rank == 1 and update == 3 else (0.0, 1.0, 10.0, 5.0, 0.0, 0.0)
-            learner.begin_update(make_batch(seed=update), vote)
-            learner.finish_update()
-            heard.append(learner.stop_voted)
-        return heard.index(True), list(comm.names), learner.drain(), learner.sync.traffic
+            vote = STOP_VOTE if comm.rank == 1 and update == 3 else (0.0, 1.0, 10.0, 5.0, 0.0, 0.0)
+            rank.update(make_batch(seed=update), vote)
+            voted.append(rank.stop_voted)
+        return voted.index(True), list(comm.names), rank.totals.pop(), rank.strategy.sent_messages
 
-    for heard_at, names, totals, traffic in run_ranks(2, body):
-        assert heard_at == UPDATES_BETWEEN_VOTES - 1
+    for voted_at, names, totals, messages in run_ranks(2, body):
+        assert voted_at == UPDATES_BETWEEN_VOTES - 1
         assert names == ["trailer", "parameters"]
         assert totals["episodes"] == pytest.approx(2 * every - 1)
-        assert totals["return_sum"] == pytest.approx(10 * (2 * every - 1))
-        assert traffic.messages == 2
+        assert totals["episode_return_mean"] * totals["episodes"] == pytest.approx(10 * (2 * every - 1))
+        assert messages == 2
 
 
-def test_reports_without_a_minibatch_are_heard_at_once():
+def test_exchanged_statistics_arrive_at_once():
     def body(comm):
-        learner = train(comm, 2, sync="parameters", sync_every=50, report=(0.0, 1.0, 10.0, 5.0, 0.0, 0.0))
-        learner.exchange(STOP if comm.rank else NOTHING)
-        return learner.stop_voted, learner.drain()
+        rank = train(comm, 2, sync="parameters", sync_every=50, report=(0.0, 1.0, 10.0, 5.0, 0.0, 0.0))
+        rank.exchange_stats(STOP_VOTE if comm.rank else NO_REPORT)
+        return rank.stop_voted, rank.totals.pop()
 
     for stopped, totals in run_ranks(2, body):
         assert stopped
@@ -214,33 +219,28 @@ def test_reports_without_a_minibatch_are_heard_at_once():
 
 def test_traffic_is_as_expected():
     def body(comm):
-        learner = train(comm, 60, sync="parameters", sync_every=20)
-        return learner.sync.traffic, learner.sync.expected_traffic(learner), learner.parameters.numel()
+        rank = train(comm, 60, sync="parameters", sync_every=20)
+        return rank.strategy, rank.learner.parameters.numel()
 
-    for traffic, (messages, size), parameters in run_ranks(2, body):
-        assert traffic.messages / traffic.updates == pytest.approx(messages)
-        assert traffic.bytes / traffic.updates == pytest.approx(size)
-        assert messages == 2 / 20  # a trailer alone in between
+    for strategy, parameters in run_ranks(2, body):
+        messages, size = strategy.expected_traffic()
+        assert strategy.exchanged_updates == 60
+        assert strategy.sent_messages / strategy.exchanged_updates == pytest.approx(messages)
+        assert strategy.sent_bytes / strategy.exchanged_updates == pytest.approx(size)
+        assert messages == 2 / 20  # one trailer alone between two averages
         assert size == pytest.approx(3 * parameters * 8 / 20, rel=0.05)  # weights and two moments, in float64
 
 
-# --- what is not finite
+# --- gradients that are not finite
 
 
-def spoilt(seed):
-    batch = make_batch(seed=seed)
-    batch.reward[3] = np.nan
-    return batch
-
-
-def test_a_rank_skips_what_is_not_finite_by_itself_and_all_count_it():
+def test_a_rank_skips_its_own_gradients_that_are_not_finite_and_all_ranks_count_them():
     def body(comm):
-        learner = make_learner(comm, sync="parameters", sync_every=4)
+        rank = make_rank(comm, sync="parameters", sync_every=4)
         for update in range(4):
             bad = comm.rank == 1 and update in (1, 2)
-            learner.begin_update(spoilt(update) if bad else make_batch(seed=update), NOTHING)
-            learner.finish_update()
-        return learner.skipped_updates, learner.sha256(), learner.drain()["loss"]
+            rank.update(nan_batch(update) if bad else make_batch(seed=update))
+        return rank.totals.skipped_updates, rank.sha256(), rank.totals.pop()["loss"]
 
     first, second = run_ranks(2, body)
     assert first == second
@@ -248,33 +248,32 @@ def test_a_rank_skips_what_is_not_finite_by_itself_and_all_count_it():
     assert np.isfinite(first[2])
 
 
-def test_too_many_in_a_row_on_one_rank_end_the_run_on_all_and_name_it():
+def test_too_many_skipped_updates_in_a_row_on_one_rank_end_the_run_on_all_and_name_it():
     def body(comm):
-        learner = make_learner(comm, {"max_skipped_updates": 6}, sync="parameters", sync_every=4)
+        rank = make_rank(comm, {"max_skipped_updates": 6}, sync="parameters", sync_every=4)
         for update in range(8):
-            learner.begin_update(spoilt(update) if comm.rank == 1 else make_batch(seed=update), NOTHING)
+            rank.launch(nan_batch(update) if comm.rank == 1 else make_batch(seed=update))
             if update < 7:
-                learner.finish_update()
+                rank.wait()
         with pytest.raises(NonFiniteError, match=r"8 updates in a row .* rank 1\."):
-            learner.finish_update()
+            rank.wait()
 
     run_ranks(2, body)
 
 
-def test_ranks_divide_by_the_same_importance_weight_once_they_know_it():
+def test_ranks_divide_by_the_same_importance_weight_once_they_have_exchanged_it():
     """Weights of 4 on rank 0 and 1 on rank 1: from the second average on, rank 1's samples count for a quarter."""
 
     def body(comm):
-        learner = make_learner(comm, {"optimizer": "sgd"}, sync="parameters", sync_every=1)
-        steps = []
+        rank = make_rank(comm, {"optimizer": "sgd"}, sync="parameters", sync_every=1)
+        learner, steps = rank.learner, []
         for update in range(2):
             before = learner.parameters.clone()
-            batch = weighted(make_batch(seed=update), 1.0 if comm.rank else 4.0)
-            learner.backward(make_batch(seed=update))
+            learner.compute_gradient(make_batch(seed=update))
             gradient = learner.gradient.clone()
-            learner.begin_update(batch, NOTHING)
+            rank.launch(weighted(make_batch(seed=update), 1.0 if comm.rank else 4.0))
             steps.append(float((before - learner.parameters).norm() / (1e-2 * gradient.norm())))
-            learner.finish_update()
+            rank.wait()
         return steps
 
     first, second = run_ranks(2, body)
@@ -286,27 +285,25 @@ def test_ranks_divide_by_the_same_importance_weight_once_they_know_it():
 
 
 @pytest.mark.parametrize("outer", [{}, {"outer_lr": 0.7, "outer_momentum": 0.9}])
-def test_a_run_goes_on_from_an_average_as_if_nothing_had_been(outer):
+def test_a_run_that_resumes_after_an_average_ends_with_the_same_weights(outer):
     parallel = {"sync": "parameters", "sync_every": 4, **outer}
 
-    def learn(learner, comm, first, last):
+    def learn(rank, first, last):
         for update in range(first, last):
-            batch = weighted(make_batch(seed=100 * comm.rank + update), 1.0 + comm.rank)
-            learner.begin_update(batch, NOTHING)
-            learner.finish_update()
+            rank.update(weighted(make_batch(seed=100 * rank.comm.rank + update), 1.0 + rank.comm.rank))
 
     def body(comm: ThreadComm):
-        whole = make_learner(comm, **parallel)
-        learn(whole, comm, 0, 6)
-        whole.agree()
+        whole = make_rank(comm, **parallel)
+        learn(whole, 0, 6)
+        whole.synchronize()
         mine = {name: tensor.clone() for name, tensor in whole.state().items()}  # before others go on
         saved = comm.broadcast_object(mine)
-        learn(whole, comm, 6, 13)
-        whole.agree()
-        resumed = make_learner(comm, **parallel)
+        learn(whole, 6, 13)
+        whole.synchronize()
+        resumed = make_rank(comm, **parallel)
         resumed.load_state(saved)
-        learn(resumed, comm, 6, 13)
-        resumed.agree()
+        learn(resumed, 6, 13)
+        resumed.synchronize()
         return whole.sha256(), resumed.sha256()
 
     digests = run_ranks(2, body)
