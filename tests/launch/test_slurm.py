@@ -129,6 +129,12 @@ def summary(path: Path) -> dict[str, object]:
     return loaded
 
 
+def wait_for_records(path: Path, job: Job, timeout: float) -> None:
+    """Wait until the job has written metrics; its first line of progress comes before the first env step."""
+    file = path / "metrics.jsonl"
+    job.wait_until(lambda: file.exists() and file.stat().st_size > 0, "write metrics", timeout)
+
+
 def check_resumed(clone: Path, job: Job, info: dict[str, str]) -> None:
     """Assert that the job was stopped once after a checkpoint, requeued, and finished from that checkpoint."""
     output = job.output()
@@ -212,7 +218,7 @@ def test_usr2_checkpoints_requeues_and_resumes(
     cluster: Cluster, clone: Path, folder: Path, whom: list[str]
 ) -> None:
     job = cluster.sbatch(*ONE_NODE, f"{clone}/slurm/train.sbatch", *STOPPABLE, cwd=folder)
-    job.wait_for("env steps ", timeout=120)
+    wait_for_records(run_dir(clone, job), job, timeout=120)
     line = command("scancel --signal=USR2 JOB", {"JOB": job.id})
     cluster.run(*line.split(), *whom)
     check_resumed(clone, job, job.wait(timeout=180))
@@ -221,7 +227,7 @@ def test_usr2_checkpoints_requeues_and_resumes(
 def test_preempted_job_is_requeued_and_resumes(cluster: Cluster, clone: Path, folder: Path) -> None:
     exclusive = ["--nodelist=n2", "--exclusive"]  # Slurm preempts with SIGTERM, then waits for GraceTime
     job = cluster.sbatch(*ONE_NODE, *exclusive, f"{clone}/slurm/train.sbatch", *STOPPABLE, cwd=folder)
-    job.wait_for("env steps ", timeout=180)
+    wait_for_records(run_dir(clone, job), job, timeout=180)
     urgent = cluster.sbatch("--partition=urgent", *exclusive, "--wrap=sleep 1", cwd=folder)
     check_resumed(clone, job, job.wait(timeout=180))
     assert urgent.wait(timeout=1)["JobState"] == "COMPLETED"
@@ -243,7 +249,7 @@ def test_a_short_job_that_is_preempted_at_once_is_requeued(
 
 def test_cancelled_job_stays_cancelled(cluster: Cluster, clone: Path, folder: Path) -> None:
     job = cluster.sbatch(*ONE_NODE, f"{clone}/slurm/train.sbatch", *WORKLOAD, *ENDLESS, cwd=folder)
-    job.wait_for("env steps ", timeout=120)
+    wait_for_records(run_dir(clone, job), job, timeout=120)
     cluster.run(*command("scancel JOB", {"JOB": job.id}).split())
     info = job.wait(timeout=60)
     assert info["JobState"] == "CANCELLED", job.output()
@@ -254,7 +260,7 @@ def test_cancelled_job_stays_cancelled(cluster: Cluster, clone: Path, folder: Pa
 
 def test_killed_rank_fails_the_job(cluster: Cluster, clone: Path, folder: Path) -> None:
     job = cluster.sbatch(*TWO_NODES, f"{clone}/slurm/train.sbatch", *WORKLOAD, *ENDLESS, cwd=folder)
-    job.wait_for("env steps ", timeout=120)
+    wait_for_records(run_dir(clone, job), job, timeout=120)
     ranks = job.ranks()
     assert sorted(ranks) == [0, 1]
     killed = time.monotonic()
