@@ -31,6 +31,7 @@ load_site() {
     fi
     export OMP_NUM_THREADS=$cpus # one thread for each core of a rank
     export PYTHONUNBUFFERED=1    # write output at once, also to a file
+    export TERM=dumb             # `srun --unbuffered` gives ranks a terminal, but their output ends in a file
     check_gpus
 }
 

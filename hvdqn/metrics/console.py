@@ -41,13 +41,26 @@ def open_console(stream: TextIO, total_env_steps: int, line_every_seconds: float
 
 
 def can_redraw(stream: TextIO) -> bool:
-    """Return whether the stream is a terminal that can redraw a line.
+    """Return whether the stream is a terminal that can redraw a line, and that somebody sees.
 
-    Open MPI gives its ranks a pseudo-terminal and may put tags between the lines.
+    Open MPI gives its ranks a pseudo-terminal and may put tags between the lines. `srun --unbuffered` gives ranks one
+    whose output ends in a file.
     """
     under_mpirun = "OMPI_COMM_WORLD_RANK" in os.environ
     dumb = os.environ.get("TERM", "dumb") == "dumb"
-    return stream.isatty() and not under_mpirun and not dumb
+    return stream.isatty() and not under_mpirun and not dumb and not in_batch_job()
+
+
+def in_batch_job() -> bool:
+    """Return whether a scheduler runs this process without the terminal of a user."""
+    environ = os.environ
+    # Slurm and Grid Engine set ENVIRONMENT.
+    if environ.get("ENVIRONMENT") == "BATCH" or environ.get("PBS_ENVIRONMENT") == "PBS_BATCH":
+        return True
+    if "SLURM_JOB_ID" in environ:
+        in_salloc_shell = environ.get("SLURM_JOB_NAME") == "interactive" and "SLURM_STEP_ID" not in environ
+        return "SLURM_PTY_PORT" not in environ and not in_salloc_shell  # `srun --pty` sets SLURM_PTY_PORT
+    return "LSB_JOBID" in environ and environ.get("LSB_INTERACTIVE") != "Y"
 
 
 class LineConsole:

@@ -210,6 +210,9 @@ def test_two_nodes_train_and_arguments_are_unchanged(cluster: Cluster, clone: Pa
     assert config["env_kwargs"] == kwargs
     assert config["threads_per_rank"] == 1
     assert f"run directory: {named}; restarts: 0\n" in job.output()
+    assert "\x1b" not in job.output(), "srun's terminal is none that somebody sees"
+    assert job.output().count("\nenv steps 0/2,000 (0%)") == 1
+    assert job.output().count("\nenv steps 2,000/2,000 (100%)") == 1
     assert not run_dir(clone, job).exists()
 
 

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.launch
 SRUN = """#!/bin/sh
 [ "$1" != --help ] || exec echo '      --container-image=[USER@][REGISTRY#]IMAGE[:TAG]|PATH'
 printf '%s\\n' "$@" >>"$RECORDS/srun"
+echo "TERM=$TERM"
 exit "${SRUN_CODE:-0}"
 """
 SCONTROL = """#!/bin/sh
@@ -84,6 +85,13 @@ def batch(folder: Path, script: str, *arguments: str, **environment: str) -> Bat
     records = [(folder / name) for name in ("srun", "scontrol")]
     srun, scontrol = (path.read_text().splitlines() if path.exists() else [] for path in records)
     return Batch(done.returncode, done.stdout, srun, scontrol)
+
+
+@pytest.mark.parametrize("script", ["train.sbatch", "train_container.sbatch"])
+def test_the_terminal_of_the_ranks_shows_no_colors(folder: Path, script: str) -> None:
+    """srun gives them a pseudo-terminal, and what they print ends in a file."""
+    done = batch(folder, script, HVDQN_IMAGE="image.sif", TERM="xterm-256color")
+    assert "TERM=dumb\n" in done.output, done
 
 
 @pytest.mark.parametrize("image", ["", "image.sif", "image.sqsh"])

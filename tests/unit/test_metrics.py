@@ -463,6 +463,53 @@ with Metrics(Path(sys.argv[1]), 1000, PhaseTimer()) as metrics:
     )  # also a run that is killed leaves the cursor visible
 
 
+BAR = """
+import sys
+from pathlib import Path
+from hvdqn.metrics import Metrics, PhaseTimer
+with Metrics(Path(sys.argv[1]), 1000, PhaseTimer()) as metrics:
+    metrics.show(0, 0)
+    metrics.log(500, 50, {"loss": 0.5})
+    metrics.log(1000, 100, {"loss": 0.25})
+"""
+
+
+@pytest.mark.parametrize(
+    ("environment", "is_batch"),
+    [
+        ({"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"}, True),
+        ({"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PTY_PORT": "4", "ENVIRONMENT": "BATCH"}, True),
+        ({"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_JOB_NAME": "interactive"}, True),
+        ({"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PTY_PORT": "4"}, False),
+        ({"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "interactive"}, False),
+        ({"PBS_JOBID": "7", "PBS_ENVIRONMENT": "PBS_BATCH"}, True),
+        ({"PBS_JOBID": "7", "PBS_ENVIRONMENT": "PBS_INTERACTIVE"}, False),
+        ({"LSB_JOBID": "7"}, True),
+        ({"LSB_JOBID": "7", "LSB_INTERACTIVE": "Y"}, False),
+    ],
+    ids=[
+        "srun",
+        "sbatch from a shell of srun --pty",
+        "srun in a shell of salloc",
+        "srun --pty",
+        "salloc",
+        "qsub",
+        "qsub -I",
+        "bsub",
+        "bsub -Is",
+    ],
+)
+def test_a_batch_job_prints_plain_lines_even_on_a_terminal(
+    tmp_path: Path, environment: dict[str, str], is_batch: bool
+) -> None:
+    """`srun --unbuffered` gives ranks a pseudo-terminal that ends in a file."""
+    shown = shown_on_a_terminal(BAR, str(tmp_path), **environment)
+    assert ("\x1b" not in shown) == is_batch, shown
+    if is_batch:
+        counted = [line.split("  ")[0] for line in shown.splitlines()]
+        assert counted == ["env steps 0/1,000 (0%)", "env steps 1,000/1,000 (100%)"]
+
+
 # summary.json
 
 
