@@ -57,7 +57,8 @@ def always_stopped(env):
 INSTANT = """\
 #!/bin/bash
 [[ $1 != -c && -z ${SLURM_RESTART_COUNT:-} ]] || exit 0
-trap 'exit 75' USR2 TERM
+mkdir -p "${@: -1}" # the run directory
+trap 'echo "{\\"stopped_by\\": \\"signal\\"}" >"${@: -1}/summary.json"; exit 75' USR2 TERM
 echo training
 while true; do sleep 0.1; done
 """
