@@ -25,7 +25,7 @@ from hvdqn.graphs import Record
 from hvdqn.metrics import PhaseTimer, ProgressLine
 from hvdqn.networks import QNetwork
 from hvdqn.parts import network_for
-from hvdqn.process import use_threads
+from hvdqn.process import usable_cores, use_threads
 from hvdqn.seeds import rank_seeds
 from hvdqn.video import check_video, record
 
@@ -263,8 +263,9 @@ def evaluate(options: EvalOptions) -> Iterator[str]:
     config = config.replace(eval_episodes=options.episodes, eval_epsilon=options.epsilon, seed=options.seed)
     with closing(make_environments(config.environment, 1, options.seed, training=False)) as envs:
         network = load_network(checkpoint, config, envs)
-    use_threads(network, torch.get_num_threads())
-    evaluator = Evaluator(config, LocalComm(), torch.device("cpu"), PhaseTimer())
+    threads = usable_cores()
+    use_threads(network, min(threads, torch.get_num_threads()))
+    evaluator = Evaluator(config, LocalComm(), torch.device("cpu"), PhaseTimer(), threads)
     playing = f"playing {config.environment.env}: {{}} of {options.episodes} episodes".format
     with closing(ProgressLine(sys.stderr)) as line:
         evaluation = evaluator.run(network, show=lambda finished: line.show(playing(finished)))
