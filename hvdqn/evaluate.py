@@ -22,10 +22,10 @@ from hvdqn.config import Config, parse_flags
 from hvdqn.envs import Environments, make_environments
 from hvdqn.errors import UserError
 from hvdqn.graphs import Record
-from hvdqn.metrics import PhaseTimer
+from hvdqn.metrics import PhaseTimer, ProgressLine
 from hvdqn.networks import QNetwork
 from hvdqn.parts import network_for
-from hvdqn.process import use_threads
+from hvdqn.process import usable_cores, use_threads
 from hvdqn.seeds import rank_seeds
 from hvdqn.video import check_video, record
 
@@ -87,18 +87,31 @@ class Evaluator:
         episodes = config.run.eval_episodes
         self.share = episodes // comm.size + (comm.rank < episodes % comm.size)
 
-    def run(self, network: QNetwork, stop: Callable[[], bool] = lambda: False) -> Evaluation | None:
+    def run(
+        self,
+        network: QNetwork,
+        stop: Callable[[], bool] = lambda: False,
+        show: Callable[[int], None] = lambda _: None,
+    ) -> Evaluation | None:
         """Play the episodes and return all ranks' returns, or None if `stop` was True on some rank before the end.
 
         A collective call: all ranks must make it together.
+
+        Args:
+            network: plays.
+            stop: whether this rank wants to stop.
+            show: called every few steps with the number of episodes that all ranks have finished.
         """
+        show(0)
         player = self._make_player(network) if self.share else None
         network.eval()  # a noisy network acts without noise
         try:
             playing, stopped = True, False
             while playing and not stopped:
                 unfinished = player is not None and player.play(STEPS_BETWEEN_VOTES)
-                playing, stopped = self._vote(unfinished, stop())
+                finished = len(player.returns) if player is not None else 0
+                playing, stopped, finished = self._exchange(unfinished, stop(), finished)
+                show(finished)
         finally:
             network.train()
             if player is not None:
@@ -117,12 +130,12 @@ class Evaluator:
         actor = Actor(envs, network, environment.frame_stack, rng, self.device, record=self.record)
         return _Player(envs, actor, run.eval_epsilon, self.share, self.timer)
 
-    def _vote(self, playing: bool, stop: bool) -> tuple[bool, bool]:
-        """Return whether any rank still plays, and whether any rank wants to stop."""
-        votes = torch.tensor([float(playing), float(stop)])
+    def _exchange(self, playing: bool, stop: bool, finished: int) -> tuple[bool, bool, int]:
+        """Return whether any rank still plays, whether any wants to stop, and how many episodes all have finished."""
+        sums = torch.tensor([float(playing), float(stop), float(finished)])
         with self.timer.during("comm"):  # ranks with short episodes wait here for the others
-            self.comm.allreduce_sum_async(votes, name="evaluation").wait()
-        return bool(votes[0] > 0), bool(votes[1] > 0)
+            self.comm.allreduce_sum_async(sums, name="evaluation").wait()
+        return bool(sums[0] > 0), bool(sums[1] > 0), int(sums[2])
 
 
 class _Player:
@@ -250,12 +263,18 @@ def evaluate(options: EvalOptions) -> Iterator[str]:
     config = config.replace(eval_episodes=options.episodes, eval_epsilon=options.epsilon, seed=options.seed)
     with closing(make_environments(config.environment, 1, options.seed, training=False)) as envs:
         network = load_network(checkpoint, config, envs)
-    use_threads(network, torch.get_num_threads())
-    evaluation = Evaluator(config, LocalComm(), torch.device("cpu"), PhaseTimer()).run(network)
+    threads = usable_cores()
+    use_threads(network, min(threads, torch.get_num_threads()))
+    evaluator = Evaluator(config, LocalComm(), torch.device("cpu"), PhaseTimer(), threads)
+    playing = f"playing {config.environment.env}: {{}} of {options.episodes} episodes".format
+    with closing(ProgressLine(sys.stderr)) as line:
+        evaluation = evaluator.run(network, show=lambda finished: line.show(playing(finished)))
     assert evaluation is not None  # only `stop` makes it None
     yield f"{options.path}: {evaluation}"
     if options.video is not None:
-        record(network, config.environment, options.video, options.seed, options.epsilon)
+        with closing(ProgressLine(sys.stderr)) as line:
+            line.show(f"recording one episode in {options.video}")
+            record(network, config.environment, options.video, options.seed, options.epsilon)
         yield f"video of one episode: {options.video}"
 
 

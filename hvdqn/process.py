@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 from contextlib import suppress
+from pathlib import Path
 
 import torch
 from threadpoolctl import threadpool_limits
@@ -56,8 +58,55 @@ def use_threads(network: QNetwork, threads: int) -> None:
 def share_of_cores(config: Config, comm: Comm) -> int:
     """Return the number of threads of this rank: `--threads-per-rank`, or its share of the cores it may use.
 
-    A collective call: launchers may bind each rank to cores of its own, or all ranks of a host to the same cores.
+    A collective call: launchers may bind each rank to cores of its own, or all ranks of a host to the same cores. All
+    ranks of a host share the quota of its control group.
     """
-    mine = os.sched_getaffinity(0)
-    sharing = sum(not mine.isdisjoint(cores) for cores in comm.cores_of_host())
-    return config.parallel.threads_per_rank or max(1, len(mine) // sharing)
+    mine, ranks = os.sched_getaffinity(0), comm.cores_of_host()
+    sharing = sum(not mine.isdisjoint(cores) for cores in ranks)
+    share = min(len(mine) / sharing, cpu_quota() / len(ranks))
+    return config.parallel.threads_per_rank or max(1, int(share))
+
+
+def usable_cores() -> int:
+    """Return the number of cores that this process may keep busy."""
+    return max(1, int(min(len(os.sched_getaffinity(0)), cpu_quota())))
+
+
+def cpu_quota(root: Path = Path("/")) -> float:
+    """Return how many cores the control groups let this process use, as `docker --cpus` sets; infinite without a limit.
+
+    Args:
+        root: of the file system.
+    """
+    mounts = root / "sys" / "fs" / "cgroup"
+    try:
+        groups = [line.split(":", 2)[1:] for line in (root / "proc/self/cgroup").read_text().splitlines()]
+    except OSError:
+        return math.inf
+    quota = math.inf
+    for controllers, path in groups:
+        if not controllers:
+            mount = mounts  # cgroup v2
+        elif "cpu" in controllers.split(","):
+            mount = mounts / controllers if (mounts / controllers).is_dir() else mounts / "cpu"
+        else:
+            continue
+        # A container may see the path that its group has on the host, but find only the group itself, at the mount.
+        group = mount / path.strip("/")
+        for folder in (group, *group.parents):
+            quota = min(quota, _quota_of_group(folder))
+            if folder == mount:
+                break
+    return quota
+
+
+def _quota_of_group(folder: Path) -> float:
+    """Return the quota of one control group in cores; infinite if it has none, or is not visible."""
+    try:
+        if (folder / "cpu.max").exists():
+            quota, period = (folder / "cpu.max").read_text().split()
+        else:
+            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        return int(quota) / int(period) if quota.strip() not in ("max", "-1") else math.inf
+    except (OSError, ValueError, ZeroDivisionError):
+        return math.inf

@@ -34,6 +34,7 @@ class Recorder:
     Attributes:
         totals: what the ranks learned since the last line of metrics.
         progress: what was evaluated and saved so far.
+        activity: what the ranks do besides training, for the progress display.
     """
 
     def __init__(
@@ -49,6 +50,8 @@ class Recorder:
         self.totals, self.progress = Totals(), Progress()
         self.logged_at_env_steps = self.saved_at_env_steps = -1
         self.seconds_before = self.timer.seconds()
+        self.activity = ""
+        self.timer.when_alive = self.show_progress  # during checkpoints
 
     def resume(self) -> None:
         """Continue the records at the clock's env step: later ones are dropped."""
@@ -72,6 +75,15 @@ class Recorder:
                 f"checkpoints leave replay out: it would take {needed / 2e9:.1f} GB, and as much again is not free. "
                 f"A resumed run fills it anew; --checkpoint-replay yes keeps it all the same"
             )
+
+    def show_progress(self) -> None:
+        """Redraw the progress display, if it is time for that."""
+        self.metrics.show(self.parts.clock.env_steps, self.parts.clock.updates, self.activity)
+
+    def show_evaluation(self, finished: int) -> None:
+        """Redraw the progress display during an evaluation, if it is time for that."""
+        self.activity = f"evaluation: {finished} of {self.config.run.eval_episodes} episodes"
+        self.show_progress()
 
     def log(self) -> None:
         """Write one line of metrics, unless there is one for this env step."""
@@ -102,7 +114,8 @@ class Recorder:
         clock, progress = self.parts.clock, self.progress
         if progress.evaluated_at_env_steps == clock.env_steps:
             return True
-        evaluation = self.evaluator.run(self.parts.learner.online, stop)
+        evaluation = self.evaluator.run(self.parts.learner.online, stop, self.show_evaluation)
+        self.activity = ""
         if evaluation is None:
             return False
         progress.evaluated_at_env_steps = clock.env_steps
@@ -132,8 +145,11 @@ class Recorder:
     def write_checkpoint(self, parts: Mapping[str, Any], best: bool = False) -> bool:
         """Write a checkpoint; return whether that worked. A disk that fails is counted and does not end the run."""
         env_steps = self.parts.clock.env_steps
+        self.activity = "saving a checkpoint"
+        self.show_progress()
         with self.timer.during("save"):
             failure = self.checkpoints.save(env_steps, parts, self.config.flat(), best)
+        self.activity = ""
         if failure:
             self.progress.failed_checkpoints += 1
             log.warning(
@@ -153,6 +169,7 @@ class Recorder:
             acted_env_steps,
             self.seconds_before,
         )
+        self.metrics.show(self.parts.clock.env_steps, self.parts.clock.updates, last=True)
         log_summary(self.run_dir, self.parts.clock.env_steps, stopped, summary["rank_env_steps_per_second"])
         if self.comm.rank == 0:
             try:

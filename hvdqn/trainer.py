@@ -56,6 +56,7 @@ class Trainer:
 
     def complete(self) -> None:
         """Train to the end; save, evaluate, record."""
+        self.recorder.show_progress()
         self.train()
         self.accumulate(self.strategy.synchronize())
         self.update_target_if_due()
@@ -185,6 +186,8 @@ class Trainer:
             self.evaluate()
         if due(run.checkpoint_every):
             self.recorder.save()
+        if self.timer.since >= self.recorder.metrics.draw_at:
+            self.recorder.show_progress()
 
     def update_target_if_due(self) -> None:
         """Copy the online network to the target network as soon as the strategy can, and compare the replicas."""

@@ -99,6 +99,8 @@ read_flag() { # read_flag NAME VALUE
         --env-file)
             [[ -r $2 ]] || die 2 "--env-file $2 cannot be read; give a file with lines NAME=VALUE"
             env_file=$(realpath -- "$2")
+            [[ -z $(find "$env_file" -prune \( -perm -040 -o -perm -004 \)) ]] ||
+                printf '%s: warning: other users can read --env-file %s; run chmod 600 %s\n' "$me" "$2" "$2" >&2
             ;;
         --launcher-args) read -ra launcher_args <<<"$2" ;;
     esac

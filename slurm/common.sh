@@ -31,6 +31,7 @@ load_site() {
     fi
     export OMP_NUM_THREADS=$cpus # one thread for each core of a rank
     export PYTHONUNBUFFERED=1    # write output at once, also to a file
+    export TERM=dumb             # `srun --unbuffered` gives ranks a terminal, but their output ends in a file
     check_gpus
 }
 
@@ -80,6 +81,7 @@ run_ranks() { # run_ranks [SRUN_FLAG...] COMMAND [ARGUMENT...]
         --cpus-per-task="$cpus"    # since Slurm 22.05 srun does not inherit it from sbatch
         --export=ALL               # pass on what site.env has set, even under sbatch --export=NONE
     )
+    earlier_summary=$(summary)
     srun "${flags[@]}" "$@" &
     local -r step=$!
     # Slurm signals the ranks directly. Signals to this shell alone (--signal=B:..., scancel --batch) are passed to
@@ -90,6 +92,16 @@ run_ranks() { # run_ranks [SRUN_FLAG...] COMMAND [ARGUMENT...]
     wait "$step"
 }
 
+# Prints summary.json of the run directory, or nothing.
+summary() { cat -- "$run_dir/summary.json" 2>/dev/null || true; }
+
+# Succeeds if the ranks of this start recorded that they stopped after a checkpoint. An earlier start may have left a
+# summary.
+stopped_after_checkpoint() {
+    local -r now=$(summary)
+    [[ $now == *'"stopped_by": "signal"'* && $now != "$earlier_summary" ]]
+}
+
 # Prints Slurm's record of this job, or nothing if the controller does not answer, for example while it restarts.
 job_record() {
     for _ in {1..6}; do
@@ -98,7 +110,9 @@ job_record() {
     done
 }
 
-# Ends the job with the exit code of the ranks, and requeues it if they were stopped by a signal.
+# Ends the job with the exit code of the ranks. Requeues it if they recorded that they stopped after a checkpoint, or if
+# Slurm says that it preempted the job or that the time is over: exit codes alone may be those of a step that Slurm
+# could not launch.
 finish() { # finish CODE
     local -r most=${HVDQN_MAX_RESTARTS:-20}
     local code=$1 state
@@ -109,6 +123,10 @@ finish() { # finish CODE
     state=$(job_record)
     if [[ -n $state && $state != *JobState=RUNNING* && $state != *Reason=TimeLimit* ]]; then
         info "stopped because Slurm ends this job (scancel, or a requeue of its own); its run directory is $run_dir"
+    elif ! stopped_after_checkpoint && [[ ! $state =~ Reason=TimeLimit|PreemptTime=[0-9] ]]; then
+        info "error: srun ended with $code after $SECONDS s, and no rank recorded that it stopped after a checkpoint;" \
+            "not requeued: see above why; to try again, submit again with --run-dir $run_dir" >&2
+        ((code != STOPPED)) || code=1
     # Do not requeue a job that the signal of --signal stops right at the start: it would stop every time. Slurm sends
     # that signal up to 60 s early, so a stop within 60 s is due to it if --time is at most 300 + 60 s. The exception is
     # that Slurm needs the nodes for another job, which shows in PreemptTime.

@@ -3,7 +3,7 @@
 Importing this package does not import torch.
 """
 
-from hvdqn.metrics.console import LineConsole
+from hvdqn.metrics.console import LineConsole, ProgressLine
 from hvdqn.metrics.metrics import Metrics
 from hvdqn.metrics.status import Status, number
 from hvdqn.metrics.timing import PHASES, Phase, PhaseTimer, WaitHint
@@ -28,6 +28,7 @@ __all__ = [
     "Metrics",
     "Phase",
     "PhaseTimer",
+    "ProgressLine",
     "Record",
     "Status",
     "TensorBoard",

@@ -23,22 +23,22 @@ class BarConsole:
     Only `write` redraws it: rich's refresh thread would compete with training and does not survive a fork.
     """
 
-    _REDRAW_SECONDS = 0.1
+    _REDRAW_SECONDS = 1.0
 
     def __init__(self, stream: TextIO, total_env_steps: int) -> None:
         self._stream = stream
-        self._status = Status(total_env_steps)
-        self._progress = StatusProgress(self._status, stream)
-        self._next = -math.inf
+        self.status = Status(total_env_steps)
+        self.draw_at = -math.inf
+        self._progress = StatusProgress(self.status, stream)
 
     def resume(self, env_steps: int) -> None:
         """Do nothing: printed lines stay."""
 
     def write(self, record: Record) -> None:
-        """Redraw the bar, at most ten times a second."""
-        self._status.update(record)
-        if time.monotonic() >= self._next:
-            self._next = time.monotonic() + self._REDRAW_SECONDS
+        """Redraw the bar, at most once a second."""
+        self.status.update(record)
+        if time.perf_counter() >= self.draw_at:
+            self.draw_at = time.perf_counter() + self._REDRAW_SECONDS
             if not self._progress.live.is_started:
                 self._progress.live.start()
                 self._progress.console.show_cursor(True)  # a run that is killed cannot show it again
@@ -78,9 +78,14 @@ class StatusProgress(Progress):
         self.refresh()
 
     def get_renderables(self) -> Iterable[RenderableType]:
-        """Yield the bar, and below it one line with the values of learning."""
+        """Yield the bar, and below it one line with the values of learning and what else the ranks do."""
         yield self.make_tasks_table(self.tasks)
-        yield Text("  ".join(self._status.learning()), no_wrap=True, overflow="crop", style="dim")
+        yield Text(
+            "  ".join(self._status.learning() + self._status.activities()),
+            no_wrap=True,
+            overflow="crop",
+            style="dim",
+        )
 
     @staticmethod
     def _fields(status: Status) -> dict[str, Any]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from hvdqn.logs import close_display, open_display
-from hvdqn.metrics.console import Console, open_console
+from hvdqn.metrics.console import LINE_EVERY_SECONDS, Console, open_console
 from hvdqn.metrics.timing import PhaseTimer
 from hvdqn.metrics.writers import METRICS_FILE, JsonLines, Record, TensorBoard, Writer
 
@@ -31,6 +33,10 @@ class Metrics:
         timer: its total is the `wall_seconds` of every record.
         line_every_seconds: minimum wall time between two progress lines where there is no terminal.
         stream: the console; standard output if None.
+
+    Attributes:
+        write_failures: number of failed writes.
+        draw_at: the `time.perf_counter()` at which the training loop calls `show` next; infinite without a console.
     """
 
     def __init__(
@@ -39,10 +45,11 @@ class Metrics:
         total_env_steps: int,
         timer: PhaseTimer,
         *,
-        line_every_seconds: float = 5.0,
+        line_every_seconds: float = LINE_EVERY_SECONDS,
         stream: TextIO | None = None,
     ) -> None:
         self.write_failures = 0
+        self.draw_at = math.inf
         self._timer = timer
         self._rates_since: tuple[int, int, float] = (0, 0, timer.total_seconds())
         self._console: Console | None = None
@@ -67,11 +74,29 @@ class Metrics:
         for writer in self._writers:
             self._attempt(writer.write, record)
 
+    def show(self, env_steps: int, updates: int, activity: str = "", last: bool = False) -> None:
+        """Redraw the console, if it is time for that, with these global counters.
+
+        Args:
+            env_steps: global env steps.
+            updates: global updates.
+            activity: what the ranks do besides training, if anything.
+            last: training has ended: the console shows these counters when it is closed, or before.
+        """
+        if self._console is None or not self._writers:
+            return
+        if last or time.perf_counter() >= self._console.draw_at:
+            self._console.status.activity = activity
+            self._attempt(self._console.write, Record(env_steps, updates, self._timer.total_seconds(), {}))
+            self._console.status.activity = ""
+        self.draw_at = self._console.draw_at
+
     def close(self) -> None:
         """Show the last record that the console held back, and remove the bar."""
         for writer in self._writers:
             self._attempt(writer.close)
         self._writers = []
+        self.draw_at = math.inf
         if self._console is not None:
             close_display(self._console)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal, get_args
 
@@ -15,24 +15,31 @@ class PhaseTimer:
     """Measure the wall time of training by phase. Exactly one phase runs at any moment, so the phases sum to it.
 
     A new timer runs, in phase `other`. Switching phases is cheap enough for the training loop.
+
+    Attributes:
+        phase: that runs now.
+        since: `time.perf_counter()` at the last change of phase.
+        changes: the watchdog takes a rank whose count stands still for one that hangs.
+        when_alive: called by `alive`; the progress display is redrawn by it.
     """
 
-    __slots__ = ("_seconds", "_since", "changes", "phase")
+    __slots__ = ("_seconds", "changes", "phase", "since", "when_alive")
 
     def __init__(self) -> None:
         self.phase: Phase = "other"
-        self.changes = 0  # the watchdog takes a rank whose count stands still for one that hangs
+        self.changes = 0
+        self.when_alive: Callable[[], None] = lambda: None
         self._seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
-        self._since = time.perf_counter()
+        self.since = time.perf_counter()
 
     def start(self, phase: Phase) -> Phase:
         """Switch to `phase` and return the phase that ran before, so that a caller can switch back."""
         now = time.perf_counter()
         before = self.phase
-        self._seconds[before] += now - self._since
+        self._seconds[before] += now - self.since
         self.phase = phase
         self.changes += 1
-        self._since = now
+        self.since = now
         return before
 
     @contextmanager
@@ -45,6 +52,7 @@ class PhaseTimer:
     def alive(self) -> None:
         """Show the watchdog that a long piece of work makes progress."""
         self.changes += 1
+        self.when_alive()
 
     def seconds(self) -> dict[str, float]:
         """Return the seconds of each phase until now, including attempts before a resume."""

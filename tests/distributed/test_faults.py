@@ -48,7 +48,7 @@ def sabotage(name: str) -> tuple[str, str]:
 def before_learning(launcher: str, np: int, run_dir: Path) -> Job:
     replay = ("--learning-starts", "1000000", "--replay-capacity", "2000000")
     job = begin(launcher, np, run_dir, *ENDLESS, *replay, "--checkpoint-every", "0")
-    job.wait_for("env steps 208")
+    job.wait_until(lambda: '"env_steps": 208' in metrics(run_dir), "training has begun")
     return job
 
 

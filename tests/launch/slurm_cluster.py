@@ -105,11 +105,11 @@ class Job:
 
     def wait_for(self, text: str, timeout: float) -> None:
         """Wait until the output contains `text`."""
-        self._wait(lambda: text in self.output(), f"print {text!r}", timeout)
+        self.wait_until(lambda: text in self.output(), f"print {text!r}", timeout)
 
     def wait(self, timeout: float) -> dict[str, str]:
         """Wait until the job has ended and is not requeued; return Slurm's record."""
-        self._wait(lambda: self.info()["JobState"] in FINAL_STATES, "end", timeout)
+        self.wait_until(lambda: self.info()["JobState"] in FINAL_STATES, "end", timeout)
         return self.info()
 
     def ranks(self) -> dict[int, psutil.Process]:
@@ -122,7 +122,8 @@ class Job:
                     found[int(environment["SLURM_PROCID"])] = process
         return found
 
-    def _wait(self, done: Callable[[], bool], what: str, timeout: float) -> None:
+    def wait_until(self, done: Callable[[], bool], what: str, timeout: float) -> None:
+        """Wait until `done` returns True. `what` is what the job should do by then, or "end"."""
         deadline = time.monotonic() + timeout
         while not done():
             info = self.info()

@@ -95,6 +95,23 @@ def test_wrong_input_is_one_line_and_exit_2(script: str, words: list[str], expec
     assert expected in refusal(run(script, *words, WANDB_API_KEY="x", SLURM_JWT="x"))
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(("mode", "warns"), [(0o600, False), (0o640, True), (0o604, True), (0o622, False)])
+def test_an_env_file_that_others_can_read_brings_a_warning(
+    script: str, mode: int, warns: bool, tmp_path: Path
+) -> None:
+    secrets = tmp_path / "my secrets"
+    secrets.touch()
+    secrets.chmod(mode)
+    link = tmp_path / "link"
+    link.symlink_to(secrets)
+    result = run(script, "--env-file", str(link), "-np", "0")
+    assert result.returncode == 2, result
+    warning = f"{script}: warning: other users can read --env-file {link}; run chmod 600 {link}\n"
+    assert result.stderr.startswith(warning) == warns, result
+    assert result.stderr.count("\n") == 1 + warns, result
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

@@ -57,7 +57,8 @@ def always_stopped(env):
 INSTANT = """\
 #!/bin/bash
 [[ $1 != -c && -z ${SLURM_RESTART_COUNT:-} ]] || exit 0
-trap 'exit 75' USR2 TERM
+mkdir -p "${@: -1}" # the run directory
+trap 'echo "{\\"stopped_by\\": \\"signal\\"}" >"${@: -1}/summary.json"; exit 75' USR2 TERM
 echo training
 while true; do sleep 0.1; done
 """
@@ -127,6 +128,12 @@ def run_dir(clone: Path, job: Job) -> Path:
 def summary(path: Path) -> dict[str, object]:
     loaded: dict[str, object] = json.loads((path / "summary.json").read_text())
     return loaded
+
+
+def wait_for_records(path: Path, job: Job, timeout: float) -> None:
+    """Wait until the job has written metrics; its first line of progress comes before the first env step."""
+    file = path / "metrics.jsonl"
+    job.wait_until(lambda: file.exists() and file.stat().st_size > 0, "write metrics", timeout)
 
 
 def check_resumed(clone: Path, job: Job, info: dict[str, str]) -> None:
@@ -204,6 +211,9 @@ def test_two_nodes_train_and_arguments_are_unchanged(cluster: Cluster, clone: Pa
     assert config["env_kwargs"] == kwargs
     assert config["threads_per_rank"] == 1
     assert f"run directory: {named}; restarts: 0\n" in job.output()
+    assert "\x1b" not in job.output(), "srun's terminal is none that somebody sees"
+    assert job.output().count("\nenv steps 0/2,000 (0%)") == 1
+    assert job.output().count("\nenv steps 2,000/2,000 (100%)") == 1
     assert not run_dir(clone, job).exists()
 
 
@@ -212,7 +222,7 @@ def test_usr2_checkpoints_requeues_and_resumes(
     cluster: Cluster, clone: Path, folder: Path, whom: list[str]
 ) -> None:
     job = cluster.sbatch(*ONE_NODE, f"{clone}/slurm/train.sbatch", *STOPPABLE, cwd=folder)
-    job.wait_for("env steps ", timeout=120)
+    wait_for_records(run_dir(clone, job), job, timeout=120)
     line = command("scancel --signal=USR2 JOB", {"JOB": job.id})
     cluster.run(*line.split(), *whom)
     check_resumed(clone, job, job.wait(timeout=180))
@@ -221,7 +231,7 @@ def test_usr2_checkpoints_requeues_and_resumes(
 def test_preempted_job_is_requeued_and_resumes(cluster: Cluster, clone: Path, folder: Path) -> None:
     exclusive = ["--nodelist=n2", "--exclusive"]  # Slurm preempts with SIGTERM, then waits for GraceTime
     job = cluster.sbatch(*ONE_NODE, *exclusive, f"{clone}/slurm/train.sbatch", *STOPPABLE, cwd=folder)
-    job.wait_for("env steps ", timeout=180)
+    wait_for_records(run_dir(clone, job), job, timeout=180)
     urgent = cluster.sbatch("--partition=urgent", *exclusive, "--wrap=sleep 1", cwd=folder)
     check_resumed(clone, job, job.wait(timeout=180))
     assert urgent.wait(timeout=1)["JobState"] == "COMPLETED"
@@ -243,7 +253,7 @@ def test_a_short_job_that_is_preempted_at_once_is_requeued(
 
 def test_cancelled_job_stays_cancelled(cluster: Cluster, clone: Path, folder: Path) -> None:
     job = cluster.sbatch(*ONE_NODE, f"{clone}/slurm/train.sbatch", *WORKLOAD, *ENDLESS, cwd=folder)
-    job.wait_for("env steps ", timeout=120)
+    wait_for_records(run_dir(clone, job), job, timeout=120)
     cluster.run(*command("scancel JOB", {"JOB": job.id}).split())
     info = job.wait(timeout=60)
     assert info["JobState"] == "CANCELLED", job.output()
@@ -254,7 +264,7 @@ def test_cancelled_job_stays_cancelled(cluster: Cluster, clone: Path, folder: Pa
 
 def test_killed_rank_fails_the_job(cluster: Cluster, clone: Path, folder: Path) -> None:
     job = cluster.sbatch(*TWO_NODES, f"{clone}/slurm/train.sbatch", *WORKLOAD, *ENDLESS, cwd=folder)
-    job.wait_for("env steps ", timeout=120)
+    wait_for_records(run_dir(clone, job), job, timeout=120)
     ranks = job.ranks()
     assert sorted(ranks) == [0, 1]
     killed = time.monotonic()

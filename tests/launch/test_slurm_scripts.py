@@ -16,6 +16,9 @@ pytestmark = pytest.mark.launch
 SRUN = """#!/bin/sh
 [ "$1" != --help ] || exec echo '      --container-image=[USER@][REGISTRY#]IMAGE[:TAG]|PATH'
 printf '%s\\n' "$@" >>"$RECORDS/srun"
+echo "TERM=$TERM"
+for run_dir; do :; done
+[ -z "$SUMMARY" ] || { mkdir -p "$run_dir"; echo "$SUMMARY" >"$run_dir/summary.json"; }
 exit "${SRUN_CODE:-0}"
 """
 SCONTROL = """#!/bin/sh
@@ -86,6 +89,13 @@ def batch(folder: Path, script: str, *arguments: str, **environment: str) -> Bat
     return Batch(done.returncode, done.stdout, srun, scontrol)
 
 
+@pytest.mark.parametrize("script", ["train.sbatch", "train_container.sbatch"])
+def test_the_terminal_of_the_ranks_shows_no_colors(folder: Path, script: str) -> None:
+    """srun gives them a pseudo-terminal, and what they print ends in a file."""
+    done = batch(folder, script, HVDQN_IMAGE="image.sif", TERM="xterm-256color")
+    assert "TERM=dumb\n" in done.output, done
+
+
 @pytest.mark.parametrize("image", ["", "image.sif", "image.sqsh"])
 @pytest.mark.parametrize(
     ("arguments", "runs", "expected"),
@@ -149,6 +159,7 @@ def test_scaling_writes_to_the_run_directory(folder: Path) -> None:
     ]
 
 
+STOPPED = '{"wall_seconds": 2.5, "stopped_by": "signal"}'
 RUNNING = "JobState=RUNNING Reason=None\n   RunTime=00:00:20 TimeLimit={limit} TimeMin=N/A\n   PreemptTime={preempted}"
 
 
@@ -171,7 +182,8 @@ def test_a_job_that_its_time_limit_stops_at_once_is_not_requeued(
     folder: Path, limit: str, preempted: str, seconds: str, goes_on: bool, code: str
 ) -> None:
     record = RUNNING.format(limit=limit, preempted=preempted)
-    done = batch(folder, "train.sbatch", SRUN_CODE=code, JOB_RECORD=record, SECONDS=seconds)
+    job = {"SRUN_CODE": code, "SUMMARY": STOPPED, "JOB_RECORD": record, "SECONDS": seconds}
+    done = batch(folder, "train.sbatch", **job)
     assert done.code == int(code), done
     assert done.scontrol == ["show job 7", *["requeue 7"] * goes_on], done
     assert ("stopped by a signal; requeued, restart 1 of at most 20" in done.output) == goes_on
@@ -180,7 +192,7 @@ def test_a_job_that_its_time_limit_stops_at_once_is_not_requeued(
 
 
 def test_a_stopped_job_prints_its_run_directory(folder: Path) -> None:
-    job = {"SRUN_CODE": "75", "JOB_RECORD": "JobState=RUNNING", "HVDQN_MAX_RESTARTS": "0"}
+    job = {"SRUN_CODE": "75", "SUMMARY": STOPPED, "JOB_RECORD": "JobState=RUNNING", "HVDQN_MAX_RESTARTS": "0"}
     done = batch(folder, "train.sbatch", "--run-dir", "mine", **job)
     assert done.code == 75, done
     assert f"to go on, submit again with --run-dir {folder}/mine\n" in done.output
@@ -188,7 +200,42 @@ def test_a_stopped_job_prints_its_run_directory(folder: Path) -> None:
 
 def test_a_stopped_job_is_requeued_if_slurm_does_not_answer(folder: Path) -> None:
     """For example while its controller restarts. Slurm refuses the requeue if the job is being cancelled."""
-    done = batch(folder, "train.sbatch", SRUN_CODE="75", NO_ANSWER="1")
+    done = batch(folder, "train.sbatch", SRUN_CODE="75", SUMMARY=STOPPED, NO_ANSWER="1")
     assert done.code == 75, done
     assert done.scontrol == [*["show job 7"] * 6, "requeue 7"], done
     assert "stopped by a signal; requeued, restart 1 of at most 20" in done.output
+
+
+PREEMPTED = RUNNING.format(limit="1-00:00:00", preempted="2024-01-31T12:00:00")
+OVER = "JobState=COMPLETING Reason=TimeLimit\n   TimeLimit=00:30:00\n   PreemptTime=None"
+UNDISTURBED = RUNNING.format(limit="1-00:00:00", preempted="None")
+
+
+@pytest.mark.parametrize("code", ["75", "140"])
+@pytest.mark.parametrize(
+    ("record", "earlier", "recorded", "goes_on"),
+    [
+        (UNDISTURBED, "", STOPPED, True),
+        (UNDISTURBED, STOPPED.replace("2.5", "1.5"), STOPPED, True),
+        (UNDISTURBED, "", "", False),  # Slurm could not launch the step
+        (UNDISTURBED, STOPPED, "", False),  # the same after an earlier start that stopped
+        (UNDISTURBED, "", STOPPED.replace("signal", "finished"), False),
+        ("", "", "", False),
+        (PREEMPTED, "", "", True),
+        (OVER, "", "", True),
+    ],
+)
+def test_a_job_is_requeued_only_if_ranks_or_slurm_say_that_it_was_stopped(
+    folder: Path, record: str, earlier: str, recorded: str, goes_on: bool, code: str
+) -> None:
+    (folder / "runs" / "7").mkdir(parents=True)
+    if earlier:
+        (folder / "runs" / "7" / "summary.json").write_text(f"{earlier}\n")
+    job = {"SRUN_CODE": code, "SUMMARY": recorded, "JOB_RECORD": record, "SECONDS": "90"}
+    done = batch(folder, "train.sbatch", **job)
+    assert ("requeue 7" in done.scontrol) == goes_on, done
+    assert ("stopped by a signal" in done.output) == goes_on, done
+    if not goes_on:
+        assert done.code == {"75": 1, "140": 140}[code], done
+        assert "no rank recorded that it stopped after a checkpoint; not requeued" in done.output
+        assert f"submit again with --run-dir {folder}/runs/7\n" in done.output

@@ -126,6 +126,12 @@ def test_a_stop_request_ends_the_evaluation():
     assert len(asked) == 3
 
 
+def test_finished_episodes_are_shown_during_an_evaluation():
+    shown = []
+    evaluator("Uneven-v0", 4).run(network("Uneven-v0"), show=shown.append)
+    assert shown == [0, 2, 2, 4]  # two episodes of one step, two of 20; 8 steps at a time
+
+
 def test_evaluations_of_one_run_play_the_same_episodes():
     plays = evaluator("CartPole-v1", 4, epsilon=0.3)
     made = network("CartPole-v1")
@@ -177,6 +183,13 @@ def test_eval_repeats_the_last_evaluation_of_the_run(run_dir, capsys):
         assert float(numbers[1]) == pytest.approx(summary["eval_return_mean"], abs=0.006)
         assert float(numbers[2]) == pytest.approx(summary["eval_return_std"], abs=0.006)
         assert float(numbers[3]) <= float(numbers[1]) <= float(numbers[4])
+
+
+def test_eval_shows_its_progress_apart_from_the_result(run_dir, capsys):
+    assert __main__.main(["eval", str(run_dir), "--episodes", "4"]) == 0
+    output = capsys.readouterr()
+    assert output.err == "playing CartPole-v1: 0 of 4 episodes\n"
+    assert output.out.count("\n") == 1
 
 
 def test_eval_ignores_the_launcher(run_dir, capsys, monkeypatch):

@@ -20,6 +20,7 @@ from hvdqn.metrics import (
     LineConsole,
     Metrics,
     PhaseTimer,
+    ProgressLine,
     Record,
     Status,
     WaitHint,
@@ -27,6 +28,11 @@ from hvdqn.metrics import (
     read_metrics,
     write_summary,
 )
+
+BATCH_VARIABLES = (
+    "ENVIRONMENT", "LSB_INTERACTIVE", "LSB_JOBID", "OMPI_COMM_WORLD_RANK", "PBS_ENVIRONMENT", "PBS_JOBID",
+    "SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_PTY_PORT", "SLURM_STEP_ID",
+)  # fmt: skip
 
 
 def open_metrics(
@@ -350,6 +356,87 @@ def test_numbers_for_people(value: float, text: str) -> None:
     assert number(value) == text
 
 
+def test_an_evaluation_does_not_count_for_the_speed() -> None:
+    """Neither the speed nor the time left falls to nothing, and the last line of a run has both."""
+    status = Status(total_env_steps=3_000)
+    for second in range(11):
+        status.update(Record(second * 100, 5, float(second), {}))
+    for second in range(11, 71):  # an evaluation
+        status.update(Record(1_000, 5, float(second), {}))
+    assert (status.speed(), status.time_left()) == ("100/s", "left 0:00:20")
+    status.update(Record(1_050, 5, 71.0, {}))
+    assert status.speed() == "50/s"
+    status = Status(total_env_steps=100)
+    status.update(Record(100, 5, 1.0, {}))
+    assert status.time_left() == "left 0:00:00"
+
+
+def test_the_display_is_redrawn_by_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the start and every 30 s, however rare the records are; without new counters there is no second line."""
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    metrics, stream = open_metrics(tmp_path, total_env_steps=1000)
+    metrics.show(0, 0)
+    for second in range(1, 70):
+        now[0] = 100.0 + second
+        if now[0] >= metrics.draw_at:  # as in the training loop
+            metrics.show(second, 0, "evaluation: 1 of 3 episodes" if second > 50 else "")
+    metrics.log(70, 0, {})
+    metrics.show(70, 0, last=True)
+    metrics.close()
+    assert [line.split("  ") for line in stream.getvalue().splitlines()] == [
+        ["env steps 0/1,000 (0%)", "?/s", "updates 0", "left ?"],
+        ["env steps 30/1,000 (3%)", "1/s", "updates 0", "left 0:16:10"],
+        ["env steps 60/1,000 (6%)", "1/s", "updates 0", "left 0:15:40", "evaluation: 1 of 3 episodes"],
+        ["env steps 70/1,000 (7%)", "1.026/s", "updates 0", "left 0:15:07"],
+    ]
+    assert len(lines_of(tmp_path)) == 1, "the display writes no metrics"
+
+
+def test_the_last_counters_are_shown_once(tmp_path: Path) -> None:
+    metrics, stream = open_metrics(tmp_path, total_env_steps=100)
+    metrics.show(0, 0)
+    metrics.show(100, 0)  # too early for a line
+    assert stream.getvalue().count("\n") == 1
+    metrics.show(100, 0, last=True)
+    metrics.show(100, 0, last=True)
+    metrics.close()
+    assert [line.split("  ")[0] for line in stream.getvalue().splitlines()] == [
+        "env steps 0/100 (0%)",
+        "env steps 100/100 (100%)",
+    ]
+
+
+def test_a_progress_line_is_printed_at_the_start_and_then_by_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    stream = io.StringIO()
+    line = ProgressLine(stream)
+    for second in range(61):
+        now[0] = 100.0 + second
+        line.show(f"{second} of 60")
+    line.close()
+    assert stream.getvalue() == "0 of 60\n30 of 60\n60 of 60\n"
+
+
+def shown_on_a_terminal(code: str, *arguments: str, **environment: str) -> str:
+    """Run Python code on a pseudo-terminal; return what it printed there."""
+    outer = {name: value for name, value in os.environ.items() if name not in BATCH_VARIABLES}
+    ours, theirs = pty.openpty()
+    try:
+        subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            env={**outer, "TERM": "xterm", "COLUMNS": "100", **environment},
+            stdout=theirs,
+            timeout=30,
+            check=True,
+        )
+        return os.read(ours, 100_000).decode(environment.get("PYTHONIOENCODING", "utf-8"))
+    finally:
+        os.close(theirs)
+        os.close(ours)
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_the_bar_on_a_terminal(tmp_path: Path, encoding: str) -> None:
     code = """
@@ -363,20 +450,7 @@ with Metrics(Path(sys.argv[1]), 1000, PhaseTimer()) as metrics:
     logging.getLogger("hvdqn.test").info("checkpoint [bold]\\u00e9[/bold] :smile:")
     metrics.log(1000, 100, {"loss": 0.25})
 """
-    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "PYTHONIOENCODING": encoding}
-    ours, theirs = pty.openpty()
-    try:
-        subprocess.run(
-            [sys.executable, "-c", code, str(tmp_path)],
-            env=environment,
-            stdout=theirs,
-            timeout=30,
-            check=True,
-        )
-        shown = os.read(ours, 100_000).decode(encoding)
-    finally:
-        os.close(theirs)
-        os.close(ours)
+    shown = shown_on_a_terminal(code, str(tmp_path), PYTHONIOENCODING=encoding)
     assert "500/1,000 (50%)" in shown
     assert "1,000/1,000 (100%)" in shown
     assert "updates 100  loss 0.25  epsilon 0.41" in shown
@@ -387,6 +461,53 @@ with Metrics(Path(sys.argv[1]), 1000, PhaseTimer()) as metrics:
     assert shown.index("\x1b[?25h") < shown.index(
         "500/1,000"
     )  # also a run that is killed leaves the cursor visible
+
+
+BAR = """
+import sys
+from pathlib import Path
+from hvdqn.metrics import Metrics, PhaseTimer
+with Metrics(Path(sys.argv[1]), 1000, PhaseTimer()) as metrics:
+    metrics.show(0, 0)
+    metrics.log(500, 50, {"loss": 0.5})
+    metrics.log(1000, 100, {"loss": 0.25})
+"""
+
+
+@pytest.mark.parametrize(
+    ("environment", "is_batch"),
+    [
+        ({"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"}, True),
+        ({"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PTY_PORT": "4", "ENVIRONMENT": "BATCH"}, True),
+        ({"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_JOB_NAME": "interactive"}, True),
+        ({"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PTY_PORT": "4"}, False),
+        ({"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "interactive"}, False),
+        ({"PBS_JOBID": "7", "PBS_ENVIRONMENT": "PBS_BATCH"}, True),
+        ({"PBS_JOBID": "7", "PBS_ENVIRONMENT": "PBS_INTERACTIVE"}, False),
+        ({"LSB_JOBID": "7"}, True),
+        ({"LSB_JOBID": "7", "LSB_INTERACTIVE": "Y"}, False),
+    ],
+    ids=[
+        "srun",
+        "sbatch from a shell of srun --pty",
+        "srun in a shell of salloc",
+        "srun --pty",
+        "salloc",
+        "qsub",
+        "qsub -I",
+        "bsub",
+        "bsub -Is",
+    ],
+)
+def test_a_batch_job_prints_plain_lines_even_on_a_terminal(
+    tmp_path: Path, environment: dict[str, str], is_batch: bool
+) -> None:
+    """`srun --unbuffered` gives ranks a pseudo-terminal that ends in a file."""
+    shown = shown_on_a_terminal(BAR, str(tmp_path), **environment)
+    assert ("\x1b" not in shown) == is_batch, shown
+    if is_batch:
+        counted = [line.split("  ")[0] for line in shown.splitlines()]
+        assert counted == ["env steps 0/1,000 (0%)", "env steps 1,000/1,000 (100%)"]
 
 
 # summary.json

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import sys
 import textwrap
 import threading
@@ -27,7 +28,7 @@ from hvdqn.config.presets import JOINED, PRESETS
 from hvdqn.errors import UserError
 from hvdqn.metrics import PhaseTimer
 from hvdqn.parts import build_parts, choose_device, importance_at
-from hvdqn.process import share_of_cores
+from hvdqn.process import cpu_quota, share_of_cores, usable_cores
 from hvdqn.replay import PrioritizedReplay
 from hvdqn.role import Role
 from hvdqn.seeds import torch_state
@@ -337,12 +338,68 @@ def test_torch_and_numpy_use_as_many_threads_as_a_rank_has(hidden, threads):
 def test_cores_are_shared_among_the_ranks_that_may_use_them(bound, threads, monkeypatch: pytest.MonkeyPatch):
     mine = threading.local()
     monkeypatch.setattr("os.sched_getaffinity", lambda _: mine.cores)
+    monkeypatch.setattr("hvdqn.process.cpu_quota", lambda: math.inf)
 
     def body(comm):
         mine.cores = bound[comm.rank]
         return share_of_cores(Config(), comm)
 
     assert run_ranks(len(bound), body) == threads
+
+
+@pytest.mark.parametrize(
+    ("quota", "ranks", "threads"), [(2.0, 1, 2), (2.0, 2, 1), (7.5, 2, 3), (0.5, 1, 1), (100.0, 2, 32)]
+)
+def test_ranks_share_the_quota_of_their_control_group(
+    quota: float, ranks: int, threads: int, monkeypatch: pytest.MonkeyPatch
+):
+    """Such as that of `docker --cpus=2` on 64 cores."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)))
+    monkeypatch.setattr("hvdqn.process.cpu_quota", lambda: quota)
+    assert usable_cores() == min(64, max(1, int(quota)))
+    assert run_ranks(ranks, lambda comm: share_of_cores(Config(), comm)) == [threads] * ranks
+
+
+V1 = {"cpu.cfs_quota_us": "-1", "cpu.cfs_period_us": "100000"}
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "quota"),
+    [
+        ("0::/\n", {"cpu.max": "200000 100000\n"}, 2.0),
+        ("0::/\n", {"cpu.max": "max 100000\n"}, math.inf),
+        ("0::/a/b\n", {"a/cpu.max": "150000 100000\n", "a/b/cpu.max": "max 100000\n"}, 1.5),
+        ("0::/on/the/host\n", {"cpu.max": "50000 100000\n"}, 0.5),
+        ("0::/../other\n", {"cpu.max": "50000 100000\n"}, 0.5),
+        ("3:cpu,cpuacct:/docker/7\n", {f"cpu,cpuacct/docker/7/{name}": V1[name] for name in V1}, math.inf),
+        (
+            "4:memory:/docker/7\n3:cpuacct,cpu:/docker/7\n0::/\n",
+            {"cpu/cpu.cfs_quota_us": "400000\n", "cpu/cpu.cfs_period_us": "100000\n"},
+            4.0,
+        ),
+        ("1:name=systemd:/\n0::/\n", {}, math.inf),
+        ("0::/\n", {"cpu.max": "what\n"}, math.inf),
+        (None, {}, math.inf),
+    ],
+    ids=[
+        "v2 in a container",
+        "v2 without a limit",
+        "v2 of a parent",
+        "v2 with the host's path",
+        "v2 outside",
+        "v1 without a limit",
+        "v1 with the host's path",
+        "no controller",
+        "unreadable",
+        "no control groups",
+    ],
+)
+def test_the_quota_of_control_groups(groups: str | None, files: dict[str, str], quota: float, tmp_path: Path):
+    places = {f"sys/fs/cgroup/{name}": text for name, text in files.items()}
+    for name, text in {**places, **({"proc/self/cgroup": groups} if groups else {})}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert cpu_quota(tmp_path) == quota
 
 
 def devices(

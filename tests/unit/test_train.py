@@ -22,6 +22,7 @@ from hvdqn import __main__, startup, train
 from hvdqn.checkpoint import Checkpoints, open_checkpoint
 from hvdqn.comm.local import LocalComm
 from hvdqn.evaluate import Evaluation, Evaluator
+from hvdqn.metrics import Metrics
 from hvdqn.rank import Parts
 from hvdqn.run_directory import sole_job
 from tests.launchers import clean_environment
@@ -238,6 +239,24 @@ def test_it_says_what_runs_and_why(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "env steps 600/600" in said
     assert re.search(r"2 episodes: mean [\d.]+, std [\d.]+, min [\d.]+, max [\d.]+", said)
     assert f"run directory: {tmp_path}" in said
+
+
+def test_progress_is_shown_by_time_and_not_only_with_metrics(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rare = ("--log-every", "600", "--eval-every", "0")
+    run(tmp_path / "slow lines", *rare)
+    shown = re.findall(r"^env steps (\S+)", capsys.readouterr().out, re.MULTILINE)
+    assert shown == ["0/600", "600/600"]
+    monkeypatch.setitem(Metrics.__init__.__kwdefaults__, "line_every_seconds", 0.0)
+    run(tmp_path / "fast lines", *rare)
+    output = capsys.readouterr().out
+    shown = re.findall(r"^env steps (\S+)/600 .* left \S+$", output, re.MULTILINE)
+    assert [*dict.fromkeys(shown)] == [str(env_steps) for env_steps in range(0, 601, 8)]
+    assert re.search("^env steps 600/600 .*  evaluation: 0 of 2 episodes$", output, re.MULTILINE)
+    assert re.search("^env steps 600/600 .*  saving a checkpoint$", output, re.MULTILINE)
+    rows = (tmp_path / "fast lines" / "metrics.jsonl").read_text().splitlines()
+    assert len(rows) == 2, "a record of training and one of the evaluation"
 
 
 def test_odd_sizes_take_the_updates_they_owe(tmp_path: Path) -> None:
