@@ -37,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Modules in the current folder, such as a user's torso or wrapper, can be imported as with `python -m`.
     if "" not in sys.path:
         sys.path.insert(0, "")
-    code: int = importlib.import_module(COMMANDS[words[0]][0]).main(words[1:])
+    module = importlib.import_module(COMMANDS[words[0]][0])
+    code: int = getattr(module, "command", module.main)(words[1:])
     return code
 
 

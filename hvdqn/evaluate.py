@@ -19,7 +19,7 @@ from hvdqn.checkpoint import LEARNER, BrokenCheckpointError, Checkpoint, open_ch
 from hvdqn.comm import Comm
 from hvdqn.comm.local import LocalComm
 from hvdqn.config import Config, parse_flags
-from hvdqn.envs import Environments, make_environments
+from hvdqn.envs import Environments, as_exception, make_environments
 from hvdqn.errors import UserError
 from hvdqn.graphs import Record
 from hvdqn.metrics import PhaseTimer, ProgressLine
@@ -282,8 +282,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the `hvdqn eval` command; return its exit code."""
     try:
         options = parse_flags(EvalOptions, sys.argv[1:] if argv is None else argv, prog="hvdqn eval")
-        for line in evaluate(options):
-            print(line, flush=True)
+        try:
+            for line in evaluate(options):
+                print(line, flush=True)
+        except BaseException as error:  # also SystemExit of an environment
+            raise as_exception(error)  # noqa: B904
     except UserError as error:
         print(f"hvdqn eval: error: {error}", file=sys.stderr)
         return 2

@@ -5,24 +5,55 @@ from __future__ import annotations
 import ctypes
 import math
 import os
-from contextlib import suppress
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 from threadpoolctl import threadpool_limits
 
-from hvdqn.comm import Comm
+from hvdqn.comm import Comm, kill_descendants
 from hvdqn.config import Config
 from hvdqn.networks import QNetwork
 
 # In a network with fewer parameters than this, one operation is too short for a second thread to help.
 PARAMETERS_WORTH_THREADS = 500_000
+# How long a process that has finished waits for the processes that its environments left.
+EXIT_SECONDS = 5.0
 
 
 def tune_process() -> None:
-    """Set this process up for training. Call it before other threads start: they inherit the floating-point mode."""
+    """Set up a process that does nothing but train.
+
+    Call it before other threads start: they inherit the floating-point mode.
+    """
     flush_denormals()
     keep_freed_memory()
+    threading.Thread(target=_end_leftovers, name="exit", daemon=True).start()
+
+
+@contextmanager
+def borrowed_process() -> Iterator[None]:
+    """Set up a process that does other things, too, such as a notebook, and put everything back after the body.
+
+    Off the main thread the floating-point mode stays as it is.
+    """
+    flushing, threads, blas = flushes_denormals(), torch.get_num_threads(), threadpool_limits(None)
+    if threading.current_thread() is threading.main_thread():
+        flush_denormals()
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(flushing)
+        torch.set_num_threads(threads)
+        blas.restore_original_limits()
+
+
+def flushes_denormals() -> bool:
+    """Return True if this thread treats numbers below 1e-38 as zero."""
+    return not float(torch.tensor(1e-39) * 0.5)
 
 
 def flush_denormals() -> None:
@@ -45,6 +76,16 @@ def keep_freed_memory() -> None:
         library = ctypes.CDLL(None)
         library.mallopt(mmap_threshold, 1 << 25)
         library.mallopt(trim_threshold, 1 << 30)
+
+
+def _end_leftovers() -> None:
+    """Kill the processes that environments left, a while after the main thread has ended.
+
+    At its exit Python ends daemon processes and waits for all processes, however long they run.
+    """
+    threading.main_thread().join()
+    time.sleep(EXIT_SECONDS)
+    kill_descendants()
 
 
 def use_threads(network: QNetwork, threads: int) -> None:

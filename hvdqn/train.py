@@ -26,7 +26,7 @@ from contextlib import closing, suppress
 
 from hvdqn.comm import Comm, connect, launcher_rank, launcher_size
 from hvdqn.config import Config, parse
-from hvdqn.envs import find_spec
+from hvdqn.envs import find_spec, kill_all_workers
 from hvdqn.errors import (
     EXIT_FAILED,
     EXIT_FINISHED,
@@ -42,7 +42,7 @@ from hvdqn.faults import StopSignal, Watchdog
 from hvdqn.logs import setup_logging
 from hvdqn.metrics import PhaseTimer
 from hvdqn.parts import device_kind
-from hvdqn.process import tune_process
+from hvdqn.process import borrowed_process, tune_process
 from hvdqn.run_directory import open_run_dir, sole_job
 from hvdqn.startup import check_ranks, make_trainer, start_run
 
@@ -82,14 +82,27 @@ def train(config: Config, comm: Comm, stop: StopSignal, timer: PhaseTimer) -> in
 
 
 def main(argv: Sequence[str] | None = None, work: Work = train) -> int:
-    """Run one rank; return its exit code.
+    """Run one rank in a program or notebook of the user; return its exit code.
+
+    Signal handlers and settings of the process are put back at the end. Off the main thread they are left alone, and
+    no signal stops the run.
 
     Args:
         argv: the flags; those of this process if None.
         work: what the ranks do once they are connected.
     """
+    with borrowed_process(), closing(StopSignal(own_process=False)) as stop:
+        return run(argv, work, stop)
+
+
+def command(argv: Sequence[str] | None = None, work: Work = train) -> int:
+    """Run one rank as the `hvdqn train` command does: as `main`, but this process belongs to it until it exits."""
     tune_process()
-    stop = StopSignal()
+    return run(argv, work, StopSignal())
+
+
+def run(argv: Sequence[str] | None, work: Work, stop: StopSignal) -> int:
+    """Connect the ranks and do the work; return the exit code."""
     try:
         setup_logging(launcher_rank(), launcher_size())
         config = parse(sys.argv[1:] if argv is None else argv)
@@ -101,19 +114,30 @@ def main(argv: Sequence[str] | None = None, work: Work = train) -> int:
     timer = PhaseTimer()
     try:
         return run_and_leave(work, config, comm, stop, timer)
-    except Exception as error:
-        report = traceback.format_exc()
-        was_waiting = timer.phase == "comm"
-        if was_waiting:  # the rank that failed reports more
-            report = (
-                f"the other ranks do not answer: {traceback.format_exception_only(error)[-1].splitlines()[0]}"
-            )
-        log.error(f"rank {comm.rank} of {comm.size} failed: {report}")
+    except BaseException as error:  # an environment may also raise SystemExit
+        return fail(error, comm, stop, timer)
+
+
+def fail(error: BaseException, comm: Comm, stop: StopSignal, timer: PhaseTimer) -> int:
+    """Report an exception and end the job; return the exit code only in a program of the user without other ranks."""
+    ends_process = stop.own_process or comm.size > 1  # other ranks wait for this one
+    if not ends_process:
+        kill_all_workers()
+        if isinstance(error, KeyboardInterrupt):
+            raise error
+    report = "".join(traceback.format_exception(error))
+    was_waiting = timer.phase == "comm"
+    if was_waiting:  # the rank that failed reports more
+        report = (
+            f"the other ranks do not answer: {traceback.format_exception_only(error)[-1].splitlines()[0]}"
+        )
+    log.error(f"rank {comm.rank} of {comm.size} failed: {report}")
+    if ends_process:
         if was_waiting:
-            time.sleep(
-                1
-            )  # launchers use the exit code of the rank that ends first: let that be the one that failed
+            # Launchers use the exit code of the rank that ends first: let that be the one that failed.
+            time.sleep(1)
         comm.abort(EXIT_FAILED)
+    return EXIT_FAILED
 
 
 def run_and_leave(work: Work, config: Config, comm: Comm, stop: StopSignal, timer: PhaseTimer) -> int:
@@ -163,4 +187,4 @@ def refuse_unconnected(message: str, stop: StopSignal) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command())

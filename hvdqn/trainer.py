@@ -12,7 +12,7 @@ import numpy as np
 
 from hvdqn.comm import Comm
 from hvdqn.config import Config
-from hvdqn.faults import StopSignal, check_replicas
+from hvdqn.faults import StopSignal, check_replicas, reinstall_handlers
 from hvdqn.parts import importance_at
 from hvdqn.rank import Acting, Parts
 from hvdqn.recorder import Recorder
@@ -182,6 +182,7 @@ class Trainer:
         self.update_target_if_due()
         if due(run.log_every):
             self.recorder.log()
+            reinstall_handlers()  # an environment may set its own in any step
         if due(run.eval_every):
             self.evaluate()
         if due(run.checkpoint_every):

@@ -45,7 +45,7 @@ import os, sys
 from hvdqn import train
 from hvdqn.acting import Actor
 Actor.choose = lambda *_: os._exit(0)
-sys.exit(train.main(sys.argv[1:]))
+sys.exit(train.command(sys.argv[1:]))
 """
 
 
@@ -88,7 +88,7 @@ def run_on_all_ranks(
         benchmark(options, flags, Job(config, comm, stop, timer))
         return EXIT_FINISHED
 
-    return train.main(flags, work)
+    return train.command(flags, work)
 
 
 def check_config(config: Config, comm: Comm, steps_together: bool = False) -> None:

@@ -23,6 +23,7 @@ from hvdqn.comm.auto import (
 )
 from hvdqn.comm.base import Comm, Handle
 from hvdqn.comm.local import LocalComm
+from hvdqn.comm.processes import kill_descendants
 from hvdqn.errors import LaunchError
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "LaunchError",
     "LocalComm",
     "connect",
+    "kill_descendants",
     "launcher_rank",
     "launcher_size",
 ]

@@ -8,6 +8,8 @@ import sys
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar, NoReturn, Protocol, TypeVar
 
+from hvdqn.comm.processes import kill_descendants
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -84,10 +86,12 @@ class Comm(ABC):
     def abort(self, code: int) -> NoReturn:
         """End the whole job at once with exit code `code` (not 0), without waiting for other ranks. Thread-safe.
 
-        A normal exit would hang: the engines' exit hooks wait for ranks that no longer answer.
+        A normal exit would hang: the engines' exit hooks wait for ranks that no longer answer. Worker processes and
+        helpers of environments are killed: one that hangs would stay behind.
         """
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
+        kill_descendants()
         self._end_peers(code)
         os._exit(code)
 

@@ -27,6 +27,11 @@ def import_module(module: str, flag: str) -> ModuleType:
         raise UserError(f"{flag}: '{module}' is no module's name; write package.module, without path and .py")
     try:
         return importlib.import_module(module)
+    except SystemExit as error:
+        raise UserError(
+            f"{flag}: '{module}' calls sys.exit({error.code!r}) when it is imported; put what it runs below "
+            "if __name__ == '__main__'"
+        ) from error
     except ImportError as error:
         raise UserError(
             f"{flag}: cannot import '{module}' ({' '.join(str(error).split())}); install it or put it on PYTHONPATH"

@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LaunchError as error:
         # A worker that has never been in a world may only have had to wait too long for one.
         exit_worker(str(error), EXIT_JOB_FAILED if worker.trainer else EXIT_FAILED)
-    except Exception:
+    except BaseException:  # an environment may also raise SystemExit
         exit_worker(f"rank {worker.comm.rank} of {worker.comm.size} failed: {traceback.format_exc()}")
 
 

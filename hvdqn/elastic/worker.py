@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeVar
 
 from hvdqn.acting import Epsilons
 from hvdqn.checkpoint import Checkpoints, reset_environments
-from hvdqn.comm import Comm
+from hvdqn.comm import Comm, kill_descendants
 from hvdqn.comm.local import LocalComm
 from hvdqn.config import Config, check_world
 from hvdqn.elastic.trainer import ElasticTrainer, HostsChangedError
@@ -197,4 +197,5 @@ def exit_worker(message: str, code: int = EXIT_FAILED) -> NoReturn:
     """End this worker, not the job; skip the exit hooks, which wait for other ranks."""
     log.error(message)
     sys.stdout.flush()
+    kill_descendants()
     os._exit(code)

@@ -6,8 +6,17 @@ for every environment, observation space and autoreset mode.
 
 from __future__ import annotations
 
-from hvdqn.envs.make import find_spec, make_environments
+from hvdqn.envs.make import as_exception, find_spec, make_environments
 from hvdqn.envs.vector import Environments, Episode
+from hvdqn.envs.workers import kill_all_workers
 from hvdqn.step import Step
 
-__all__ = ["Environments", "Episode", "Step", "find_spec", "make_environments"]
+__all__ = [
+    "Environments",
+    "Episode",
+    "Step",
+    "as_exception",
+    "find_spec",
+    "kill_all_workers",
+    "make_environments",
+]

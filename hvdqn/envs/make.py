@@ -7,7 +7,6 @@ import functools
 import importlib
 import json
 import os
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,14 +15,16 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.wrappers import FlattenObservation
 
 from hvdqn.config import EnvironmentConfig, did_you_mean, import_attribute, import_module
 from hvdqn.envs import snapshot
 from hvdqn.envs.atari import LIFE_LOST, AtariGame, AtariVector, game_settings, is_atari
 from hvdqn.envs.vector import Environments
+from hvdqn.envs.workers import WorkerVector
 from hvdqn.errors import UserError
+from hvdqn.faults import leave_signals_to_rank, reinstall_handlers
 
 # Namespaces of optional environments: the module that registers them, and the extra that installs it.
 _FAMILIES = {"ALE": ("ale_py", "atari"), "MinAtar": ("minatar.gym", "minatar")}
@@ -52,6 +53,7 @@ def make_environments(
         raise UserError(f"--episodic-life needs an Atari environment such as ALE/Pong-v5, not '{config.env}'")
     build = _Build(config, spec, _read_kwargs(config, spec), training and config.episodic_life)
     vector, kind = _make_vector(build, num_envs, threads)
+    reinstall_handlers()
     try:
         _check_actions(vector.single_action_space, config.env)
     except UserError:
@@ -144,7 +146,7 @@ def _make_vector(build: _Build, num_envs: int, threads: int) -> tuple[VectorEnv[
             raise UserError(f"the native vector of '{config.env}' has no Box observations; use sync or async")
     makers = [functools.partial(_make_single, build, index, os.getpid()) for index in range(num_envs)]
     if requested == "async":
-        return AsyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP), "async"
+        return WorkerVector(makers), "async"
     return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP), "sync"
 
 
@@ -166,18 +168,19 @@ def _make_copy(config: EnvironmentConfig, training: bool, seed: int) -> Environm
 def _make_single(build: _Build, index: int, rank_pid: int) -> gym.Env[Any, Any]:
     """Build one environment with the user's wrappers. An async vector calls it in a worker process."""
     if os.getpid() != rank_pid:
-        # A launcher may send signals to every process of a job. The rank handles them and closes its workers.
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-            signal.signal(number, signal.SIG_IGN)
+        leave_signals_to_rank()
     config = build.config
     env: gym.Env[Any, Any]
-    with _explain_errors(config):
-        if is_atari(build.spec):
-            env = AtariGame(build.episodic_life, build.kwargs)
-        else:
-            env = gym.make(build.spec, disable_env_checker=True, **build.kwargs)
-    for path in config.wrapper:
-        env = _wrap(env, path)
+    try:
+        with _explain_errors(config):
+            if is_atari(build.spec):
+                env = AtariGame(build.episodic_life, build.kwargs)
+            else:
+                env = gym.make(build.spec, disable_env_checker=True, **build.kwargs)
+        for path in config.wrapper:
+            env = _wrap(env, path)
+    except BaseException as error:
+        raise as_exception(error)  # noqa: B904 - the same error, or one with its traceback
     _check_observations(env.observation_space, config.env)
     if not isinstance(env.observation_space, spaces.Box):
         env = FlattenObservation(env)
@@ -194,16 +197,28 @@ class _SaveState(gym.Wrapper[Any, Any, Any, Any]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
-        observation, _ = self.env.reset(seed=seed, options=options)
+        try:
+            observation, _ = self.env.reset(seed=seed, options=options)
+        except BaseException as error:
+            raise as_exception(error)  # noqa: B904
         return observation, {}
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        observation, reward, terminated, truncated, info = self.env.step(action)
+        try:
+            observation, reward, terminated, truncated, info = self.env.step(action)
+        except BaseException as error:
+            raise as_exception(error)  # noqa: B904
         if not (terminated or truncated):
             return observation, reward, False, False, {}
         # Copy, because the reset that follows may write to the same buffer.
         final = np.array(observation)
         return final, reward, bool(terminated), bool(truncated), {LIFE_LOST: bool(info.get(LIFE_LOST))}
+
+    def close(self) -> None:
+        try:
+            self.env.close()
+        except BaseException as error:
+            raise as_exception(error)  # noqa: B904
 
     def save_state(self) -> dict[str, Any] | None:
         return snapshot.save(self.env)
@@ -218,6 +233,21 @@ class _SaveState(gym.Wrapper[Any, Any, Any, Any]):
         except ValueError as error:  # an exception would end the worker of an async vector
             return str(error)
         return ""
+
+
+def as_exception(error: BaseException) -> BaseException:
+    """Return the error, or a RuntimeError with its traceback in place of SystemExit and the like.
+
+    They would end this rank alone, without a message, and with the exit code that the environment chose.
+    """
+    if isinstance(error, (Exception, KeyboardInterrupt)):
+        return error
+    what = (
+        f"sys.exit({error.code!r})" if isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"
+    )
+    replaced = RuntimeError(f"the environment raised {what}").with_traceback(error.__traceback__)
+    replaced.__suppress_context__ = True
+    return replaced
 
 
 @contextmanager

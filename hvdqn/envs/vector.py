@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import math
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 
 from hvdqn.envs import snapshot
 from hvdqn.envs.atari import LIFE_LOST, AtariVector
+from hvdqn.faults import reinstall_handlers
 from hvdqn.step import Bools, Observation, Step
 
 
@@ -81,8 +81,6 @@ class Environments:
         self._shape = (self.num_envs, *self.observation_shape)
         self._observation: Observation = np.zeros(self._shape, self.observation_dtype)
         self._clear()
-        if isinstance(vector, AsyncVectorEnv):
-            atexit.register(self._kill_workers)
 
     def reset(self, seed: int | None = None) -> Observation:
         """Start a new episode in every env and return the first observations, `[envs, *observation_shape]`.
@@ -97,6 +95,7 @@ class Environments:
         # Other native vectors take a single seed and derive the seeds of their envs from it.
         takes_list = isinstance(self._vector, (SyncVectorEnv, AsyncVectorEnv, AtariVector))
         observation, _ = self._vector.reset(seed=seeds if takes_list or seeds is None else seeds[0])  # type: ignore[arg-type]
+        reinstall_handlers()
         self._clear()
         self._seeded = True
         self._observation = self._to_storage(observation)
@@ -159,8 +158,6 @@ class Environments:
 
     def close(self) -> None:
         """Close the envs and end their processes and threads."""
-        if isinstance(self._vector, AsyncVectorEnv):
-            atexit.unregister(self._kill_workers)
         self._vector.close()
 
     def state(self) -> dict[str, Any] | None:
@@ -293,11 +290,6 @@ class Environments:
                 self._episodes.append(Episode(float(self._returns[env]), int(self._lengths[env]), env))
             self._returns[ended] = 0.0
             self._lengths[ended] = 0
-
-    def _kill_workers(self) -> None:
-        """Kill the worker processes at an exit without `close`: they ignore the SIGTERM that Python sends."""
-        for process in self._vector.processes:  # type: ignore[attr-defined]
-            process.kill()
 
 
 def stored_dtype(space: gym.spaces.Box) -> np.dtype[Any]:

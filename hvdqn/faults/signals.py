@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import signal
 import threading
 from types import FrameType
 
+from hvdqn.comm import kill_descendants
+
+log = logging.getLogger(__name__)
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+# Launchers and schedulers may send these to every process of a job.
+_GROUP_SIGNALS = (*STOP_SIGNALS, signal.SIGUSR1)
 
 
 class StopSignal:
@@ -16,11 +23,17 @@ class StopSignal:
 
     SIGTERM and SIGUSR2 come from schedulers, SIGINT comes from the keyboard. A second SIGINT exits at once.
 
-    A thread reads the signals from a pipe. Handlers written in Python would run only after the current call into a
-    library returns, and a collective that waits for a dead rank never returns.
+    A thread reads the signals from a pipe. Handlers written in Python run only after the current call into a library
+    returns, and a collective that waits for a dead rank never returns.
 
     While the process exits it ignores SIGTERM and SIGUSR2: when the first rank exits, launchers end the others with
     SIGTERM, and all ranks should have the same exit code.
+
+    Signals belong to the main thread, so off the main thread nothing is installed, and no signal stops the run.
+
+    Args:
+        own_process: True for a process that does nothing but train. In a notebook (False) a second SIGINT raises
+            KeyboardInterrupt, and `close` puts everything back.
 
     Attributes:
         requested: whether this rank was asked to stop.
@@ -29,29 +42,110 @@ class StopSignal:
             gives a silent rank the whole `--stall-timeout`, because it may be writing a checkpoint.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, own_process: bool = True) -> None:
         self.requested = False
         self.name = ""
         self.all_ranks_agreed = False
-        reader, writer = os.pipe()
-        os.set_blocking(writer, False)
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        for number in STOP_SIGNALS:
-            signal.signal(number, _ignore_in_main_thread)
-        threading.Thread(target=self._listen, args=(reader,), name="signals", daemon=True).start()
-        atexit.register(_ignore_scheduler_signals)
+        self.own_process = own_process
+        self._interrupted = self._warned = False
+        self._installed = threading.current_thread() is threading.main_thread()
+        if self._installed:
+            self._install()
+            if own_process:
+                atexit.register(_ignore_scheduler_signals)
 
-    def _listen(self, reader: int) -> None:
+    def _install(self) -> None:
+        global _active
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._outer, _active = _active, self
+        self._outer_wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        self._outer_handlers = {number: signal.signal(number, _handle) for number in STOP_SIGNALS}
+        threading.Thread(target=self._listen, name="signals", daemon=True).start()
+
+    def close(self) -> None:
+        """Put back the signal handlers and the wakeup descriptor that were there before."""
+        global _active
+        if not self._installed:
+            return
+        self._installed = False
+        for number, handler in self._outer_handlers.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        signal.set_wakeup_fd(self._outer_wakeup)
+        _active = self._outer
+        os.write(self._writer, b"\0")  # ends the thread
+        os.close(self._writer)
+
+    def note(self, number: int) -> None:
+        """Record a signal that Python's handler received.
+
+        The thread has mostly recorded it before, but not if an environment has removed the wakeup descriptor.
+        """
+        again = number == signal.SIGINT and self._interrupted
+        self._interrupted = self._interrupted or number == signal.SIGINT
+        self._record(number)
+        if again and not self.own_process:
+            raise KeyboardInterrupt
+
+    def reinstall(self) -> None:
+        """Take signals back from an environment that has handlers of its own for them; warn about it once."""
+        taken = [number.name for number in STOP_SIGNALS if signal.signal(number, _handle) is not _handle]
+        descriptor = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        if (taken or descriptor != self._writer) and not self._warned:
+            self._warned = True
+            log.warning(
+                f"the environment has changed how this process handles {', '.join(taken) or 'signals'}: it is changed "
+                "back, so that a signal stops the run after a checkpoint"
+            )
+
+    def forget(self) -> None:
+        """Let go of the signals in a forked child, which must not tell its parent that it received one."""
+        signal.set_wakeup_fd(-1)
+        os.close(self._reader)
+        os.close(self._writer)
+
+    def _record(self, number: int) -> None:
+        self.name = signal.Signals(number).name
+        self.requested = True
+
+    def _listen(self) -> None:
         interrupts = 0
         while True:
-            for number in os.read(reader, 64):
-                if number == signal.SIGINT:
-                    interrupts += 1
-                if interrupts == 2:
+            for number in os.read(self._reader, 64):
+                if number == 0:
+                    os.close(self._reader)
+                    return
+                interrupts += number == signal.SIGINT
+                if interrupts == 2 and self.own_process:
+                    kill_descendants()
                     os._exit(128 + signal.SIGINT)
                 if number in STOP_SIGNALS:  # the pipe also carries signals that an environment handles
-                    self.name = signal.Signals(number).name
-                    self.requested = True
+                    self._record(number)
+
+
+_active: StopSignal | None = None  # the one that records the signals of this process
+
+
+def reinstall_handlers() -> None:
+    """Take the stop signals back if environments have set handlers of their own; see `StopSignal.reinstall`."""
+    if _active is not None and threading.current_thread() is threading.main_thread():
+        _active.reinstall()
+
+
+def leave_signals_to_rank() -> None:
+    """Ignore signals in a worker process of this rank: the rank answers them, and closes its workers.
+
+    A handler and not SIG_IGN, which programs that the environment starts would inherit.
+    """
+    for number in _GROUP_SIGNALS:
+        signal.signal(number, _handle)
+        signal.siginterrupt(number, False)  # system calls of a simulator are not interrupted
+
+
+def _handle(number: int, frame: FrameType | None) -> None:
+    """Record the signal. Replaces the default action, which would end the process."""
+    if _active is not None:
+        _active.note(number)
 
 
 def _ignore_scheduler_signals() -> None:
@@ -59,5 +153,32 @@ def _ignore_scheduler_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _ignore_in_main_thread(number: int, frame: FrameType | None) -> None:
-    """Do nothing, in place of the default action, which would end the process."""
+# Environments may fork helper processes. Their SIGTERM must end them: `terminate()` of multiprocessing sends it, and
+# `join()` then waits. SIGINT and SIGUSR2 reach them from a terminal or a scheduler, which mean the rank: it still needs
+# its helpers to go on to a checkpoint. A signal that arrives in between must wait, or the child would treat it as its
+# parent does.
+
+_masks = threading.local()
+
+
+def _before_fork() -> None:
+    _masks.before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+
+
+def _after_fork_in_parent() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _masks.before)
+
+
+def _after_fork_in_child() -> None:
+    global _active
+    if _active is not None:
+        _active.forget()
+        _active = None
+    if signal.getsignal(signal.SIGTERM) is _handle:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, _masks.before)
+
+
+os.register_at_fork(
+    before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child
+)

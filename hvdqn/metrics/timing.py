@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -97,4 +98,11 @@ class WaitHint:
         if share <= self.SHARE or self._given:
             return ""
         self._given = True
-        return f"hint: {share:.0%} of the time went into waiting for other ranks; {self._remedy}"
+        load, cores = os.getloadavg()[0], os.cpu_count() or 1
+        remedy = self._remedy
+        if load > cores + 0.5:
+            remedy = (
+                f"the load average of this machine is {load:.1f} on {cores} cores: end other work on it, or start "
+                "fewer ranks"
+            )
+        return f"hint: {share:.0%} of the time went into waiting for other ranks; {remedy}"

@@ -12,6 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from hvdqn.clock import WorkerClock
+from hvdqn.comm import kill_descendants
 from hvdqn.comm.mpi import MpiComm
 from hvdqn.config import ParallelConfig
 from hvdqn.learner import Learner
@@ -172,4 +173,5 @@ class Worker(Strategy):
     def _leave(self) -> NoReturn:
         """End this process: the others went on without it and wait for nothing it could send."""
         log.error("rank %d was silent for too long and was dropped; it ends", self.rank)
+        kill_descendants()
         os._exit(1)

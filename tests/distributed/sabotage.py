@@ -11,6 +11,7 @@ import os
 import resource
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -76,6 +77,10 @@ def bug(env: Env) -> Env:
         raise RuntimeError("the environment of this rank broke")
 
     return Sabotaged(env, raises, times=1)
+
+
+def leaves(env: Env) -> Env:
+    return Sabotaged(env, lambda _: sys.exit(0), times=1)
 
 
 def hangs(env: Env) -> Env:

@@ -204,6 +204,15 @@ def test_an_exception_on_one_rank_is_printed_once_and_ends_the_job(tmp_path, lau
     assert "rank 1 of 2 failed: Traceback" in result.stderr, result
 
 
+@pytest.mark.parametrize("launcher", ["horovodrun-gloo", "mpirun"])
+def test_sys_exit_on_one_rank_is_an_exception(tmp_path, launcher):
+    result = train(launcher, 2, tmp_path, *ENDLESS, *sabotage("leaves"))
+    assert result.returncode not in (0, 2, 75), result
+    assert result.seconds < TIMEOUT_SECONDS / 2
+    assert result.stderr.count("RuntimeError: the environment raised sys.exit(0)") == 1, result
+    assert "rank 1 of 2 failed: Traceback" in result.stderr, result
+
+
 # --- wrong numbers
 
 

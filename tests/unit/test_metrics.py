@@ -90,6 +90,7 @@ def test_a_rank_that_waits_for_a_third_of_the_time_gets_one_hint(
 ) -> None:
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
     timer = PhaseTimer()
     hint = WaitHint(timer, engine, parameters)
 
@@ -105,6 +106,20 @@ def test_a_rank_that_waits_for_a_third_of_the_time_gets_one_hint(
     assert hinted.startswith("hint: 50% of the time")
     assert ("--comm mpi" in hinted) == suggests_mpi
     assert spend(1.0, 9.0) == ""
+
+
+def test_the_hint_names_other_work_on_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(os, "getloadavg", lambda: (7.04, 6.0, 5.0))
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    timer = PhaseTimer()
+    hint = WaitHint(timer, "horovod", 10_000)
+    timer.start("comm")
+    now[0] += 1.0
+    hinted = hint.due()
+    assert "the load average of this machine is 7.0 on 2 cores: end other work on it" in hinted
+    assert "--comm mpi" not in hinted
 
 
 def test_switching_is_cheap() -> None:

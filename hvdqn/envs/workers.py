@@ -1,0 +1,159 @@
+"""An async vector whose workers may have children, report how they ended, and can be killed."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+import time
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn
+
+import gymnasium as gym
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode
+from gymnasium.vector.async_vector_env import AsyncState, _async_worker
+
+from hvdqn.errors import UserError
+
+# A pipe is closed a moment before the process that held it has ended.
+_SECONDS_TO_END = 2.0
+_vectors: weakref.WeakSet[WorkerVector] = weakref.WeakSet()
+
+
+class WorkerVector(AsyncVectorEnv):
+    """Environments in worker processes, which may have helper processes of their own.
+
+    Args:
+        makers: build one environment each.
+    """
+
+    def __init__(self, makers: Sequence[Callable[[], gym.Env[Any, Any]]]) -> None:
+        self._rank_pid = os.getpid()
+        _vectors.add(self)
+        # Python waits at an exit for processes that are not daemons.
+        atexit.register(self.kill)
+        try:
+            super().__init__(makers, daemon=False, worker=_work, autoreset_mode=AutoresetMode.SAME_STEP)
+        except (EOFError, OSError):
+            self._raise_lost_worker()
+        except BaseException:
+            self.kill()
+            raise
+
+    def kill(self) -> None:
+        """Kill the workers: they ignore SIGTERM, and one that hangs does not read its pipe."""
+        atexit.unregister(self.kill)
+        if os.getpid() == self._rank_pid:  # and not in a child that inherited this object
+            for process in getattr(self, "processes", ()):
+                process.kill()
+
+    def reset(self, **options: Any) -> Any:
+        """See `AsyncVectorEnv`."""
+        try:
+            return super().reset(**options)
+        except (EOFError, OSError):
+            self._raise_lost_worker()
+
+    def step_async(self, actions: Any) -> None:
+        """See `AsyncVectorEnv`."""
+        try:
+            super().step_async(actions)
+        except (EOFError, OSError):
+            self._raise_lost_worker()
+
+    def step_wait(self, timeout: float | None = None) -> Any:
+        """See `AsyncVectorEnv`."""
+        try:
+            return super().step_wait(timeout)
+        except (EOFError, OSError):
+            self._raise_lost_worker()
+
+    def call(self, name: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """See `AsyncVectorEnv`."""
+        try:
+            results: tuple[Any, ...] = super().call(name, *args, **kwargs)
+        except (EOFError, OSError):
+            self._raise_lost_worker()
+        return results
+
+    def close_extras(self, timeout: float | None = None, terminate: bool = False) -> None:
+        """End the workers; kill them if they cannot be asked."""
+        if terminate:
+            self.kill()
+        try:
+            super().close_extras(timeout, terminate)
+        except (EOFError, OSError):  # a worker has ended already
+            self.kill()
+            for process in self.processes:
+                process.join()
+        atexit.unregister(self.kill)
+
+    def _raise_lost_worker(self) -> NoReturn:
+        """Raise an error that says how a worker process ended; kill the others."""
+        processes = getattr(self, "processes", [])
+        deadline = time.monotonic() + _SECONDS_TO_END
+        while all(process.is_alive() for process in processes) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        ends = [_describe_end(index, process.exitcode) for index, process in enumerate(processes)]
+        self._state = AsyncState.DEFAULT
+        self.kill()
+        raise RuntimeError(
+            "; ".join(filter(None, ends)) or "a worker process of the environments does not answer"
+        ) from None
+
+    def _raise_if_errors(self, successes: Iterable[bool]) -> None:
+        """Raise one error with the traceback of the first worker that failed.
+
+        Gymnasium prints all of them and builds the exception again from its message, which not every exception allows.
+        """
+        failed = [index for index, success in enumerate(successes) if not success]
+        if not failed:
+            return
+        reports = [self.error_queue.get() for _ in failed]
+        for index in failed:
+            self.parent_pipes[index].close()
+            self.parent_pipes[index] = None  # type: ignore[call-overload]
+        self._state = AsyncState.DEFAULT
+        for _, kind, message, _ in reports:
+            if kind is UserError:
+                raise UserError(message)
+        others = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
+        raise RuntimeError(f"in env {reports[0][0]}{others}: {reports[0][3].strip()}")
+
+
+def kill_all_workers() -> None:
+    """Kill the worker processes of all async vectors of this process that have not been closed."""
+    for vector in list(_vectors):
+        if not vector.closed:
+            vector.kill()
+
+
+def _describe_end(index: int, code: int | None) -> str:
+    """Return how the worker process with this exit code ended, "" if it runs (None)."""
+    worker = f"the worker process of env {index}"
+    if code is None:
+        return ""
+    if code >= 0:
+        return f"{worker} ended with exit code {code}"
+    name = signal.Signals(-code).name
+    hint = "; the machine may have run out of memory" if name == "SIGKILL" else ""
+    return f"{worker} was killed by {name}{hint}"
+
+
+class _Errors:
+    """Sends exceptions as text through Gymnasium's queue: not every exception can be pickled."""
+
+    def __init__(self, queue: Any) -> None:
+        self._queue = queue
+
+    def put(self, report: tuple[int, type[BaseException], BaseException, str]) -> None:
+        index, kind, error, trace = report
+        self._queue.put(
+            (index, UserError if issubclass(kind, UserError) else RuntimeError, str(error), trace)
+        )
+
+
+def _work(index: int, maker: Any, pipe: Any, parent: Any, memory: Any, errors: Any, *rest: Any) -> None:
+    """Run one environment in a worker process."""
+    _async_worker(index, maker, pipe, parent, memory, _Errors(errors), *rest)  # type: ignore[arg-type]
