@@ -22,6 +22,7 @@ from hvdqn.config import Config, parse_flags
 from hvdqn.envs import Environments, make_environments
 from hvdqn.errors import UserError
 from hvdqn.graphs import Record
+from hvdqn.links import follow_link
 from hvdqn.metrics import PhaseTimer
 from hvdqn.networks import QNetwork
 from hvdqn.parts import network_for
@@ -194,7 +195,7 @@ def find_checkpoint(path: Path) -> Checkpoint:
     """
     for place in (path, path / "checkpoints" / "latest"):
         try:
-            if (place / "manifest.json").exists():
+            if (follow_link(place) / "manifest.json").exists():
                 return open_checkpoint(place)
         except (BrokenCheckpointError, OSError) as broken:
             raise UserError(f"{broken}; choose another checkpoint") from None

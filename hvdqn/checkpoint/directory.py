@@ -7,6 +7,8 @@
     checkpoints/latest             link to the newest checkpoint
     checkpoints/best               link to the weights of the best evaluation
 
+On a file system without symbolic links, `latest` and `best` are text files that hold the name.
+
 A checkpoint is written to a hidden directory, flushed to disk and then renamed, so that a crash never leaves half of
 one. Training waits during the write: replay must not change, and a copy of it would double the memory. The time it
 takes is phase `save` in `summary.json`.
@@ -14,8 +16,10 @@ takes is phase `save` in `summary.json`.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import logging
 import os
 import platform
 import shutil
@@ -30,7 +34,10 @@ import torch
 from hvdqn import __version__
 from hvdqn.checkpoint.files import BrokenCheckpointError, file_digest, read_part, write_part
 from hvdqn.comm import Comm
+from hvdqn.links import follow_link, write_link
 from hvdqn.metrics import PhaseTimer
+
+log = logging.getLogger(__name__)
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -38,6 +45,8 @@ MANIFEST = "manifest.json"
 # These errors mean that a file is missing, so its checkpoint is broken. Other OSErrors may be temporary failures of
 # the file system, such as a stale handle, and must not condemn a checkpoint.
 _MISSING = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+# What file systems without fsync of directories answer.
+_UNSUPPORTED = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EBADF)
 
 
 class OtherFormatError(BrokenCheckpointError):
@@ -104,10 +113,14 @@ class Checkpoint:
 def open_checkpoint(path: Path) -> Checkpoint:
     """Read and verify the manifest of a checkpoint. Its other files are verified when they are read.
 
+    Args:
+        path: its directory, or a link to it.
+
     Raises:
         BrokenCheckpointError: the manifest is missing, incomplete or altered.
         OtherFormatError: the manifest is intact, but this version does not read its format.
     """
+    path = follow_link(path)
     try:
         text = (path / MANIFEST).read_text(encoding="utf-8")
         manifest = json.loads(text)
@@ -137,6 +150,7 @@ class Checkpoints:
 
     def __init__(self, directory: Path, comm: Comm, keep: int, timer: PhaseTimer) -> None:
         self.directory, self.comm, self.keep, self.timer = directory, comm, keep, timer
+        self._link_reported = False
 
     def save(
         self, env_steps: int, parts: Mapping[str, Any], config: Mapping[str, Any], best: bool = False
@@ -181,6 +195,7 @@ class Checkpoints:
             OtherFormatError: on all ranks, if a checkpoint has a format that this version does not read.
         """
         broken: dict[str, str] = {}
+        self._on_rank_0(self._restore_old)
         names = self.comm.broadcast_object(self._names() if self.comm.rank == 0 else [])
         for name in reversed(names):
             found, error = None, None
@@ -220,7 +235,7 @@ class Checkpoints:
         if found is None:
             latest.unlink(missing_ok=True)
         else:
-            _link(latest, found.path.name)
+            self._link("latest", found.path.name)
 
     def _names(self) -> list[str]:
         """Return the names of all checkpoints but the best and the broken ones, oldest first."""
@@ -232,8 +247,16 @@ class Checkpoints:
         self._delete_temporary()
         temporary.mkdir(parents=True)
 
+    def _restore_old(self) -> None:
+        """Bring back a checkpoint that was about to be replaced when the run was killed."""
+        for old in self.directory.glob(".*.old.tmp"):
+            replaced = self.directory / old.name.removeprefix(".").removesuffix(".old.tmp")
+            if not replaced.exists():
+                old.rename(replaced)
+
     def _delete_temporary(self) -> None:
         """Delete what killed or failed attempts to save have left."""
+        self._restore_old()
         for path in self.directory.glob(".*.tmp"):
             shutil.rmtree(path, ignore_errors=True)
 
@@ -245,19 +268,46 @@ class Checkpoints:
             os.fsync(file.fileno())
         _fsync_directory(temporary)
         final = self.directory / name
-        # A run that resumes repeats an evaluation at the same env step, and may write a better `best` then.
-        if final.exists():
-            final.rename(self.directory / f".{name}.old.tmp")
+        if name.isdigit() and final.exists():
+            final.rename(self.directory / f".{name}.old.tmp")  # `_restore_old` brings it back after a crash
+        # A run that resumes repeats an evaluation at the same env step, and may write a better `best` then. It gets a
+        # name of its own, so that the link is valid at any moment.
+        number = 2
+        while final.exists():
+            final, number = self.directory / f"{name}-{number}", number + 1
         temporary.rename(final)
-        _link(self.directory / ("latest" if name.isdigit() else "best"), name)
+        linked = self._link("latest" if name.isdigit() else "best", final.name)
         _fsync_directory(self.directory)
-        self._prune(name)
+        self._prune(final.name, linked)
 
-    def _prune(self, newest: str) -> None:
-        """Delete all but the `keep` newest checkpoints, or all best ones but the newest, whichever was saved."""
+    def _link(self, link: str, target: str) -> bool:
+        """Point `latest` or `best` at a checkpoint; return False if that failed, which does not fail the save."""
+        place, line = self.directory / link, ""
+        linked = True
+        try:
+            if not write_link(place, target):
+                line = (
+                    f"the file system of '{self.directory}' has no symbolic links: latest and best are text files "
+                    f"there, with the name of the checkpoint"
+                )
+        except OSError as error:
+            line, linked = f"'{place}' cannot be written: {error}; the checkpoint itself is complete", False
+        if line and not self._link_reported:
+            self._link_reported = True
+            log.warning(line)
+        return linked
+
+    def _prune(self, newest: str, linked: bool) -> None:
+        """Delete all but the `keep` newest checkpoints, or all best ones but the newest, whichever was saved.
+
+        Args:
+            newest: the name of the checkpoint that was saved.
+            linked: whether `latest` or `best` points at it; otherwise `best` needs the one that it points at.
+        """
+        old: list[str] = []
         if newest.isdigit():
             old = self._names()[: -self.keep]
-        else:
+        elif linked:
             old = [entry.name for entry in self.directory.glob("best-*") if entry.name != newest]
         for name in old:
             shutil.rmtree(self.directory / name, ignore_errors=True)
@@ -300,16 +350,13 @@ def _manifest_text(manifest: Mapping[str, Any]) -> str:
 
 
 def _fsync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    """Flush a directory to disk, except on file systems that do not support it."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _link(link: Path, target: str) -> None:
-    """Point a symbolic link at another target in one atomic step."""
-    temporary = link.with_name(f".{link.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target)
-    temporary.replace(link)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import pickle
 import random
+import stat
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,6 +37,7 @@ from hvdqn.checkpoint import (
 from hvdqn.comm import connect
 from hvdqn.comm.local import LocalComm
 from hvdqn.config import parse
+from hvdqn.links import follow_link
 from hvdqn.metrics import PhaseTimer
 from hvdqn.parts import build_parts
 from hvdqn.sync import Outcome, Totals
@@ -150,9 +154,101 @@ def test_the_best_checkpoint_is_kept_besides_the_newest(tmp_path):
     assert open_checkpoint(tmp_path / "best").read(rank_part(0)) == {"from": 20}
     names = ["000000000030", "best", "best-000000000020", "latest"]
     assert sorted(p.name for p in tmp_path.iterdir()) == names
-    store.save(20, {rank_part(0): {"from": "a better one"}}, {}, best=True)
-    assert open_checkpoint(tmp_path / "best").read(rank_part(0)) == {"from": "a better one"}
+    # Saved again at the same env step, it has another name: the link to the one before is valid until then.
+    for which, name in (("a better one", "best-000000000020-2"), ("the best one", "best-000000000020")):
+        store.save(20, {rank_part(0): {"from": which}}, {}, best=True)
+        assert open_checkpoint(tmp_path / "best").read(rank_part(0)) == {"from": which}
+        assert sorted(p.name for p in tmp_path.iterdir()) == [*names[:2], name, "latest"]
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing after it runs."""
+
+
+def test_best_is_never_lost_whenever_the_save_of_a_better_one_is_killed(tmp_path, monkeypatch):
+    renames = 0
+    rename = Path.rename
+
+    def killed_at(last):
+        def count(path, target):
+            nonlocal renames
+            renames += 1
+            if renames > last:
+                raise Killed
+            return rename(path, target)
+
+        return count
+
+    for last in range(4):
+        directory = tmp_path / str(last)
+        store = checkpoints(directory)
+        store.save(20, {rank_part(0): {"from": 1}}, {}, best=True)
+        renames = 0
+        with monkeypatch.context() as patch, suppress(Killed):
+            patch.setattr(Path, "rename", killed_at(last))
+            store.save(20, {rank_part(0): {"from": 2}}, {}, best=True)
+        assert open_checkpoint(directory / "best").read(rank_part(0))["from"] in (1, 2)
+
+
+def test_a_checkpoint_that_was_being_replaced_comes_back(tmp_path):
+    store = checkpoints(tmp_path)
+    save(store, 20)
+    (tmp_path / "000000000020").rename(tmp_path / ".000000000020.old.tmp")
+    found, broken = store.newest_valid()
+    assert (found.env_steps, broken) == (20, {})
+
+
+@pytest.fixture
+def no_symlinks(monkeypatch):
+    def symlink(*_, **__):
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(os, "symlink", symlink)
+
+
+def test_without_symbolic_links_text_files_name_the_checkpoints(tmp_path, no_symlinks, caplog):
+    store = checkpoints(tmp_path, keep=2)
+    for env_steps in (10, 20, 30):
+        assert save(store, env_steps) == ""
+        assert store.save(env_steps, {rank_part(0): {"from": env_steps}}, {}, best=True) == ""
+    names = ["000000000020", "000000000030", "best", "best-000000000030", "latest"]
     assert sorted(p.name for p in tmp_path.iterdir()) == names
+    assert (tmp_path / "latest").read_text().strip() == "000000000030"
+    assert open_checkpoint(tmp_path / "latest").env_steps == 30
+    assert open_checkpoint(tmp_path / "best").read(rank_part(0)) == {"from": 30}
+    assert caplog.text.count("no symbolic links") == 1
+    (tmp_path / "000000000030" / "manifest.json").unlink()
+    store.set_aside_broken(*store.newest_valid())
+    assert open_checkpoint(tmp_path / "latest").env_steps == 20
+
+
+def test_a_link_that_cannot_be_written_fails_no_save_and_keeps_what_it_points_at(tmp_path, caplog):
+    store = checkpoints(tmp_path, keep=2)
+    store.save(10, {rank_part(0): {"from": 10}}, {}, best=True)
+    (tmp_path / "latest").mkdir()  # as a tool leaves it that copies links as folders
+    (tmp_path / "latest" / "manifest.json").touch()
+    for env_steps in (10, 20, 30):
+        assert save(store, env_steps) == ""
+    assert sorted(path.name for path in tmp_path.glob("0*")) == ["000000000020", "000000000030"]
+    assert caplog.text.count("latest' cannot be written") == 1
+
+
+def test_a_text_file_names_nothing_outside_of_its_folder(tmp_path):
+    for text in ("../secret", "/etc", "..", "", "\udcff", "a/b", "x" * 500):
+        (tmp_path / "latest").write_bytes(text.encode(errors="surrogateescape"))
+        assert follow_link(tmp_path / "latest") == tmp_path / "latest"
+
+
+def test_a_file_system_without_fsync_of_directories_takes_checkpoints(tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def only_files(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", only_files)
+    assert save(checkpoints(tmp_path), 10) == ""
 
 
 def test_leftovers_of_a_killed_save_are_deleted(tmp_path):

@@ -7,6 +7,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from hvdqn.trailer import REPORTED
 
 from hvdqn.clock import Clock
 from hvdqn.config import LearningConfig, NetworkConfig, ParallelConfig
@@ -16,7 +17,6 @@ from hvdqn.metrics import PhaseTimer
 from hvdqn.networks import make_network
 from hvdqn.sync import make_sync
 from hvdqn.sync.parameters import UPDATES_BETWEEN_VOTES, Nesterov
-from hvdqn.trailer import REPORTED
 from tests.ranks import ThreadComm, run_ranks
 from tests.unit.test_learner import make_batch, weighted
 
