@@ -40,6 +40,8 @@ from hvdqn.config import parse
 from hvdqn.links import follow_link
 from hvdqn.metrics import PhaseTimer
 from hvdqn.parts import build_parts
+from hvdqn.replay import Replay
+from hvdqn.replay.device import DeviceArray, DeviceMemory
 from hvdqn.sync import Outcome, Totals
 
 CONTENT = {
@@ -295,6 +297,80 @@ def test_neither_writing_nor_reading_a_shard_doubles_its_memory(tmp_path):
     written, read = map(float, done.stdout.split())
     assert written < 40
     assert read < 40
+
+
+RESHARD = """
+import sys
+from pathlib import Path
+import numpy as np
+from hvdqn.checkpoint import read_part, write_part
+from hvdqn.replay import Replay, reshard
+
+def anonymous_megabytes():
+    return next(int(line.split()[1]) / 1e3 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+
+def replay(capacity):
+    return Replay(1, capacity, (84, 84), np.uint8, np.random.default_rng())
+
+for rank in range(2):
+    full = replay(10_000)
+    full.observation[:] = np.arange(84, dtype=np.uint8) + rank
+    full._newest_serial[:] = full.rows_per_env
+    write_part(Path(sys.argv[1]) / str(rank), {"replay": full.state()})
+del full
+shards = [read_part(Path(sys.argv[1]) / str(rank))["replay"] for rank in range(2)]
+new, before, most = replay(20_000), anonymous_megabytes(), 0.0
+
+def watch(frame, event, argument):
+    global most
+    most = max(most, anonymous_megabytes())
+
+sys.setprofile(watch)
+new.load_state(reshard(shards, new, 0, 1))
+sys.setprofile(None)
+assert new.observation[5, 0, 1] == 1 and new.observation[15_000, 0, 1] == 2
+print(most - before - new.nbytes / 1e6)
+"""
+
+
+def test_resuming_at_another_world_size_does_not_double_the_memory_of_replay(tmp_path):
+    """The new ring has 141 MB of frames. The figure is MB beyond it."""
+    command = [sys.executable, "-c", RESHARD, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert float(done.stdout) < 60
+
+
+def test_a_shard_on_a_device_is_written_and_read_in_pieces(tmp_path, monkeypatch):
+    """A copy of the whole shard may not fit into the memory of the host."""
+    replay = Replay(
+        2, 8_000, (84, 84), np.uint8, np.random.default_rng(), memory=DeviceMemory(torch.device("cpu"))
+    )
+    replay.observation.tensor[:] = torch.arange(84, dtype=torch.uint8)
+    replay._newest_serial[:] = replay.rows_per_env
+    moved = []
+    read, write = DeviceArray.__getitem__, DeviceArray.__setitem__
+
+    def watched_read(array, rows):
+        found = read(array, rows)
+        moved.append(found.nbytes)
+        return found
+
+    def watched_write(array, rows, observation):
+        moved.append(observation.nbytes)
+        write(array, rows, observation)
+
+    monkeypatch.setattr(DeviceArray, "__getitem__", watched_read)
+    monkeypatch.setattr(DeviceArray, "__setitem__", watched_write)
+    write_part(tmp_path / "x.safetensors", {"replay": replay.state()})
+    written, moved[:] = moved.copy(), []
+    assert sum(written) == replay.observation.nbytes
+    other = Replay(
+        2, 8_000, (84, 84), np.uint8, np.random.default_rng(), memory=DeviceMemory(torch.device("cpu"))
+    )
+    other.load_state(read_part(tmp_path / "x.safetensors")["replay"])
+    assert sum(moved) == replay.observation.nbytes
+    assert max(written + moved) <= 1 << 24
+    assert torch.equal(other.observation.tensor, replay.observation.tensor)
 
 
 def test_two_hundred_random_corruptions_are_all_detected(tmp_path):
