@@ -15,7 +15,7 @@ import torch
 import tyro
 
 from hvdqn.acting import Actor
-from hvdqn.checkpoint import LEARNER, BrokenCheckpointError, Checkpoint, open_checkpoint
+from hvdqn.checkpoint import LEARNER, BrokenCheckpointError, Checkpoint, check_learner, open_checkpoint
 from hvdqn.comm import Comm
 from hvdqn.comm.local import LocalComm
 from hvdqn.config import Config, parse_flags
@@ -210,7 +210,9 @@ def load_network(checkpoint: Checkpoint, config: Config, envs: Environments) -> 
     """
     network = network_for(config, envs)
     try:
-        flat = torch.from_numpy(checkpoint.read(LEARNER)["learner"]["online"])
+        part = checkpoint.read(LEARNER)
+        check_learner(part, checkpoint.path)
+        flat = torch.from_numpy(part["learner"]["online"])
     except (BrokenCheckpointError, OSError) as broken:
         raise UserError(f"{broken}; choose another checkpoint") from None
     expected = sum(parameter.numel() for parameter in network.parameters())

@@ -17,123 +17,32 @@ takes is phase `save` in `summary.json`.
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
 import logging
 import os
-import platform
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from hvdqn import __version__
 from hvdqn.checkpoint.files import BrokenCheckpointError, file_digest, read_part, write_part
+from hvdqn.checkpoint.manifest import (
+    MANIFEST,
+    Checkpoint,
+    OtherFormatError,
+    UnreadablePartError,
+    make_manifest,
+    manifest_text,
+    open_checkpoint,
+)
 from hvdqn.comm import Comm
-from hvdqn.links import follow_link, write_link
+from hvdqn.links import write_link
 from hvdqn.metrics import PhaseTimer
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2
-MANIFEST = "manifest.json"
-
-# These errors mean that a file is missing, so its checkpoint is broken. Other OSErrors may be temporary failures of
-# the file system, such as a stale handle, and must not condemn a checkpoint.
-_MISSING = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 # What file systems without fsync of directories answer.
 _UNSUPPORTED = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EBADF)
-
-
-class OtherFormatError(BrokenCheckpointError):
-    """A checkpoint is intact, but another version of hvdqn wrote it in another format."""
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint on disk whose manifest has been read and verified.
-
-    Args:
-        path: its directory.
-        manifest: the content of `manifest.json`.
-        verified: True if some rank has compared every file with the manifest; `read` does not repeat that.
-    """
-
-    path: Path
-    manifest: Mapping[str, Any]
-    verified: bool = False
-
-    @property
-    def env_steps(self) -> int:
-        """Global env steps at which it was written."""
-        return int(self.manifest["env_steps"])
-
-    @property
-    def world_size(self) -> int:
-        """Number of ranks that wrote it."""
-        return int(self.manifest["world_size"])
-
-    def verify(self, name: str, alive: Callable[[], None] = lambda: None) -> None:
-        """Compare one file with the manifest.
-
-        Args:
-            name: name of the file, a key of the manifest's `files`.
-            alive: called after each block that is read, to show the watchdog that the rank is making progress.
-
-        Raises:
-            BrokenCheckpointError: the file is missing, or its length or content differs.
-            OSError: the file exists but cannot be read at the moment.
-        """
-        expected = self.manifest["files"][name]
-        try:
-            found = file_digest(self.path / name, alive)
-        except _MISSING as error:
-            raise BrokenCheckpointError(f"{self.path / name}: {error.strerror}") from None
-        if found != (expected["sha256"], expected["bytes"]):
-            raise BrokenCheckpointError(
-                f"{self.path / name} is not what was written (sha256 or length differs)"
-            )
-
-    def read(self, part: str) -> Any:
-        """Return the content of one part as it was passed to `Checkpoints.save`; see `read_part`.
-
-        Raises:
-            BrokenCheckpointError: the file is broken.
-        """
-        name = part + ".safetensors"
-        if not self.verified:
-            self.verify(name)
-        return read_part(self.path / name)
-
-
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Read and verify the manifest of a checkpoint. Its other files are verified when they are read.
-
-    Args:
-        path: its directory, or a link to it.
-
-    Raises:
-        BrokenCheckpointError: the manifest is missing, incomplete or altered.
-        OtherFormatError: the manifest is intact, but this version does not read its format.
-    """
-    path = follow_link(path)
-    try:
-        text = (path / MANIFEST).read_text(encoding="utf-8")
-        manifest = json.loads(text)
-        manifest.pop("sha256")
-        intact = text == _manifest_text(manifest)
-        version = manifest["format"]
-    except (*_MISSING, ValueError, KeyError, AttributeError, TypeError, RecursionError):
-        raise BrokenCheckpointError(f"{path / MANIFEST} is missing or damaged") from None
-    if not intact:
-        raise BrokenCheckpointError(f"{path / MANIFEST} is not what was written (sha256 differs)")
-    if version != FORMAT:
-        raise OtherFormatError(f"{path} has format {version}, this version reads {FORMAT}")
-    return Checkpoint(path, manifest)
 
 
 class Checkpoints:
@@ -151,6 +60,9 @@ class Checkpoints:
     def __init__(self, directory: Path, comm: Comm, keep: int, timer: PhaseTimer) -> None:
         self.directory, self.comm, self.keep, self.timer = directory, comm, keep, timer
         self._link_reported = False
+        self._read_back: set[bool] = (
+            set()
+        )  # the kinds of checkpoints, `best` or not, that were read back once
 
     def save(
         self, env_steps: int, parts: Mapping[str, Any], config: Mapping[str, Any], best: bool = False
@@ -173,48 +85,78 @@ class Checkpoints:
             for part, content in parts.items():
                 file = part + ".safetensors"
                 files[file] = write_part(temporary / file, content, self.timer.alive)
-        except OSError as error:
+                if best not in self._read_back:
+                    self._check_written(temporary / file, files[file])
+        except (OSError, TypeError, ValueError, BrokenCheckpointError) as error:
             failure = f"rank {self.comm.rank}: {error}"
         with self.timer.during("comm"):
             reports = self.comm.all_gather_object((failure, files))
         failure = next((text for text, _ in reports if text), "")
         if not failure:
             all_files = {file: entry for _, written in reports for file, entry in written.items()}
-            manifest = _make_manifest(env_steps, self.comm.size, config, all_files)
+            manifest = make_manifest(env_steps, self.comm.size, config, all_files)
             failure = self._on_rank_0(lambda: self._commit(temporary, name, manifest))
         if failure:
             self._on_rank_0(self._delete_temporary)
+        else:
+            self._read_back.add(best)
         return failure
 
-    def newest_valid(self) -> tuple[Checkpoint | None, dict[str, str]]:
-        """Return the newest checkpoint that is not broken, and the broken ones that are newer.
+    def _check_written(self, path: Path, entry: Mapping[str, Any]) -> None:
+        """Read a file back. The first checkpoint shows whether the state of this run can be read at all."""
+        if file_digest(path, self.timer.alive) != (entry["sha256"], entry["bytes"]):
+            raise BrokenCheckpointError(f"{path} reads back as something else")
+        read_part(path)
 
-        Each rank verifies its share of a checkpoint's files. The broken ones map their name to what is wrong.
+    def newest_valid(
+        self, check: Callable[[Checkpoint, Sequence[str]], None] = lambda checkpoint, files: None
+    ) -> tuple[Checkpoint | None, dict[str, str]]:
+        """Return the newest checkpoint that is not broken, and the broken ones.
+
+        Each rank verifies its share of a checkpoint's files. The broken ones map their name to what is wrong. If only
+        parts of ranks cannot be read, older checkpoints are preferred; if there is none, that checkpoint is returned.
+
+        Args:
+            check: checks the content of a checkpoint after its digests, by the names of a share of its files; raises
+                BrokenCheckpointError.
 
         Raises:
             OtherFormatError: on all ranks, if a checkpoint has a format that this version does not read.
         """
         broken: dict[str, str] = {}
+        partial: Checkpoint | None = None
         self._on_rank_0(self._restore_old)
         names = self.comm.broadcast_object(self._names() if self.comm.rank == 0 else [])
         for name in reversed(names):
-            found, error = None, None
-            try:
-                found = open_checkpoint(self.directory / name)
-                files = sorted(found.manifest["files"])
-                for file in files[self.comm.rank :: self.comm.size]:
-                    found.verify(file, self.timer.alive)
-            except BrokenCheckpointError as caught:
-                error = caught
-            with self.timer.during("comm"):
-                errors = [one for one in self.comm.all_gather_object(error) if one]
-            for one in errors:
-                if isinstance(one, OtherFormatError):
-                    raise one
+            found, errors = self._verify_together(name, check)
             if found is not None and not errors:
                 return replace(found, verified=True), broken
             broken[name] = str(errors[0])
-        return None, broken
+            if found is not None and partial is None and all(type(e) is UnreadablePartError for e in errors):
+                partial = replace(found, verified=True, unreadable=broken[name])
+        if partial is not None:
+            del broken[partial.path.name]
+        return partial, broken
+
+    def _verify_together(
+        self, name: str, check: Callable[[Checkpoint, Sequence[str]], None]
+    ) -> tuple[Checkpoint | None, list[BrokenCheckpointError]]:
+        """Open a checkpoint, and verify this rank's share of its files; return what any rank found wrong."""
+        found, error = None, None
+        try:
+            found = open_checkpoint(self.directory / name)
+            files = sorted(found.manifest["files"])[self.comm.rank :: self.comm.size]
+            for file in files:
+                found.verify(file, self.timer.alive)
+            check(found, files)
+        except BrokenCheckpointError as caught:
+            error = caught
+        with self.timer.during("comm"):
+            errors = [one for one in self.comm.all_gather_object(error) if one]
+        for one in errors:
+            if isinstance(one, OtherFormatError):
+                raise one
+        return found, errors
 
     def set_aside_broken(self, found: Checkpoint | None, broken: Mapping[str, str]) -> None:
         """Rename broken checkpoints to `NAME.broken` and point `latest` at the valid one that was found.
@@ -263,7 +205,7 @@ class Checkpoints:
     def _commit(self, temporary: Path, name: str, manifest: Mapping[str, Any]) -> None:
         """Add the manifest to the files that are written, and give the checkpoint its name."""
         with (temporary / MANIFEST).open("w", encoding="utf-8") as file:
-            file.write(_manifest_text(manifest))
+            file.write(manifest_text(manifest))
             file.flush()
             os.fsync(file.fileno())
         _fsync_directory(temporary)
@@ -323,30 +265,6 @@ class Checkpoints:
                 failure = f"rank 0: {error}"
         with self.timer.during("comm"):
             return self.comm.broadcast_object(failure)
-
-
-def _make_manifest(
-    env_steps: int, world_size: int, config: Mapping[str, Any], files: Mapping[str, Any]
-) -> dict[str, Any]:
-    return {
-        "format": FORMAT,
-        "env_steps": env_steps,
-        "world_size": world_size,
-        "versions": {
-            "hvdqn": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-        },
-        "config": dict(config),
-        "files": dict(files),
-    }
-
-
-def _manifest_text(manifest: Mapping[str, Any]) -> str:
-    """Return the content of `manifest.json`: the manifest and, last, its own digest."""
-    digest = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
-    return json.dumps({**manifest, "sha256": digest}, indent=1)
 
 
 def _fsync_directory(path: Path) -> None:

@@ -25,8 +25,8 @@ from hvdqn.checkpoint import (
     OtherFormatError,
     Progress,
     contents,
-    directory,
     load_shared_state,
+    manifest,
     open_checkpoint,
     rank_part,
     read_part,
@@ -456,7 +456,7 @@ def test_an_altered_manifest_is_refused(tmp_path):
 def test_another_format_is_refused_and_not_set_aside(tmp_path, monkeypatch):
     store = checkpoints(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(directory, "FORMAT", 99)
+        patch.setattr(manifest, "FORMAT", 99)
         save(store, 10)
     with pytest.raises(OtherFormatError, match="has format 99, this version reads"):
         store.newest_valid()
@@ -470,7 +470,7 @@ def test_a_temporary_read_error_does_not_mark_a_checkpoint_as_broken(tmp_path, m
     def stale(*_):
         raise OSError(errno.ESTALE, "Stale file handle")
 
-    monkeypatch.setattr(directory, "file_digest", stale)
+    monkeypatch.setattr(manifest, "file_digest", stale)
     with pytest.raises(OSError, match="Stale file handle"):
         store.newest_valid()
     assert (tmp_path / "000000000010").is_dir()
