@@ -284,5 +284,7 @@ def _text_bytes(node: Any, arrays: dict[int, int]) -> int:
     if isinstance(node, list):
         return 2 + sum(_text_bytes(item, arrays) for item in node)
     if isinstance(node, str):
+        if node.isascii() and node.isprintable():
+            return 4 + len(node) + 3 * (node.count('"') + node.count("\\"))
         return 4 + 7 * len(node)  # "\\u20ac" in the header
     return 26 if not isinstance(node, int) or abs(node) < 1 << 64 else node.bit_length()

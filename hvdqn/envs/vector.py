@@ -194,8 +194,8 @@ class Environments:
 
     def saved_bytes(self) -> int:
         """Return about how many bytes the state takes in a checkpoint; 0 if it cannot be saved."""
-        state = self._save()
-        return sum(snapshot.sizes(state)) if state is not None else 0
+        text_bytes, array_bytes = snapshot.sizes(self._save())
+        return text_bytes + array_bytes if text_bytes <= MAX_TEXT_BYTES else 0
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from a `state` of environments that were made with the same config.
