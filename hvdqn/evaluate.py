@@ -15,13 +15,14 @@ import torch
 import tyro
 
 from hvdqn.acting import Actor
-from hvdqn.checkpoint import LEARNER, BrokenCheckpointError, Checkpoint, open_checkpoint
+from hvdqn.checkpoint import LEARNER, BrokenCheckpointError, Checkpoint, check_learner, open_checkpoint
 from hvdqn.comm import Comm
 from hvdqn.comm.local import LocalComm
 from hvdqn.config import Config, parse_flags
 from hvdqn.envs import Environments, as_exception, make_environments
 from hvdqn.errors import UserError
 from hvdqn.graphs import Record
+from hvdqn.links import follow_link
 from hvdqn.metrics import PhaseTimer, ProgressLine
 from hvdqn.networks import QNetwork
 from hvdqn.parts import network_for
@@ -207,7 +208,7 @@ def find_checkpoint(path: Path) -> Checkpoint:
     """
     for place in (path, path / "checkpoints" / "latest"):
         try:
-            if (place / "manifest.json").exists():
+            if (follow_link(place) / "manifest.json").exists():
                 return open_checkpoint(place)
         except (BrokenCheckpointError, OSError) as broken:
             raise UserError(f"{broken}; choose another checkpoint") from None
@@ -222,7 +223,9 @@ def load_network(checkpoint: Checkpoint, config: Config, envs: Environments) -> 
     """
     network = network_for(config, envs)
     try:
-        flat = torch.from_numpy(checkpoint.read(LEARNER)["learner"]["online"])
+        part = checkpoint.read(LEARNER)
+        check_learner(part, checkpoint.path)
+        flat = torch.from_numpy(part["learner"]["online"])
     except (BrokenCheckpointError, OSError) as broken:
         raise UserError(f"{broken}; choose another checkpoint") from None
     expected = sum(parameter.numel() for parameter in network.parameters())

@@ -279,5 +279,18 @@ class Learner:
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Load what `state` returned."""
-        for name, tensor in self.state().items():
-            tensor.copy_(state[name])
+        load_tensors(self.state(), state)
+
+
+def load_tensors(tensors: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """Copy saved tensors into those of the same names.
+
+    Raises:
+        KeyError: one is missing.
+        ValueError: one has another shape, which `copy_` would broadcast.
+    """
+    for name, tensor in tensors.items():
+        if saved[name].shape != tensor.shape:
+            raise ValueError(f"{name} has shape {list(saved[name].shape)}, not {list(tensor.shape)}")
+    for name, tensor in tensors.items():
+        tensor.copy_(saved[name])

@@ -66,14 +66,16 @@ class Recorder:
         if progress.keeps_replay is not None:
             return
         acting = self.parts.acting
-        sizes = self.comm.all_gather_object(acting.replay.nbytes if acting else 0)
+        own_bytes = acting.replay.nbytes + acting.envs.saved_bytes() if acting else 0
+        sizes = self.comm.all_gather_object(own_bytes)
         needed = 2 * (self.config.run.checkpoint_keep + 1) * sum(sizes)
         fits = self.comm.broadcast_object(shutil.disk_usage(self.run_dir).free > needed)
         progress.keeps_replay = fits
         if not fits:
             log.info(
-                f"checkpoints leave replay out: it would take {needed / 2e9:.1f} GB, and as much again is not free. "
-                f"A resumed run fills it anew; --checkpoint-replay yes keeps it all the same"
+                f"checkpoints leave replay and the state of environments out: they would take {needed / 2e9:.1f} GB, "
+                f"and as much again is not free. A resumed run fills replay anew; --checkpoint-replay yes keeps both "
+                f"all the same"
             )
 
     def show_progress(self) -> None:

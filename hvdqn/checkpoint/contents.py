@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
+from hvdqn.checkpoint.files import BrokenCheckpointError
 from hvdqn.comm import Comm
 from hvdqn.rank import Parts
 from hvdqn.seeds import torch_state
@@ -76,14 +78,37 @@ def load_shared_state(
     return Progress(**state["progress"])
 
 
+def check_learner(part: Any, path: object) -> None:
+    """Check the shapes in the part that all ranks share, or in that of `best`: a digest does not prove any.
+
+    Args:
+        part: as it was read.
+        path: of the checkpoint, for the message.
+
+    Raises:
+        BrokenCheckpointError: the networks are missing, or their tensors do not fit each other.
+    """
+    tensors = part.get("learner") if isinstance(part, dict) else None
+    online = tensors.get("online") if isinstance(tensors, dict) else None
+    if not isinstance(tensors, dict) or not isinstance(online, np.ndarray) or online.ndim != 1:
+        raise BrokenCheckpointError(f"{path} holds no parameters of a network")
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, np.ndarray) or tensor.dtype.kind != "f":
+            raise BrokenCheckpointError(f"{path}: {name} is no array of floats")
+        if tensor.shape not in ((), online.shape):
+            raise BrokenCheckpointError(
+                f"{path}: {name} has shape {list(tensor.shape)}, where the network has {list(online.shape)}"
+            )
+
+
 def contents(parts: Parts, comm: Comm, totals: Totals, progress: Progress) -> dict[str, Any]:
     """Return what this rank writes to a checkpoint, by the name of the part."""
-    acting = parts.acting
+    acting = parts.acting if progress.keeps_replay else None  # without replay, environments start anew
     written: dict[str, Any] = {
         rank_part(comm.rank): {
             "actor": acting.actor.state() if acting else None,
             "clock": parts.clock.own_state(),
-            "replay": acting.replay.state() if acting and progress.keeps_replay else None,
+            "replay": acting.replay.state() if acting else None,
             "seconds": parts.timer.seconds(),
             "torch": torch_state(parts.device),
         }

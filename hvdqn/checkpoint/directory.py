@@ -7,6 +7,8 @@
     checkpoints/latest             link to the newest checkpoint
     checkpoints/best               link to the weights of the best evaluation
 
+On a file system without symbolic links, `latest` and `best` are text files that hold the name.
+
 A checkpoint is written to a hidden directory, flushed to disk and then renamed, so that a crash never leaves half of
 one. Training waits during the write: replay must not change, and a copy of it would double the memory. The time it
 takes is phase `save` in `summary.json`.
@@ -14,113 +16,33 @@ takes is phase `save` in `summary.json`.
 
 from __future__ import annotations
 
-import hashlib
-import json
+import errno
+import logging
 import os
-import platform
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from hvdqn import __version__
 from hvdqn.checkpoint.files import BrokenCheckpointError, file_digest, read_part, write_part
+from hvdqn.checkpoint.manifest import (
+    MANIFEST,
+    Checkpoint,
+    OtherFormatError,
+    UnreadablePartError,
+    make_manifest,
+    manifest_text,
+    open_checkpoint,
+)
 from hvdqn.comm import Comm
+from hvdqn.links import write_link
 from hvdqn.metrics import PhaseTimer
 
-FORMAT = 2
-MANIFEST = "manifest.json"
+log = logging.getLogger(__name__)
 
-# These errors mean that a file is missing, so its checkpoint is broken. Other OSErrors may be temporary failures of
-# the file system, such as a stale handle, and must not condemn a checkpoint.
-_MISSING = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
-
-
-class OtherFormatError(BrokenCheckpointError):
-    """A checkpoint is intact, but another version of hvdqn wrote it in another format."""
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint on disk whose manifest has been read and verified.
-
-    Args:
-        path: its directory.
-        manifest: the content of `manifest.json`.
-        verified: True if some rank has compared every file with the manifest; `read` does not repeat that.
-    """
-
-    path: Path
-    manifest: Mapping[str, Any]
-    verified: bool = False
-
-    @property
-    def env_steps(self) -> int:
-        """Global env steps at which it was written."""
-        return int(self.manifest["env_steps"])
-
-    @property
-    def world_size(self) -> int:
-        """Number of ranks that wrote it."""
-        return int(self.manifest["world_size"])
-
-    def verify(self, name: str, alive: Callable[[], None] = lambda: None) -> None:
-        """Compare one file with the manifest.
-
-        Args:
-            name: name of the file, a key of the manifest's `files`.
-            alive: called after each block that is read, to show the watchdog that the rank is making progress.
-
-        Raises:
-            BrokenCheckpointError: the file is missing, or its length or content differs.
-            OSError: the file exists but cannot be read at the moment.
-        """
-        expected = self.manifest["files"][name]
-        try:
-            found = file_digest(self.path / name, alive)
-        except _MISSING as error:
-            raise BrokenCheckpointError(f"{self.path / name}: {error.strerror}") from None
-        if found != (expected["sha256"], expected["bytes"]):
-            raise BrokenCheckpointError(
-                f"{self.path / name} is not what was written (sha256 or length differs)"
-            )
-
-    def read(self, part: str) -> Any:
-        """Return the content of one part as it was passed to `Checkpoints.save`; see `read_part`.
-
-        Raises:
-            BrokenCheckpointError: the file is broken.
-        """
-        name = part + ".safetensors"
-        if not self.verified:
-            self.verify(name)
-        return read_part(self.path / name)
-
-
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Read and verify the manifest of a checkpoint. Its other files are verified when they are read.
-
-    Raises:
-        BrokenCheckpointError: the manifest is missing, incomplete or altered.
-        OtherFormatError: the manifest is intact, but this version does not read its format.
-    """
-    try:
-        text = (path / MANIFEST).read_text(encoding="utf-8")
-        manifest = json.loads(text)
-        manifest.pop("sha256")
-        intact = text == _manifest_text(manifest)
-        version = manifest["format"]
-    except (*_MISSING, ValueError, KeyError, AttributeError, TypeError, RecursionError):
-        raise BrokenCheckpointError(f"{path / MANIFEST} is missing or damaged") from None
-    if not intact:
-        raise BrokenCheckpointError(f"{path / MANIFEST} is not what was written (sha256 differs)")
-    if version != FORMAT:
-        raise OtherFormatError(f"{path} has format {version}, this version reads {FORMAT}")
-    return Checkpoint(path, manifest)
+# What file systems without fsync of directories answer.
+_UNSUPPORTED = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EBADF)
 
 
 class Checkpoints:
@@ -137,6 +59,10 @@ class Checkpoints:
 
     def __init__(self, directory: Path, comm: Comm, keep: int, timer: PhaseTimer) -> None:
         self.directory, self.comm, self.keep, self.timer = directory, comm, keep, timer
+        self._link_reported = False
+        self._read_back: set[bool] = (
+            set()
+        )  # the kinds of checkpoints, `best` or not, that were read back once
 
     def save(
         self, env_steps: int, parts: Mapping[str, Any], config: Mapping[str, Any], best: bool = False
@@ -159,47 +85,78 @@ class Checkpoints:
             for part, content in parts.items():
                 file = part + ".safetensors"
                 files[file] = write_part(temporary / file, content, self.timer.alive)
-        except OSError as error:
+                if best not in self._read_back:
+                    self._check_written(temporary / file, files[file])
+        except (OSError, TypeError, ValueError, BrokenCheckpointError) as error:
             failure = f"rank {self.comm.rank}: {error}"
         with self.timer.during("comm"):
             reports = self.comm.all_gather_object((failure, files))
         failure = next((text for text, _ in reports if text), "")
         if not failure:
             all_files = {file: entry for _, written in reports for file, entry in written.items()}
-            manifest = _make_manifest(env_steps, self.comm.size, config, all_files)
+            manifest = make_manifest(env_steps, self.comm.size, config, all_files)
             failure = self._on_rank_0(lambda: self._commit(temporary, name, manifest))
         if failure:
             self._on_rank_0(self._delete_temporary)
+        else:
+            self._read_back.add(best)
         return failure
 
-    def newest_valid(self) -> tuple[Checkpoint | None, dict[str, str]]:
-        """Return the newest checkpoint that is not broken, and the broken ones that are newer.
+    def _check_written(self, path: Path, entry: Mapping[str, Any]) -> None:
+        """Read a file back. The first checkpoint shows whether the state of this run can be read at all."""
+        if file_digest(path, self.timer.alive) != (entry["sha256"], entry["bytes"]):
+            raise BrokenCheckpointError(f"{path} reads back as something else")
+        read_part(path)
 
-        Each rank verifies its share of a checkpoint's files. The broken ones map their name to what is wrong.
+    def newest_valid(
+        self, check: Callable[[Checkpoint, Sequence[str]], None] = lambda checkpoint, files: None
+    ) -> tuple[Checkpoint | None, dict[str, str]]:
+        """Return the newest checkpoint that is not broken, and the broken ones.
+
+        Each rank verifies its share of a checkpoint's files. The broken ones map their name to what is wrong. If only
+        parts of ranks cannot be read, older checkpoints are preferred; if there is none, that checkpoint is returned.
+
+        Args:
+            check: checks the content of a checkpoint after its digests, by the names of a share of its files; raises
+                BrokenCheckpointError.
 
         Raises:
             OtherFormatError: on all ranks, if a checkpoint has a format that this version does not read.
         """
         broken: dict[str, str] = {}
+        partial: Checkpoint | None = None
+        self._on_rank_0(self._restore_old)
         names = self.comm.broadcast_object(self._names() if self.comm.rank == 0 else [])
         for name in reversed(names):
-            found, error = None, None
-            try:
-                found = open_checkpoint(self.directory / name)
-                files = sorted(found.manifest["files"])
-                for file in files[self.comm.rank :: self.comm.size]:
-                    found.verify(file, self.timer.alive)
-            except BrokenCheckpointError as caught:
-                error = caught
-            with self.timer.during("comm"):
-                errors = [one for one in self.comm.all_gather_object(error) if one]
-            for one in errors:
-                if isinstance(one, OtherFormatError):
-                    raise one
+            found, errors = self._verify_together(name, check)
             if found is not None and not errors:
                 return replace(found, verified=True), broken
             broken[name] = str(errors[0])
-        return None, broken
+            if found is not None and partial is None and all(type(e) is UnreadablePartError for e in errors):
+                partial = replace(found, verified=True, unreadable=broken[name])
+        if partial is not None:
+            del broken[partial.path.name]
+        return partial, broken
+
+    def _verify_together(
+        self, name: str, check: Callable[[Checkpoint, Sequence[str]], None]
+    ) -> tuple[Checkpoint | None, list[BrokenCheckpointError]]:
+        """Open a checkpoint, and verify this rank's share of its files; return what any rank found wrong."""
+        found, error = None, None
+        try:
+            found = open_checkpoint(self.directory / name)
+            files = sorted(found.manifest["files"])[self.comm.rank :: self.comm.size]
+            for file in files:
+                found.verify(file, self.timer.alive)
+            check(found, files)
+        except BrokenCheckpointError as caught:
+            error = caught
+        with self.timer.during("comm"):
+            errors = [one for one in self.comm.all_gather_object(error) if one]
+        for one in errors:
+            if isinstance(one, OtherFormatError):
+                raise one
+        return found, errors
 
     def set_aside_broken(self, found: Checkpoint | None, broken: Mapping[str, str]) -> None:
         """Rename broken checkpoints to `NAME.broken` and point `latest` at the valid one that was found.
@@ -220,7 +177,7 @@ class Checkpoints:
         if found is None:
             latest.unlink(missing_ok=True)
         else:
-            _link(latest, found.path.name)
+            self._link("latest", found.path.name)
 
     def _names(self) -> list[str]:
         """Return the names of all checkpoints but the best and the broken ones, oldest first."""
@@ -232,32 +189,67 @@ class Checkpoints:
         self._delete_temporary()
         temporary.mkdir(parents=True)
 
+    def _restore_old(self) -> None:
+        """Bring back a checkpoint that was about to be replaced when the run was killed."""
+        for old in self.directory.glob(".*.old.tmp"):
+            replaced = self.directory / old.name.removeprefix(".").removesuffix(".old.tmp")
+            if not replaced.exists():
+                old.rename(replaced)
+
     def _delete_temporary(self) -> None:
         """Delete what killed or failed attempts to save have left."""
+        self._restore_old()
         for path in self.directory.glob(".*.tmp"):
             shutil.rmtree(path, ignore_errors=True)
 
     def _commit(self, temporary: Path, name: str, manifest: Mapping[str, Any]) -> None:
         """Add the manifest to the files that are written, and give the checkpoint its name."""
         with (temporary / MANIFEST).open("w", encoding="utf-8") as file:
-            file.write(_manifest_text(manifest))
+            file.write(manifest_text(manifest))
             file.flush()
             os.fsync(file.fileno())
         _fsync_directory(temporary)
         final = self.directory / name
-        # A run that resumes repeats an evaluation at the same env step, and may write a better `best` then.
-        if final.exists():
-            final.rename(self.directory / f".{name}.old.tmp")
+        if name.isdigit() and final.exists():
+            final.rename(self.directory / f".{name}.old.tmp")  # `_restore_old` brings it back after a crash
+        # A run that resumes repeats an evaluation at the same env step, and may write a better `best` then. It gets a
+        # name of its own, so that the link is valid at any moment.
+        number = 2
+        while final.exists():
+            final, number = self.directory / f"{name}-{number}", number + 1
         temporary.rename(final)
-        _link(self.directory / ("latest" if name.isdigit() else "best"), name)
+        linked = self._link("latest" if name.isdigit() else "best", final.name)
         _fsync_directory(self.directory)
-        self._prune(name)
+        self._prune(final.name, linked)
 
-    def _prune(self, newest: str) -> None:
-        """Delete all but the `keep` newest checkpoints, or all best ones but the newest, whichever was saved."""
+    def _link(self, link: str, target: str) -> bool:
+        """Point `latest` or `best` at a checkpoint; return False if that failed, which does not fail the save."""
+        place, line = self.directory / link, ""
+        linked = True
+        try:
+            if not write_link(place, target):
+                line = (
+                    f"the file system of '{self.directory}' has no symbolic links: latest and best are text files "
+                    f"there, with the name of the checkpoint"
+                )
+        except OSError as error:
+            line, linked = f"'{place}' cannot be written: {error}; the checkpoint itself is complete", False
+        if line and not self._link_reported:
+            self._link_reported = True
+            log.warning(line)
+        return linked
+
+    def _prune(self, newest: str, linked: bool) -> None:
+        """Delete all but the `keep` newest checkpoints, or all best ones but the newest, whichever was saved.
+
+        Args:
+            newest: the name of the checkpoint that was saved.
+            linked: whether `latest` or `best` points at it; otherwise `best` needs the one that it points at.
+        """
+        old: list[str] = []
         if newest.isdigit():
             old = self._names()[: -self.keep]
-        else:
+        elif linked:
             old = [entry.name for entry in self.directory.glob("best-*") if entry.name != newest]
         for name in old:
             shutil.rmtree(self.directory / name, ignore_errors=True)
@@ -275,41 +267,14 @@ class Checkpoints:
             return self.comm.broadcast_object(failure)
 
 
-def _make_manifest(
-    env_steps: int, world_size: int, config: Mapping[str, Any], files: Mapping[str, Any]
-) -> dict[str, Any]:
-    return {
-        "format": FORMAT,
-        "env_steps": env_steps,
-        "world_size": world_size,
-        "versions": {
-            "hvdqn": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-        },
-        "config": dict(config),
-        "files": dict(files),
-    }
-
-
-def _manifest_text(manifest: Mapping[str, Any]) -> str:
-    """Return the content of `manifest.json`: the manifest and, last, its own digest."""
-    digest = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
-    return json.dumps({**manifest, "sha256": digest}, indent=1)
-
-
 def _fsync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    """Flush a directory to disk, except on file systems that do not support it."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _link(link: Path, target: str) -> None:
-    """Point a symbolic link at another target in one atomic step."""
-    temporary = link.with_name(f".{link.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target)
-    temporary.replace(link)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,19 @@ import safetensors
 import torch
 from numpy.typing import NDArray
 
+from hvdqn.replay.streamed import StreamedArray, pieces
+
 _DTYPES = {
     "|b1": "BOOL", "|u1": "U8", "|i1": "I8", "<i2": "I16", "<u2": "U16", "<i4": "I32", "<u4": "U32",
     "<i8": "I64", "<u8": "U64", "<f2": "F16", "<f4": "F32", "<f8": "F64",
 }  # fmt: skip
 _ARRAY, _DTYPE = "__array__", "__dtype__"
 _BLOCK_BYTES = 1 << 24
-_UNREADABLE = (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError)
+MAX_HEADER_BYTES = 100_000_000
+"""The longest header that the safetensors library reads."""
+_UNREADABLE = (
+    safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, IndexError
+)  # fmt: skip
 
 
 class BrokenCheckpointError(RuntimeError):
@@ -39,21 +45,24 @@ def write_part(path: Path, content: Any, alive: Callable[[], None] = lambda: Non
     Arrays are written straight from their own memory: a replay shard would not fit into memory twice, and the
     safetensors library's own writer makes a copy. The hash is computed in a second thread during the write.
 
+    An array that appears several times in `content`, as the same object, is stored once.
+
     Args:
         path: the file to write.
-        content: nested dicts and lists of numbers, text, None, arrays and tensors.
+        content: nested dicts and lists of numbers, text, None, arrays, streamed arrays and tensors.
         alive: called after each block of 16 MiB, to show the watchdog that the write is making progress.
 
     Raises:
         OSError: the file cannot be written.
         TypeError: `content` holds any other type.
+        ValueError: `content` has more text and numbers outside of arrays than such a file can hold, or is nested too
+            deeply.
     """
-    arrays: dict[str, NDArray[Any]] = {}
-    header = _header(_extract_arrays(content, arrays), arrays)
-    blocks = [memoryview(header), *(_bytes_of(array) for array in arrays.values())]
+    arrays = Arrays()
+    header = _header(arrays.extract(content), arrays.by_name)
     digest = hashlib.sha256()
     with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as hasher:
-        for block in blocks:
+        for block in _blocks(header, arrays.by_name):
             for start in range(0, len(block), _BLOCK_BYTES):
                 piece = block[start : start + _BLOCK_BYTES]
                 hashed = hasher.submit(digest.update, piece)
@@ -78,7 +87,7 @@ def read_part(path: Path) -> Any:
         # The "pt" framework maps the file into memory; the "numpy" framework would copy each array.
         with safetensors.safe_open(path, framework="pt") as file:
             data = json.loads(file.metadata()["data"])
-            return _insert_arrays(data, file)
+            return _insert_arrays(data, file, {})
     except _UNREADABLE as error:
         raise BrokenCheckpointError(f"{path} cannot be read: {error}") from None
 
@@ -102,8 +111,12 @@ def file_digest(path: Path, alive: Callable[[], None] = lambda: None) -> tuple[s
     return digest.hexdigest(), size
 
 
-def _header(data: Any, arrays: Mapping[str, NDArray[Any]]) -> bytes:
-    """Return the start of a safetensors file: the length of its header, then the header as padded JSON."""
+def _header(data: Any, arrays: Mapping[str, NDArray[Any] | StreamedArray]) -> bytes:
+    """Return the start of a safetensors file: the length of its header, then the header as padded JSON.
+
+    Raises:
+        ValueError: the library would not read such a long header.
+    """
     header: dict[str, Any] = {"__metadata__": {"data": json.dumps(data)}}
     offset = 0
     for name, array in arrays.items():
@@ -115,50 +128,102 @@ def _header(data: Any, arrays: Mapping[str, NDArray[Any]]) -> bytes:
         offset += array.nbytes
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
+    if len(encoded) > MAX_HEADER_BYTES:
+        raise ValueError(
+            f"it has {len(encoded) / 1e6:.0f} MB of lists and text, and a file of a checkpoint holds at most "
+            f"{MAX_HEADER_BYTES / 1e6:.0f} MB"
+        )
     return struct.pack("<Q", len(encoded)) + encoded
 
 
-def _extract_arrays(content: Any, arrays: dict[str, NDArray[Any]]) -> Any:
-    """Return `content` as JSON data, with each array moved to `arrays` and replaced by its name there."""
-    if isinstance(content, torch.Tensor):
-        content = content.detach().cpu().numpy()
-    if isinstance(content, np.generic):
-        content = np.asarray(content)
-    if isinstance(content, np.ndarray):
-        return _extract_array(content, arrays)
-    if isinstance(content, Mapping):
-        return {str(key): _extract_arrays(value, arrays) for key, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return [_extract_arrays(value, arrays) for value in content]
-    if content is None or isinstance(content, (str, int, float)):
-        return content
-    raise TypeError(f"{type(content).__name__} is not plain data")
+class Arrays:
+    """The arrays of one file while its content is taken apart.
+
+    Attributes:
+        by_name: the arrays in the order in which they are written.
+    """
+
+    def __init__(self) -> None:
+        self.by_name: dict[str, NDArray[Any] | StreamedArray] = {}
+        # Each array as it was found and its entry, by the id of the array; holding it keeps the id its own.
+        self._entries: dict[int, tuple[object, dict[str, str]]] = {}
+
+    def extract(self, content: Any) -> Any:
+        """Return `content` as JSON data, with each array replaced by its name.
+
+        Raises:
+            TypeError: it holds something that is not plain data.
+            ValueError: it is nested too deeply.
+        """
+        try:
+            return self._extract(content)
+        except RecursionError:
+            raise ValueError("the state is nested too deeply to be written") from None
+
+    def _extract(self, content: Any) -> Any:
+        if isinstance(content, (np.ndarray, torch.Tensor, StreamedArray)):
+            if id(content) not in self._entries:
+                self._entries[id(content)] = content, self._add(content)
+            return self._entries[id(content)][1]
+        if isinstance(content, np.generic):
+            return self._add(np.asarray(content))
+        if isinstance(content, Mapping):
+            if _ARRAY in content:
+                raise ValueError(f"the name {_ARRAY} is reserved")
+            return {str(key): self._extract(value) for key, value in content.items()}
+        if isinstance(content, (list, tuple)):
+            return [self._extract(value) for value in content]
+        if content is None or isinstance(content, (str, int, float)):
+            return content
+        raise TypeError(f"{type(content).__name__} is not plain data")
+
+    def _add(self, array: NDArray[Any] | torch.Tensor | StreamedArray) -> dict[str, str]:
+        """Add an array; return what takes its place."""
+        if isinstance(array, torch.Tensor):
+            array = array.detach().cpu().numpy()
+        if array.dtype.kind not in "biufcSU":
+            raise TypeError(f"an array of {array.dtype} is not plain data")
+        name, dtype = str(len(self.by_name)), array.dtype.str
+        if isinstance(array, np.ndarray):
+            # ascontiguousarray copies only strided arrays, and replay has none. It makes scalars one-dimensional.
+            array = np.ascontiguousarray(array).reshape(array.shape)
+        if dtype in _DTYPES:
+            self.by_name[name] = array
+            return {_ARRAY: name}
+        # safetensors has no complex numbers, text or big-endian numbers: store them as bytes.
+        self.by_name[name] = np.asarray(array)[..., None].view(np.uint8)
+        return {_ARRAY: name, _DTYPE: dtype}
 
 
-def _extract_array(array: NDArray[Any], arrays: dict[str, NDArray[Any]]) -> dict[str, str]:
-    if array.dtype.kind not in "biufcSU":
-        raise TypeError(f"an array of {array.dtype} is not plain data")
-    name, dtype = str(len(arrays)), array.dtype.str
-    # ascontiguousarray copies only strided arrays, and replay has none. It makes scalars one-dimensional: reshape.
-    array = np.ascontiguousarray(array).reshape(array.shape)
-    if dtype in _DTYPES:
-        arrays[name] = array
-        return {_ARRAY: name}
-    # safetensors has no complex numbers, text or big-endian numbers: store them as bytes.
-    arrays[name] = array[..., None].view(np.uint8)
-    return {_ARRAY: name, _DTYPE: dtype}
+def _insert_arrays(data: Any, file: Any, arrays: dict[str, NDArray[Any]]) -> Any:
+    """Return `data` with each array of the safetensors file back in its place.
 
-
-def _insert_arrays(data: Any, file: Any) -> Any:
-    """Return `data` with each array of the safetensors file back in its place."""
+    Args:
+        data: from the metadata.
+        file: the open safetensors file.
+        arrays: those that were read before, by name: an array in several places is the same object again.
+    """
     if isinstance(data, dict):
         if _ARRAY in data:
-            array = file.get_tensor(data[_ARRAY]).numpy()
-            return array.view(data[_DTYPE])[..., 0] if _DTYPE in data else array
-        return {key: _insert_arrays(value, file) for key, value in data.items()}
+            name = data[_ARRAY]
+            if name not in arrays:
+                arrays[name] = file.get_tensor(name).numpy()
+            return arrays[name].view(data[_DTYPE])[..., 0] if _DTYPE in data else arrays[name]
+        return {key: _insert_arrays(value, file, arrays) for key, value in data.items()}
     if isinstance(data, list):
-        return [_insert_arrays(value, file) for value in data]
+        return [_insert_arrays(value, file, arrays) for value in data]
     return data
+
+
+def _blocks(header: bytes, arrays: Mapping[str, NDArray[Any] | StreamedArray]) -> Iterator[memoryview]:
+    """Yield the bytes of a file in order; those of a streamed array piece by piece."""
+    yield memoryview(header)
+    for array in arrays.values():
+        if isinstance(array, StreamedArray):
+            for _, piece in pieces(array):
+                yield _bytes_of(np.ascontiguousarray(piece))
+        else:
+            yield _bytes_of(array)
 
 
 def _bytes_of(array: NDArray[Any]) -> memoryview:

@@ -8,9 +8,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from hvdqn.checkpoint.contents import LEARNER, Progress, load_shared_state, rank_part
-from hvdqn.checkpoint.directory import Checkpoint, Checkpoints, OtherFormatError, open_checkpoint
-from hvdqn.checkpoint.files import BrokenCheckpointError
+from hvdqn.checkpoint.contents import LEARNER, Progress, check_learner, load_shared_state, rank_part
+from hvdqn.checkpoint.directory import Checkpoints
+from hvdqn.checkpoint.files import BrokenCheckpointError, read_part
+from hvdqn.checkpoint.manifest import (
+    Checkpoint,
+    OtherFormatError,
+    UnreadablePartError,
+    open_checkpoint,
+)
 from hvdqn.clock import Clock
 from hvdqn.comm import Comm
 from hvdqn.config import (
@@ -20,6 +26,7 @@ from hvdqn.config import (
     settings_of_exact_resume,
 )
 from hvdqn.errors import UserError
+from hvdqn.faults import raise_on_all_ranks
 from hvdqn.metrics import METRICS_FILE, SUMMARY_FILE
 from hvdqn.rank import Parts
 from hvdqn.replay import reshard
@@ -40,7 +47,7 @@ def find_checkpoint(
         UserError: `--resume` does not allow what the directory holds, or a setting has changed that must not change.
     """
     try:
-        found, broken = checkpoints.newest_valid()
+        found, broken = checkpoints.newest_valid(check_parts)
     except OtherFormatError as error:
         raise UserError(
             f"{error}; resume with the version that wrote it, or choose another --run-dir"
@@ -59,6 +66,58 @@ def find_checkpoint(
         where = f"; its records until now are in {' and '.join(kept)}" if kept else ""
         lines.append(f"{what}: the run starts from the beginning{where}")
     return found, lines
+
+
+def check_parts(checkpoint: Checkpoint, files: Sequence[str]) -> None:
+    """Check that a checkpoint has all its parts, and that a share of them can be read.
+
+    Raises:
+        UnreadablePartError: only the part of a rank cannot be read.
+        BrokenCheckpointError: it cannot be resumed from.
+    """
+    path, ranks = checkpoint.path, checkpoint.world_size
+    names = checkpoint.manifest["files"].keys()
+    if len(names) != ranks + 1 or names != {
+        f"{part}.safetensors" for part in (LEARNER, *map(rank_part, range(ranks)))
+    }:
+        raise BrokenCheckpointError(f"{path} does not have the parts of {ranks} ranks")
+    for file in files:
+        part = file.removesuffix(".safetensors")
+        if part == LEARNER:
+            _check_shared(read_part(path / file), path)
+            continue
+        try:
+            state = read_part(path / file)
+        except BrokenCheckpointError as error:
+            raise UnreadablePartError(str(error)) from None
+        if not _is_rank_state(state):
+            raise UnreadablePartError(f"{path / file} does not hold the state of a rank")
+
+
+def _is_rank_state(state: Any) -> bool:
+    """Return True if a part has the shape of what `contents` returns for a rank."""
+    if not isinstance(state, dict) or not {"actor", "replay", "seconds", "torch"} <= state.keys():
+        return False
+    actor = state["actor"]
+    return (
+        isinstance(state["seconds"], dict)
+        and isinstance(state["torch"], dict)
+        and isinstance(state["replay"], (dict, type(None)))
+        and (
+            actor is None
+            or (isinstance(actor, dict) and {"random", "frames", "environments"} <= actor.keys())
+        )
+    )
+
+
+def _check_shared(state: Any, path: Path) -> None:
+    """Check the part that all ranks share, as far as that is possible without the parts of this run."""
+    check_learner(state, path)
+    for name in ("counters", "clock", "progress"):
+        if not isinstance(state.get(name), dict):
+            raise BrokenCheckpointError(f"{path} holds no {name}")
+    if not all(type(value) in (int, float) for value in state["clock"].values()):
+        raise BrokenCheckpointError(f"{path}: the clock holds what is no number")
 
 
 def _check_resume(resume: str, found: Checkpoint | None, broken: Mapping[str, str], run_dir: Path) -> None:
@@ -86,7 +145,7 @@ def best_evaluation(run_dir: Path) -> float:
     """Return the mean return of the evaluation whose weights `checkpoints/best` holds; -inf without one."""
     try:
         return float(open_checkpoint(run_dir / "checkpoints" / "best").read(LEARNER)["eval_return_mean"])
-    except (BrokenCheckpointError, OSError):
+    except (BrokenCheckpointError, OSError, KeyError, TypeError, ValueError):
         return -math.inf
 
 
@@ -108,27 +167,68 @@ def restore(
         The progress of the run, and lines of text: where it resumes, and everything that differs from before.
 
     Raises:
-        UserError: the settings make a network with another number of parameters.
+        UserError: on all ranks, if the settings make a network with another number of parameters, or the checkpoint
+            does not fit these settings.
     """
-    shared = checkpoint.read(LEARNER)
-    _check_parameters(shared["learner"]["online"].size, parts.learner.parameters.numel(), checkpoint.path)
     same_shapes = _same_shapes(checkpoint, config, comm)
-    # The files are memory-mapped: a rank reads from disk only what it uses of the other ranks' shards.
-    ranks = [comm.rank] if same_shapes else range(checkpoint.world_size)
-    shards = [checkpoint.read(rank_part(rank)) for rank in ranks]
-    has_replay = bool(shared["progress"]["keeps_replay"])
-    progress = load_shared_state(shared, parts, totals, refill=not has_replay)
-    parts.timer.load(shards[0]["seconds"])
+    loaded = raise_on_all_ranks(
+        comm, lambda: _load(parts, checkpoint, totals, comm.rank, same_shapes), parts.timer
+    )
+    shared, progress, own = loaded
+    has_replay = bool(shared["progress"]["keeps_replay"]) and not checkpoint.unreadable
     exact = False
-    if has_replay and same_shapes:
-        exact = _load_rank_state(parts, shards[0])
-    elif has_replay:
-        _reshard_replay(parts, shards)
+    if own is not None:
+        exact = parts.acting is None or parts.acting.actor.load_state(own["actor"])
     if not exact:
         reset_environments(parts)
     exact = all(comm.all_gather_object(exact))
     lines = _describe_resume(checkpoint, shared, parts.clock, comm.size, has_replay, exact)
     return progress, lines + _changed_settings(checkpoint.manifest["config"], config.flat())
+
+
+def _load(
+    parts: Parts, checkpoint: Checkpoint, totals: Totals, rank: int, same_shapes: bool
+) -> tuple[Mapping[str, Any], Progress, Mapping[str, Any] | None]:
+    """Load everything but the state of the environments.
+
+    Returns:
+        What all ranks share; the progress; and what this rank wrote itself if its environments may continue from it.
+
+    Raises:
+        UserError: the checkpoint does not fit.
+    """
+    try:
+        shared = checkpoint.read(LEARNER)
+        _check_parameters(shared["learner"]["online"].size, parts.learner.parameters.numel(), checkpoint.path)
+        has_replay = bool(shared["progress"]["keeps_replay"]) and not checkpoint.unreadable
+        progress = load_shared_state(shared, parts, totals, refill=not has_replay)
+        if checkpoint.unreadable:
+            return shared, progress, None
+        # The files are memory-mapped: a rank reads from disk only what it uses of the other ranks' shards.
+        ranks = [rank] if same_shapes else range(checkpoint.world_size)
+        shards = [checkpoint.read(rank_part(index)) for index in ranks]
+        parts.timer.load(shards[0]["seconds"])
+        if not has_replay:
+            return shared, progress, None
+        if not same_shapes:
+            _reshard_replay(parts, shards)
+            return shared, progress, None
+        _load_rank_state(parts, shards[0])
+        return shared, progress, shards[0]
+    except UserError:
+        raise
+    except (
+        BrokenCheckpointError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+    ) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(
+            f"'{checkpoint.path}' does not fit this run ({reason}); rename it to resume from the one before it"
+        ) from error
 
 
 def _check_parameters(before: int, now: int, path: Path) -> None:
@@ -143,18 +243,19 @@ def _same_shapes(checkpoint: Checkpoint, config: Config, comm: Comm) -> bool:
     """Return True if each rank can load its own shard as it is."""
     before, now = checkpoint.manifest["config"], config.flat()
     return checkpoint.world_size == comm.size and all(
-        before[name] == now[name] for name in settings_of_exact_resume()
+        before.get(name, now[name]) == now[name] for name in settings_of_exact_resume()
     )
 
 
-def _load_rank_state(parts: Parts, state: Mapping[str, Any]) -> bool:
-    """Load what this rank wrote itself; return False if its environments must be reset."""
+def _load_rank_state(parts: Parts, state: Mapping[str, Any]) -> None:
+    """Load what this rank wrote itself, except for its environments."""
     parts.clock.load_own_state(state.get("clock", {}))
-    load_torch_state(state["torch"], parts.device)
-    if parts.acting is None:
-        return True
-    parts.acting.replay.load_state(state["replay"])
-    return parts.acting.actor.load_state(state["actor"])
+    try:
+        load_torch_state(state["torch"], parts.device)
+    except RuntimeError as error:
+        raise ValueError(f"torch's generator: {error}") from None
+    if parts.acting is not None:
+        parts.acting.replay.load_state(state["replay"])
 
 
 def _reshard_replay(parts: Parts, shards: Sequence[Mapping[str, Any]]) -> None:
@@ -177,7 +278,11 @@ def _describe_resume(
             f"{checkpoint.world_size} {ranks} before, {size} now: replay is resharded, the global batch was "
             f"{shared['clock']['global_batch']}, is {clock.global_batch}; clock and schedules continue"
         )
-    if not has_replay:
+    if checkpoint.unreadable:
+        lines.append(
+            f"{checkpoint.unreadable}. Replay fills for {clock.learning_starts:,} env steps before the next update"
+        )
+    elif not has_replay:
         lines.append(
             f"the checkpoint holds no replay: it fills for {clock.learning_starts:,} env steps before the next update"
         )

@@ -39,19 +39,21 @@ __all__ = [
 ]
 
 
-def connect(choice: str, device: str = "cpu") -> Comm:
+def connect(choice: str, device: str = "cpu", stall_timeout: float = 600.0) -> Comm:
     """Connect this process to the other ranks of its job.
 
     Args:
         choice: auto, local, horovod, torch or mpi. auto picks the engine that fits the launcher; `Comm.why` says why.
         device: where the tensors to reduce are, as torch names it ("cpu", "cuda", "cuda:1").
+        stall_timeout: seconds after which the watchdog ends a job that stalls, and which no engine may fall short of;
+            0: never.
 
     Raises:
         LaunchError: the engine does not work under this launcher, or it connects another number of ranks than
             the launcher started.
     """
     chosen = choose_engine(choice)
-    comm = _CONNECT[chosen.engine](device, chosen.launcher)
+    comm = _CONNECT[chosen.engine](device, chosen.launcher, stall_timeout)
     comm.why = chosen.why
     check_size(chosen.engine, comm.size, detect_launchers(os.environ))
     return comm
@@ -60,31 +62,31 @@ def connect(choice: str, device: str = "cpu") -> Comm:
 # Each engine is imported only when it is used: its library may not be installed, and importing it takes time.
 
 
-def _connect_local(device: str, launcher: LauncherInfo | None) -> Comm:
+def _connect_local(device: str, launcher: LauncherInfo | None, stall_timeout: float) -> Comm:
     return LocalComm()
 
 
-def _connect_horovod(device: str, launcher: LauncherInfo | None) -> Comm:
+def _connect_horovod(device: str, launcher: LauncherInfo | None, stall_timeout: float) -> Comm:
     from hvdqn.comm.horovod import HorovodComm
 
     return HorovodComm(device, over_mpi=launcher is not None and launcher.starts_mpi)
 
 
-def _connect_torch(device: str, launcher: LauncherInfo | None) -> Comm:
+def _connect_torch(device: str, launcher: LauncherInfo | None, stall_timeout: float) -> Comm:
     from hvdqn.comm.torch import TorchComm
 
     assert launcher is not None, "choose_engine raises when no launcher is found"
-    return TorchComm(device, launcher.rank, launcher.size)
+    return TorchComm(device, launcher.rank, launcher.size, stall_timeout)
 
 
-def _connect_mpi(device: str, launcher: LauncherInfo | None) -> Comm:
+def _connect_mpi(device: str, launcher: LauncherInfo | None, stall_timeout: float) -> Comm:
     from hvdqn.comm.mpi import MpiComm
 
     return MpiComm()
 
 
 # One entry for every engine in CHOICES. A missing one raises KeyError.
-_CONNECT: Mapping[str, Callable[[str, LauncherInfo | None], Comm]] = {
+_CONNECT: Mapping[str, Callable[[str, LauncherInfo | None, float], Comm]] = {
     "local": _connect_local,
     "horovod": _connect_horovod,
     "torch": _connect_torch,

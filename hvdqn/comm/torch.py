@@ -21,8 +21,11 @@ T = TypeVar("T")
 
 # How long ranks wait for each other at the start. Imports from a network file system are slow.
 CONNECT_TIMEOUT = timedelta(minutes=5)
-# How long one rank may keep the others waiting, for example while it writes a checkpoint.
+# How long one rank may keep the others waiting, for example while it writes a checkpoint. The watchdog ends a job that
+# stalls, with a message that names the rank, and torch's own timeout only if the watchdog fails.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+# Torch has no "wait for ever". This is the most that fits into 31 bits of milliseconds, rounded down.
+LONGEST_TIMEOUT = timedelta(days=24)
 
 
 @dataclass(slots=True)
@@ -61,6 +64,17 @@ def _connect_store(rank: int, size: int) -> tuple[Store, list[str]]:
         ) from None
 
 
+def collective_timeout(stall_timeout: float) -> timedelta:
+    """Return how long torch lets ranks wait for each other: always longer than the watchdog, for ever without it.
+
+    Args:
+        stall_timeout: seconds after which the watchdog ends a job that stalls; 0: never.
+    """
+    if stall_timeout == 0 or stall_timeout >= LONGEST_TIMEOUT.total_seconds() / 2:
+        return LONGEST_TIMEOUT
+    return max(COLLECTIVE_TIMEOUT, timedelta(seconds=2 * stall_timeout))
+
+
 def _each_rank_has_its_own_gpu(size: int, device: str) -> bool:
     """Return True if no two ranks share a GPU and none is without one. A collective call, for any device."""
     visible: list[list[str]] = [[]] * size
@@ -70,17 +84,25 @@ def _each_rank_has_its_own_gpu(size: int, device: str) -> bool:
 
 
 class TorchComm(Comm):
-    """All ranks of the job, over torch.distributed. Without a GPU for each rank, which NCCL needs, Gloo does it all."""
+    """All ranks of the job, over torch.distributed. Without a GPU for each rank, which NCCL needs, Gloo does it all.
+
+    Args:
+        device: where the tensors to reduce are.
+        rank: this rank.
+        size: number of ranks.
+        stall_timeout: see `collective_timeout`.
+    """
 
     name = "torch"
 
-    def __init__(self, device: str, rank: int, size: int) -> None:
+    def __init__(self, device: str, rank: int, size: int, stall_timeout: float = 600.0) -> None:
         store, hosts = _connect_store(rank, size)
         # NCCL only reduces and broadcasts CUDA tensors: objects, barriers and host tensors always go over Gloo.
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
+        timeout = collective_timeout(stall_timeout)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
         self._on_device: dist.ProcessGroup | None = None
         if _each_rank_has_its_own_gpu(size, device):
-            self._on_device = dist.new_group(backend="nccl", timeout=COLLECTIVE_TIMEOUT)
+            self._on_device = dist.new_group(backend="nccl", timeout=timeout)
         local = [peer for peer in range(size) if hosts[peer] == hosts[rank]]
         super().__init__(rank, size, local_rank=local.index(rank), local_size=len(local))
 

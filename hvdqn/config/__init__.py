@@ -30,6 +30,7 @@ from hvdqn.config.settings import (
 )
 from hvdqn.config.validation import (
     check_engine,
+    check_saved,
     check_world,
     unused_settings,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "RunConfig",
     "as_yaml",
     "check_engine",
+    "check_saved",
     "check_world",
     "did_you_mean",
     "import_attribute",

@@ -9,6 +9,7 @@ from typing import Any
 from hvdqn.config.fields import Needs, flag_of
 from hvdqn.config.names import did_you_mean
 from hvdqn.config.settings import SETTINGS, Config, LearningConfig, NetworkConfig, preset_config
+from hvdqn.config.values import value_of_data
 from hvdqn.errors import UserError
 
 TORSOS = ("auto", "mlp", "nature", "impala", "minatar")
@@ -43,6 +44,18 @@ def check(config: Config) -> None:
             f"--total-env-steps {config.run.total_env_steps} must be above --learning-starts {starts}, or learning "
             "would never start; raise one or lower the other"
         )
+
+
+def check_saved(settings: Mapping[str, Any]) -> None:
+    """Check the type and the range of each setting in a file, by name. Names that this version does not know pass.
+
+    Raises:
+        UserError: a value cannot be right.
+    """
+    known = {
+        name: value_of_data(SETTINGS[name], value) for name, value in settings.items() if name in SETTINGS
+    }
+    _check_ranges({name: list(value) if isinstance(value, tuple) else value for name, value in known.items()})
 
 
 def _check_ranges(settings: Mapping[str, Any]) -> None:

@@ -2,7 +2,8 @@
 
 `save` reads the attributes of an environment, of its wrappers and of its helper objects. The result consists of None,
 bool, int, float, str, lists, dicts with str keys, and NumPy arrays, so a checkpoint can store it as JSON and arrays.
-A value of another type becomes a dict with a tag: `{"tuple": [...]}`, `{"dict": [[key, value], ...]}` and so on.
+A value of another type becomes a dict with a tag: `{"tuple": [...]}`, `{"keys": [...], "values": [...]}` and so on.
+Many numbers of one type become an array: `{"list": array}`.
 `load` writes such a state into another environment that was made the same way. It never creates an object from a name
 in the state: helper objects and random generators must exist already, and `load` sets their attributes.
 """
@@ -10,6 +11,7 @@ in the state: helper objects and random generators must exist already, and `load
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from enum import Enum
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -17,6 +19,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
+from numpy.typing import NDArray
 
 
 class NotPlain(Exception):  # noqa: N818 - never an error: `save` returns None instead
@@ -31,13 +34,26 @@ class _PlainClass:
 _CONSTANT = (gym.Space, EnvSpec, ModuleType, type, FunctionType, BuiltinFunctionType, MethodType)
 _CONSTANT_NAMES = frozenset({"spec", "_cached_spec", "_saved_kwargs", "metadata", "_metadata"})
 _PLAIN = (type(None), bool, int, float, str)
+_CONTAINERS = (list, tuple, deque, dict)
+_PACKED = {bool: np.bool_, int: np.int64, float: np.float64}
+_SHORTEST_PACKED = 32
+# Deeper or larger states are left out: JSON is read and written recursively, and a checkpoint limits its size.
+_MAX_DEPTH = 64
+_MAX_VALUES = 1_000_000
+# Python does not read longer integers from text.
+_MAX_INTEGER_BITS = 10_000
+# Smaller arrays are not worth a comparison between environments.
+_SMALLEST_SHARED_BYTES = 4096
 
 
 def save(environment: object) -> dict[str, Any] | None:
-    """Return the state of an environment, or None if a part of it is not plain data, such as an emulator's."""
+    """Return the state of an environment, or None if a part of it is not plain data, such as an emulator's.
+
+    State that contains itself, or that is nested deeper than 64 levels, is not plain data either.
+    """
     try:
-        return _save_object(environment, set())
-    except NotPlain:
+        return _Saver().save_object(environment)
+    except Exception:  # NotPlain, or an attribute of the environment that cannot be read
         return None
 
 
@@ -49,55 +65,103 @@ def load(environment: object, state: dict[str, Any]) -> None:
     """
     try:
         _load_object(environment, state)
-    except (KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # also one that an attribute of the environment raises
         raise ValueError(f"the saved state does not fit {type(environment).__name__}: {error}") from error
 
 
-def _save_object(instance: object, seen: set[int]) -> dict[str, Any]:
-    """Return an object's attributes. `seen` holds the ids of visited objects, because references may form cycles."""
-    if id(instance) in seen:
-        return {"seen": True}
-    seen.add(id(instance))
-    attributes = {}
-    for name, value in vars(instance).items():
-        if name not in _CONSTANT_NAMES and not isinstance(value, _CONSTANT):
-            attributes[name] = _save_attribute(value, seen)
-    return {"class": _class_name(instance), "object": attributes}
+class _Saver:
+    """Saves one environment. It visits each helper object once, because references may form cycles."""
+
+    def __init__(self) -> None:
+        self.seen: set[int] = set()  # ids of the objects that were visited
+        self.open: set[int] = set()  # ids of the containers that are being saved
+        self.values = 0
+
+    def save_object(self, instance: object, depth: int = 0) -> dict[str, Any]:
+        """Return an object's attributes."""
+        if id(instance) in self.seen:
+            return {"seen": True}
+        _check_depth(depth)
+        self.seen.add(id(instance))
+        attributes = {}
+        for name, value in vars(instance).items():
+            if name not in _CONSTANT_NAMES and not isinstance(value, _CONSTANT):
+                attributes[name] = self.save_attribute(value, depth + 1)
+        return {"class": _class_name(instance), "object": attributes}
+
+    def save_attribute(self, value: object, depth: int) -> Any:
+        """Return an attribute as plain data. Generators, enum members and helper objects are restored in place."""
+        if isinstance(value, np.random.Generator):
+            return {"generator": self.save_value(value.bit_generator.state, depth)}
+        if isinstance(value, np.random.RandomState):
+            return {"random_state": self.save_value(value.get_state(legacy=False), depth)}
+        if isinstance(value, Enum):
+            return {"enum": value.name}
+        if _is_python_object(value):
+            return self.save_object(value, depth)
+        return self.save_value(value, depth)
+
+    def save_value(self, value: object, depth: int) -> Any:
+        """Return a value as plain data, or raise `NotPlain`."""
+        self.values += 1
+        if self.values > _MAX_VALUES or (type(value) is int and value.bit_length() > _MAX_INTEGER_BITS):
+            raise NotPlain("the state is too large")
+        if type(value) in _PLAIN:
+            return value
+        if type(value) is np.ndarray and _is_storable(value.dtype):
+            return value.copy()
+        if type(value) is np.ndarray and value.dtype.kind in "SU":
+            text = np.char.decode(value, "latin-1") if value.dtype.kind == "S" else value
+            return {"text": text.ravel().tolist(), "shape": list(value.shape), "dtype": value.dtype.str}
+        if isinstance(value, (np.bool_, np.number)) and _is_storable(value.dtype):
+            return {"scalar": np.array(value)}
+        if type(value) in (np.str_, np.bytes_):
+            return {"scalar": self.save_value(np.array(value), depth)}
+        if type(value) in _CONTAINERS:
+            return self.save_container(value, depth)
+        raise NotPlain(type(value).__name__)
+
+    def save_container(self, value: Any, depth: int) -> Any:
+        """Return a list, tuple, deque or dict as plain data."""
+        _check_depth(depth)
+        if id(value) in self.open:
+            raise NotPlain("a container that contains itself")
+        self.open.add(id(value))
+        saved: Any
+        if type(value) is dict:
+            keys, values = list(value.keys()), list(value.values())
+            saved = {"keys": self.save_items(keys, depth), "values": self.save_items(values, depth)}
+        elif type(value) is list:
+            saved = self.save_items(value, depth)
+        elif type(value) is tuple:
+            saved = {"tuple": self.save_items(value, depth)}
+        else:
+            saved = {"deque": self.save_items(list(value), depth), "maxlen": value.maxlen}
+        self.open.remove(id(value))
+        return saved
+
+    def save_items(self, items: Sequence[Any], depth: int) -> Any:
+        """Return items as a list, or as one array if they are many numbers of the same type."""
+        packed = _packed(items)
+        return [self.save_value(item, depth + 1) for item in items] if packed is None else packed
 
 
-def _save_attribute(value: object, seen: set[int]) -> Any:
-    """Return an attribute as plain data. Generators, enum members and helper objects are restored in place."""
-    if isinstance(value, np.random.Generator):
-        return {"generator": _save_value(value.bit_generator.state)}
-    if isinstance(value, np.random.RandomState):
-        return {"random_state": _save_value(value.get_state(legacy=False))}
-    if isinstance(value, Enum):
-        return {"enum": value.name}
-    if _is_python_object(value):
-        return _save_object(value, seen)
-    return _save_value(value)
+def _check_depth(depth: int) -> None:
+    if depth > _MAX_DEPTH:
+        raise NotPlain("the state is nested too deeply")
 
 
-def _save_value(value: object) -> Any:
-    """Return a value as plain data, or raise `NotPlain`."""
-    if type(value) in _PLAIN:
-        return value
-    if type(value) is np.ndarray and _is_storable(value.dtype):
-        return value.copy()
-    if type(value) is np.ndarray and value.dtype.kind in "SU":
-        text = np.char.decode(value, "latin-1") if value.dtype.kind == "S" else value
-        return {"text": text.ravel().tolist(), "shape": list(value.shape), "dtype": value.dtype.str}
-    if isinstance(value, (np.bool_, np.number)) and _is_storable(value.dtype):
-        return {"scalar": np.array(value)}
-    if type(value) is list:
-        return [_save_value(item) for item in value]
-    if type(value) is tuple:
-        return {"tuple": [_save_value(item) for item in value]}
-    if type(value) is deque:
-        return {"deque": [_save_value(item) for item in value], "maxlen": value.maxlen}
-    if type(value) is dict:
-        return {"dict": [[_save_value(key), _save_value(item)] for key, item in value.items()]}
-    raise NotPlain(type(value).__name__)
+def _packed(items: Sequence[Any]) -> dict[str, Any] | None:
+    """Return many numbers of the same type as an array, or None: as text they would take several times the space."""
+    if len(items) < _SHORTEST_PACKED or len(kinds := set(map(type, items))) > 1:
+        return None
+    (kind,) = kinds
+    if kind in _PACKED:
+        array: NDArray[Any] = np.array(items)
+        return {"list": array} if array.dtype == _PACKED[kind] else None  # larger integers have another dtype
+    if issubclass(kind, (np.bool_, np.number)) and _is_storable(items[0].dtype):
+        return {"scalars": np.array(items)}
+    return None
 
 
 def _is_storable(dtype: np.dtype[Any]) -> bool:
@@ -148,21 +212,79 @@ def _load_attribute(saved: Any, current: Any) -> Any:
 
 
 def _load_value(saved: Any) -> Any:
-    """Return the value that `_save_value` saved."""
+    """Return the value that `_Saver.save_value` saved."""
     if isinstance(saved, np.ndarray):
         return saved.copy()
     if isinstance(saved, list):
         return [_load_value(item) for item in saved]
     if not isinstance(saved, dict):
         return saved
-    if "scalar" in saved:
-        return saved["scalar"][()]
-    if "text" in saved:
-        text = np.array(saved["text"], str).reshape(saved["shape"])
-        is_bytes = np.dtype(saved["dtype"]).kind == "S"
-        return (np.char.encode(text, "latin-1") if is_bytes else text).astype(saved["dtype"])
     if "tuple" in saved:
-        return tuple(_load_value(item) for item in saved["tuple"])
+        return tuple(_load_value(saved["tuple"]))
     if "deque" in saved:
-        return deque((_load_value(item) for item in saved["deque"]), maxlen=saved["maxlen"])
-    return {_load_value(key): _load_value(item) for key, item in saved["dict"]}
+        return deque(_load_value(saved["deque"]), maxlen=saved["maxlen"])
+    if "keys" in saved:
+        return dict(zip(_load_value(saved["keys"]), _load_value(saved["values"]), strict=True))
+    if "dict" in saved:  # written by hvdqn 0.1
+        return {_load_value(key): _load_value(item) for key, item in saved["dict"]}
+    return _load_numbers(saved)
+
+
+def _load_numbers(saved: dict[str, Any]) -> Any:
+    """Return NumPy text, a NumPy scalar, or a list of numbers that was saved as an array."""
+    if "list" in saved:
+        return saved["list"].tolist()
+    if "scalars" in saved:
+        return list(saved["scalars"])
+    if "scalar" in saved:
+        return _load_value(saved["scalar"])[()]
+    text = np.array(saved["text"], str).reshape(saved["shape"])
+    is_bytes = np.dtype(saved["dtype"]).kind == "S"
+    return (np.char.encode(text, "latin-1") if is_bytes else text).astype(saved["dtype"])
+
+
+def share_arrays(states: Sequence[Any]) -> list[Any]:
+    """Return states in which an array that equals the first state's is the same object; a checkpoint stores it once."""
+    return [_share(state, states[0]) for state in states]
+
+
+def _share(node: Any, first: Any) -> Any:
+    if node is first:
+        return node
+    if isinstance(node, np.ndarray):
+        return first if isinstance(first, np.ndarray) and _is_same(node, first) else node
+    if isinstance(node, dict) and isinstance(first, dict):
+        return {key: _share(value, first.get(key)) for key, value in node.items()}
+    if isinstance(node, list) and isinstance(first, list) and len(node) == len(first):
+        return [_share(value, other) for value, other in zip(node, first, strict=True)]
+    return node
+
+
+def _is_same(one: NDArray[Any], other: NDArray[Any]) -> bool:
+    """Return True for large arrays that are equal bit for bit."""
+    if one.nbytes < _SMALLEST_SHARED_BYTES or (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    return np.array_equal(one.reshape(-1).view(np.uint8), other.reshape(-1).view(np.uint8))
+
+
+def sizes(state: Any) -> tuple[int, int]:
+    """Return about how many bytes of text, and how many bytes of arrays, a state takes in a checkpoint."""
+    arrays: dict[int, int] = {}
+    text = _text_bytes(state, arrays)
+    return text, sum(arrays.values())
+
+
+def _text_bytes(node: Any, arrays: dict[int, int]) -> int:
+    """Return the bytes of text; add the size of each array to `arrays`, by its id."""
+    if isinstance(node, np.ndarray):
+        arrays[id(node)] = node.nbytes
+        return 150  # its entry in the header of the file
+    if isinstance(node, dict):
+        return sum(8 + len(key) + _text_bytes(value, arrays) for key, value in node.items())
+    if isinstance(node, list):
+        return 2 + sum(_text_bytes(item, arrays) for item in node)
+    if isinstance(node, str):
+        if node.isascii() and node.isprintable():
+            return 4 + len(node) + 3 * (node.count('"') + node.count("\\"))
+        return 4 + 7 * len(node)  # "\\u20ac" in the header
+    return 26 if not isinstance(node, int) or abs(node) < 1 << 64 else node.bit_length()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -18,6 +19,11 @@ from hvdqn.envs import snapshot
 from hvdqn.envs.atari import LIFE_LOST, AtariVector
 from hvdqn.faults import reinstall_handlers
 from hvdqn.step import Bools, Observation, Step
+
+log = logging.getLogger(__name__)
+
+MAX_TEXT_BYTES = 50_000_000
+"""Most text in the state of a rank's environments: a checkpoint's file holds 100 MB, some of it escaped twice."""
 
 
 class Episode(NamedTuple):
@@ -167,10 +173,26 @@ class Environments:
         random generator of their module. The first call therefore tests on a small copy whether a restored state
         reproduces the same steps.
         """
+        if self._restores_exactly is False:
+            return None
         state = self._save()
-        if state is not None and self._restores_exactly is None:
+        if state is None:
+            return None
+        text_bytes, _ = snapshot.sizes(state)
+        if text_bytes > MAX_TEXT_BYTES:
+            log.warning(
+                f"the environments' lists and text would take {text_bytes / 1e6:.0f} MB, a checkpoint holds up to "
+                f"{MAX_TEXT_BYTES / 1e6:.0f} MB: checkpoints leave them out, and a resumed run begins new episodes"
+            )
+            self._restores_exactly = False
+        elif self._restores_exactly is None:
             self._restores_exactly = self._make_copy is not None and _continues_exactly(self._make_copy)
         return state if self._restores_exactly else None
+
+    def saved_bytes(self) -> int:
+        """Return about how many bytes the state takes in a checkpoint; 0 if it cannot be saved."""
+        text_bytes, array_bytes = snapshot.sizes(self._save())
+        return text_bytes + array_bytes if text_bytes <= MAX_TEXT_BYTES else 0
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from a `state` of environments that were made with the same config.
@@ -194,7 +216,7 @@ class Environments:
         assert self._pending is None, "state was called between send and receive"
         if isinstance(self._vector, (SyncVectorEnv, AsyncVectorEnv)):
             states = self._vector.call("save_state")
-            vector: Any = None if None in states else list(states)
+            vector: Any = None if None in states else snapshot.share_arrays(states)
         else:
             vector = snapshot.save(self._vector)
         if vector is None:

@@ -12,6 +12,7 @@ import numpy as np
 import yaml
 
 from hvdqn.errors import UserError
+from hvdqn.links import follow_link
 from hvdqn.metrics import METRICS_FILE, SUMMARY_FILE, read_metrics
 
 if TYPE_CHECKING:
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
     Array = NDArray[np.float64]
 
 CONFIG_FILE = "config.yaml"
-MANIFEST_FILE = "checkpoints/latest/manifest.json"
+LATEST_CHECKPOINT = "checkpoints/latest"
+MANIFEST_FILE = "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -105,10 +107,12 @@ def _read_settings(directory: Path) -> dict[str, Any]:
     finished = (directory / SUMMARY_FILE).exists()
     for name in (CONFIG_FILE, SUMMARY_FILE if finished else MANIFEST_FILE):
         path = directory / name
+        if name == MANIFEST_FILE:
+            path = follow_link(directory / LATEST_CHECKPOINT) / name
         try:
             text = path.read_text(encoding="utf-8")
             loaded = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             continue
         except (OSError, ValueError, yaml.YAMLError):
             loaded = None

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from hvdqn.replay.batch import NO_CORRECTION, Batch, Importance, Rows
 from hvdqn.replay.memory import Array
 from hvdqn.replay.replay import EMPTY_MESSAGE, Replay, State
+from hvdqn.replay.streamed import StreamedArray
 from hvdqn.replay.sum_tree import Priorities, SumTree
 from hvdqn.step import Bools, Observation, Step
 
@@ -120,7 +121,7 @@ class PrioritizedReplay(Replay):
         priorities = {f"{env}/mass": self._tree.priorities[rows] for env, rows in self.rows_in_use()}
         return {**super().state(), "largest": np.array([self._max_priority]), **priorities}
 
-    def load_state(self, state: Mapping[str, Array]) -> None:
+    def load_state(self, state: Mapping[str, Array | StreamedArray]) -> None:
         """Restore what `state` returned.
 
         Raises:
@@ -129,8 +130,8 @@ class PrioritizedReplay(Replay):
         super().load_state(state)
         priorities = np.zeros_like(self._tree.priorities)
         for env, rows in self.rows_in_use():
-            priorities[rows] = state[f"{env}/mass"]
+            priorities[rows] = np.asarray(state[f"{env}/mass"])
         if not (np.isfinite(priorities).all() and (priorities >= 0.0).all()):
             raise ValueError("replay state holds priorities that are negative or not finite")
-        self._max_priority = float(state["largest"][0])
+        self._max_priority = float(np.asarray(state["largest"])[0])
         self._tree.fill(self._allowed_priorities(np.arange(priorities.size), priorities))

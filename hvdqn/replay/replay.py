@@ -19,9 +19,10 @@ import numpy.typing as npt
 
 from hvdqn.replay.batch import NO_CORRECTION, Batch, Importance, ObservationBatch, Rows
 from hvdqn.replay.memory import HOST_MEMORY, Array, Memory, ObservationArray
+from hvdqn.replay.streamed import StreamedArray, pieces
 from hvdqn.step import Bools, Observation, Step
 
-State: TypeAlias = dict[str, Array]
+State: TypeAlias = dict[str, Array | StreamedArray]
 
 # What the action of a row led to. NO_TRANSITION: the row has no action, because it holds the current or the final
 # observation of an episode, or nothing yet.
@@ -276,16 +277,16 @@ class Replay:
         return batch
 
     def state(self) -> State:
-        """Return all that an exact resume needs; large arrays are views where they are in host memory.
+        """Return all that an exact resume needs, without copies: views of host memory, and streams from a GPU.
 
         Keys: `serial` [envs], `{env}/{field}` for each field of the rows in use, and `rng`.
         """
         state: State = {"serial": self._newest_serial}
         for env, rows in self.rows_in_use():
-            state.update({f"{env}/{name}": field[rows] for name, field in self._fields.items()})
+            state.update({f"{env}/{name}": _view(field, rows) for name, field in self._fields.items()})
         return {**state, "rng": _pack_rng(self._rng)}
 
-    def load_state(self, state: Mapping[str, Array]) -> None:
+    def load_state(self, state: Mapping[str, Array | StreamedArray]) -> None:
         """Restore what `state` returned: from then on this replay is the same, bit for bit.
 
         A resharded state has no random state; this replay then keeps its own.
@@ -293,9 +294,10 @@ class Replay:
         Raises:
             ValueError: the state has another number of environments, capacity, observation or frame stack.
         """
-        if state["serial"].shape != (self.envs,):
-            raise ValueError(f"replay state of {state['serial'].size} envs cannot fill {self.envs}")
-        self._newest_serial[:] = state["serial"]
+        serial = np.asarray(state["serial"])
+        if serial.shape != (self.envs,):
+            raise ValueError(f"replay state of {serial.size} envs cannot fill {self.envs}")
+        self._newest_serial[:] = serial
         self.current_row[:] = self._first_row + np.maximum(self._newest_serial, 0) % self.rows_per_env
         self.outcome[:] = NO_TRANSITION
         for env, rows in self.rows_in_use():
@@ -306,14 +308,25 @@ class Replay:
                         f"replay state {env}/{name} is {saved.dtype}{list(saved.shape)}, "
                         f"this ring holds {field.dtype}{list(shape)}"
                     )
-                field[rows] = saved
+                for first, piece in pieces(saved):
+                    begin = rows.start + first
+                    field[begin : begin + len(piece)] = piece
         if "rng" in state:
-            self._rng.bit_generator.state = json.loads(state["rng"].tobytes())
+            self._rng.bit_generator.state = json.loads(np.asarray(state["rng"]).tobytes())
 
     def rows_in_use(self) -> Iterator[tuple[int, slice]]:
         """Yield each environment and the rows of its ring that were ever written."""
         for env, first in enumerate(self._first_row.tolist()):
             yield env, slice(first, first + min(int(self._newest_serial[env]) + 1, self.rows_per_env))
+
+
+def _view(field: ObservationArray, rows: slice) -> Array | StreamedArray:
+    """Return rows of a field: a view of host memory, or a stream of pieces from a device."""
+    if isinstance(field, np.ndarray):
+        view: Array = field[rows]
+        return view
+    shape = (rows.stop - rows.start, *field.shape[1:])
+    return StreamedArray(shape, field.dtype, lambda first, end: field[rows.start + first : rows.start + end])
 
 
 def _check_sizes(envs: int, capacity: int, frame_stack: int, n_step: int) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from hvdqn.replay.batch import Rows
 from hvdqn.replay.memory import Array
 from hvdqn.replay.replay import NO_TRANSITION, Replay, State
+from hvdqn.replay.streamed import StreamedArray
 
 
 def reshard(states: Sequence[Mapping[str, Array]], replay: Replay, rank: int, size: int) -> State:
@@ -18,43 +21,86 @@ def reshard(states: Sequence[Mapping[str, Array]], replay: Replay, rank: int, si
     piece that is too long loses its oldest rows. Episodes that were going on are cut off, so call `Replay.start` next.
     Random states are not distributed: a rank keeps its own.
 
+    The new rings are streams that read the old ones piece by piece while they are loaded: there is no copy of a ring in
+    memory besides the one that is filled.
+
     Args:
         states: `Replay.state` of every rank of the old run, in order of rank; may be memory-mapped.
         replay: the empty replay of this rank.
         rank: this rank, among those that have a replay.
         size: number of ranks that have a replay now.
     """
-    old = [(state, env, _by_age(state, env)) for state in states for env in range(state["serial"].size)]
-    ends = np.cumsum([len(order) for *_, order in old])
+    old = [OldRing(state, env) for state in states for env in range(state["serial"].size)]
+    ends = np.cumsum([ring.rows for ring in old])
     cuts = np.arange(size * replay.envs + 1) * int(ends[-1]) // (size * replay.envs)
     fields = [name.removeprefix("0/") for name in states[0] if name.startswith("0/")]
-    new: State = {"serial": np.empty(replay.envs, np.int64)}
+    serial = np.empty(replay.envs, np.int64)
+    new: State = {"serial": serial}
     if "largest" in states[0]:
         new["largest"] = np.max([state["largest"] for state in states], axis=0)
     for env in range(replay.envs):
         end = int(cuts[rank * replay.envs + env + 1])
         begin = max(int(cuts[rank * replay.envs + env]), end - replay.rows_per_env)
         parts = []
-        for (state, old_env, order), last in zip(old, ends, strict=True):
-            first = int(last) - len(order)
-            rows = order[max(begin - first, 0) : max(end - first, 0)]
-            parts.append(_part(state, old_env, rows, fields))
-        ring = {field: np.concatenate([part[field] for part in parts]) for field in fields}
-        ring["kind"][-1:] = NO_TRANSITION  # the newest row of a ring is that of the current observation
-        new["serial"][env] = end - begin - 1
-        new.update({f"{env}/{field}": values for field, values in ring.items()})
+        for ring, last in zip(old, ends.tolist(), strict=True):
+            first = last - ring.rows
+            if begin < last and first < end:
+                parts.append(Part(ring, max(begin - first, 0), min(end - first, ring.rows)))
+        serial[env] = end - begin - 1
+        for field in fields:
+            example = states[0][f"0/{field}"]
+            shape = (end - begin, *example.shape[1:])
+            new[f"{env}/{field}"] = StreamedArray(shape, example.dtype, partial(_read, parts, field))
     return new
 
 
-def _by_age(state: Mapping[str, Array], env: int) -> Rows:
-    """Return the rows in use of one old ring, from the oldest to the newest."""
-    used = len(state[f"{env}/kind"])
-    serial = int(state["serial"][env])
-    return np.arange(serial + 1 - used, serial + 1) % max(used, 1)
+class OldRing:
+    """The rows in use of one saved ring, numbered by age: 0 is the oldest.
+
+    Args:
+        state: of the rank that the ring belongs to.
+        env: its environment.
+    """
+
+    def __init__(self, state: Mapping[str, Array], env: int) -> None:
+        self.state, self.env = state, env
+        self.rows = len(state[f"{env}/kind"])
+        self.oldest_serial = int(state["serial"][env]) + 1 - self.rows
+
+    def read(self, field: str, ages: Rows) -> Array:
+        """Return these rows of a field."""
+        array: Array = self.state[f"{self.env}/{field}"][(self.oldest_serial + ages) % self.rows]
+        return array
 
 
-def _part(state: Mapping[str, Array], env: int, rows: Rows, fields: Sequence[str]) -> dict[str, Array]:
-    """Return consecutive rows of one old ring. No transition begins where the frame stack needs earlier rows."""
-    part = {field: state[f"{env}/{field}"][rows] for field in fields}
-    part["kind"][part["reach"] > np.arange(rows.size)] = NO_TRANSITION
-    return part
+@dataclass(frozen=True)
+class Part:
+    """Consecutive rows of an old ring, of ages `first` up to `end`, that become part of a new ring."""
+
+    ring: OldRing
+    first: int
+    end: int
+
+    def read(self, field: str, first: int, end: int) -> Array:
+        """Return rows of a field, counted from the beginning of this part."""
+        ages = np.arange(self.first + first, self.first + end)
+        array = self.ring.read(field, ages)
+        if field == "kind":
+            # No transition begins where the frame stack needs rows before this part.
+            array[self.ring.read("reach", ages) > np.arange(first, end)] = NO_TRANSITION
+        return array
+
+
+def _read(parts: Sequence[Part], field: str, first: int, end: int) -> Array:
+    """Return the rows from `first` up to `end` of a new ring that consists of these parts."""
+    found, begin = [], 0
+    for part in parts:
+        rows = part.end - part.first
+        low, high = max(first - begin, 0), min(end - begin, rows)
+        if low < high:
+            found.append(part.read(field, low, high))
+        begin += rows
+    array = found[0] if len(found) == 1 else np.concatenate(found)
+    if field == "kind" and end == begin:
+        array[-1:] = NO_TRANSITION  # the newest row of a ring is that of the current observation
+    return array

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hvdqn.comm import Comm
 from hvdqn.errors import NonFiniteError
-from hvdqn.learner import Learner
+from hvdqn.learner import Learner, load_tensors
 from hvdqn.metrics import PhaseTimer
 from hvdqn.sync.statistics import Outcome
 
@@ -94,8 +94,7 @@ class Strategy(ABC):
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Load what `state` returned."""
-        for name, tensor in self.state().items():
-            tensor.copy_(state[name])
+        load_tensors(self.state(), state)
 
     def counters(self) -> dict[str, Any]:
         """Return the plain numbers that a checkpoint and the summary keep."""

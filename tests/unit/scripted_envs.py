@@ -96,6 +96,17 @@ class Forgetful(Scripted):
         return observation, float(next(self.stream)), terminated, truncated, info
 
 
+class Trader(Scripted):
+    """Holds a long price history, as trading environments do: one array, and one list with the same numbers."""
+
+    BARS = 5000
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.history = np.arange(self.BARS, dtype=np.float64)[::-1]
+        self.recent = self.history[:500].tolist()
+
+
 class HiddenStarts(Scripted):
     """Long episodes whose first observation comes from a class attribute, which `snapshot` does not save."""
 
@@ -171,6 +182,7 @@ OBSERVED = {
 gym.register("Scripted-v0", Scripted)
 gym.register("Forgetful-v0", Forgetful)
 gym.register("HiddenStarts-v0", HiddenStarts)
+gym.register("Trader-v0", Trader)
 gym.register("RendersNothingVector-v0", RendersNothing)
 gym.register("InfoLifeLost-v0", InfoLifeLost)
 gym.register("RandomPart-v0", RandomPart)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import pickle
 import random
+import stat
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,8 +25,8 @@ from hvdqn.checkpoint import (
     OtherFormatError,
     Progress,
     contents,
-    directory,
     load_shared_state,
+    manifest,
     open_checkpoint,
     rank_part,
     read_part,
@@ -34,8 +37,11 @@ from hvdqn.checkpoint import (
 from hvdqn.comm import connect
 from hvdqn.comm.local import LocalComm
 from hvdqn.config import parse
+from hvdqn.links import follow_link
 from hvdqn.metrics import PhaseTimer
 from hvdqn.parts import build_parts
+from hvdqn.replay import Replay
+from hvdqn.replay.device import DeviceArray, DeviceMemory
 from hvdqn.sync import Outcome, Totals
 
 CONTENT = {
@@ -150,9 +156,101 @@ def test_the_best_checkpoint_is_kept_besides_the_newest(tmp_path):
     assert open_checkpoint(tmp_path / "best").read(rank_part(0)) == {"from": 20}
     names = ["000000000030", "best", "best-000000000020", "latest"]
     assert sorted(p.name for p in tmp_path.iterdir()) == names
-    store.save(20, {rank_part(0): {"from": "a better one"}}, {}, best=True)
-    assert open_checkpoint(tmp_path / "best").read(rank_part(0)) == {"from": "a better one"}
+    # Saved again at the same env step, it has another name: the link to the one before is valid until then.
+    for which, name in (("a better one", "best-000000000020-2"), ("the best one", "best-000000000020")):
+        store.save(20, {rank_part(0): {"from": which}}, {}, best=True)
+        assert open_checkpoint(tmp_path / "best").read(rank_part(0)) == {"from": which}
+        assert sorted(p.name for p in tmp_path.iterdir()) == [*names[:2], name, "latest"]
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing after it runs."""
+
+
+def test_best_is_never_lost_whenever_the_save_of_a_better_one_is_killed(tmp_path, monkeypatch):
+    renames = 0
+    rename = Path.rename
+
+    def killed_at(last):
+        def count(path, target):
+            nonlocal renames
+            renames += 1
+            if renames > last:
+                raise Killed
+            return rename(path, target)
+
+        return count
+
+    for last in range(4):
+        directory = tmp_path / str(last)
+        store = checkpoints(directory)
+        store.save(20, {rank_part(0): {"from": 1}}, {}, best=True)
+        renames = 0
+        with monkeypatch.context() as patch, suppress(Killed):
+            patch.setattr(Path, "rename", killed_at(last))
+            store.save(20, {rank_part(0): {"from": 2}}, {}, best=True)
+        assert open_checkpoint(directory / "best").read(rank_part(0))["from"] in (1, 2)
+
+
+def test_a_checkpoint_that_was_being_replaced_comes_back(tmp_path):
+    store = checkpoints(tmp_path)
+    save(store, 20)
+    (tmp_path / "000000000020").rename(tmp_path / ".000000000020.old.tmp")
+    found, broken = store.newest_valid()
+    assert (found.env_steps, broken) == (20, {})
+
+
+@pytest.fixture
+def no_symlinks(monkeypatch):
+    def symlink(*_, **__):
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(os, "symlink", symlink)
+
+
+def test_without_symbolic_links_text_files_name_the_checkpoints(tmp_path, no_symlinks, caplog):
+    store = checkpoints(tmp_path, keep=2)
+    for env_steps in (10, 20, 30):
+        assert save(store, env_steps) == ""
+        assert store.save(env_steps, {rank_part(0): {"from": env_steps}}, {}, best=True) == ""
+    names = ["000000000020", "000000000030", "best", "best-000000000030", "latest"]
     assert sorted(p.name for p in tmp_path.iterdir()) == names
+    assert (tmp_path / "latest").read_text().strip() == "000000000030"
+    assert open_checkpoint(tmp_path / "latest").env_steps == 30
+    assert open_checkpoint(tmp_path / "best").read(rank_part(0)) == {"from": 30}
+    assert caplog.text.count("no symbolic links") == 1
+    (tmp_path / "000000000030" / "manifest.json").unlink()
+    store.set_aside_broken(*store.newest_valid())
+    assert open_checkpoint(tmp_path / "latest").env_steps == 20
+
+
+def test_a_link_that_cannot_be_written_fails_no_save_and_keeps_what_it_points_at(tmp_path, caplog):
+    store = checkpoints(tmp_path, keep=2)
+    store.save(10, {rank_part(0): {"from": 10}}, {}, best=True)
+    (tmp_path / "latest").mkdir()  # as a tool leaves it that copies links as folders
+    (tmp_path / "latest" / "manifest.json").touch()
+    for env_steps in (10, 20, 30):
+        assert save(store, env_steps) == ""
+    assert sorted(path.name for path in tmp_path.glob("0*")) == ["000000000020", "000000000030"]
+    assert caplog.text.count("latest' cannot be written") == 1
+
+
+def test_a_text_file_names_nothing_outside_of_its_folder(tmp_path):
+    for text in ("../secret", "/etc", "..", "", "\udcff", "a/b", "x" * 500):
+        (tmp_path / "latest").write_bytes(text.encode(errors="surrogateescape"))
+        assert follow_link(tmp_path / "latest") == tmp_path / "latest"
+
+
+def test_a_file_system_without_fsync_of_directories_takes_checkpoints(tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def only_files(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", only_files)
+    assert save(checkpoints(tmp_path), 10) == ""
 
 
 def test_leftovers_of_a_killed_save_are_deleted(tmp_path):
@@ -199,6 +297,80 @@ def test_neither_writing_nor_reading_a_shard_doubles_its_memory(tmp_path):
     written, read = map(float, done.stdout.split())
     assert written < 40
     assert read < 40
+
+
+RESHARD = """
+import sys
+from pathlib import Path
+import numpy as np
+from hvdqn.checkpoint import read_part, write_part
+from hvdqn.replay import Replay, reshard
+
+def anonymous_megabytes():
+    return next(int(line.split()[1]) / 1e3 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+
+def replay(capacity):
+    return Replay(1, capacity, (84, 84), np.uint8, np.random.default_rng())
+
+for rank in range(2):
+    full = replay(10_000)
+    full.observation[:] = np.arange(84, dtype=np.uint8) + rank
+    full._newest_serial[:] = full.rows_per_env
+    write_part(Path(sys.argv[1]) / str(rank), {"replay": full.state()})
+del full
+shards = [read_part(Path(sys.argv[1]) / str(rank))["replay"] for rank in range(2)]
+new, before, most = replay(20_000), anonymous_megabytes(), 0.0
+
+def watch(frame, event, argument):
+    global most
+    most = max(most, anonymous_megabytes())
+
+sys.setprofile(watch)
+new.load_state(reshard(shards, new, 0, 1))
+sys.setprofile(None)
+assert new.observation[5, 0, 1] == 1 and new.observation[15_000, 0, 1] == 2
+print(most - before - new.nbytes / 1e6)
+"""
+
+
+def test_resuming_at_another_world_size_does_not_double_the_memory_of_replay(tmp_path):
+    """The new ring has 141 MB of frames. The figure is MB beyond it."""
+    command = [sys.executable, "-c", RESHARD, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert float(done.stdout) < 60
+
+
+def test_a_shard_on_a_device_is_written_and_read_in_pieces(tmp_path, monkeypatch):
+    """A copy of the whole shard may not fit into the memory of the host."""
+    replay = Replay(
+        2, 8_000, (84, 84), np.uint8, np.random.default_rng(), memory=DeviceMemory(torch.device("cpu"))
+    )
+    replay.observation.tensor[:] = torch.arange(84, dtype=torch.uint8)
+    replay._newest_serial[:] = replay.rows_per_env
+    moved = []
+    read, write = DeviceArray.__getitem__, DeviceArray.__setitem__
+
+    def watched_read(array, rows):
+        found = read(array, rows)
+        moved.append(found.nbytes)
+        return found
+
+    def watched_write(array, rows, observation):
+        moved.append(observation.nbytes)
+        write(array, rows, observation)
+
+    monkeypatch.setattr(DeviceArray, "__getitem__", watched_read)
+    monkeypatch.setattr(DeviceArray, "__setitem__", watched_write)
+    write_part(tmp_path / "x.safetensors", {"replay": replay.state()})
+    written, moved[:] = moved.copy(), []
+    assert sum(written) == replay.observation.nbytes
+    other = Replay(
+        2, 8_000, (84, 84), np.uint8, np.random.default_rng(), memory=DeviceMemory(torch.device("cpu"))
+    )
+    other.load_state(read_part(tmp_path / "x.safetensors")["replay"])
+    assert sum(moved) == replay.observation.nbytes
+    assert max(written + moved) <= 1 << 24
+    assert torch.equal(other.observation.tensor, replay.observation.tensor)
 
 
 def test_two_hundred_random_corruptions_are_all_detected(tmp_path):
@@ -284,7 +456,7 @@ def test_an_altered_manifest_is_refused(tmp_path):
 def test_another_format_is_refused_and_not_set_aside(tmp_path, monkeypatch):
     store = checkpoints(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(directory, "FORMAT", 99)
+        patch.setattr(manifest, "FORMAT", 99)
         save(store, 10)
     with pytest.raises(OtherFormatError, match="has format 99, this version reads"):
         store.newest_valid()
@@ -298,7 +470,7 @@ def test_a_temporary_read_error_does_not_mark_a_checkpoint_as_broken(tmp_path, m
     def stale(*_):
         raise OSError(errno.ESTALE, "Stale file handle")
 
-    monkeypatch.setattr(directory, "file_digest", stale)
+    monkeypatch.setattr(manifest, "file_digest", stale)
     with pytest.raises(OSError, match="Stale file handle"):
         store.newest_valid()
     assert (tmp_path / "000000000010").is_dir()

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import ast
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -222,6 +226,51 @@ def test_connecting_fails_if_a_rank_is_missing(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("MASTER_PORT", "0")
     with pytest.raises(LaunchError, match=r"rank 0 did not meet all 2 ranks within 1 s .*; start them all"):
         TorchComm("cpu", rank=0, size=2)
+
+
+def test_torch_waits_longer_than_the_watchdog() -> None:
+    from hvdqn.comm.torch import COLLECTIVE_TIMEOUT, LONGEST_TIMEOUT, collective_timeout
+
+    assert collective_timeout(0) == LONGEST_TIMEOUT
+    assert collective_timeout(600) == COLLECTIVE_TIMEOUT
+    assert collective_timeout(7200).total_seconds() > 7200
+    assert collective_timeout(1e300) == LONGEST_TIMEOUT
+
+
+LATE_RANK = """
+import datetime, sys, time
+import hvdqn.comm.torch as engine
+from hvdqn.comm import connect
+engine.COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=1)
+comm = connect("torch", "cpu", float(sys.argv[1]))
+if comm.rank == 1:
+    time.sleep(3)
+comm.barrier()
+comm.close()
+"""
+
+
+@pytest.mark.parametrize(("stall_timeout", "survives"), [("0", True), ("0.1", False)])
+def test_without_a_watchdog_torch_waits_for_a_late_rank(stall_timeout: str, survives: bool) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    common = {**os.environ, "MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", LATE_RANK, stall_timeout],
+            env={**common, "RANK": str(rank)},
+            stderr=subprocess.PIPE,
+        )
+        for rank in range(2)
+    ]
+    try:
+        for rank in ranks:
+            rank.communicate(timeout=60)
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode == 0 for rank in ranks] == [survives, survives]
 
 
 def imports(path: Path) -> set[str]:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from hvdqn.config import EnvironmentConfig
 from hvdqn.envs import Environments, Step, make_environments
 from hvdqn.envs import make as making
 from hvdqn.envs.atari import AtariVector
+from hvdqn.envs.snapshot import sizes
 from hvdqn.errors import UserError
 from tests.unit import scripted_envs
 
@@ -379,6 +381,9 @@ PLAIN = [
     ("Acrobot-v1", "auto"),
     ("MountainCar-v0", "auto"),
     ("FrozenLake-v1", "auto"),
+    *[(f"{game}-v1", "auto") for game in ("Blackjack", "CliffWalking")],
+    ("Trader-v0", "sync"),
+    ("Trader-v0", "async"),
     *[
         (f"MinAtar/{game}-v1", "auto")
         for game in ("Asterix", "Breakout", "Freeway", "Seaquest", "SpaceInvaders")
@@ -492,6 +497,117 @@ def test_an_environment_with_other_attributes_than_plain_data_and_functions_has_
     env = scripted_envs.Scripted()
     env.hidden = hidden  # type: ignore[attr-defined]
     assert (snapshot.save(env) is not None) == callable(hidden)
+
+
+def deeply_nested(levels: int) -> list[Any]:
+    nested: list[Any] = []
+    for _ in range(levels):
+        nested = [nested]
+    return nested
+
+
+def containing_itself(container: Any) -> Any:
+    container["self" if isinstance(container, dict) else 0] = container
+    return container
+
+
+class Node:
+    """An element of a linked list."""
+
+    def __init__(self, length: int) -> None:
+        self.next = Node(length - 1) if length > 1 else None
+
+
+class Unreadable:
+    @property
+    def __dict__(self):  # type: ignore[override]
+        raise RuntimeError("the server has gone away")
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        containing_itself([0]),
+        containing_itself({}),
+        {"a": (containing_itself([0]),)},
+        deeply_nested(3000),
+        deeply_nested(200),
+        Node(200),
+        Unreadable(),
+        10**5000,
+    ],
+    ids=["list", "dict", "inside", "deep", "too deep for JSON", "linked", "unreadable", "long integer"],
+)
+def test_state_that_cannot_be_written_is_not_plain(odd: Any):
+    from hvdqn.envs import snapshot
+
+    env = scripted_envs.Scripted()
+    env.odd = odd  # type: ignore[attr-defined]
+    assert snapshot.save(env) is None
+
+
+def test_state_that_refers_to_one_list_many_times_does_not_explode():
+    from hvdqn.envs import snapshot
+
+    env = scripted_envs.Scripted()
+    env.odd = [1]  # type: ignore[attr-defined]
+    for _ in range(50):
+        env.odd = [env.odd, env.odd]  # type: ignore[attr-defined]
+    assert snapshot.save(env) is None
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        [0.1 * i for i in range(100)],
+        list(range(-50, 50)),
+        [True, False] * 20,
+        [*range(40), 2**63],
+        [*range(40), 10**30],
+        [np.float32(i) for i in range(40)],
+        (*range(40), 1.0),
+        deque([1.5] * 40, maxlen=50),
+        {f"2020-{i}": i / 3 for i in range(40)},
+        {(1, 2): [3], None: ("x",)},
+        np.str_("Hearts"),
+        np.bytes_(b"x"),
+        [float("nan")] * 40,
+    ],
+    ids=str,
+)
+def test_values_keep_their_type_through_a_snapshot(value: Any, tmp_path: Path):
+    from hvdqn.envs import snapshot
+
+    env, other = scripted_envs.Scripted(), scripted_envs.Scripted()
+    env.value = value  # type: ignore[attr-defined]
+    state = snapshot.save(env)
+    assert state is not None
+    snapshot.load(other, through_a_file(state, tmp_path / "arrays.npz"))
+    restored = other.value  # type: ignore[attr-defined]
+    assert repr(restored) == repr(value)
+    assert type(restored) is type(value)
+
+
+def test_a_large_array_that_environments_share_is_saved_once():
+    environments = make("Trader-v0", envs=4)
+    environments.reset()
+    steps_of(environments, 3)
+    state = environments.state()
+    assert state is not None
+    text_bytes, array_bytes = sizes(state)
+    prices = scripted_envs.Trader.BARS * 8
+    assert prices < array_bytes < 2 * prices
+    assert text_bytes < 15_000
+    assert prices < environments.saved_bytes() < 2 * prices
+
+
+def test_lists_that_no_checkpoint_can_hold_are_left_out(monkeypatch, caplog):
+    monkeypatch.setattr("hvdqn.envs.vector.MAX_TEXT_BYTES", 1000)
+    environments = make("Scripted-v0", envs=4)
+    environments.reset()
+    assert environments.state() is None
+    assert environments.state() is None
+    assert caplog.text.count("checkpoints leave them out, and a resumed run begins new episodes") == 1
 
 
 def test_a_state_of_other_environments_is_refused():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import shutil
 from typing import Any
 
 import gymnasium as gym
@@ -190,6 +191,19 @@ def test_eval_shows_its_progress_apart_from_the_result(run_dir, capsys):
     output = capsys.readouterr()
     assert output.err == "playing CartPole-v1: 0 of 4 episodes\n"
     assert output.out.count("\n") == 1
+
+
+def test_eval_plays_checkpoints_that_text_files_name(run_dir, tmp_path, capsys):
+    """File systems without symbolic links have such files."""
+    copy = shutil.copytree(run_dir, tmp_path / "copy", symlinks=True)
+    for name in ("latest", "best"):
+        link = copy / "checkpoints" / name
+        target = link.readlink().name
+        link.unlink()
+        link.write_text(target + "\n")
+    for place in (copy, copy / "checkpoints" / "best"):
+        assert __main__.main(["eval", str(place), "--episodes", "2"]) == 0
+        assert f"{place}: 2 episodes" in capsys.readouterr().out
 
 
 def test_eval_ignores_the_launcher(run_dir, capsys, monkeypatch):

@@ -229,6 +229,16 @@ def test_an_unfinished_run_is_a_seed_of_the_same_curve(tmp_path: Path) -> None:
     assert labels == ["cartpole (2 seeds)"]
 
 
+def test_the_newest_checkpoint_may_be_named_by_a_text_file(tmp_path: Path) -> None:
+    """File systems without symbolic links have such files."""
+    going = write_run(tmp_path / "going", world_size=None)
+    (going / "checkpoints" / "000000000010").mkdir(parents=True)
+    (going / "checkpoints" / "000000000010" / "manifest.json").write_text(json.dumps({"world_size": 2}))
+    (going / "checkpoints" / "latest").write_text("000000000010\n")
+    [run] = read_runs([going])
+    assert run.settings["world_size"] == 2
+
+
 def test_several_evaluations_are_preferred_to_training_returns(tmp_path: Path) -> None:
     write_run(tmp_path / "along", evaluations=5)
     write_run(tmp_path / "only-at-the-end", evaluations=1)
