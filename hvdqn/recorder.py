@@ -49,6 +49,7 @@ class Recorder:
         self.totals, self.progress = Totals(), Progress()
         self.logged_at_env_steps = self.saved_at_env_steps = -1
         self.seconds_before = self.timer.seconds()
+        self.reported_discarded = False
 
     def resume(self) -> None:
         """Continue the records at the clock's env step: later ones are dropped."""
@@ -105,6 +106,7 @@ class Recorder:
         evaluation = self.evaluator.run(self.parts.learner.online, stop)
         if evaluation is None:
             return False
+        self.report_discarded()
         progress.evaluated_at_env_steps = clock.env_steps
         progress.evaluation = {
             "eval_return_mean": evaluation.mean,
@@ -117,9 +119,25 @@ class Recorder:
         log.info(f"evaluation at env step {clock.env_steps:,}, {evaluation}")
         return True
 
+    def report_discarded(self) -> None:
+        """Warn once if the replay of some rank discarded transitions."""
+        if self.reported_discarded:
+            return
+        acting = self.parts.acting
+        with self.timer.during("comm"):
+            counts = self.comm.all_gather_object(acting.replay.discarded if acting else 0)
+        self.reported_discarded = any(counts)
+        if self.reported_discarded:
+            ranks = ", ".join(str(rank) for rank, count in enumerate(counts) if count)
+            log.warning(
+                f"{sum(counts):,} transitions of rank {ranks} have a reward, an observation or a TD error that is not "
+                "finite. Nothing is learned from them: look for NaN or Inf in the environment. summary.json counts them"
+            )
+
     def save(self) -> None:
         """Write a checkpoint, unless there is one of this env step."""
         if self.saved_at_env_steps != self.parts.clock.env_steps:
+            self.report_discarded()
             self.write_checkpoint(contents(self.parts, self.comm, self.totals, self.progress))
             self.saved_at_env_steps = self.parts.clock.env_steps
 
@@ -143,6 +161,7 @@ class Recorder:
 
     def finish(self, stopped: bool, acted_env_steps: int) -> None:
         """Write the summary, and log how the run ended and where everything is."""
+        self.report_discarded()
         summary = summarize(
             self.config,
             self.comm,

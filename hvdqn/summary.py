@@ -78,6 +78,9 @@ def summarize(
         "env_steps": clock.env_steps,
         "updates": clock.updates,
         "skipped_updates": totals.skipped_updates,
+        "discarded_transitions": sum(
+            comm.all_gather_object(parts.acting.replay.discarded if parts.acting else 0)
+        ),
         "failed_checkpoints": progress.failed_checkpoints,
         "world_changes": progress.world_changes,
         **parts.strategy.counters(),
