@@ -26,7 +26,7 @@ from hvdqn.metrics import PhaseTimer
 from hvdqn.networks import QNetwork
 from hvdqn.parts import network_for
 from hvdqn.process import use_threads
-from hvdqn.seeds import rank_seeds
+from hvdqn.seeds import eval_command_seed, rank_seeds
 from hvdqn.video import check_video, record
 
 # The time limit of an environment without one of its own: the 108,000 frames of the Atari papers.
@@ -70,6 +70,7 @@ class Evaluator:
         timer: counts the seconds that this rank waits for others as communication.
         threads: number of threads of an Atari vector; 0: one per core.
         record: records CUDA graphs of the network's forward passes, as in `Actor`.
+        seed: of the environments and of random actions; by default that of this rank's evaluations in a training run.
     """
 
     def __init__(
@@ -80,10 +81,11 @@ class Evaluator:
         timer: PhaseTimer,
         threads: int = 0,
         record: Record | None = None,
+        seed: int | None = None,
     ) -> None:
         self.config, self.comm, self.device, self.timer = config, comm, device, timer
         self.threads, self.record = threads, record
-        self.seed = rank_seeds(config.run.seed, comm.rank).evaluation
+        self.seed = rank_seeds(config.run.seed, comm.rank).evaluation if seed is None else seed
         episodes = config.run.eval_episodes
         self.share = episodes // comm.size + (comm.rank < episodes % comm.size)
 
@@ -181,7 +183,8 @@ class EvalOptions:
     epsilon: float = 0.0
     """Probability of a random action."""
     seed: int = 1
-    """Seed of the environments and of the random actions."""
+    """Seed of the environments and of the random actions. With every seed the episodes differ from those that training
+    evaluated on."""
     video: Path | None = None
     """Also record one episode in this .mp4 or .gif file."""
 
@@ -251,7 +254,8 @@ def evaluate(options: EvalOptions) -> Iterator[str]:
     with closing(make_environments(config.environment, 1, options.seed, training=False)) as envs:
         network = load_network(checkpoint, config, envs)
     use_threads(network, torch.get_num_threads())
-    evaluation = Evaluator(config, LocalComm(), torch.device("cpu"), PhaseTimer()).run(network)
+    seed = eval_command_seed(options.seed)
+    evaluation = Evaluator(config, LocalComm(), torch.device("cpu"), PhaseTimer(), seed=seed).run(network)
     assert evaluation is not None  # only `stop` makes it None
     yield f"{options.path}: {evaluation}"
     if options.video is not None:
