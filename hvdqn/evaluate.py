@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -187,6 +189,15 @@ class EvalOptions:
     evaluated on."""
     video: Path | None = None
     """Also record one episode in this .mp4 or .gif file."""
+    trust: bool = False
+    """Import the code that the run names: its own torso, wrappers and environment. Without it they are refused, because
+    a run directory of a stranger could name any code."""
+    env: str = ""
+    """Allows to import the run's `--env module:id`, if it is this one."""
+    wrapper: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Allows to import the run's `--wrapper module:attribute`, if it is this one. May be repeated."""
+    torso: str = ""
+    """Allows to import the run's `--torso module:attribute`, if it is this one."""
 
 
 def find_checkpoint(path: Path) -> Checkpoint:
@@ -241,15 +252,57 @@ def check_options(options: EvalOptions) -> None:
         check_video(options.video)
 
 
+def code_to_import(config: Config) -> list[str]:
+    """Return the settings of a run that name code, as flags: `--torso 'module:attribute'`."""
+    environment = config.environment
+    named = [("--env", environment.env), *(("--wrapper", path) for path in environment.wrapper)]
+    named.append(("--torso", config.network.torso))
+    found = [f"{flag} {value!r}" for flag, value in named if ":" in value]
+    # Some environments import what a keyword argument names, such as the compatibility layers for old Gym.
+    kwargs = environment.env_kwargs
+    with suppress(ValueError):
+        kwargs = json.dumps(
+            json.loads(kwargs), ensure_ascii=False
+        )  # without escapes, which would hide a name
+    if re.search(r'"[^\W\d][\w.]*:', kwargs):
+        found.append(f"--env-kwargs {kwargs!r}")
+    return found
+
+
+def check_trust(options: EvalOptions, config: Config) -> None:
+    """Refuse to import what a run names, unless the user allows it. Only then modules of the current folder are found.
+
+    Raises:
+        UserError: it is not allowed.
+    """
+    allowed = [("--env", options.env), *(("--wrapper", path) for path in options.wrapper)]
+    allowed.append(("--torso", options.torso))
+    repeated = [f"{flag} {value!r}" for flag, value in allowed if value]
+    found = code_to_import(config)
+    if unknown := [flag for flag in repeated if flag not in found]:
+        raise UserError(f"'{options.path}' was not trained with {unknown[0]}; leave it out")
+    refused = [flag for flag in found if flag not in repeated]
+    if refused and not options.trust:
+        raise UserError(
+            f"'{options.path}' names code that would be imported: {', '.join(refused)}; give --trust if you trust "
+            "whoever made it, or repeat its --env, --wrapper and --torso"
+        )
+    folder = str(Path.cwd())
+    if found and not {"", folder} & set(sys.path):
+        sys.path.insert(0, folder)
+
+
 def evaluate(options: EvalOptions) -> Iterator[str]:
     """Play in this process alone, even under a launcher; yield one line of text per result.
 
     Raises:
-        UserError: there is no such checkpoint, or its environment cannot be made or rendered.
+        UserError: there is no such checkpoint, or it names code that is not trusted, or its environment cannot be made
+            or rendered.
     """
     check_options(options)
     checkpoint = find_checkpoint(options.path)
     config = Config().replace(**checkpoint.manifest["config"])
+    check_trust(options, config)
     config = config.replace(eval_episodes=options.episodes, eval_epsilon=options.epsilon, seed=options.seed)
     with closing(make_environments(config.environment, 1, options.seed, training=False)) as envs:
         network = load_network(checkpoint, config, envs)
