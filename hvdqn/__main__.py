@@ -97,6 +97,6 @@ def refuse(message: str) -> int:
 
 
 if __name__ == "__main__":
-    if not sys.flags.safe_path:
+    if not getattr(sys.flags, "safe_path", False):  # from Python 3.11 on
         del sys.path[0]  # the current folder, which `python -m` put there; `main` decides
     sys.exit(main())

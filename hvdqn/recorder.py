@@ -12,6 +12,7 @@ from hvdqn.checkpoint import LEARNER, Checkpoints, Progress, best_evaluation, co
 from hvdqn.comm import Comm
 from hvdqn.config import Config
 from hvdqn.evaluate import Evaluator
+from hvdqn.faults import check_replicas
 from hvdqn.metrics import Metrics, WaitHint, write_summary
 from hvdqn.parts import recording
 from hvdqn.rank import Parts
@@ -148,8 +149,13 @@ class Recorder:
         return self.write_checkpoint(parts, best=True)
 
     def write_checkpoint(self, parts: Mapping[str, Any], best: bool = False) -> bool:
-        """Write a checkpoint; return whether that worked. A disk that fails is counted and does not end the run."""
+        """Write a checkpoint; return whether that worked. A disk that fails is counted and does not end the run.
+
+        Raises:
+            DriftError: replicas differ, so that resuming would continue with wrong weights.
+        """
         env_steps = self.parts.clock.env_steps
+        check_replicas(self.parts.strategy.differing_ranks(), env_steps)
         with self.timer.during("save"):
             failure = self.checkpoints.save(env_steps, parts, self.config.flat(), best)
         if failure:

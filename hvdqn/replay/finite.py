@@ -57,10 +57,9 @@ class FiniteCheck:
 
 
 def _all_finite(numbers: npt.NDArray[Any]) -> bool:
-    return np.count_nonzero(np.isfinite(numbers)) == numbers.size
+    return int(np.count_nonzero(np.isfinite(numbers))) == numbers.size
 
 
 def _finite_rows(observation: Observation) -> Bools:
     """Return True where all numbers of an observation are finite. [envs, *shape] -> [envs]."""
-    finite: Bools = np.isfinite(observation).reshape(len(observation), -1).all(axis=1)
-    return finite
+    return np.array([_all_finite(row) for row in observation])
