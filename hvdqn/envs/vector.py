@@ -153,8 +153,9 @@ class Environments:
     def render_fps(self) -> float:
         """Frames per second at which the environment should be shown; 15 if it names no rate that is possible."""
         fps = self._vector.metadata.get("render_fps")
-        usable = isinstance(fps, (int, float, np.integer, np.floating)) and 0 < fps < math.inf
-        return float(fps) if usable else 15.0
+        if isinstance(fps, (int, float, np.integer, np.floating)) and 0 < fps < math.inf:
+            return float(fps)
+        return 15.0
 
     def close(self) -> None:
         """Close the envs and end their processes and threads."""
