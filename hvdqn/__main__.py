@@ -34,8 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         near = get_close_matches(words[0], COMMANDS, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(COMMANDS)}"
         return refuse(f"unknown command '{words[0]}'; {hint}")
-    # Modules in the current folder, such as a user's torso or wrapper, can be imported as with `python -m`.
-    if "" not in sys.path:
+    # Modules in the current folder, such as a user's torso or wrapper, can be imported as with `python -m`. But `eval`
+    # reads run directories of others, which must not choose what is imported: it adds the folder once they are trusted.
+    if words[0] != "eval" and "" not in sys.path:
         sys.path.insert(0, "")
     module = importlib.import_module(COMMANDS[words[0]][0])
     code: int = getattr(module, "command", module.main)(words[1:])
@@ -97,4 +98,6 @@ def refuse(message: str) -> int:
 
 
 if __name__ == "__main__":
+    if not getattr(sys.flags, "safe_path", False):  # from Python 3.11 on
+        del sys.path[0]  # the current folder, which `python -m` put there; `main` decides
     sys.exit(main())

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -27,7 +29,7 @@ from hvdqn.metrics import PhaseTimer, ProgressLine
 from hvdqn.networks import QNetwork
 from hvdqn.parts import network_for
 from hvdqn.process import usable_cores, use_threads
-from hvdqn.seeds import rank_seeds
+from hvdqn.seeds import eval_command_seed, rank_seeds
 from hvdqn.video import check_video, record
 
 # The time limit of an environment without one of its own: the 108,000 frames of the Atari papers.
@@ -71,6 +73,7 @@ class Evaluator:
         timer: counts the seconds that this rank waits for others as communication.
         threads: number of threads of an Atari vector; 0: one per core.
         record: records CUDA graphs of the network's forward passes, as in `Actor`.
+        seed: of the environments and of random actions; by default that of this rank's evaluations in a training run.
     """
 
     def __init__(
@@ -81,10 +84,11 @@ class Evaluator:
         timer: PhaseTimer,
         threads: int = 0,
         record: Record | None = None,
+        seed: int | None = None,
     ) -> None:
         self.config, self.comm, self.device, self.timer = config, comm, device, timer
         self.threads, self.record = threads, record
-        self.seed = rank_seeds(config.run.seed, comm.rank).evaluation
+        self.seed = rank_seeds(config.run.seed, comm.rank).evaluation if seed is None else seed
         episodes = config.run.eval_episodes
         self.share = episodes // comm.size + (comm.rank < episodes % comm.size)
 
@@ -195,9 +199,19 @@ class EvalOptions:
     epsilon: float = 0.0
     """Probability of a random action."""
     seed: int = 1
-    """Seed of the environments and of the random actions."""
+    """Seed of the environments and of the random actions. With every seed the episodes differ from those that training
+    evaluated on."""
     video: Path | None = None
     """Also record one episode in this .mp4 or .gif file."""
+    trust: bool = False
+    """Import the code that the run names: its own torso, wrappers and environment. Without it they are refused, because
+    a run directory of a stranger could name any code."""
+    env: str = ""
+    """Allows to import the run's `--env module:id`, if it is this one."""
+    wrapper: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Allows to import the run's `--wrapper module:attribute`, if it is this one. May be repeated."""
+    torso: str = ""
+    """Allows to import the run's `--torso module:attribute`, if it is this one."""
 
 
 def find_checkpoint(path: Path) -> Checkpoint:
@@ -254,21 +268,64 @@ def check_options(options: EvalOptions) -> None:
         check_video(options.video)
 
 
+def code_to_import(config: Config) -> list[str]:
+    """Return the settings of a run that name code, as flags: `--torso 'module:attribute'`."""
+    environment = config.environment
+    named = [("--env", environment.env), *(("--wrapper", path) for path in environment.wrapper)]
+    named.append(("--torso", config.network.torso))
+    found = [f"{flag} {value!r}" for flag, value in named if ":" in value]
+    # Some environments import what a keyword argument names, such as the compatibility layers for old Gym.
+    kwargs = environment.env_kwargs
+    with suppress(ValueError):
+        kwargs = json.dumps(
+            json.loads(kwargs), ensure_ascii=False
+        )  # without escapes, which would hide a name
+    if re.search(r'"[^\W\d][\w.]*:', kwargs):
+        found.append(f"--env-kwargs {kwargs!r}")
+    return found
+
+
+def check_trust(options: EvalOptions, config: Config) -> None:
+    """Refuse to import what a run names, unless the user allows it. Only then modules of the current folder are found.
+
+    Raises:
+        UserError: it is not allowed.
+    """
+    allowed = [("--env", options.env), *(("--wrapper", path) for path in options.wrapper)]
+    allowed.append(("--torso", options.torso))
+    repeated = [f"{flag} {value!r}" for flag, value in allowed if value]
+    found = code_to_import(config)
+    if unknown := [flag for flag in repeated if flag not in found]:
+        raise UserError(f"'{options.path}' was not trained with {unknown[0]}; leave it out")
+    refused = [flag for flag in found if flag not in repeated]
+    if refused and not options.trust:
+        raise UserError(
+            f"'{options.path}' names code that would be imported: {', '.join(refused)}; give --trust if you trust "
+            "whoever made it, or repeat its --env, --wrapper and --torso"
+        )
+    folder = str(Path.cwd())
+    if found and not {"", folder} & set(sys.path):
+        sys.path.insert(0, folder)
+
+
 def evaluate(options: EvalOptions) -> Iterator[str]:
     """Play in this process alone, even under a launcher; yield one line of text per result.
 
     Raises:
-        UserError: there is no such checkpoint, or its environment cannot be made or rendered.
+        UserError: there is no such checkpoint, or it names code that is not trusted, or its environment cannot be made
+            or rendered.
     """
     check_options(options)
     checkpoint = find_checkpoint(options.path)
     config = Config().replace(**checkpoint.manifest["config"])
+    check_trust(options, config)
     config = config.replace(eval_episodes=options.episodes, eval_epsilon=options.epsilon, seed=options.seed)
     with closing(make_environments(config.environment, 1, options.seed, training=False)) as envs:
         network = load_network(checkpoint, config, envs)
     threads = usable_cores()
     use_threads(network, min(threads, torch.get_num_threads()))
-    evaluator = Evaluator(config, LocalComm(), torch.device("cpu"), PhaseTimer(), threads)
+    seed = eval_command_seed(options.seed)
+    evaluator = Evaluator(config, LocalComm(), torch.device("cpu"), PhaseTimer(), threads, seed=seed)
     playing = f"playing {config.environment.env}: {{}} of {options.episodes} episodes".format
     with closing(ProgressLine(sys.stderr)) as line:
         evaluation = evaluator.run(network, show=lambda finished: line.show(playing(finished)))

@@ -12,6 +12,7 @@ from hvdqn.checkpoint import LEARNER, Checkpoints, Progress, best_evaluation, co
 from hvdqn.comm import Comm
 from hvdqn.config import Config
 from hvdqn.evaluate import Evaluator
+from hvdqn.faults import check_replicas
 from hvdqn.metrics import Metrics, WaitHint, write_summary
 from hvdqn.parts import recording
 from hvdqn.rank import Parts
@@ -52,6 +53,7 @@ class Recorder:
         self.seconds_before = self.timer.seconds()
         self.activity = ""
         self.timer.when_alive = self.show_progress  # during checkpoints
+        self.reported_discarded = False
 
     def resume(self) -> None:
         """Continue the records at the clock's env step: later ones are dropped."""
@@ -120,6 +122,7 @@ class Recorder:
         self.activity = ""
         if evaluation is None:
             return False
+        self.report_discarded()
         progress.evaluated_at_env_steps = clock.env_steps
         progress.evaluation = {
             "eval_return_mean": evaluation.mean,
@@ -132,9 +135,25 @@ class Recorder:
         log.info(f"evaluation at env step {clock.env_steps:,}, {evaluation}")
         return True
 
+    def report_discarded(self) -> None:
+        """Warn once if the replay of some rank discarded transitions."""
+        if self.reported_discarded:
+            return
+        acting = self.parts.acting
+        with self.timer.during("comm"):
+            counts = self.comm.all_gather_object(acting.replay.discarded if acting else 0)
+        self.reported_discarded = any(counts)
+        if self.reported_discarded:
+            ranks = ", ".join(str(rank) for rank, count in enumerate(counts) if count)
+            log.warning(
+                f"{sum(counts):,} transitions of rank {ranks} have a reward, an observation or a TD error that is not "
+                "finite. Nothing is learned from them: look for NaN or Inf in the environment. summary.json counts them"
+            )
+
     def save(self) -> None:
         """Write a checkpoint, unless there is one of this env step."""
         if self.saved_at_env_steps != self.parts.clock.env_steps:
+            self.report_discarded()
             self.write_checkpoint(contents(self.parts, self.comm, self.totals, self.progress))
             self.saved_at_env_steps = self.parts.clock.env_steps
 
@@ -145,8 +164,13 @@ class Recorder:
         return self.write_checkpoint(parts, best=True)
 
     def write_checkpoint(self, parts: Mapping[str, Any], best: bool = False) -> bool:
-        """Write a checkpoint; return whether that worked. A disk that fails is counted and does not end the run."""
+        """Write a checkpoint; return whether that worked. A disk that fails is counted and does not end the run.
+
+        Raises:
+            DriftError: replicas differ, so that resuming would continue with wrong weights.
+        """
         env_steps = self.parts.clock.env_steps
+        check_replicas(self.parts.strategy.differing_ranks(), env_steps)
         self.activity = "saving a checkpoint"
         self.show_progress()
         with self.timer.during("save"):
@@ -161,6 +185,7 @@ class Recorder:
 
     def finish(self, stopped: bool, acted_env_steps: int) -> None:
         """Write the summary, and log how the run ended and where everything is."""
+        self.report_discarded()
         summary = summarize(
             self.config,
             self.comm,

@@ -44,6 +44,15 @@ def rank_seeds(seed: int, rank: int, env_steps: int = 0) -> Seeds:
     return Seeds(environments, evaluation, exploration, replay, noise)
 
 
+# Tells the stream of `hvdqn eval` apart from those of ranks, whose keys have three numbers.
+_EVAL_COMMAND = (0x6576616C,)
+
+
+def eval_command_seed(seed: int) -> int:
+    """Return the seed of the episodes of `hvdqn eval`: no evaluation of a training run plays them."""
+    return int(np.random.SeedSequence(seed, spawn_key=_EVAL_COMMAND).generate_state(1)[0] >> 1)
+
+
 def torch_state(device: torch.device) -> dict[str, NDArray[np.uint8]]:
     """Return the states of torch's generators: of the CPU, and of `device` if it is a GPU."""
     state = {"cpu": torch.get_rng_state().numpy()}

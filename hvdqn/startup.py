@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+import torch
+
 from hvdqn.checkpoint import Checkpoint, Checkpoints, find_checkpoint, reset_environments, restore
 from hvdqn.clock import Clock
 from hvdqn.comm import Comm
@@ -53,6 +55,23 @@ def check_same_config(config: Config, comm: Comm) -> None:
                 f"ranks were started with different settings: --{name.replace('_', '-')} is {everyone[0][name]!r} on "
                 f"rank 0 and {settings[name]!r} on rank {rank}; start all ranks with one command line"
             )
+
+
+def compare_cpus(config: Config, comm: Comm, device: torch.device) -> list[str]:
+    """Return a warning if torch uses other CPU instructions on some ranks; a collective call.
+
+    Their optimizer steps differ by rounding, so replicas that must be equal drift apart.
+    """
+    everyone = comm.all_gather_object(torch.backends.cpu.get_cpu_capability())
+    if len(set(everyone)) == 1 or config.parallel.sync != "gradients" or device.type != "cpu":
+        return []
+    ranks = {name: [str(rank) for rank, other in enumerate(everyone) if other == name] for name in everyone}
+    described = ", ".join(f"{name} on rank {', '.join(found)}" for name, found in ranks.items())
+    common = "avx2" if set(ranks) == {"AVX2", "AVX512"} else "default"
+    return [
+        f"the ranks' CPUs have different instructions ({described}), which round differently: weights that must be "
+        f"equal will differ, which ends the run. Set ATEN_CPU_CAPABILITY={common} on all ranks"
+    ]
 
 
 def check_that_it_learns(config: Config, clock: Clock) -> None:
@@ -104,7 +123,7 @@ def start_run(
     if checkpoint is None or checkpoint.env_steps < config.run.total_env_steps:
         record_config(config, comm, run_dir, anew=checkpoint is None)
     trainer = make(config, comm, stop, parts, Recorder(config, comm, run_dir, parts, checkpoints))
-    begin(trainer, checkpoint, warnings)
+    begin(trainer, checkpoint, [*warnings, *compare_cpus(config, comm, parts.device)])
     return trainer
 
 

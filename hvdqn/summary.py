@@ -17,6 +17,9 @@ from hvdqn.sync import Strategy, Totals
 log = logging.getLogger(__name__)
 
 
+EVALUATION = ("eval_return_mean", "eval_return_std", "eval_episodes")
+
+
 def log_header(config: Config, comm: Comm, parts: Parts) -> None:
     """Log what is about to run; a collective call."""
     ranks = f"{comm.size} rank" + "s" * (comm.size > 1)
@@ -67,7 +70,6 @@ def summarize(
     clock, seconds = parts.clock, parts.timer.seconds()
     wall_seconds = sum(seconds.values())
     worked = sum(seconds[phase] - seconds_before[phase] for phase in seconds if phase != "comm")
-    evaluation = ("eval_return_mean", "eval_return_std", "eval_episodes")
     return {
         "env": config.environment.env,
         "preset": config.preset,
@@ -78,6 +80,7 @@ def summarize(
         "env_steps": clock.env_steps,
         "updates": clock.updates,
         "skipped_updates": totals.skipped_updates,
+        "discarded_transitions": _discarded(comm, parts),
         "failed_checkpoints": progress.failed_checkpoints,
         "world_changes": progress.world_changes,
         **parts.strategy.counters(),
@@ -85,13 +88,18 @@ def summarize(
         "wall_seconds": wall_seconds,
         "env_steps_per_second": clock.env_steps / wall_seconds,
         "updates_per_second": clock.updates / wall_seconds,
-        **{name: progress.evaluation.get(name) for name in evaluation},
+        **{name: progress.evaluation.get(name) for name in EVALUATION},
         "param_sha256": parts.learner.sha256(),
         "stopped_by": "signal" if stopped else "finished",
         "seconds": seconds,
         # Of each rank's own work, without waiting for others; 0 of a rank that does not act.
         "rank_env_steps_per_second": comm.all_gather_object(acted_env_steps / worked),
     }
+
+
+def _discarded(comm: Comm, parts: Parts) -> int:
+    """Return the transitions that all ranks discarded because they are not finite; a collective call."""
+    return sum(comm.all_gather_object(parts.acting.replay.discarded if parts.acting else 0))
 
 
 def _traffic(strategy: Strategy) -> dict[str, float]:

@@ -146,21 +146,21 @@ class Environments:
         """The current observations, `[envs, *observation_shape]`."""
         return self._observation
 
-    def render(self) -> NDArray[np.uint8] | None:
-        """Return a picture of the first env, `[height, width, 3]`, or None if it renders none.
+    def render(self) -> Any:
+        """Return what the first env renders, by convention a picture `[height, width, 3]`, or None.
 
         Works for sync vectors whose envs were made with `render_mode="rgb_array"`.
         """
         frames = self._vector.render()
-        if frames is None or frames[0] is None:
-            return None
-        frame = np.asarray(frames[0])
-        return frame if frame.dtype == np.uint8 else (255 * frame).astype(np.uint8)
+        return None if frames is None else frames[0]
 
     @property
     def render_fps(self) -> float:
-        """Frames per second at which the environment should be shown."""
-        return float(self._vector.metadata.get("render_fps", 15))
+        """Frames per second at which the environment should be shown; 15 if it names no rate that is possible."""
+        fps = self._vector.metadata.get("render_fps")
+        if isinstance(fps, (int, float, np.integer, np.floating)) and 0 < fps < math.inf:
+            return float(fps)
+        return 15.0
 
     def close(self) -> None:
         """Close the envs and end their processes and threads."""

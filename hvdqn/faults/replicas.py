@@ -26,9 +26,10 @@ def check_replicas(differing_ranks: list[int], env_steps: int) -> None:
     if differing_ranks:
         ranks = ", ".join(map(str, differing_ranks))
         raise DriftError(
-            f"at env step {env_steps} the weights of rank {ranks} differ from the other ranks'. No update can cause "
-            "this: check the memory of that host, and that its libraries are those of the other hosts. Start again to "
-            "resume from the last checkpoint"
+            f"at env step {env_steps} the weights of rank {ranks} differ from the other ranks'. Either its host runs "
+            "other libraries or has a CPU with other instructions, which round differently (give all ranks the same "
+            "ATEN_CPU_CAPABILITY, such as default), or its memory is faulty. Start again to resume from the last "
+            "checkpoint"
         )
 
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from hvdqn.replay.batch import NO_CORRECTION, Batch, Importance, Rows
 from hvdqn.replay.memory import Array
-from hvdqn.replay.replay import EMPTY_MESSAGE, Replay, State
+from hvdqn.replay.replay import NO_TRANSITION, Replay, State
 from hvdqn.replay.streamed import StreamedArray
 from hvdqn.replay.sum_tree import Priorities, SumTree
 from hvdqn.step import Bools, Observation, Step
@@ -39,20 +39,27 @@ class PrioritizedReplay(Replay):
         # The rows around the current one that `add` can make sampleable or not: it writes up to two rows, completes
         # the n-step returns of n_step rows before them, and takes frames from frame_stack - 1 rows after them.
         self._affected_offsets = np.arange(-self.n_step - 1, self.frame_stack, dtype=np.int64)
+        # The rows whose n-step returns contain a row.
+        self._return_offsets = np.arange(1 - self.n_step, 1, dtype=np.int64)
 
     def start(self, observation: Observation) -> None:
         """Begin an episode in every environment. `observation`: reset observations [envs, *shape]."""
         super().start(observation)
-        self._refresh_priorities()
+        self._refresh_priorities(self.current_row, self._affected_offsets)
 
     def add(self, action: npt.NDArray[np.integer[Any]], step: Step) -> None:
         """Store the transition of every environment. `action`: [envs], the actions that led to `step`."""
         super().add(action, step)
-        self._refresh_priorities()
+        self._refresh_priorities(self.current_row, self._affected_offsets)
 
-    def _refresh_priorities(self) -> None:
-        """Give the largest priority to transitions that became sampleable, and 0 to those that no longer are."""
-        rows = self.shift(self.current_row[:, None], self._affected_offsets).ravel()
+    def _refresh_priorities(self, changed_rows: Rows, offsets: Rows) -> None:
+        """Give the largest priority to transitions that became sampleable, and 0 to those that no longer are.
+
+        Args:
+            changed_rows: rows that were written [batch].
+            offsets: which rows around them may have become sampleable or not [offsets].
+        """
+        rows = self.shift(changed_rows[:, None], offsets).ravel()
         before = self._tree.priorities.take(rows)
         now = self._allowed_priorities(rows, before)
         changed = now != before
@@ -69,12 +76,16 @@ class PrioritizedReplay(Replay):
         A rank draws i with probability P_r(i) = p_i / sum_r, so the job draws it with P(i) = P_r(i) / size. Its weight
         is (n_global * P(i)) ** -beta, to be divided by the maximum over all ranks.
 
+        If every transition was discarded, all rewards are NaN, as in `Replay.sample`.
+
         Raises:
             ValueError: there is no transition to sample yet.
         """
         total = self._tree.total
         if total <= 0.0:
-            raise ValueError(EMPTY_MESSAGE)
+            batch = self._nan_batch(batch_size)
+            batch.row_ids = self.row_ids(batch.row_ids)
+            return batch
         targets = (np.arange(batch_size) + self._rng.random(batch_size)) * (total / batch_size)
         rows = self._tree.find(np.minimum(targets, np.nextafter(total, 0.0)))
         batch = self.build_batch(rows)
@@ -84,19 +95,32 @@ class PrioritizedReplay(Replay):
         return batch
 
     def update_priorities(self, row_ids: Rows, td_errors: npt.NDArray[np.floating[Any]]) -> None:
-        """Set the priorities of sampled transitions. Skips rows overwritten since, and TD errors that are not finite.
+        """Set the priorities of sampled transitions. Skips rows overwritten since.
+
+        A transition whose TD error is not finite, where others of the minibatch are, is never sampled again. If none is
+        finite, the network is to blame and not the transitions, and nothing changes.
 
         Args:
             row_ids: `Batch.row_ids` [batch].
             td_errors: absolute TD errors [batch].
         """
         rows, held = self.rows_of(row_ids)
-        keep = held & (self._tree.priorities.take(rows) > 0.0) & np.isfinite(td_errors)
-        if not keep.any():
-            return
-        priorities = (np.abs(td_errors[keep], dtype=np.float64) + self._eps) ** self._alpha
-        self._max_priority = max(self._max_priority, float(priorities.max()))
-        self._tree.set(rows[keep], priorities)
+        finite = np.isfinite(td_errors)
+        held &= self._tree.priorities.take(rows) > 0.0
+        keep = held & finite
+        if keep.any():
+            priorities = (np.abs(td_errors[keep], dtype=np.float64) + self._eps) ** self._alpha
+            self._max_priority = max(self._max_priority, float(priorities.max()))
+            self._tree.set(rows[keep], priorities)
+        if 0 < np.count_nonzero(finite) < finite.size:
+            self._discard(np.unique(rows[held & ~finite]))
+
+    def _discard(self, rows: Rows) -> None:
+        """Remove the transitions that begin at `rows` [batch], and the n-step returns that contain them."""
+        if rows.size:
+            self.discarded += rows.size
+            self.outcome[rows] = NO_TRANSITION
+            self._refresh_priorities(rows, self._return_offsets)
 
     def row_ids(self, rows: Rows) -> Rows:
         """Return numbers that identify what `rows` hold now, unique in the whole run. [batch] -> [batch].

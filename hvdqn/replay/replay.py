@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hvdqn.replay.batch import NO_CORRECTION, Batch, Importance, ObservationBatch, Rows
+from hvdqn.replay.finite import FiniteCheck
 from hvdqn.replay.memory import HOST_MEMORY, Array, Memory, ObservationArray
 from hvdqn.replay.streamed import StreamedArray, pieces
 from hvdqn.step import Bools, Observation, Step
@@ -27,6 +28,9 @@ State: TypeAlias = dict[str, Array | StreamedArray]
 # What the action of a row led to. NO_TRANSITION: the row has no action, because it holds the current or the final
 # observation of an episode, or nothing yet.
 RUNNING, TERMINATED, TRUNCATED, NO_TRANSITION = range(4)
+
+# A row whose transition cannot be learned from, because a reward, an observation or a TD error is not finite, has
+# NO_TRANSITION too. So no minibatch contains it.
 
 EMPTY_MESSAGE = (
     "replay holds no transition to learn from yet: learning must start after n_step steps of every env"
@@ -52,6 +56,9 @@ class Replay:
         n_step: rewards summed before bootstrapping.
         gamma: discount of one step.
         memory: allocates the arrays.
+
+    Attributes:
+        discarded: transitions that are never sampled because a reward, an observation or a TD error is not finite.
 
     Raises:
         ValueError: a ring would be too short for one frame stack and one n-step return.
@@ -103,6 +110,8 @@ class Replay:
         self._discounts = (gamma ** np.arange(n_step + 1)).astype(np.float32)
         self._discount_of_outcome = np.full(NO_TRANSITION + 1, gamma, np.float32)
         self._discount_of_outcome[TERMINATED] = 0.0
+        self.discarded = 0
+        self._finite = FiniteCheck(envs, frame_stack, observation_dtype)
         self._buffers: list[Batch] = []
 
     def __len__(self) -> int:
@@ -126,6 +135,7 @@ class Replay:
             observation: reset observations [envs, *shape].
         """
         self._append(_ALL, observation, first=True)
+        self._finite.start(observation)
 
     def add(self, action: npt.NDArray[np.integer[Any]], step: Step) -> None:
         """Store the transition of every environment. `action`: [envs], the actions that led to `step`."""
@@ -137,6 +147,10 @@ class Replay:
         self.reward[rows] = step.reward[envs]
         # A terminal state has no value, so a step both terminated and truncated counts as terminated.
         outcome = np.where(step.terminated, TERMINATED, step.truncated * np.uint8(TRUNCATED))
+        bad = self._finite.bad_transitions(step)
+        if bad is not None:
+            outcome[bad] = NO_TRANSITION
+            self.discarded += int(np.count_nonzero(bad))
         self.outcome[rows] = outcome[envs]
         self._append(envs, step.next_observation[envs], first=False)
         if np.count_nonzero(step.fresh):
@@ -159,16 +173,20 @@ class Replay:
 
         The second next call reuses its arrays, so the learner can still read one batch while the next is built.
 
+        If every transition was discarded, all rewards of the minibatch are NaN. All ranks then skip the update and
+        count it, which ends the run after `--max-skipped-updates` in a row.
+
         Raises:
             ValueError: there is no transition to sample yet.
         """
-        return self.build_batch(self._draw_rows(batch_size))
+        rows = self._draw_rows(batch_size)
+        return self.build_batch(rows) if rows.size else self._nan_batch(batch_size)
 
     def update_priorities(self, row_ids: Rows, td_errors: npt.NDArray[np.floating[Any]]) -> None:
         """Do nothing: uniform sampling has no priorities."""
 
     def _draw_rows(self, count: int) -> Rows:
-        """Draw `count` rows that can be sampled, all equally likely. [count]."""
+        """Draw `count` rows that can be sampled, all equally likely. [count], or [0] if all were discarded."""
         written = max(self._newest_serial.tolist()) + 1
         used = min(max(written, 1), self.rows_per_env)  # rows in use of the fullest ring
         found = np.empty(0, np.int64)
@@ -183,8 +201,22 @@ class Replay:
                 return found[:count]
         rows = self.sampleable_rows()
         if not rows.size:
-            raise ValueError(EMPTY_MESSAGE)
+            return rows
         return rows[self._rng.integers(rows.size, size=count)]
+
+    def _nan_batch(self, batch_size: int) -> Batch:
+        """Return a minibatch of rewards that are NaN, with weights of 1.
+
+        Raises:
+            ValueError: no transition was discarded, so replay is simply empty.
+        """
+        if not self.discarded:
+            raise ValueError(EMPTY_MESSAGE)
+        batch = self.build_batch(np.resize(self.current_row, batch_size))
+        batch.reward[:] = np.nan
+        batch.weight[:] = 1.0
+        batch.action[:] = 0  # those of current rows were never written
+        return batch
 
     def is_sampleable(self, rows: Rows) -> Bools:
         """Return True for rows at which a complete transition begins. [batch] -> [batch].
@@ -279,9 +311,11 @@ class Replay:
     def state(self) -> State:
         """Return all that an exact resume needs, without copies: views of host memory, and streams from a GPU.
 
-        Keys: `serial` [envs], `{env}/{field}` for each field of the rows in use, and `rng`.
+        Keys: `serial` and `bad_stacks` [envs], `discarded` [1], `{env}/{field}` for each field of the rows in use, and
+        `rng`.
         """
-        state: State = {"serial": self._newest_serial}
+        state: State = {"serial": self._newest_serial, "discarded": np.array([self.discarded])}
+        state["bad_stacks"] = self._finite.bad_stacks
         for env, rows in self.rows_in_use():
             state.update({f"{env}/{name}": _view(field, rows) for name, field in self._fields.items()})
         return {**state, "rng": _pack_rng(self._rng)}
@@ -289,7 +323,7 @@ class Replay:
     def load_state(self, state: Mapping[str, Array | StreamedArray]) -> None:
         """Restore what `state` returned: from then on this replay is the same, bit for bit.
 
-        A resharded state has no random state; this replay then keeps its own.
+        A resharded state has no random state and no count; this replay then keeps its own.
 
         Raises:
             ValueError: the state has another number of environments, capacity, observation or frame stack.
@@ -311,6 +345,9 @@ class Replay:
                 for first, piece in pieces(saved):
                     begin = rows.start + first
                     field[begin : begin + len(piece)] = piece
+        if "discarded" in state:
+            self.discarded = int(np.asarray(state["discarded"])[0])
+            self._finite.load(np.asarray(state["bad_stacks"]))
         if "rng" in state:
             self._rng.bit_generator.state = json.loads(np.asarray(state["rng"]).tobytes())
 

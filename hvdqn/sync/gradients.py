@@ -15,7 +15,7 @@ from hvdqn.comm import Comm, Handle
 from hvdqn.learner import Learner
 from hvdqn.metrics import PhaseTimer
 from hvdqn.sync.statistics import REPORTED, STATISTICS, Outcome, Received, Trailer
-from hvdqn.sync.strategy import Strategy, broadcast_target, check_skipped
+from hvdqn.sync.strategy import Strategy, broadcast_target, check_skipped, compare_learners
 
 LOSS = STATISTICS.index("loss")
 LARGEST_WEIGHT, FINITE = range(2)
@@ -90,6 +90,10 @@ class Gradients(Strategy):
     def update_target(self) -> list[int]:
         """Copy rank 0's weights to all target networks; return the ranks whose own weights differ."""
         return broadcast_target(self.learner, self.comm, self.timer)
+
+    def differing_ranks(self) -> list[int]:
+        """Return the ranks whose networks or moments differ from those of most ranks."""
+        return compare_learners(self.learner, self.comm, self.timer)
 
     def expected_traffic(self) -> tuple[float, float]:
         """Return the messages and bytes that one rank should send per update."""

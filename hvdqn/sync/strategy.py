@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -84,6 +85,10 @@ class Strategy(ABC):
             The ranks whose weights differ from the others' and must not, or None if this has to wait.
         """
 
+    def differing_ranks(self) -> list[int]:
+        """Return the ranks whose networks or moments differ from the others' and must not; changes nothing."""
+        return []
+
     @abstractmethod
     def expected_traffic(self) -> tuple[float, float]:
         """Return the messages and payload bytes that one rank should send per update."""
@@ -123,9 +128,28 @@ def broadcast_target(learner: Learner, comm: Comm, timer: PhaseTimer) -> list[in
         all_same = all(comm.all_gather_object(same))
     if learner.target_tau == 1.0:
         learner.update_target(incoming)
-    if all_same:
+    return [] if all_same else minority(comm.all_gather_object(learner.sha256()))
+
+
+def compare_learners(learner: Learner, comm: Comm, timer: PhaseTimer) -> list[int]:
+    """Compare what a checkpoint holds of the learner: both networks and the moments, bit for bit.
+
+    Only digests travel, so this takes much less time than writing the checkpoint.
+
+    Returns:
+        The ranks that differ from what most ranks hold, rank 0 or not.
+    """
+    if comm.size == 1:
         return []
-    digests = comm.all_gather_object(learner.sha256())
+    digest = hashlib.sha256()
+    for tensor in learner.state().values():
+        digest.update(tensor.cpu().numpy().tobytes())
+    with timer.during("comm"):
+        return minority(comm.all_gather_object(digest.hexdigest()))
+
+
+def minority(digests: Sequence[str]) -> list[int]:
+    """Return the ranks whose digest is not that of most ranks."""
     common = Counter(digests).most_common(1)[0][0]
     return [rank for rank, digest in enumerate(digests) if digest != common]
 

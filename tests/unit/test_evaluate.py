@@ -23,6 +23,7 @@ from hvdqn.errors import UserError
 from hvdqn.evaluate import Evaluation, Evaluator
 from hvdqn.metrics import PhaseTimer
 from hvdqn.parts import network_for
+from hvdqn.seeds import eval_command_seed, rank_seeds
 
 CPU = torch.device("cpu")
 
@@ -172,18 +173,38 @@ def run_dir(tmp_path_factory):
     return path
 
 
-def test_eval_repeats_the_last_evaluation_of_the_run(run_dir, capsys):
-    summary = json.loads((run_dir / "summary.json").read_text())
+def test_eval_plays_other_episodes_than_training_evaluated_on(run_dir, capsys):
+    """`checkpoints/best` was chosen by its returns there: a score on the same episodes would be too good."""
+    trained_on = rank_seeds(1, 0).evaluation
+    assert eval_command_seed(1) != trained_on
+    outputs = set()
     for place in (run_dir, run_dir / "checkpoints" / "latest", run_dir / "checkpoints" / f"{400:012d}"):
         capsys.readouterr()
         assert __main__.main(["eval", str(place), "--episodes", "4"]) == 0
         output = capsys.readouterr().out
         numbers = re.fullmatch(rf"{place}: 4 episodes: mean (.*), std (.*), min (.*), max (.*)\n", output)
         assert numbers is not None, output
-        # The same seed by default, hence the same episodes as at the end of the run.
-        assert float(numbers[1]) == pytest.approx(summary["eval_return_mean"], abs=0.006)
-        assert float(numbers[2]) == pytest.approx(summary["eval_return_std"], abs=0.006)
         assert float(numbers[3]) <= float(numbers[1]) <= float(numbers[4])
+        outputs.add(numbers.groups())
+    assert len(outputs) == 1  # the same episodes each time
+    assert outputs == {played(run_dir, "latest", eval_command_seed(1))}
+    assert outputs != {played(run_dir, "latest", trained_on)}
+
+
+def played(run_dir, name: str, seed: int | None) -> tuple[str, ...]:
+    """Return what `hvdqn eval` would print of 4 episodes with this seed."""
+    checkpoint = evaluate.find_checkpoint(run_dir / "checkpoints" / name)
+    config = Config().replace(**checkpoint.manifest["config"])
+    envs = make_environments(config.environment, 1, 0, training=False)
+    made = evaluate.load_network(checkpoint, config, envs)
+    envs.close()
+    evaluation = Evaluator(config, LocalComm(), CPU, PhaseTimer(), seed=seed).run(made)
+    return tuple(re.findall(r"(?:mean|std|min|max) ([\d.]+)", str(evaluation)))
+
+
+def test_training_keeps_its_own_evaluation_episodes(run_dir):
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert played(run_dir, "latest", None)[0] == f"{summary['eval_return_mean']:.2f}"
 
 
 def test_eval_shows_its_progress_apart_from_the_result(run_dir, capsys):
@@ -236,8 +257,9 @@ def test_returns_are_printed_before_a_video_fails(run_dir, capsys, monkeypatch, 
 def test_eval_plays_the_best_weights(run_dir, capsys):
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     best = max(row["eval_return_mean"] for row in rows if "eval_return_mean" in row)
+    assert played(run_dir, "best", None)[0] == f"{best:.2f}"  # the weights that training found best
     assert __main__.main(["eval", str(run_dir / "checkpoints" / "best"), "--episodes", "4"]) == 0
-    assert f"mean {best:.2f}," in capsys.readouterr().out
+    assert f"mean {played(run_dir, 'best', eval_command_seed(1))[0]}," in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

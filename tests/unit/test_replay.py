@@ -291,7 +291,13 @@ def test_the_state_holds_views_of_the_rows_in_use_and_no_more() -> None:
     fill(replay, envs, 10)
     state = replay.state()
     fields = ("observation", "action", "reward", "kind", "reach")
-    assert set(state) == {"serial", "rng", *(f"{env}/{field}" for env in range(3) for field in fields)}
+    assert set(state) == {
+        "serial",
+        "bad_stacks",
+        "discarded",
+        "rng",
+        *(f"{env}/{field}" for env in range(3) for field in fields),
+    }
     assert max(len(state[f"{env}/{field}"]) for env in range(3) for field in fields) <= 2 * 10 + 1
     assert np.shares_memory(state["1/observation"], replay.observation[:])
     assert all(array.flags.c_contiguous for array in state.values())

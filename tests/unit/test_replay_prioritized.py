@@ -130,14 +130,33 @@ def test_td_errors_that_arrive_a_whole_ring_late_change_nothing() -> None:
     assert priorities(replay).max() == before.max() == 1.0
 
 
-def test_td_errors_that_are_not_finite_are_ignored() -> None:
-    replay = filled(30)
+@pytest.mark.parametrize("n_step", [1, 3])
+def test_a_td_error_that_is_not_finite_among_finite_ones_removes_its_transition(n_step: int) -> None:
+    replay = filled(30, n_step=n_step)
+    envs = replay.scripted_envs  # type: ignore[attr-defined]
     rows = replay.sampleable_rows()
     td_errors = np.full(rows.size, 0.5, np.float32)
-    td_errors[::2] = [np.nan, np.inf] * (td_errors[::2].size // 2) + [np.nan] * (td_errors[::2].size % 2)
+    td_errors[[2, 20, rows.size - 1]] = [np.nan, np.inf, np.nan]
     replay.update_priorities(replay.row_ids(rows), td_errors)
-    assert (priorities(replay)[rows[::2]] == 1.0).all()
-    assert priorities(replay)[rows[1::2]] == pytest.approx(0.5, rel=1e-5)
+    assert replay.discarded == 3
+    for _ in range(2):
+        assert (priorities(replay)[rows[[2, 20, -1]]] == 0.0).all()
+        np.testing.assert_array_equal(np.flatnonzero(priorities(replay)), replay.sampleable_rows())
+        state = {name: array.copy() for name, array in replay.state().items()}
+        replay.add(*envs.step())  # whose neighbours get a priority again
+    resumed = make_prioritized(envs, 60, n_step=n_step)
+    resumed.load_state(state)
+    assert resumed.discarded == 3
+    assert (priorities(resumed)[rows[[2, 20, -1]]] == 0.0).all()
+
+
+def test_td_errors_of_which_none_is_finite_change_nothing() -> None:
+    """The network is to blame, not the transitions."""
+    replay = filled(30)
+    rows = replay.sampleable_rows()
+    replay.update_priorities(replay.row_ids(rows), np.full(rows.size, np.nan, np.float32))
+    assert (priorities(replay)[rows] == 1.0).all()
+    assert replay.discarded == 0
 
 
 def test_row_ids_are_valid_until_their_row_is_overwritten() -> None:
