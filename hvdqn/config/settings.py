@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from hvdqn.config.fields import (
+    COMMA_TEXT,
     EXACT_ONLY,
     FIXED,
     INCIDENTAL,
@@ -32,6 +33,7 @@ from hvdqn.config.fields import (
 )
 from hvdqn.config.names import did_you_mean
 from hvdqn.config.presets import PRESETS, preset_names, preset_settings
+from hvdqn.config.values import same_value
 from hvdqn.errors import UserError
 
 Count = Annotated[int, at_least(1)]
@@ -279,7 +281,7 @@ PRESET_HELP = (
 class Config:
     """Train one deep Q-network on all ranks of the job."""
 
-    preset: Annotated[str, tyro.conf.arg(help=PRESET_HELP), INCIDENTAL] = ""
+    preset: Annotated[str, tyro.conf.arg(help=PRESET_HELP), COMMA_TEXT, INCIDENTAL] = ""
     config: str = ""
     """YAML file with the same keys as the flags."""
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
@@ -329,6 +331,11 @@ def setting(name: str) -> Field:
     if name not in SETTINGS:
         raise UserError(f"unknown setting '{name}'{did_you_mean(name, SETTINGS)}; see --help for all of them")
     return SETTINGS[name]
+
+
+def same_setting(name: str, one: Any, other: Any) -> bool:
+    """Return True if two values of the setting with this name mean the same."""
+    return same_value(SETTINGS[name], one, other)
 
 
 def preset_config(presets: str) -> Config:

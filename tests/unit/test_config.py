@@ -17,6 +17,7 @@ from hvdqn.config import (
     incidental_settings,
     parse,
     preset_config,
+    same_setting,
     settings_fixed_on_resume,
     settings_of_exact_resume,
     settings_of_same_curve,
@@ -76,6 +77,10 @@ def test_underscores_count_as_hyphens_and_negative_numbers_as_values():
         ("env: [CartPole-v1]", ["env is ['CartPole-v1']", "text"]),
         ("run_dir: on", ["run_dir is True", "in quotes"]),
         ("env_kwargs: {day: 2024-01-31}", ["env_kwargs", "JSON", "in quotes"]),
+        ("preset: [cartpole, 1]", ["unknown preset '1'"]),
+        ("preset: [cartpole, [rainbow]]", ["preset is ['rainbow']", "text"]),
+        ("total_env_steps: .inf", ["--total-env-steps", "no whole number"]),
+        ("total_env_steps: .nan", ["--total-env-steps", "no whole number"]),
         ("preset: cartpol", ["unknown preset 'cartpol'", "'cartpole'"]),
         ("batch_per_rank: 0", ["in the config file", "--batch-per-rank is 0", "at least 1"]),
     ],
@@ -151,7 +156,7 @@ def test_help_names_the_presets(capsys):
     assert all(name in said for name in PRESETS)
 
 
-@pytest.mark.parametrize("written", ["1000000", "1_000_000", "1e6", "1.0E6", "1.0e+6"])
+@pytest.mark.parametrize("written", ["1000000", "1_000_000", "1e6", "1.0E6", "1.0e+6", "1000000.0"])
 def test_spellings_of_whole_numbers(written, tmp_path):
     assert parse(["--total-env-steps", written]).run.total_env_steps == 1_000_000
     (tmp_path / "run.yaml").write_text(f"total_env_steps: {written}\nhidden: [{written}, 8]\n")
@@ -175,6 +180,32 @@ def test_flags_replace_the_files_wrappers(tmp_path):
     file.write_text("wrapper: [a:b]\n")
     assert parse(["--config", str(file)]).environment.wrapper == ("a:b",)
     assert parse(["--config", str(file), "--wrapper=c:d"]).environment.wrapper == ("c:d",)
+
+
+@pytest.mark.parametrize("written", ["total_env_steps: 3.0e+3", "total_env_steps: '3000.0'"])
+def test_floats_that_are_whole_numbers_in_a_file(written, tmp_path):
+    (tmp_path / "run.yaml").write_text(written)
+    steps = parse(["--config", str(tmp_path / "run.yaml")]).run.total_env_steps
+    assert (steps, type(steps)) == (3_000, int)
+
+
+def test_a_list_of_presets_in_a_file_joins_them(tmp_path):
+    (tmp_path / "run.yaml").write_text("preset: [cartpole, rainbow]\n")
+    assert parse(["--config", str(tmp_path / "run.yaml")]) == parse(["--preset", "cartpole,rainbow"])
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ('{"a": 1, "b": [2]}', '{"b":[2],"a":1}', True),
+        ("", "{}", True),
+        ('{"a": 1}', '{"a": 2}', False),
+        ("no JSON", "no JSON", True),
+        ("no JSON", "{}", False),
+    ],
+)
+def test_arguments_of_an_environment_are_compared_by_their_content(one, other, same):
+    assert same_setting("env_kwargs", one, other) == same
 
 
 def test_env_kwargs_may_be_a_mapping_in_a_file(tmp_path):

@@ -301,3 +301,17 @@ def test_a_process_that_trains_treats_denormals_as_zero(tmp_path):
     assert (small * 0.01).item() > 0
     run(tmp_path)
     assert (small * 0.01).item() == 0
+
+
+def test_a_resume_compares_the_arguments_of_the_environment_by_their_content(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path, "--env-kwargs", '{"sutton_barto_reward": true}')
+    capsys.readouterr()
+    run(tmp_path, "--env-kwargs", '{ "sutton_barto_reward" : true }', "--total-env-steps", "700")
+    said = capsys.readouterr().out
+    assert "at env step 600" in said
+    assert "--env-kwargs" not in said
+    words = ["--env-kwargs", '{"sutton_barto_reward": false}']
+    assert train.main([*SMALL, "--run-dir", str(tmp_path), *words]) == 2
+    assert "was begun with --env-kwargs {" in capsys.readouterr().err
