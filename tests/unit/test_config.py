@@ -328,3 +328,70 @@ def test_ranges(allowed, inside, outside, words):
     assert all(number in allowed for number in inside)
     assert not any(number in allowed for number in outside)
     assert allowed.words == words
+
+
+# The settings of a run that is resumed
+
+
+def written(folder, *flags):
+    """Write the config.yaml of a run; return the flag that names its directory."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.yaml").write_text(as_yaml(parse(flags)))
+    return ["--run-dir", str(folder)]
+
+
+def test_precedence_preset_run_file_flags(tmp_path):
+    run_dir = written(
+        tmp_path / "run", "--preset", "cartpole", "--lr", "0.5", "--gamma", "0.5", "--seed", "5"
+    )
+    (tmp_path / "file.yaml").write_text("gamma: 0.6\nseed: 6\n")
+    config = parse(["--preset", "cartpole", *run_dir, "--config", str(tmp_path / "file.yaml"), "--seed", "7"])
+    assert (config.preset, config.learning.lr, config.learning.gamma) == ("cartpole", 0.5, 0.6)
+    assert config.run.seed == 7
+    assert config.network.dueling, "the preset of the run is not its own"
+
+
+def test_a_run_directory_named_in_a_file_counts_and_resume_never_does_not(tmp_path):
+    run_dir = written(tmp_path / "run", "--lr", "0.5")
+    (tmp_path / "file.yaml").write_text(f"run_dir: {run_dir[1]}\n")
+    assert parse(["--config", str(tmp_path / "file.yaml")]).learning.lr == 0.5
+    assert parse([*run_dir, "--resume", "never"]).learning.lr == Config().learning.lr
+    assert parse(["--run-dir", str(tmp_path)]).learning.lr == Config().learning.lr, "there is no config.yaml"
+
+
+def test_a_home_directory_is_found_by_its_sign(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    written(tmp_path / "run", "--lr", "0.5")
+    assert parse(["--run-dir", "~/run"]).learning.lr == 0.5
+
+
+@pytest.mark.parametrize(
+    ("presets", "words"),
+    [
+        (
+            ("cartpole", None, "smoke"),
+            "was begun with --preset smoke, not --preset cartpole; keep it, or choose",
+        ),
+        (("cartpole", None, ""), "was begun with no preset, not --preset cartpole"),
+        ((None, "", "smoke"), "was begun with --preset smoke, not no preset"),
+        (("rainbow", "cartpole", None), "holds the settings of --preset cartpole; leave one of them out"),
+        (("rainbow", "", None), "holds the settings of no preset; leave one of them out"),
+        (("smoke,minatar", "minatar,smoke", "smoke,minatar"), None),
+        ((None, "cartpole", "cartpole"), None),
+        ((None, None, "cartpole"), None),
+    ],
+)
+def test_the_preset_that_is_recorded_is_the_one_that_the_settings_are_of(presets, words, tmp_path):
+    flag, in_file, of_run = presets
+    argv = ["--preset", flag] if flag else []
+    if in_file is not None:
+        written(tmp_path / "other", "--preset", in_file)
+        argv += ["--config", str(tmp_path / "other" / "config.yaml")]
+    if of_run is not None:
+        argv += written(tmp_path / "run", "--preset", of_run)
+    if words is None:
+        config = parse(argv)
+        assert config.replace(run_dir="") == preset_config(config.preset)
+        return
+    with pytest.raises(UserError, match=words):
+        parse(argv)

@@ -315,3 +315,20 @@ def test_a_resume_compares_the_arguments_of_the_environment_by_their_content(
     words = ["--env-kwargs", '{"sutton_barto_reward": false}']
     assert train.main([*SMALL, "--run-dir", str(tmp_path), *words]) == 2
     assert "was begun with --env-kwargs {" in capsys.readouterr().err
+
+
+def test_a_run_directory_alone_resumes_with_the_settings_of_its_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path, "--lr", "0.01", "--dueling", "--seed", "5", "--log-every", "100")
+    capsys.readouterr()
+    assert train.main(["--run-dir", str(tmp_path), "--total-env-steps", "700"]) == 0
+    said = capsys.readouterr().out
+    assert said.count(f"those of {tmp_path / 'config.yaml'}\n") == 1
+    assert "--total-env-steps was 600, is 700" in said
+    assert said.count(" was ") == 1, "another setting than the one that was given has changed"
+    settings = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert (settings["preset"], settings["lr"], settings["dueling"]) == ("smoke", 0.01, True)
+    assert (settings["seed"], settings["log_every"], settings["total_env_steps"]) == (5, 100, 700)
+    assert train.main(["--run-dir", str(tmp_path), "--no-dueling"]) == 2
+    assert "was begun with --dueling True, not False" in capsys.readouterr().err
