@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -175,7 +177,7 @@ class EvalOptions:
     """Play a trained network greedily and print its returns."""
 
     path: Annotated[Path, tyro.conf.Positional]
-    """A run directory, to play its newest checkpoint, or any checkpoint, such as its `checkpoints/best`."""
+    """A run directory or its `checkpoints`, to play the newest one, or any checkpoint, such as `checkpoints/best`."""
     episodes: int = 100
     """Number of episodes to play."""
     epsilon: float = 0.0
@@ -184,15 +186,17 @@ class EvalOptions:
     """Seed of the environments and of the random actions."""
     video: Path | None = None
     """Also record one episode in this .mp4 or .gif file."""
+    json: bool = False
+    """Print one line of JSON, with the return of every episode."""
 
 
 def find_checkpoint(path: Path) -> Checkpoint:
-    """Open the checkpoint at a path, or the newest checkpoint of a run directory.
+    """Open the checkpoint at a path, or the newest checkpoint of a run directory or of its folder of checkpoints.
 
     Raises:
         UserError: there is no checkpoint, or it is broken.
     """
-    for place in (path, path / "checkpoints" / "latest"):
+    for place in (path, path / "latest", path / "checkpoints" / "latest"):
         try:
             if (place / "manifest.json").exists():
                 return open_checkpoint(place)
@@ -253,10 +257,34 @@ def evaluate(options: EvalOptions) -> Iterator[str]:
     use_threads(network, torch.get_num_threads())
     evaluation = Evaluator(config, LocalComm(), torch.device("cpu"), PhaseTimer()).run(network)
     assert evaluation is not None  # only `stop` makes it None
-    yield f"{options.path}: {evaluation}"
+    yield as_json(options, checkpoint, evaluation) if options.json else f"{options.path}: {evaluation}"
     if options.video is not None:
         record(network, config.environment, options.video, options.seed, options.epsilon)
-        yield f"video of one episode: {options.video}"
+        if not options.json:
+            yield f"video of one episode: {options.video}"
+
+
+def as_json(options: EvalOptions, checkpoint: Checkpoint, evaluation: Evaluation) -> str:
+    """Return the result as one line of JSON, with null for numbers that are not finite."""
+    result = {
+        "checkpoint": str(checkpoint.path),
+        "env": checkpoint.manifest["config"]["env"],
+        "env_steps": checkpoint.env_steps,
+        "seed": options.seed,
+        "epsilon": options.epsilon,
+        "episodes": len(evaluation.returns),
+        "mean": finite(evaluation.mean),
+        "std": finite(evaluation.std),
+        "min": finite(min(evaluation.returns)),
+        "max": finite(max(evaluation.returns)),
+        "returns": [finite(value) for value in evaluation.returns],
+    }
+    return json.dumps(result)
+
+
+def finite(number: float) -> float | None:
+    """Return the number, or None if it is not finite."""
+    return number if math.isfinite(number) else None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from hvdqn.acting import Actor
 from hvdqn.config import EnvironmentConfig
-from hvdqn.envs import Environments, find_spec, make_environments
+from hvdqn.envs import Environments, describe_missing_library, find_spec, make_environments
 from hvdqn.envs.atari import is_atari
 from hvdqn.errors import UserError
 from hvdqn.networks import QNetwork
@@ -109,7 +109,9 @@ def play(
     for _ in range(MAX_FRAMES):
         try:
             frame = envs.render()
-        except (gym.error.DependencyNotInstalled, NotImplementedError) as error:
+        except (gym.error.DependencyNotInstalled, ImportError) as error:
+            raise UserError(f"'{config.env}' cannot be rendered: {describe_missing_library(error)}") from None
+        except NotImplementedError as error:
             raise UserError(f"'{config.env}' cannot be rendered: {error}") from None
         if frame is None:
             raise UserError(f"'{config.env}' renders no frames in render_mode 'rgb_array'; leave --video out")

@@ -17,15 +17,18 @@ from typing import Any, NoReturn, TypeVar
 import tyro
 from tyro import MISSING_NONPROP
 
-from hvdqn.config.fields import Field, fields_of
-from hvdqn.config.names import did_you_mean
+from hvdqn import __version__
+from hvdqn.config.fields import Field, fields_of, flag_of
+from hvdqn.config.names import OTHER_NAMES, did_you_mean
 from hvdqn.config.values import value_of_words
 from hvdqn.errors import UserError
 
 T = TypeVar("T")
 
 HELP_FLAGS = ("-h", "--help")
+VERSION_FLAG = "--version"
 SHELLS = ("bash", "zsh", "fish")
+OTHER_FLAGS = {flag_of(other): flag_of(name) for other, name in OTHER_NAMES.items()}
 
 
 def parse_flags(kind: type[T], argv: Sequence[str], prog: str) -> T:
@@ -33,8 +36,10 @@ def parse_flags(kind: type[T], argv: Sequence[str], prog: str) -> T:
 
     Raises:
         UserError: an argument is unknown or missing, or has a wrong value.
-        SystemExit: 0 after `--help`.
+        SystemExit: 0 after `--help` or `--version`.
     """
+    if VERSION_FLAG in argv:
+        print_version()
     if any(word in HELP_FLAGS for word in argv):
         print_help(kind, prog)
     given = read_flags(kind, argv)
@@ -70,7 +75,8 @@ def read_flags(kind: type[Any], argv: Sequence[str]) -> dict[str, Any]:
             field = positional[0] if positional[0].item_type else positional.pop(0)
             value = value_of_words(field, [word])
         else:
-            raise UserError(f"unknown argument '{flag}'{did_you_mean(flag, flags)}; see --help for all flags")
+            near = did_you_mean(flag, flags, OTHER_FLAGS)
+            raise UserError(f"unknown argument '{flag}'{near}; see --help for all flags")
         collects = field.repeatable or (field.positional and field.item_type)
         given[field.name] = (*given.get(field.name, ()), *value) if collects else value
     return given
@@ -128,6 +134,16 @@ def _refuse_value_of_switch(field: Field, attached: str | None, words: Sequence[
     next_word = words[0].lower() if words else ""
     if attached is not None or next_word in ("true", "false", "yes", "no", "on", "off", "0", "1"):
         raise UserError(f"{field.flag} takes no value; write {field.flag} or --no-{field.flag[2:]}")
+
+
+def print_version() -> NoReturn:
+    """Print the version of this package, and leave.
+
+    Raises:
+        SystemExit: 0.
+    """
+    _print(f"hvdqn {__version__}")
+    raise SystemExit(0)
 
 
 def print_help(kind: type[T], prog: str, default: T | None = None) -> NoReturn:

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from hvdqn.config.fields import flag_of
-from hvdqn.config.flags import HELP_FLAGS, print_help, read_flags
+from hvdqn.config.flags import HELP_FLAGS, VERSION_FLAG, print_help, print_version, read_flags
 from hvdqn.config.presets import preset_names
 from hvdqn.config.settings import Config, preset_config, setting
 from hvdqn.config.validation import check
@@ -31,8 +31,10 @@ def parse(argv: Sequence[str], prog: str = "python -m hvdqn.train") -> Config:
 
     Raises:
         UserError: something in it is wrong.
-        SystemExit: 0 after `--help`.
+        SystemExit: 0 after `--help` or `--version`.
     """
+    if VERSION_FLAG in argv:
+        print_version()
     _refuse_repeated(argv, "--preset", "join them by comma, as in minatar,rainbow")
     _refuse_repeated(argv, "--config", "give one file")
     words = [word for word in argv if word not in HELP_FLAGS]

@@ -27,6 +27,8 @@ from hvdqn.errors import UserError
 
 # Namespaces of optional environments: the module that registers them, and the extra that installs it.
 _FAMILIES = {"ALE": ("ale_py", "atari"), "MinAtar": ("minatar.gym", "minatar")}
+# Libraries that environments of Gymnasium need, as error messages name them, and the extra that installs each.
+_LIBRARIES = {"pygame": "video", "Box2D": "box2d", "MinAtar": "minatar", "ale_py": "atari"}
 _SUPPORTED_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 
 
@@ -227,12 +229,8 @@ def _explain_errors(config: EnvironmentConfig) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except gym.error.DependencyNotInstalled as error:
-        raise UserError(f"'{config.env}' lacks a dependency: {_line(error)}") from error
-    except ImportError as error:
-        raise UserError(
-            f"'{config.env}' cannot be imported: {_line(error)}; install what it needs"
-        ) from error
+    except (gym.error.DependencyNotInstalled, ImportError) as error:
+        raise UserError(f"'{config.env}' lacks a dependency: {describe_missing_library(error)}") from error
     except (TypeError, ValueError, LookupError, AssertionError, AttributeError, gym.error.Error) as error:
         if config.env_kwargs in ("", "{}"):
             if isinstance(error, TypeError) and "missing" in str(error):
@@ -243,13 +241,24 @@ def _explain_errors(config: EnvironmentConfig) -> Iterator[None]:
         ) from error
 
 
+def describe_missing_library(error: Exception) -> str:
+    """Return the message of an ImportError or DependencyNotInstalled, with the extra that installs the library."""
+    message = _line(error)
+    for library, extra in _LIBRARIES.items():
+        if library.lower() in message.lower():
+            return f"{library} is not installed; pip install 'hvdqn[{extra}]'"
+    return f"{message}; install what it needs"
+
+
 def _wrap(env: gym.Env[Any, Any], path: str) -> gym.Env[Any, Any]:
     """Apply the wrapper at `module:attribute`."""
     wrapper = import_attribute(path, "--wrapper")
     try:
         wrapped = wrapper(env)
     except (gym.error.DependencyNotInstalled, ImportError) as error:
-        raise UserError(f"--wrapper '{path}' lacks a dependency: {_line(error)}; install it") from error
+        raise UserError(
+            f"--wrapper '{path}' lacks a dependency: {describe_missing_library(error)}"
+        ) from error
     except TypeError as error:
         raise UserError(
             f"--wrapper '{path}' cannot be called with an environment alone ({_line(error)}); "

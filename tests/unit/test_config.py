@@ -24,6 +24,7 @@ from hvdqn.config import (
     unused_settings,
 )
 from hvdqn.config.fields import above, at_least, at_most, between
+from hvdqn.config.names import OTHER_NAMES
 from hvdqn.config.presets import PRESETS
 from hvdqn.config.settings import SETTINGS
 from hvdqn.errors import UserError
@@ -328,6 +329,35 @@ def test_ranges(allowed, inside, outside, words):
     assert all(number in allowed for number in inside)
     assert not any(number in allowed for number in outside)
     assert allowed.words == words
+
+
+@pytest.mark.parametrize(
+    ("other", "ours"),
+    [
+        ("learning-rate", "lr"),
+        ("total-timesteps", "total-env-steps"),
+        ("buffer_size", "replay-capacity"),
+        ("batch-size", "batch-per-rank"),
+        ("num-envs", "envs-per-rank"),
+        ("target-network-frequency", "target-every"),
+        ("exploration-fraction", "exploration-env-steps"),
+        ("tau", "target-tau"),
+        ("eval-freq", "eval-every"),
+        ("output-dir", "run-dir"),
+        ("algo", "preset"),
+    ],
+)
+def test_names_of_other_libraries_lead_to_ours(other, ours, tmp_path):
+    with pytest.raises(UserError, match=f"; did you mean '--{ours}'\\?"):
+        parse([f"--{other}", "1"])
+    (tmp_path / "run.yaml").write_text(f"{other}: 1\n")
+    with pytest.raises(UserError, match=f"; did you mean '{ours.replace('-', '_')}'\\?"):
+        parse(["--config", str(tmp_path / "run.yaml")])
+
+
+def test_names_of_other_libraries_are_not_ours():
+    assert not set(OTHER_NAMES) & set(SETTINGS)
+    assert set(OTHER_NAMES.values()) - set(SETTINGS) == {"episodes"}, "which is a flag of `hvdqn eval`"
 
 
 # The settings of a run that is resumed

@@ -622,7 +622,7 @@ WRONG = {
     ),
     "wrapper without its library": (
         {"wrapper": ("tests.unit.scripted_envs:needs_more",)},
-        r"needs_more' lacks a dependency: No module named 'no_such_library'; install it",
+        r"needs_more' lacks a dependency: No module named 'no_such_library'; install what it needs",
     ),
     "native and wrapper": (
         {"wrapper": ("tests.unit.scripted_envs:doubled",), "vectorization": "native"},
@@ -657,14 +657,29 @@ def test_a_missing_extra_is_named(module: str, env: str, extra: str, monkeypatch
 def test_a_missing_dependency_is_named(monkeypatch: pytest.MonkeyPatch):
     def engine(**_: Any) -> None:
         raise gym.error.DependencyNotInstalled(
-            "Box2D is not installed,\n you can install it by `pip install swig`"
+            "Box2D is not installed,\n you can install it by `pip install swig` and `pip install gymnasium[box2d]`"
         )
 
     monkeypatch.setitem(
         gym.registry, "Engine-v0", gym.envs.registration.EnvSpec("Engine-v0", entry_point=engine)
     )
-    with pytest.raises(UserError, match=r"'Engine-v0' lacks a dependency: Box2D is not installed, you can"):
+    with pytest.raises(UserError, match=r"'Engine-v0' lacks a dependency: Box2D is not .* 'hvdqn\[box2d\]'$"):
         make_environments(EnvironmentConfig(env="Engine-v0"), 2, 1, True)
+
+
+@pytest.mark.parametrize(
+    ("error", "described"),
+    [
+        (
+            gym.error.DependencyNotInstalled('pygame is not installed, run `pip install "gymnasium[box2d]"`'),
+            "pygame is not installed; pip install 'hvdqn[video]'",
+        ),
+        (ImportError("No module named 'Box2D'"), "Box2D is not installed; pip install 'hvdqn[box2d]'"),
+        (ImportError("No module named 'mujoco'"), "No module named 'mujoco'; install what it needs"),
+    ],
+)
+def test_a_missing_library_is_described_with_its_extra(error: Exception, described: str):
+    assert making.describe_missing_library(error) == described
 
 
 def test_a_bug_in_the_environment_is_not_a_user_error():

@@ -332,3 +332,10 @@ def test_a_run_directory_alone_resumes_with_the_settings_of_its_run(
     assert (settings["seed"], settings["log_every"], settings["total_env_steps"]) == (5, 100, 700)
     assert train.main(["--run-dir", str(tmp_path), "--no-dueling"]) == 2
     assert "was begun with --dueling True, not False" in capsys.readouterr().err
+
+
+def test_no_evaluation_with_zero_episodes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    summary = run(tmp_path, "--eval-episodes", "0", "--eval-every", "300")
+    assert (summary["eval_return_mean"], summary["eval_episodes"]) == (None, None)
+    assert "evaluation" not in capsys.readouterr().out
+    assert not (tmp_path / "checkpoints" / "best").exists()
