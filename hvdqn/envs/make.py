@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import importlib
 import json
 import os
+import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +21,7 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.wrappers import FlattenObservation
 
-from hvdqn.config import EnvironmentConfig, did_you_mean, import_attribute, import_module
+from hvdqn.config import EnvironmentConfig, import_attribute, import_module
 from hvdqn.envs import snapshot
 from hvdqn.envs.atari import LIFE_LOST, AtariGame, AtariVector, game_settings, is_atari
 from hvdqn.envs.vector import Environments
@@ -85,11 +87,30 @@ def find_spec(env: str) -> EnvSpec:
         for other in _FAMILIES:  # old Atari ids have no namespace, and any family may have similar ids
             _register(other)
     if env_id not in gym.registry:
-        near = did_you_mean(env_id, sorted(gym.registry))
-        raise UserError(
-            f"unknown environment '{env_id}'{near or '; give a registered Gymnasium id or module:id'}"
-        )
+        raise UserError(f"unknown environment '{env_id}'; {_advice(env_id, bool(module))}")
     return gym.registry[env_id]
+
+
+def _advice(env_id: str, has_module: bool) -> str:
+    """Return what an unknown id may have meant, and how to name the package that registers it."""
+    near = _near_ids(env_id)
+    if has_module:
+        other = "give an id that its module registers"
+    else:
+        other = f"give a registered Gymnasium id, or module:{env_id} if a package of yours registers it"
+    return f"did you mean {' or '.join(map(repr, near))}? Else {other}" if near else other
+
+
+def _near_ids(env_id: str) -> list[str]:
+    """Return the registered ids that are closest to an unknown one; what counts is the name without its version."""
+    names = {known: _bare_name(known) for known in sorted(gym.registry)}
+    near = difflib.get_close_matches(_bare_name(env_id), sorted(set(names.values())), n=3, cutoff=0.7)
+    return difflib.get_close_matches(env_id, [k for k, name in names.items() if name in near], n=3, cutoff=0)
+
+
+def _bare_name(env_id: str) -> str:
+    """Return `pong` of `ALE/Pong-v5`."""
+    return re.sub(r"-v\d+$", "", env_id.rpartition("/")[2]).lower()
 
 
 def _register(family: str) -> bool:

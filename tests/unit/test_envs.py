@@ -571,6 +571,18 @@ WRONG = {
     "unknown id": ({"env": "CartPol-v1"}, r"unknown environment 'CartPol-v1'; did you mean .*'CartPole-v1'"),
     "unknown case": ({"env": "cartpole-v1"}, r"did you mean .*'CartPole-v1'"),
     "unknown game": ({"env": "ALE/Breakuot-v5"}, r"did you mean 'ALE/Breakout-v5'"),
+    "nothing of this name": (
+        {"env": "FlappyBird-v0"},
+        r"'FlappyBird-v0'; give a registered Gymnasium id, or module:FlappyBird-v0 if a package",
+    ),
+    "near ids, and a package's own": (
+        {"env": "CartPole-v7"},
+        r"'CartPole-v1'.*\? Else .* module:CartPole-v7 if",
+    ),
+    "an id that a module lacks": (
+        {"env": "tests.unit.scripted_envs:Flappy-v0"},
+        r"'Flappy-v0'; give an id that its module registers$",
+    ),
     "game without its namespace": ({"env": "Breakout-v5"}, r"did you mean .*'ALE/Breakout-v5'"),
     "nothing near": ({"env": "zzzzzzzzzz"}, r"unknown environment 'zzzzzzzzzz'; give a registered"),
     "unknown module": ({"env": "no_such_module:X-v0"}, r"cannot import 'no_such_module'.*PYTHONPATH"),

@@ -337,5 +337,5 @@ def test_a_run_directory_alone_resumes_with_the_settings_of_its_run(
 def test_no_evaluation_with_zero_episodes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     summary = run(tmp_path, "--eval-episodes", "0", "--eval-every", "300")
     assert (summary["eval_return_mean"], summary["eval_episodes"]) == (None, None)
-    assert "evaluation" not in capsys.readouterr().out
+    assert "evaluation at" not in capsys.readouterr().out
     assert not (tmp_path / "checkpoints" / "best").exists()
