@@ -6,13 +6,19 @@ tyro prints the help and the completion script from the same dataclass.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
+import inspect
 import io
+import itertools
 import os
+import shutil
 import sys
+import textwrap
+import typing
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import tyro
 from tyro import MISSING_NONPROP
@@ -152,7 +158,11 @@ def print_help(kind: type[T], prog: str, default: T | None = None) -> NoReturn:
     Raises:
         SystemExit: 0.
     """
-    _print(_output_of_tyro(kind, prog, ["--help"], MISSING_NONPROP if default is None else default))
+    text = _output_of_tyro(kind, prog, ["--help"], MISSING_NONPROP if default is None else default)
+    columns = shutil.get_terminal_size().columns
+    # tyro does not wrap the description of the command.
+    lines = (line.rstrip() for line in text.splitlines())
+    _print("\n".join(textwrap.fill(line, columns) if len(line) > columns else line for line in lines))
     raise SystemExit(0)
 
 
@@ -180,10 +190,33 @@ def print_completion(commands: Any, shell: str, prog: str) -> None:
 
 def _output_of_tyro(kind: Any, prog: str, argv: Sequence[str], default: Any) -> str:
     """Return what tyro prints for `--help` and the like."""
+    _join_help_texts(kind)
     out = io.StringIO()
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(out):
         tyro.cli(kind, prog=prog, args=argv, default=default, config=(tyro.conf.OmitArgPrefixes,))
     return out.getvalue()
+
+
+def _join_help_texts(kind: Any) -> None:
+    """Add the help text of each field of a dataclass, or of a union of them, to its annotation, as one line.
+
+    tyro itself keeps the line breaks of these texts in the source.
+    """
+    if not isinstance(kind, type) or not dataclasses.is_dataclass(kind):
+        for part in typing.get_args(kind):
+            _join_help_texts(part)
+        return
+    hints = typing.get_type_hints(kind, include_extras=True)
+    definition = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
+    assert isinstance(definition, ast.ClassDef)
+    for field, text in itertools.pairwise(definition.body):
+        match field, text:
+            case ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(words))):
+                kind.__annotations__[name] = Annotated[
+                    hints[name], tyro.conf.arg(help=" ".join(words.split()))
+                ]
+    for hint in hints.values():
+        _join_help_texts(hint)
 
 
 def _print(text: str) -> None:

@@ -28,6 +28,8 @@ class Status:
 
     def update(self, record: Record) -> None:
         """Add one record. A value that it does not have, or that is not finite, keeps its last number."""
+        if record.env_steps <= self.env_steps:  # an evaluation: its time is not that of the env steps
+            self._recent.clear()
         self.env_steps, self._updates = record.env_steps, record.updates
         self._values.update({name: v for name, v in record.values.items() if math.isfinite(v)})
         self._recent.append((record.wall_seconds, record.env_steps))
@@ -48,9 +50,11 @@ class Status:
     def time_left(self) -> str:
         """Return the time left at the recent speed, such as `left 0:00:04`."""
         env_steps_per_second = self._env_steps_per_second()
+        if self.env_steps >= self.total_env_steps:
+            return "left 0:00:00"
         if not env_steps_per_second > 0:
             return "left ?"
-        seconds = math.ceil(max(0, self.total_env_steps - self.env_steps) / env_steps_per_second)
+        seconds = math.ceil((self.total_env_steps - self.env_steps) / env_steps_per_second)
         return f"left {seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
     def learning(self) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import subprocess
 import sys
 
@@ -425,3 +426,16 @@ def test_the_preset_that_is_recorded_is_the_one_that_the_settings_are_of(presets
         return
     with pytest.raises(UserError, match=words):
         parse(argv)
+
+
+@pytest.mark.parametrize("columns", [72, 100])
+def test_help_breaks_lines_only_where_they_are_full(columns, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= columns
+    indent = max(len(line) - len(line.lstrip()) for line in lines)
+    for line, after in itertools.pairwise(lines):
+        if line.strip() and after.startswith(" " * indent) and line[indent - 1 : indent] == " ":
+            assert len(line) + 1 + len(after.split()[0]) > columns, f"{line!r} goes on with {after!r}"

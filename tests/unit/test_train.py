@@ -237,7 +237,23 @@ def test_it_says_what_runs_and_why(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "native vector" in said
     assert "env steps 600/600" in said
     assert re.search(r"2 episodes: mean [\d.]+, std [\d.]+, min [\d.]+, max [\d.]+", said)
-    assert f"run directory: {tmp_path}" in said
+    assert f"run directory: {tmp_path}   checkpoint: " in said
+
+
+@pytest.mark.parametrize("flags", [(), ("--sync", "parameters", "--outer-momentum", "0.9", "--torso", "mlp")])
+def test_the_header_names_device_and_run_directory_in_lines_that_fit(
+    flags: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrapper = [word for _ in range(4) for word in ("--wrapper", "tests.unit.scripted_envs:doubled")]
+    run(tmp_path, "--device", "cpu", *wrapper, *flags)
+    lines = capsys.readouterr().out.splitlines()
+    end = lines.index(f"run directory: {tmp_path}")
+    header = lines[:end]
+    assert any(line.endswith("device cpu") for line in header)
+    assert max(map(len, header)) <= 100
+    assert any(line.startswith("  ") for line in header), "a long line goes on in the next one"
+    words = " ".join(" ".join(header).split())
+    assert words.count("wrapped by tests.unit.scripted_envs:doubled") == 4
 
 
 def test_odd_sizes_take_the_updates_they_owe(tmp_path: Path) -> None:
