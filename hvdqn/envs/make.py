@@ -23,7 +23,8 @@ from gymnasium.wrappers import FlattenObservation
 
 from hvdqn.config import EnvironmentConfig, import_attribute, import_module
 from hvdqn.envs import snapshot
-from hvdqn.envs.atari import LIFE_LOST, AtariGame, AtariVector, game_settings, is_atari
+from hvdqn.envs.atari import AtariGame, AtariVector, game_settings, is_atari
+from hvdqn.envs.atari_variant import LIFE_LOST, AtariVariant, is_variant
 from hvdqn.envs.vector import Environments
 from hvdqn.errors import UserError
 
@@ -152,9 +153,16 @@ def _read_kwargs(config: EnvironmentConfig, spec: EnvSpec) -> dict[str, Any]:
 def _make_vector(build: _Build, num_envs: int, threads: int) -> tuple[VectorEnv[Any, Any, Any], str]:
     """Return the vector environment that the config asks for, and its kind: native, sync or async."""
     config, requested = build.config, build.config.vectorization
-    has_native = build.spec.vector_entry_point is not None and not build.spec.additional_wrappers
+    is_single = is_atari(build.spec) and is_variant(build.kwargs)
+    has_native = (
+        build.spec.vector_entry_point is not None and not build.spec.additional_wrappers and not is_single
+    )
     if requested == "native" and config.wrapper:
         raise UserError("--wrapper wraps single environments; use it with --vectorization sync or async")
+    if requested == "native" and is_single:
+        raise UserError(
+            f"the native vector of '{config.env}' has no mode, difficulty or RAM; use --vectorization sync or async"
+        )
     if requested == "native" and not has_native:
         raise UserError(f"'{config.env}' has no native vector; use --vectorization sync or async")
     if requested == "native" or (requested == "auto" and has_native and not config.wrapper):
@@ -196,7 +204,8 @@ def _make_single(build: _Build, index: int, rank_pid: int) -> gym.Env[Any, Any]:
     env: gym.Env[Any, Any]
     with _explain_errors(config):
         if is_atari(build.spec):
-            env = AtariGame(build.episodic_life, build.kwargs)
+            game = AtariVariant if is_variant(build.kwargs) else AtariGame
+            env = game(build.episodic_life, build.kwargs)
         else:
             env = gym.make(build.spec, disable_env_checker=True, **build.kwargs)
     for path in config.wrapper:
@@ -325,6 +334,8 @@ def _describe(build: _Build, vector: VectorEnv[Any, Any, Any], kind: str) -> str
     if is_atari(build.spec):
         words.append(f"frameskip {build.kwargs.get('frameskip', 4)}")
         words.append(f"sticky actions {build.kwargs['repeat_action_probability']}")
+        words += [f"{name} {build.kwargs[name]}" for name in ("mode", "difficulty") if name in build.kwargs]
+        words += ["RAM observations"] * (build.kwargs.get("obs_type") == "ram")
     if build.episodic_life:
         words.append("a lost life ends the episode")
     return ", ".join(words)
