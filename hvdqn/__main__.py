@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Annotated, Any, Union
 
+from hvdqn import __version__
+
 COMMANDS = {
     "train": ("hvdqn.train", "train a network; under a launcher, on all its ranks"),
     "eval": ("hvdqn.evaluate", "play a trained network greedily"),
@@ -20,6 +22,7 @@ COMMANDS = {
     "plot": ("hvdqn.plot", "draw learning curves of one or many runs"),
 }
 COMPLETION_FLAG = "--tyro-print-completion"
+VERSION_FLAG = "--version"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,6 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print(usage())
+        return 0
+    if words[0] == VERSION_FLAG:
+        print(f"hvdqn {__version__}")
         return 0
     if words[0] == COMPLETION_FLAG:
         return complete(words[1:])
@@ -51,6 +57,7 @@ def usage() -> str:
             "usage: hvdqn COMMAND [...]\n",
             *lines,
             "\n'hvdqn COMMAND --help' lists the flags of a command.",
+            f"'hvdqn {VERSION_FLAG}' prints the version.",
             f"'hvdqn {COMPLETION_FLAG} bash' prints a completion script; zsh and fish work too.",
         )
     )

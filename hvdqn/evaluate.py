@@ -25,7 +25,7 @@ from hvdqn.envs import Environments, as_exception, make_environments
 from hvdqn.errors import UserError
 from hvdqn.graphs import Record
 from hvdqn.links import follow_link
-from hvdqn.metrics import PhaseTimer, ProgressLine
+from hvdqn.metrics import PhaseTimer, ProgressLine, finite
 from hvdqn.networks import QNetwork
 from hvdqn.parts import network_for
 from hvdqn.process import usable_cores, use_threads
@@ -193,7 +193,7 @@ class EvalOptions:
     """Play a trained network greedily and print its returns."""
 
     path: Annotated[Path, tyro.conf.Positional]
-    """A run directory, to play its newest checkpoint, or any checkpoint, such as its `checkpoints/best`."""
+    """A run directory or its `checkpoints`, to play the newest one, or any checkpoint, such as `checkpoints/best`."""
     episodes: int = 100
     """Number of episodes to play."""
     epsilon: float = 0.0
@@ -212,15 +212,17 @@ class EvalOptions:
     """Allows to import the run's `--wrapper module:attribute`, if it is this one. May be repeated."""
     torso: str = ""
     """Allows to import the run's `--torso module:attribute`, if it is this one."""
+    json: bool = False
+    """Print one line of JSON, with the return of every episode."""
 
 
 def find_checkpoint(path: Path) -> Checkpoint:
-    """Open the checkpoint at a path, or the newest checkpoint of a run directory.
+    """Open the checkpoint at a path, or the newest checkpoint of a run directory or of its folder of checkpoints.
 
     Raises:
         UserError: there is no checkpoint, or it is broken.
     """
-    for place in (path, path / "checkpoints" / "latest"):
+    for place in (path, path / "latest", path / "checkpoints" / "latest"):
         try:
             if (follow_link(place) / "manifest.json").exists():
                 return open_checkpoint(place)
@@ -330,12 +332,31 @@ def evaluate(options: EvalOptions) -> Iterator[str]:
     with closing(ProgressLine(sys.stderr)) as line:
         evaluation = evaluator.run(network, show=lambda finished: line.show(playing(finished)))
     assert evaluation is not None  # only `stop` makes it None
-    yield f"{options.path}: {evaluation}"
+    yield as_json(options, checkpoint, evaluation) if options.json else f"{options.path}: {evaluation}"
     if options.video is not None:
         with closing(ProgressLine(sys.stderr)) as line:
             line.show(f"recording one episode in {options.video}")
             record(network, config.environment, options.video, options.seed, options.epsilon)
-        yield f"video of one episode: {options.video}"
+        if not options.json:
+            yield f"video of one episode: {options.video}"
+
+
+def as_json(options: EvalOptions, checkpoint: Checkpoint, evaluation: Evaluation) -> str:
+    """Return the result as one line of JSON, with null for numbers that are not finite."""
+    result = {
+        "checkpoint": str(checkpoint.path),
+        "env": checkpoint.manifest["config"]["env"],
+        "env_steps": checkpoint.env_steps,
+        "seed": options.seed,
+        "epsilon": options.epsilon,
+        "episodes": len(evaluation.returns),
+        "mean": evaluation.mean,
+        "std": evaluation.std,
+        "min": min(evaluation.returns),
+        "max": max(evaluation.returns),
+        "returns": evaluation.returns,
+    }
+    return json.dumps(finite(result))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

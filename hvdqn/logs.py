@@ -108,6 +108,7 @@ def setup_logging(rank: int, size: int) -> None:
     Raises:
         UserError: HVDQN_LOG_LEVEL is not a level. Logging is then set up with the default level.
     """
+    replace_closed_streams()
     wanted = os.environ.get(LEVEL_VARIABLE) or "INFO"
     name = wanted.upper() if wanted.upper() in LEVELS else "INFO"
     debug = name == "DEBUG"
@@ -123,6 +124,17 @@ def setup_logging(rank: int, size: int) -> None:
             )
     if wanted.upper() not in LEVELS:
         raise UserError(f"{LEVEL_VARIABLE} is '{wanted}'; set it to one of {', '.join(LEVELS)}")
+
+
+def replace_closed_streams() -> None:
+    """Open the null device for each standard stream that is closed, as after `>&-`.
+
+    Python sets such a stream to None. Without this, the next file that is opened, perhaps a file of the run, would get
+    the stream's descriptor, and libraries would print into it.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115
 
 
 def open_display(display: Display) -> None:

@@ -109,6 +109,8 @@ class Recorder:
     def evaluate(self, stop: Callable[[], bool]) -> bool:
         """Play greedily, every rank its share of the episodes, unless that was done at this env step.
 
+        With `eval_episodes` 0 nothing is played.
+
         Args:
             stop: whether this rank votes to stop before the end.
 
@@ -116,7 +118,7 @@ class Recorder:
             False if a rank voted to stop, so that there is no result.
         """
         clock, progress = self.parts.clock, self.progress
-        if progress.evaluated_at_env_steps == clock.env_steps:
+        if progress.evaluated_at_env_steps == clock.env_steps or self.config.run.eval_episodes == 0:
             return True
         evaluation = self.evaluator.run(self.parts.learner.online, stop, self.show_evaluation)
         self.activity = ""

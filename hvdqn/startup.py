@@ -143,7 +143,7 @@ def begin(trainer: Trainer, checkpoint: Checkpoint | None, warnings: Sequence[st
         recorder.progress, changes = restore(parts, checkpoint, config, comm, recorder.totals)
         recorder.saved_at_env_steps = parts.clock.env_steps
     recorder.resume()
-    log_header(config, comm, parts)
+    log_header(config, comm, parts, recorder.run_dir)
     for line in warnings:
         log.warning(line)
     for line in changes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,33 +17,41 @@ from hvdqn.sync import Strategy, Totals
 
 log = logging.getLogger(__name__)
 
+HEADER_COLUMNS = 100
 
 EVALUATION = ("eval_return_mean", "eval_return_std", "eval_episodes")
 
 
-def log_header(config: Config, comm: Comm, parts: Parts) -> None:
-    """Log what is about to run; a collective call."""
+def log_header(config: Config, comm: Comm, parts: Parts, run_dir: Path) -> None:
+    """Log what is about to run, in lines that fit a terminal of 100 columns; a collective call."""
     ranks = f"{comm.size} rank" + "s" * (comm.size > 1)
     update_every = parts.clock.global_batch / config.replay.replay_ratio
-    log.info("hvdqn %s: %s, comm %s (%s)", __version__, ranks, comm.name, comm.why)
-    described = comm.all_gather_object(_describe_acting(parts))
-    log.info("each rank: %s", next(text for text in described if text))
-    log.info(
-        "network: %s parameters; global batch %d, an update every %g env steps; %s",
-        f"{parts.learner.parameters.numel():,}",
-        parts.clock.global_batch,
-        update_every,
-        parts.strategy.description,
-    )
+    described = comm.all_gather_object((str(parts.device), _describe_acting(parts)))
+    devices = sorted({device for device, _ in described})
+    environments, replay = next(acting for _, acting in described if acting)
+    lines = [
+        f"hvdqn {__version__}: {ranks}, comm {comm.name} ({comm.why})",
+        f"each rank: {environments}",
+        f"each rank: {replay}; device {' or '.join(devices)}",
+        f"network: {parts.learner.parameters.numel():,} parameters; global batch {parts.clock.global_batch}, an update "
+        f"every {update_every:g} env steps",
+        f"strategy: {parts.strategy.description}",
+    ]
+    for line in lines:
+        for piece in textwrap.wrap(
+            line, HEADER_COLUMNS, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+        ):
+            log.info("%s", piece)
+    log.info("run directory: %s", run_dir)  # in one piece, to be copied
     for line in unused_settings(config):
         log.warning("%s", line)
 
 
-def _describe_acting(parts: Parts) -> str:
-    """Return what a rank acts in and remembers; empty for a rank that serves."""
+def _describe_acting(parts: Parts) -> tuple[str, str] | None:
+    """Return what a rank acts in, and what it remembers; None for a rank that serves."""
     if parts.acting is None:
-        return ""
-    return f"{parts.acting.envs.description}; {parts.acting.replay.description}"
+        return None
+    return parts.acting.envs.description, parts.acting.replay.description
 
 
 def summarize(

@@ -158,6 +158,8 @@ def _render(envs: Environments, env: str) -> NDArray[np.uint8]:
     try:
         rendered = envs.render()
         array = np.asarray(rendered)  # a list of frames of different sizes raises ValueError
+    except (gym.error.DependencyNotInstalled, ImportError) as error:
+        raise UserError(f"'{env}' cannot be rendered: {describe_missing_library(error)}") from error
     except (Exception, SystemExit) as error:  # whatever a drawing library raises
         raise UserError(
             f"'{env}' cannot be rendered: {type(error).__name__}: {_line(error)}; leave --video out"

@@ -22,6 +22,7 @@ from hvdqn.comm import Comm
 from hvdqn.config import (
     Config,
     incidental_settings,
+    same_setting,
     settings_fixed_on_resume,
     settings_of_exact_resume,
 )
@@ -134,7 +135,7 @@ def _check_resume(resume: str, found: Checkpoint | None, broken: Mapping[str, st
 
 def _check_fixed(before: Mapping[str, Any], now: Mapping[str, Any], run_dir: Path) -> None:
     for name in settings_fixed_on_resume():
-        if before.get(name, now[name]) != now[name]:
+        if not same_setting(name, before.get(name, now[name]), now[name]):
             raise UserError(
                 f"'{run_dir}' was begun with --{name.replace('_', '-')} {before[name]}, not {now[name]}; "
                 f"keep it, or choose another --run-dir"
@@ -297,5 +298,5 @@ def _changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list
     return [
         f"--{name.replace('_', '-')} was {before[name]}, is {value}"
         for name, value in now.items()
-        if name in before and name not in unreported and before[name] != value
+        if name in before and name not in unreported and not same_setting(name, before[name], value)
     ]

@@ -72,10 +72,11 @@ class Note(Enum):
     )
     SAME_CURVE = "`hvdqn plot` draws runs that differ only in this as one curve, like runs of different seeds"
     JSON_TEXT = "the value is the text of a JSON object; a YAML file may hold a mapping instead"
+    COMMA_TEXT = "the value is names joined by commas; a YAML file may hold a list instead"
 
 
 FIXED, EXACT_ONLY, INCIDENTAL = Note.FIXED, Note.EXACT_ONLY, Note.INCIDENTAL
-SAME_CURVE, JSON_TEXT = Note.SAME_CURVE, Note.JSON_TEXT
+SAME_CURVE, JSON_TEXT, COMMA_TEXT = Note.SAME_CURVE, Note.JSON_TEXT, Note.COMMA_TEXT
 
 
 @dataclass(frozen=True)

@@ -6,26 +6,35 @@ tyro prints the help and the completion script from the same dataclass.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
+import inspect
 import io
+import itertools
 import os
+import shutil
 import sys
+import textwrap
+import typing
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import tyro
 from tyro import MISSING_NONPROP
 
-from hvdqn.config.fields import Field, fields_of
-from hvdqn.config.names import did_you_mean
+from hvdqn import __version__
+from hvdqn.config.fields import Field, fields_of, flag_of
+from hvdqn.config.names import OTHER_NAMES, did_you_mean
 from hvdqn.config.values import value_of_words
 from hvdqn.errors import UserError
 
 T = TypeVar("T")
 
 HELP_FLAGS = ("-h", "--help")
+VERSION_FLAG = "--version"
 SHELLS = ("bash", "zsh", "fish")
+OTHER_FLAGS = {flag_of(other): flag_of(name) for other, name in OTHER_NAMES.items()}
 
 
 def parse_flags(kind: type[T], argv: Sequence[str], prog: str) -> T:
@@ -33,8 +42,10 @@ def parse_flags(kind: type[T], argv: Sequence[str], prog: str) -> T:
 
     Raises:
         UserError: an argument is unknown or missing, or has a wrong value.
-        SystemExit: 0 after `--help`.
+        SystemExit: 0 after `--help` or `--version`.
     """
+    if VERSION_FLAG in argv:
+        print_version()
     if any(word in HELP_FLAGS for word in argv):
         print_help(kind, prog)
     given = read_flags(kind, argv)
@@ -70,7 +81,8 @@ def read_flags(kind: type[Any], argv: Sequence[str]) -> dict[str, Any]:
             field = positional[0] if positional[0].item_type else positional.pop(0)
             value = value_of_words(field, [word])
         else:
-            raise UserError(f"unknown argument '{flag}'{did_you_mean(flag, flags)}; see --help for all flags")
+            near = did_you_mean(flag, flags, OTHER_FLAGS)
+            raise UserError(f"unknown argument '{flag}'{near}; see --help for all flags")
         collects = field.repeatable or (field.positional and field.item_type)
         given[field.name] = (*given.get(field.name, ()), *value) if collects else value
     return given
@@ -130,13 +142,27 @@ def _refuse_value_of_switch(field: Field, attached: str | None, words: Sequence[
         raise UserError(f"{field.flag} takes no value; write {field.flag} or --no-{field.flag[2:]}")
 
 
+def print_version() -> NoReturn:
+    """Print the version of this package, and leave.
+
+    Raises:
+        SystemExit: 0.
+    """
+    _print(f"hvdqn {__version__}")
+    raise SystemExit(0)
+
+
 def print_help(kind: type[T], prog: str, default: T | None = None) -> NoReturn:
     """Print all flags with the values of `default`, and leave.
 
     Raises:
         SystemExit: 0.
     """
-    _print(_output_of_tyro(kind, prog, ["--help"], MISSING_NONPROP if default is None else default))
+    text = _output_of_tyro(kind, prog, ["--help"], MISSING_NONPROP if default is None else default)
+    columns = shutil.get_terminal_size().columns
+    # tyro does not wrap the description of the command.
+    lines = (line.rstrip() for line in text.splitlines())
+    _print("\n".join(textwrap.fill(line, columns) if len(line) > columns else line for line in lines))
     raise SystemExit(0)
 
 
@@ -164,10 +190,33 @@ def print_completion(commands: Any, shell: str, prog: str) -> None:
 
 def _output_of_tyro(kind: Any, prog: str, argv: Sequence[str], default: Any) -> str:
     """Return what tyro prints for `--help` and the like."""
+    _join_help_texts(kind)
     out = io.StringIO()
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(out):
         tyro.cli(kind, prog=prog, args=argv, default=default, config=(tyro.conf.OmitArgPrefixes,))
     return out.getvalue()
+
+
+def _join_help_texts(kind: Any) -> None:
+    """Add the help text of each field of a dataclass, or of a union of them, to its annotation, as one line.
+
+    tyro itself keeps the line breaks of these texts in the source.
+    """
+    if not isinstance(kind, type) or not dataclasses.is_dataclass(kind):
+        for part in typing.get_args(kind):
+            _join_help_texts(part)
+        return
+    hints = typing.get_type_hints(kind, include_extras=True)
+    definition = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
+    assert isinstance(definition, ast.ClassDef)
+    for field, text in itertools.pairwise(definition.body):
+        match field, text:
+            case ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(words))):
+                kind.__annotations__[name] = Annotated[
+                    hints[name], tyro.conf.arg(help=" ".join(words.split()))
+                ]
+    for hint in hints.values():
+        _join_help_texts(hint)
 
 
 def _print(text: str) -> None:

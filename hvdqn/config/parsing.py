@@ -1,20 +1,29 @@
-"""From a command line to a checked `Config`. Precedence: defaults < `--preset` < `--config FILE.yaml` < flags."""
+"""From a command line to a checked `Config`.
+
+Precedence: defaults < `--preset` < `config.yaml` of the run that is resumed < `--config FILE.yaml` < flags.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Sequence
+import logging
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from hvdqn.config.fields import flag_of
-from hvdqn.config.flags import HELP_FLAGS, print_help, read_flags
+from hvdqn.config.flags import HELP_FLAGS, VERSION_FLAG, print_help, print_version, read_flags
+from hvdqn.config.presets import preset_names
 from hvdqn.config.settings import Config, preset_config, setting
 from hvdqn.config.validation import check
 from hvdqn.config.values import value_of_data
 from hvdqn.errors import UserError
+
+log = logging.getLogger(__name__)
+
+CONFIG_FILE = "config.yaml"
 
 
 def parse(argv: Sequence[str], prog: str = "python -m hvdqn.train") -> Config:
@@ -22,27 +31,87 @@ def parse(argv: Sequence[str], prog: str = "python -m hvdqn.train") -> Config:
 
     Raises:
         UserError: something in it is wrong.
-        SystemExit: 0 after `--help`.
+        SystemExit: 0 after `--help` or `--version`.
     """
+    if VERSION_FLAG in argv:
+        print_version()
     _refuse_repeated(argv, "--preset", "join them by comma, as in minatar,rainbow")
     _refuse_repeated(argv, "--config", "give one file")
     words = [word for word in argv if word not in HELP_FLAGS]
     flags = read_flags(Config, words)
     path = flags.pop("config", "")
     in_file = read_config_file(path) if path else {}
-    file_preset = in_file.pop("preset", "")
-    default = preset_config(flags.pop("preset", "") or file_preset).replace(**in_file)
+    run_path, in_run = _read_config_of_run({**in_file, **flags})
+    preset = _agreed_preset(flags.pop("preset", ""), in_file.pop("preset", None), path)
+    preset = _preset_of_run(preset, in_run.pop("preset", None), run_path)
+    default = preset_config(preset or "").replace(**{**in_run, **in_file})
     if len(words) < len(argv):
         print_help(Config, prog, default)
     config = default.replace(**flags)
     with _blame_file(path, {flag_of(name) for name in in_file if name not in flags}):
         check(config)
+    if run_path:
+        log.info(f"settings not given here are those of {run_path}")
     return config
 
 
 def _refuse_repeated(argv: Sequence[str], flag: str, remedy: str) -> None:
     if sum(word.split("=")[0] == flag for word in argv) > 1:
         raise UserError(f"{flag} is given twice; {remedy}")
+
+
+def _read_config_of_run(given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return the path of the config.yaml in the run directory, and its settings; "" and none if there is no such file.
+
+    With `--resume never` the file does not count.
+    """
+    if not given.get("run_dir") or given.get("resume") == "never":
+        return "", {}
+    path = Path(given["run_dir"]).expanduser() / CONFIG_FILE
+    if not path.is_file():
+        return "", {}
+    settings = read_config_file(str(path))
+    return str(path), {name: v for name, v in settings.items() if name not in ("run_dir", "resume")}
+
+
+def _agreed_preset(flag: str, in_file: str | None, path: str) -> str | None:
+    """Return the preset that `--preset` or the config file names; None if neither does.
+
+    The file of a run holds every setting: beside it another preset would have no effect but its name.
+
+    Raises:
+        UserError: both name one, and not the same.
+    """
+    if not flag or in_file is None:
+        return flag or in_file
+    if not _same_presets(flag, in_file):
+        raise UserError(
+            f"--preset {flag} beside the config file '{path}', which holds the settings of {_words(in_file)}; "
+            "leave one of them out"
+        )
+    return flag
+
+
+def _preset_of_run(given: str | None, in_run: str | None, path: str) -> str | None:
+    """Return the preset of the run that is resumed; the given one if there is no run.
+
+    Raises:
+        UserError: another one is given.
+    """
+    if given is not None and in_run is not None and not _same_presets(given, in_run):
+        raise UserError(
+            f"'{Path(path).parent}' was begun with {_words(in_run)}, not {_words(given)}; keep it, or choose another "
+            "--run-dir"
+        )
+    return given if in_run is None else in_run
+
+
+def _same_presets(one: str, other: str) -> bool:
+    return set(preset_names(one)) == set(preset_names(other))
+
+
+def _words(preset: str) -> str:
+    return f"--preset {preset}" if preset else "no preset"
 
 
 def read_config_file(path: str) -> dict[str, Any]:

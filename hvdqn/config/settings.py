@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from hvdqn.config.fields import (
+    COMMA_TEXT,
     EXACT_ONLY,
     FIXED,
     INCIDENTAL,
@@ -30,8 +31,9 @@ from hvdqn.config.fields import (
     between,
     fields_of,
 )
-from hvdqn.config.names import did_you_mean
+from hvdqn.config.names import OTHER_NAMES, did_you_mean
 from hvdqn.config.presets import PRESETS, preset_names, preset_settings
+from hvdqn.config.values import same_value
 from hvdqn.errors import UserError
 
 Count = Annotated[int, at_least(1)]
@@ -253,9 +255,9 @@ class RunConfig:
     """`auto`: continue from the newest checkpoint of run_dir if there is one. `never`: refuse if there is one. `must`:
     refuse if there is none."""
     eval_every: Annotated[CountOrZero, SAME_CURVE] = 0
-    """Env steps between evaluations; there is always one at the end."""
-    eval_episodes: Annotated[Count, SAME_CURVE] = 100
-    """Episodes of an evaluation, shared by all ranks."""
+    """Env steps between evaluations; there is also one at the end, unless `eval_episodes` is 0."""
+    eval_episodes: Annotated[CountOrZero, SAME_CURVE] = 100
+    """Episodes of an evaluation, shared by all ranks; 0: never evaluate."""
     eval_epsilon: Share = 0.0
     """Share of random actions in evaluation."""
     checkpoint_every: Annotated[CountOrZero, SAME_CURVE] = 10_000
@@ -279,7 +281,7 @@ PRESET_HELP = (
 class Config:
     """Train one deep Q-network on all ranks of the job."""
 
-    preset: Annotated[str, tyro.conf.arg(help=PRESET_HELP), INCIDENTAL] = ""
+    preset: Annotated[str, tyro.conf.arg(help=PRESET_HELP), COMMA_TEXT, INCIDENTAL] = ""
     config: str = ""
     """YAML file with the same keys as the flags."""
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
@@ -327,8 +329,14 @@ def setting(name: str) -> Field:
         UserError: there is no such setting.
     """
     if name not in SETTINGS:
-        raise UserError(f"unknown setting '{name}'{did_you_mean(name, SETTINGS)}; see --help for all of them")
+        near = did_you_mean(name, SETTINGS, OTHER_NAMES)
+        raise UserError(f"unknown setting '{name}'{near}; see --help for all of them")
     return SETTINGS[name]
+
+
+def same_setting(name: str, one: Any, other: Any) -> bool:
+    """Return True if two values of the setting with this name mean the same."""
+    return same_value(SETTINGS[name], one, other)
 
 
 def preset_config(presets: str) -> Config:

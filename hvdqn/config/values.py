@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from hvdqn.config.fields import JSON_TEXT, Field
+from hvdqn.config.fields import COMMA_TEXT, JSON_TEXT, Field
 from hvdqn.errors import UserError
 
 
@@ -32,6 +32,8 @@ def value_of_data(field: Field, data: Any) -> Any:
     if field.item_type is not None:
         items = data if isinstance(data, list) else [data]
         return tuple(_read(field, item, field.item_type) for item in items)
+    if isinstance(data, list) and COMMA_TEXT in field.notes:
+        return ",".join(_read(field, item, field.type) for item in data)
     if isinstance(data, dict) and JSON_TEXT in field.notes:
         try:
             return json.dumps(data)
@@ -64,18 +66,35 @@ def _read(field: Field, data: Any, kind: Any) -> Any:
     return kind(str(data))
 
 
+def same_value(field: Field, one: Any, other: Any) -> bool:
+    """Return True if two values of a setting mean the same. JSON is compared by its content, not by its text."""
+    if JSON_TEXT in field.notes:
+        with contextlib.suppress(ValueError, TypeError):
+            return bool(json.loads(one or "{}") == json.loads(other or "{}"))
+    return bool(one == other)
+
+
 def _whole_number(field: Field, data: Any) -> int:
-    """Read a whole number as people write large ones: 1000000, 1_000_000, 1e6, and 1.0e+6 in YAML."""
-    with contextlib.suppress(ValueError, TypeError, OverflowError):
-        if isinstance(data, float) and data.is_integer():
-            return int(data)
-        if isinstance(data, str) and "e" in data.lower() and float(data).is_integer():
-            return int(float(data))
-        if isinstance(data, (str, int)) and not isinstance(data, bool):
-            return int(data)
+    """Read a whole number as people write large ones: 1000000, 1_000_000, 1e6, 1.0e+6 and 1000000.0."""
+    if isinstance(data, (str, int, float)) and not isinstance(data, bool):
+        with contextlib.suppress(ValueError):
+            return int(data) if not isinstance(data, float) else _exactly(data)
+        with contextlib.suppress(ValueError):
+            return _exactly(float(data))
     remedy = (
         f"write them with blanks between, as {data.replace(',', ' ')}"
         if isinstance(data, str) and "," in data
         else "write it as 1000000, 1_000_000 or 1e6"
     )
     raise UserError(f"{field.flag}: {data!r} is no whole number; {remedy}")
+
+
+def _exactly(number: float) -> int:
+    """Return the whole number that a float equals.
+
+    Raises:
+        ValueError: it equals none.
+    """
+    if not number.is_integer():
+        raise ValueError(number)
+    return int(number)

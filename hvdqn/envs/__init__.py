@@ -6,7 +6,7 @@ for every environment, observation space and autoreset mode.
 
 from __future__ import annotations
 
-from hvdqn.envs.make import as_exception, find_spec, make_environments
+from hvdqn.envs.make import as_exception, describe_missing_library, find_spec, make_environments
 from hvdqn.envs.vector import Environments, Episode
 from hvdqn.envs.workers import kill_all_workers
 from hvdqn.step import Step
@@ -16,6 +16,7 @@ __all__ = [
     "Episode",
     "Step",
     "as_exception",
+    "describe_missing_library",
     "find_spec",
     "kill_all_workers",
     "make_environments",

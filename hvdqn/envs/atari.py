@@ -16,6 +16,7 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode, VectorEnv
 from numpy.typing import NDArray
 
+from hvdqn.envs.atari_variant import LIFE_LOST, OBSERVATIONS
 from hvdqn.errors import UserError
 
 # Arguments of ALE's vector environment that have their own flag, or that would break `Environments`.
@@ -31,9 +32,6 @@ _RESERVED = {
     "game": "name the game in --env",
 }
 
-# Key in infos. The prefix keeps it apart from a `life_lost` of other environments, which may mean something else.
-LIFE_LOST = "hvdqn.life_lost"
-
 
 def is_atari(spec: EnvSpec) -> bool:
     """Return True if ALE's vector environment supports this id (`ALE/...-v5`)."""
@@ -43,13 +41,28 @@ def is_atari(spec: EnvSpec) -> bool:
 def game_settings(spec: EnvSpec, env_kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of ALE's vector environment: the id's, no sticky actions, overridden by the user's.
 
+    `mode`, `difficulty` and `obs_type` "ram" stay as they are, for `AtariVariant`.
+
     Raises:
-        UserError: `env_kwargs` sets an argument that hvdqn sets itself.
+        UserError: `env_kwargs` sets an argument that hvdqn sets itself, or an unknown `obs_type`.
     """
+    env_kwargs = {
+        name: value
+        for name, value in env_kwargs.items()
+        if value is not None or name not in ("mode", "difficulty", "obs_type")
+    }
     for name, remedy in _RESERVED.items():
         if name in env_kwargs:
             raise UserError(f"--env-kwargs cannot set '{name}', which hvdqn sets itself; {remedy}")
-    return {**spec.kwargs, "repeat_action_probability": 0.0, **env_kwargs}
+    settings = {**spec.kwargs, "repeat_action_probability": 0.0, **env_kwargs}
+    observes = settings.get("obs_type", "ram")
+    if observes not in OBSERVATIONS:
+        raise UserError(
+            f"--env-kwargs: obs_type is {observes!r}; it must be one of {', '.join(OBSERVATIONS)}"
+        )
+    if observes != "ram":  # ALE's vector environment has another name for it
+        settings["grayscale"] = settings.pop("obs_type") == "grayscale"
+    return settings
 
 
 class AtariVector(VectorEnv[NDArray[np.uint8], NDArray[np.int64], NDArray[Any]]):

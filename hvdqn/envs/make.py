@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import importlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,9 +20,10 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.wrappers import FlattenObservation
 
-from hvdqn.config import EnvironmentConfig, did_you_mean, import_attribute, import_module
+from hvdqn.config import EnvironmentConfig, import_attribute, import_module
 from hvdqn.envs import snapshot
-from hvdqn.envs.atari import LIFE_LOST, AtariGame, AtariVector, game_settings, is_atari
+from hvdqn.envs.atari import AtariGame, AtariVector, game_settings, is_atari
+from hvdqn.envs.atari_variant import LIFE_LOST, AtariVariant, is_variant
 from hvdqn.envs.vector import Environments
 from hvdqn.envs.workers import WorkerVector
 from hvdqn.errors import UserError
@@ -28,6 +31,8 @@ from hvdqn.faults import leave_signals_to_rank, reinstall_handlers
 
 # Namespaces of optional environments: the module that registers them, and the extra that installs it.
 _FAMILIES = {"ALE": ("ale_py", "atari"), "MinAtar": ("minatar.gym", "minatar")}
+# Libraries that environments of Gymnasium need, as error messages name them, and the extra that installs each.
+_LIBRARIES = {"pygame": "video", "Box2D": "box2d", "MinAtar": "minatar", "ale_py": "atari"}
 _SUPPORTED_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 
 
@@ -85,11 +90,30 @@ def find_spec(env: str) -> EnvSpec:
         for other in _FAMILIES:  # old Atari ids have no namespace, and any family may have similar ids
             _register(other)
     if env_id not in gym.registry:
-        near = did_you_mean(env_id, sorted(gym.registry))
-        raise UserError(
-            f"unknown environment '{env_id}'{near or '; give a registered Gymnasium id or module:id'}"
-        )
+        raise UserError(f"unknown environment '{env_id}'; {_advice(env_id, bool(module))}")
     return gym.registry[env_id]
+
+
+def _advice(env_id: str, has_module: bool) -> str:
+    """Return what an unknown id may have meant, and how to name the package that registers it."""
+    near = _near_ids(env_id)
+    if has_module:
+        other = "give an id that its module registers"
+    else:
+        other = f"give a registered Gymnasium id, or module:{env_id} if a package of yours registers it"
+    return f"did you mean {' or '.join(map(repr, near))}? Else {other}" if near else other
+
+
+def _near_ids(env_id: str) -> list[str]:
+    """Return the registered ids that are closest to an unknown one; what counts is the name without its version."""
+    names = {known: _bare_name(known) for known in sorted(gym.registry)}
+    near = difflib.get_close_matches(_bare_name(env_id), sorted(set(names.values())), n=3, cutoff=0.7)
+    return difflib.get_close_matches(env_id, [k for k, name in names.items() if name in near], n=3, cutoff=0)
+
+
+def _bare_name(env_id: str) -> str:
+    """Return `pong` of `ALE/Pong-v5`."""
+    return re.sub(r"-v\d+$", "", env_id.rpartition("/")[2]).lower()
 
 
 def _register(family: str) -> bool:
@@ -131,9 +155,16 @@ def _read_kwargs(config: EnvironmentConfig, spec: EnvSpec) -> dict[str, Any]:
 def _make_vector(build: _Build, num_envs: int, threads: int) -> tuple[VectorEnv[Any, Any, Any], str]:
     """Return the vector environment that the config asks for, and its kind: native, sync or async."""
     config, requested = build.config, build.config.vectorization
-    has_native = build.spec.vector_entry_point is not None and not build.spec.additional_wrappers
+    is_single = is_atari(build.spec) and is_variant(build.kwargs)
+    has_native = (
+        build.spec.vector_entry_point is not None and not build.spec.additional_wrappers and not is_single
+    )
     if requested == "native" and config.wrapper:
         raise UserError("--wrapper wraps single environments; use it with --vectorization sync or async")
+    if requested == "native" and is_single:
+        raise UserError(
+            f"the native vector of '{config.env}' has no mode, difficulty or RAM; use --vectorization sync or async"
+        )
     if requested == "native" and not has_native:
         raise UserError(f"'{config.env}' has no native vector; use --vectorization sync or async")
     if requested == "native" or (requested == "auto" and has_native and not config.wrapper):
@@ -174,7 +205,8 @@ def _make_single(build: _Build, index: int, rank_pid: int) -> gym.Env[Any, Any]:
     try:
         with _explain_errors(config):
             if is_atari(build.spec):
-                env = AtariGame(build.episodic_life, build.kwargs)
+                game = AtariVariant if is_variant(build.kwargs) else AtariGame
+                env = game(build.episodic_life, build.kwargs)
             else:
                 env = gym.make(build.spec, disable_env_checker=True, **build.kwargs)
         for path in config.wrapper:
@@ -257,12 +289,8 @@ def _explain_errors(config: EnvironmentConfig) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except gym.error.DependencyNotInstalled as error:
-        raise UserError(f"'{config.env}' lacks a dependency: {_line(error)}") from error
-    except ImportError as error:
-        raise UserError(
-            f"'{config.env}' cannot be imported: {_line(error)}; install what it needs"
-        ) from error
+    except (gym.error.DependencyNotInstalled, ImportError) as error:
+        raise UserError(f"'{config.env}' lacks a dependency: {describe_missing_library(error)}") from error
     except (TypeError, ValueError, LookupError, AssertionError, AttributeError, gym.error.Error) as error:
         if config.env_kwargs in ("", "{}"):
             if isinstance(error, TypeError) and "missing" in str(error):
@@ -273,13 +301,24 @@ def _explain_errors(config: EnvironmentConfig) -> Iterator[None]:
         ) from error
 
 
+def describe_missing_library(error: Exception) -> str:
+    """Return the message of an ImportError or DependencyNotInstalled, with the extra that installs the library."""
+    message = _line(error)
+    for library, extra in _LIBRARIES.items():
+        if library.lower() in message.lower():
+            return f"{library} is not installed; pip install 'hvdqn[{extra}]'"
+    return f"{message}; install what it needs"
+
+
 def _wrap(env: gym.Env[Any, Any], path: str) -> gym.Env[Any, Any]:
     """Apply the wrapper at `module:attribute`."""
     wrapper = import_attribute(path, "--wrapper")
     try:
         wrapped = wrapper(env)
     except (gym.error.DependencyNotInstalled, ImportError) as error:
-        raise UserError(f"--wrapper '{path}' lacks a dependency: {_line(error)}; install it") from error
+        raise UserError(
+            f"--wrapper '{path}' lacks a dependency: {describe_missing_library(error)}"
+        ) from error
     except TypeError as error:
         raise UserError(
             f"--wrapper '{path}' cannot be called with an environment alone ({_line(error)}); "
@@ -325,6 +364,8 @@ def _describe(build: _Build, vector: VectorEnv[Any, Any, Any], kind: str) -> str
     if is_atari(build.spec):
         words.append(f"frameskip {build.kwargs.get('frameskip', 4)}")
         words.append(f"sticky actions {build.kwargs['repeat_action_probability']}")
+        words += [f"{name} {build.kwargs[name]}" for name in ("mode", "difficulty") if name in build.kwargs]
+        words += ["RAM observations"] * (build.kwargs.get("obs_type") == "ram")
     if build.episodic_life:
         words.append("a lost life ends the episode")
     return ", ".join(words)

@@ -16,7 +16,8 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 from numpy.typing import NDArray
 
 from hvdqn.envs import snapshot
-from hvdqn.envs.atari import LIFE_LOST, AtariVector
+from hvdqn.envs.atari import AtariVector
+from hvdqn.envs.atari_variant import LIFE_LOST
 from hvdqn.faults import reinstall_handlers
 from hvdqn.step import Bools, Observation, Step
 

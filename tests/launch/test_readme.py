@@ -65,6 +65,9 @@ RUN_HERE = {line: result_case(line) for line in commands() if re.fullmatch(RESUL
     "hvdqn eval RUN_OR_CHECKPOINT --episodes 100": Case(
         r"3 episodes: mean \d+", {"RUN_OR_CHECKPOINT": "runs/short", "100": "3"}
     ),
+    "hvdqn eval RUN_OR_CHECKPOINT --json": Case(
+        r'"returns": \[', {"RUN_OR_CHECKPOINT": "runs/short --episodes 3"}
+    ),
     "hvdqn eval RUN_OR_CHECKPOINT --video play.mp4": Case(
         r"play\.mp4", {"RUN_OR_CHECKPOINT": "runs/short"}, needs="imageio_ffmpeg"
     ),

@@ -43,7 +43,7 @@ FORBIDDEN: Mapping[str, set[str]] = {
 ONLY: Mapping[str, set[str]] = {
     "horovod": {"comm/horovod.py", "elastic", "launchers"},
     "mpi4py": {"comm/mpi.py", "sync/server.py"},
-    "ale_py": {"envs/atari.py", "envs/make.py", "bench/peer_sb3.py"},
+    "ale_py": {"envs/atari.py", "envs/atari_variant.py", "envs/make.py", "bench/peer_sb3.py"},
     "stable_baselines3": {"bench/peer_sb3.py"},
     "minatar": {"envs/make.py"},
     "matplotlib": {"plot", "bench/scaling.py"},

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hvdqn import __main__
+from hvdqn import __main__, __version__
 from hvdqn.__main__ import COMMANDS, COMPLETION_FLAG
 from tests.launchers import clean_environment
 
@@ -88,3 +88,16 @@ def test_help_names_the_commands_and_imports_none(words: list[str]) -> None:
     for name in COMMANDS:
         assert f"  {name} " in result.stdout
     assert COMPLETION_FLAG in result.stdout
+
+
+@pytest.mark.parametrize(
+    "words", [["--version"], ["train", "--version"], ["eval", "--version"], ["plot", "--version"]]
+)
+def test_the_version_is_printed(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """As `python -m hvdqn.train --version` does, whatever else is on the command line."""
+    code: object
+    try:
+        code = __main__.main(words)
+    except SystemExit as left:
+        code = left.code
+    assert (code, capsys.readouterr()) == (0, (f"hvdqn {__version__}\n", ""))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import subprocess
 import sys
 
@@ -17,12 +18,14 @@ from hvdqn.config import (
     incidental_settings,
     parse,
     preset_config,
+    same_setting,
     settings_fixed_on_resume,
     settings_of_exact_resume,
     settings_of_same_curve,
     unused_settings,
 )
 from hvdqn.config.fields import above, at_least, at_most, between
+from hvdqn.config.names import OTHER_NAMES
 from hvdqn.config.presets import PRESETS
 from hvdqn.config.settings import SETTINGS
 from hvdqn.errors import UserError
@@ -76,6 +79,10 @@ def test_underscores_count_as_hyphens_and_negative_numbers_as_values():
         ("env: [CartPole-v1]", ["env is ['CartPole-v1']", "text"]),
         ("run_dir: on", ["run_dir is True", "in quotes"]),
         ("env_kwargs: {day: 2024-01-31}", ["env_kwargs", "JSON", "in quotes"]),
+        ("preset: [cartpole, 1]", ["unknown preset '1'"]),
+        ("preset: [cartpole, [rainbow]]", ["preset is ['rainbow']", "text"]),
+        ("total_env_steps: .inf", ["--total-env-steps", "no whole number"]),
+        ("total_env_steps: .nan", ["--total-env-steps", "no whole number"]),
         ("preset: cartpol", ["unknown preset 'cartpol'", "'cartpole'"]),
         ("batch_per_rank: 0", ["in the config file", "--batch-per-rank is 0", "at least 1"]),
     ],
@@ -151,7 +158,7 @@ def test_help_names_the_presets(capsys):
     assert all(name in said for name in PRESETS)
 
 
-@pytest.mark.parametrize("written", ["1000000", "1_000_000", "1e6", "1.0E6", "1.0e+6"])
+@pytest.mark.parametrize("written", ["1000000", "1_000_000", "1e6", "1.0E6", "1.0e+6", "1000000.0"])
 def test_spellings_of_whole_numbers(written, tmp_path):
     assert parse(["--total-env-steps", written]).run.total_env_steps == 1_000_000
     (tmp_path / "run.yaml").write_text(f"total_env_steps: {written}\nhidden: [{written}, 8]\n")
@@ -175,6 +182,32 @@ def test_flags_replace_the_files_wrappers(tmp_path):
     file.write_text("wrapper: [a:b]\n")
     assert parse(["--config", str(file)]).environment.wrapper == ("a:b",)
     assert parse(["--config", str(file), "--wrapper=c:d"]).environment.wrapper == ("c:d",)
+
+
+@pytest.mark.parametrize("written", ["total_env_steps: 3.0e+3", "total_env_steps: '3000.0'"])
+def test_floats_that_are_whole_numbers_in_a_file(written, tmp_path):
+    (tmp_path / "run.yaml").write_text(written)
+    steps = parse(["--config", str(tmp_path / "run.yaml")]).run.total_env_steps
+    assert (steps, type(steps)) == (3_000, int)
+
+
+def test_a_list_of_presets_in_a_file_joins_them(tmp_path):
+    (tmp_path / "run.yaml").write_text("preset: [cartpole, rainbow]\n")
+    assert parse(["--config", str(tmp_path / "run.yaml")]) == parse(["--preset", "cartpole,rainbow"])
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ('{"a": 1, "b": [2]}', '{"b":[2],"a":1}', True),
+        ("", "{}", True),
+        ('{"a": 1}', '{"a": 2}', False),
+        ("no JSON", "no JSON", True),
+        ("no JSON", "{}", False),
+    ],
+)
+def test_arguments_of_an_environment_are_compared_by_their_content(one, other, same):
+    assert same_setting("env_kwargs", one, other) == same
 
 
 def test_env_kwargs_may_be_a_mapping_in_a_file(tmp_path):
@@ -297,3 +330,112 @@ def test_ranges(allowed, inside, outside, words):
     assert all(number in allowed for number in inside)
     assert not any(number in allowed for number in outside)
     assert allowed.words == words
+
+
+@pytest.mark.parametrize(
+    ("other", "ours"),
+    [
+        ("learning-rate", "lr"),
+        ("total-timesteps", "total-env-steps"),
+        ("buffer_size", "replay-capacity"),
+        ("batch-size", "batch-per-rank"),
+        ("num-envs", "envs-per-rank"),
+        ("target-network-frequency", "target-every"),
+        ("exploration-fraction", "exploration-env-steps"),
+        ("tau", "target-tau"),
+        ("eval-freq", "eval-every"),
+        ("output-dir", "run-dir"),
+        ("algo", "preset"),
+    ],
+)
+def test_names_of_other_libraries_lead_to_ours(other, ours, tmp_path):
+    with pytest.raises(UserError, match=f"; did you mean '--{ours}'\\?"):
+        parse([f"--{other}", "1"])
+    (tmp_path / "run.yaml").write_text(f"{other}: 1\n")
+    with pytest.raises(UserError, match=f"; did you mean '{ours.replace('-', '_')}'\\?"):
+        parse(["--config", str(tmp_path / "run.yaml")])
+
+
+def test_names_of_other_libraries_are_not_ours():
+    assert not set(OTHER_NAMES) & set(SETTINGS)
+    assert set(OTHER_NAMES.values()) - set(SETTINGS) == {"episodes"}, "which is a flag of `hvdqn eval`"
+
+
+# The settings of a run that is resumed
+
+
+def written(folder, *flags):
+    """Write the config.yaml of a run; return the flag that names its directory."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.yaml").write_text(as_yaml(parse(flags)))
+    return ["--run-dir", str(folder)]
+
+
+def test_precedence_preset_run_file_flags(tmp_path):
+    run_dir = written(
+        tmp_path / "run", "--preset", "cartpole", "--lr", "0.5", "--gamma", "0.5", "--seed", "5"
+    )
+    (tmp_path / "file.yaml").write_text("gamma: 0.6\nseed: 6\n")
+    config = parse(["--preset", "cartpole", *run_dir, "--config", str(tmp_path / "file.yaml"), "--seed", "7"])
+    assert (config.preset, config.learning.lr, config.learning.gamma) == ("cartpole", 0.5, 0.6)
+    assert config.run.seed == 7
+    assert config.network.dueling, "the preset of the run is not its own"
+
+
+def test_a_run_directory_named_in_a_file_counts_and_resume_never_does_not(tmp_path):
+    run_dir = written(tmp_path / "run", "--lr", "0.5")
+    (tmp_path / "file.yaml").write_text(f"run_dir: {run_dir[1]}\n")
+    assert parse(["--config", str(tmp_path / "file.yaml")]).learning.lr == 0.5
+    assert parse([*run_dir, "--resume", "never"]).learning.lr == Config().learning.lr
+    assert parse(["--run-dir", str(tmp_path)]).learning.lr == Config().learning.lr, "there is no config.yaml"
+
+
+def test_a_home_directory_is_found_by_its_sign(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    written(tmp_path / "run", "--lr", "0.5")
+    assert parse(["--run-dir", "~/run"]).learning.lr == 0.5
+
+
+@pytest.mark.parametrize(
+    ("presets", "words"),
+    [
+        (
+            ("cartpole", None, "smoke"),
+            "was begun with --preset smoke, not --preset cartpole; keep it, or choose",
+        ),
+        (("cartpole", None, ""), "was begun with no preset, not --preset cartpole"),
+        ((None, "", "smoke"), "was begun with --preset smoke, not no preset"),
+        (("rainbow", "cartpole", None), "holds the settings of --preset cartpole; leave one of them out"),
+        (("rainbow", "", None), "holds the settings of no preset; leave one of them out"),
+        (("smoke,minatar", "minatar,smoke", "smoke,minatar"), None),
+        ((None, "cartpole", "cartpole"), None),
+        ((None, None, "cartpole"), None),
+    ],
+)
+def test_the_preset_that_is_recorded_is_the_one_that_the_settings_are_of(presets, words, tmp_path):
+    flag, in_file, of_run = presets
+    argv = ["--preset", flag] if flag else []
+    if in_file is not None:
+        written(tmp_path / "other", "--preset", in_file)
+        argv += ["--config", str(tmp_path / "other" / "config.yaml")]
+    if of_run is not None:
+        argv += written(tmp_path / "run", "--preset", of_run)
+    if words is None:
+        config = parse(argv)
+        assert config.replace(run_dir="") == preset_config(config.preset)
+        return
+    with pytest.raises(UserError, match=words):
+        parse(argv)
+
+
+@pytest.mark.parametrize("columns", [72, 100])
+def test_help_breaks_lines_only_where_they_are_full(columns, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= columns
+    indent = max(len(line) - len(line.lstrip()) for line in lines)
+    for line, after in itertools.pairwise(lines):
+        if line.strip() and after.startswith(" " * indent) and line[indent - 1 : indent] == " ":
+            assert len(line) + 1 + len(after.split()[0]) > columns, f"{line!r} goes on with {after!r}"

@@ -362,6 +362,59 @@ def test_a_lost_life_does_not_end_the_episode_in_evaluation():
     environments.close()
 
 
+def test_a_game_in_its_usual_difficulty_is_played_as_in_the_native_vector():
+    kwargs = {"noop_max": 0}
+    native = make("ALE/Breakout-v5", env_kwargs=json.dumps(kwargs), episodic_life=True)
+    single = make("ALE/Breakout-v5", env_kwargs=json.dumps(kwargs | {"difficulty": 0}), episodic_life=True)
+    assert (single.observation_shape, single.num_actions) == ((84, 84), native.num_actions)
+    assert_close(native.reset(), single.reset())
+    lost = 0
+    for one, other in zip(steps_of(native, 250), steps_of(single, 250), strict=True):
+        assert_close(one.observation, other.observation)
+        # The native vector mixes older screens into the last frame of a game, which nobody learns from.
+        assert_close(one.next_observation[~one.terminated], other.next_observation[~one.terminated])
+        for name in ("reward", "terminated", "truncated", "fresh"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+        lost += int(one.terminated.sum())
+    assert lost > 5
+    assert native.pop_episodes() == single.pop_episodes()
+    native.close(), single.close()
+
+
+def assert_close(one: np.ndarray, other: np.ndarray) -> None:
+    """Frames may differ by rounding."""
+    assert np.abs(one.astype(int) - other.astype(int)).max(initial=0) <= 1
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "shape", "described"),
+    [
+        ({"mode": 4}, (84, 84), "sync vector.*mode 4"),
+        ({"difficulty": 1, "obs_type": "rgb", "img_height": 42}, (42, 84, 3), "sync vector.*difficulty 1"),
+        ({"obs_type": "ram"}, (128,), "sync vector.*RAM observations"),
+        ({"obs_type": "rgb"}, (84, 84, 3), "native vector"),
+        ({"obs_type": "grayscale", "mode": None}, (84, 84), "native vector"),
+    ],
+)
+def test_variants_of_an_atari_game(kwargs: dict[str, Any], shape: tuple[int, ...], described: str):
+    environments = make("ALE/Breakout-v5", env_kwargs=json.dumps(kwargs))
+    assert re.search(described, environments.description)
+    observation = environments.reset()
+    assert (environments.observation_shape, observation.dtype) == (shape, np.uint8)
+    steps = steps_of(environments, 40)
+    assert all(step.observation.shape[1:] == shape for step in steps)
+    assert any((step.observation != observation).any() for step in steps)
+    environments.close()
+
+
+def test_the_mode_changes_the_game():
+    screens = [
+        make("ALE/Freeway-v5", env_kwargs=json.dumps({"mode": mode, "noop_max": 0})).reset()
+        for mode in (0, 1)
+    ]
+    assert (screens[0] != screens[1]).any()
+
+
 def test_an_atari_time_limit_truncates():
     kwargs = '{"max_num_frames_per_episode": 100, "repeat_action_probability": 0.25}'
     environments = make("ALE/Pong-v5", envs=1, env_kwargs=kwargs)
@@ -687,6 +740,18 @@ WRONG = {
     "unknown id": ({"env": "CartPol-v1"}, r"unknown environment 'CartPol-v1'; did you mean .*'CartPole-v1'"),
     "unknown case": ({"env": "cartpole-v1"}, r"did you mean .*'CartPole-v1'"),
     "unknown game": ({"env": "ALE/Breakuot-v5"}, r"did you mean 'ALE/Breakout-v5'"),
+    "nothing of this name": (
+        {"env": "FlappyBird-v0"},
+        r"'FlappyBird-v0'; give a registered Gymnasium id, or module:FlappyBird-v0 if a package",
+    ),
+    "near ids, and a package's own": (
+        {"env": "CartPole-v7"},
+        r"'CartPole-v1'.*\? Else .* module:CartPole-v7 if",
+    ),
+    "an id that a module lacks": (
+        {"env": "tests.unit.scripted_envs:Flappy-v0"},
+        r"'Flappy-v0'; give an id that its module registers$",
+    ),
     "game without its namespace": ({"env": "Breakout-v5"}, r"did you mean .*'ALE/Breakout-v5'"),
     "nothing near": ({"env": "zzzzzzzzzz"}, r"unknown environment 'zzzzzzzzzz'; give a registered"),
     "unknown module": ({"env": "no_such_module:X-v0"}, r"cannot import 'no_such_module'.*PYTHONPATH"),
@@ -717,8 +782,28 @@ WRONG = {
         r"does not suit 'Acrobot-v1': .*gravty",
     ),
     "unknown argument, Atari": (
-        {"env": "ALE/Pong-v5", "env_kwargs": '{"obs_type": "ram"}'},
-        r"does not suit 'ALE/Pong-v5': .*obs_type",
+        {"env": "ALE/Pong-v5", "env_kwargs": '{"obs_typ": "ram"}'},
+        r"does not suit 'ALE/Pong-v5': .*obs_typ",
+    ),
+    "unknown argument, Atari in a mode": (
+        {"env": "ALE/Pong-v5", "env_kwargs": '{"mode": 1, "obs_typ": "ram"}'},
+        r"does not suit 'ALE/Pong-v5': .*obs_typ",
+    ),
+    "unknown mode": (
+        {"env": "ALE/Pong-v5", "env_kwargs": '{"mode": 7}'},
+        r"pong has no mode 7; there are 0, 1",
+    ),
+    "unknown difficulty": (
+        {"env": "ALE/Pong-v5", "env_kwargs": '{"difficulty": 9}', "vectorization": "async"},
+        r"pong has no difficulty 9; there are 0, 1",
+    ),
+    "unknown observations": (
+        {"env": "ALE/Pong-v5", "env_kwargs": '{"obs_type": "rom"}'},
+        r"obs_type is 'rom'; it must be one of grayscale, rgb, ram",
+    ),
+    "a mode of the native vector": (
+        {"env": "ALE/Pong-v5", "env_kwargs": '{"mode": 1}', "vectorization": "native"},
+        r"no mode, difficulty or RAM; use --vectorization sync",
     ),
     "wrong value": ({"env": "FrozenLake-v1", "env_kwargs": '{"map_name": "9x9"}'}, r"does not suit"),
     "own setting": ({"env": "ALE/Pong-v5", "env_kwargs": '{"stack_num": 4}'}, r"'stack_num'.*--frame-stack"),
@@ -738,7 +823,7 @@ WRONG = {
     ),
     "wrapper without its library": (
         {"wrapper": ("tests.unit.scripted_envs:needs_more",)},
-        r"needs_more' lacks a dependency: No module named 'no_such_library'; install it",
+        r"needs_more' lacks a dependency: No module named 'no_such_library'; install what it needs",
     ),
     "native and wrapper": (
         {"wrapper": ("tests.unit.scripted_envs:doubled",), "vectorization": "native"},
@@ -773,14 +858,29 @@ def test_a_missing_extra_is_named(module: str, env: str, extra: str, monkeypatch
 def test_a_missing_dependency_is_named(monkeypatch: pytest.MonkeyPatch):
     def engine(**_: Any) -> None:
         raise gym.error.DependencyNotInstalled(
-            "Box2D is not installed,\n you can install it by `pip install swig`"
+            "Box2D is not installed,\n you can install it by `pip install swig` and `pip install gymnasium[box2d]`"
         )
 
     monkeypatch.setitem(
         gym.registry, "Engine-v0", gym.envs.registration.EnvSpec("Engine-v0", entry_point=engine)
     )
-    with pytest.raises(UserError, match=r"'Engine-v0' lacks a dependency: Box2D is not installed, you can"):
+    with pytest.raises(UserError, match=r"'Engine-v0' lacks a dependency: Box2D is not .* 'hvdqn\[box2d\]'$"):
         make_environments(EnvironmentConfig(env="Engine-v0"), 2, 1, True)
+
+
+@pytest.mark.parametrize(
+    ("error", "described"),
+    [
+        (
+            gym.error.DependencyNotInstalled('pygame is not installed, run `pip install "gymnasium[box2d]"`'),
+            "pygame is not installed; pip install 'hvdqn[video]'",
+        ),
+        (ImportError("No module named 'Box2D'"), "Box2D is not installed; pip install 'hvdqn[box2d]'"),
+        (ImportError("No module named 'mujoco'"), "No module named 'mujoco'; install what it needs"),
+    ],
+)
+def test_a_missing_library_is_described_with_its_extra(error: Exception, described: str):
+    assert making.describe_missing_library(error) == described
 
 
 def test_a_bug_in_the_environment_is_not_a_user_error():

@@ -305,3 +305,30 @@ def test_eval_refuses_altered_weights(run_dir, capsys):
     weights.write_bytes(content)
     assert __main__.main(["eval", str(run_dir / "checkpoints" / "best")]) == 2
     assert "is not what was written" in capsys.readouterr().err
+
+
+def test_eval_finds_the_newest_checkpoint_in_the_folder_of_checkpoints(run_dir, capsys):
+    folder = run_dir / "checkpoints"
+    assert __main__.main(["eval", str(folder), "--episodes", "1"]) == 0
+    assert capsys.readouterr().out.startswith(f"{folder}: 1 episodes: mean ")
+
+
+def test_eval_prints_json(run_dir, capsys):
+    words = ["eval", str(run_dir), "--episodes", "3", "--epsilon", "0.5", "--seed", "9", "--json"]
+    assert __main__.main(words) == 0
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1
+    result = json.loads(said)
+    assert (result["env"], result["env_steps"]) == ("CartPole-v1", 400)
+    assert (result["seed"], result["epsilon"], result["episodes"]) == (9, 0.5, 3)
+    returns = result["returns"]
+    assert len(returns) == 3
+    assert (result["min"], result["max"]) == (min(returns), max(returns))
+    assert (result["mean"], result["std"]) == (
+        pytest.approx(np.mean(returns)),
+        pytest.approx(np.std(returns)),
+    )
+
+
+def test_json_has_no_number_that_json_has_not():
+    assert [evaluate.finite(value) for value in (1.5, float("nan"), float("-inf"))] == [1.5, None, None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from hvdqn.errors import UserError
 from hvdqn.logs import setup_logging
 from hvdqn.metrics import Metrics, PhaseTimer
+from tests.launchers import clean_environment
 
 log = logging.getLogger("hvdqn.test")
 
@@ -140,3 +142,33 @@ def test_a_console_that_is_gone_does_not_end_the_run(
         patched.setattr(sys, "stderr", Gone())
         log_all_levels()
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "error"),
+    [
+        (["--total-env-steps", "400", "--eval-episodes", "1"], 0, ""),
+        (["--learnin-starts", "3"], 2, "hvdqn: error: unknown argument '--learnin-starts'"),
+        (["--wrapper", "tests.unit.scripted_envs:broken"], 1, "ValueError: a bug in the wrapper"),
+    ],
+    ids=["no error", "wrong input", "a bug"],
+)
+def test_closed_streams_do_not_end_a_run_or_hide_its_error(
+    flags: list[str], code: int, error: str, tmp_path: Path
+) -> None:
+    """`>&-` closes standard output, `<&-` standard input: files of the run must not get their descriptors."""
+    command = [sys.executable, "-m", "hvdqn.train", "--preset", "smoke", "--run-dir", str(tmp_path / "run")]
+    done = subprocess.run(
+        ["bash", "-c", '"$@" >&- <&-', "bash", *command, *flags],
+        env=clean_environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == code, done.stderr
+    assert error in done.stderr
+    assert "NoneType" not in done.stderr
+    if code == 0:
+        assert done.stderr == ""
+        lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["env_steps"] for line in lines]

@@ -350,6 +350,18 @@ def test_lines_are_held_back_and_the_last_one_is_printed_at_the_end(tmp_path: Pa
     ]
 
 
+def test_the_last_line_has_the_speed_of_training_and_no_time_left() -> None:
+    """The evaluation at the end takes time and no env steps."""
+    status = Status(total_env_steps=3_000)
+    for seconds, env_steps in ((0.0, 1_000), (1.0, 2_000), (2.0, 3_000)):
+        status.update(Record(env_steps, 5, seconds, {"env_steps_per_second": 1_000.0}))
+    status.update(Record(3_000, 5, 60.0, {"eval_return_mean": 7.0}))
+    assert (status.speed(), status.time_left()) == ("1,000/s", "left 0:00:00")
+    status = Status(total_env_steps=3_000)
+    status.update(Record(3_000, 5, 1.0, {"eval_return_mean": 7.0}))
+    assert status.time_left() == "left 0:00:00", "also where a run is over that is started again"
+
+
 def test_status_keeps_the_last_known_value_and_the_recent_rate() -> None:
     status = Status(total_env_steps=1_000_000)
     assert status.speed() == "?/s"

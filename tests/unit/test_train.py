@@ -238,7 +238,23 @@ def test_it_says_what_runs_and_why(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "native vector" in said
     assert "env steps 600/600" in said
     assert re.search(r"2 episodes: mean [\d.]+, std [\d.]+, min [\d.]+, max [\d.]+", said)
-    assert f"run directory: {tmp_path}" in said
+    assert f"run directory: {tmp_path}   checkpoint: " in said
+
+
+@pytest.mark.parametrize("flags", [(), ("--sync", "parameters", "--outer-momentum", "0.9", "--torso", "mlp")])
+def test_the_header_names_device_and_run_directory_in_lines_that_fit(
+    flags: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrapper = [word for _ in range(4) for word in ("--wrapper", "tests.unit.scripted_envs:doubled")]
+    run(tmp_path, "--device", "cpu", *wrapper, *flags)
+    lines = capsys.readouterr().out.splitlines()
+    end = lines.index(f"run directory: {tmp_path}")
+    header = lines[:end]
+    assert any(line.endswith("device cpu") for line in header)
+    assert max(map(len, header)) <= 100
+    assert any(line.startswith("  ") for line in header), "a long line goes on in the next one"
+    words = " ".join(" ".join(header).split())
+    assert words.count("wrapped by tests.unit.scripted_envs:doubled") == 4
 
 
 def test_progress_is_shown_by_time_and_not_only_with_metrics(
@@ -320,3 +336,41 @@ def test_a_process_that_trains_treats_denormals_as_zero(tmp_path):
     assert (small * 0.01).item() > 0
     run(tmp_path)
     assert (small * 0.01).item() == 0
+
+
+def test_a_resume_compares_the_arguments_of_the_environment_by_their_content(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path, "--env-kwargs", '{"sutton_barto_reward": true}')
+    capsys.readouterr()
+    run(tmp_path, "--env-kwargs", '{ "sutton_barto_reward" : true }', "--total-env-steps", "700")
+    said = capsys.readouterr().out
+    assert "at env step 600" in said
+    assert "--env-kwargs" not in said
+    words = ["--env-kwargs", '{"sutton_barto_reward": false}']
+    assert train.main([*SMALL, "--run-dir", str(tmp_path), *words]) == 2
+    assert "was begun with --env-kwargs {" in capsys.readouterr().err
+
+
+def test_a_run_directory_alone_resumes_with_the_settings_of_its_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path, "--lr", "0.01", "--dueling", "--seed", "5", "--log-every", "100")
+    capsys.readouterr()
+    assert train.main(["--run-dir", str(tmp_path), "--total-env-steps", "700"]) == 0
+    said = capsys.readouterr().out
+    assert said.count(f"those of {tmp_path / 'config.yaml'}\n") == 1
+    assert "--total-env-steps was 600, is 700" in said
+    assert said.count(" was ") == 1, "another setting than the one that was given has changed"
+    settings = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert (settings["preset"], settings["lr"], settings["dueling"]) == ("smoke", 0.01, True)
+    assert (settings["seed"], settings["log_every"], settings["total_env_steps"]) == (5, 100, 700)
+    assert train.main(["--run-dir", str(tmp_path), "--no-dueling"]) == 2
+    assert "was begun with --dueling True, not False" in capsys.readouterr().err
+
+
+def test_no_evaluation_with_zero_episodes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    summary = run(tmp_path, "--eval-episodes", "0", "--eval-every", "300")
+    assert (summary["eval_return_mean"], summary["eval_episodes"]) == (None, None)
+    assert "evaluation at" not in capsys.readouterr().out
+    assert not (tmp_path / "checkpoints" / "best").exists()

@@ -85,7 +85,7 @@ HERE = {
     "negative steps": wrong("--total-env-steps -1", "--total-env-steps is -1", "at least 1"),
     "no n step": wrong("--n-step 0", "--n-step is 0", "at least 1"),
     "no frame stack": wrong("--frame-stack 0", "--frame-stack is 0", "at least 1"),
-    "no eval episodes": wrong("--eval-episodes 0", "--eval-episodes is 0", "at least 1"),
+    "no eval episodes": wrong("--eval-episodes -1", "--eval-episodes is -1", "0 or more"),
     "no replay ratio": wrong("--replay-ratio 0", "--replay-ratio is 0.0", "above 0"),
     "negative learning rate": wrong("--lr -0.1", "--lr is -0.1", "above 0"),
     "negative target period": wrong("--target-every -5", "--target-every is -5", "0 or more"),
