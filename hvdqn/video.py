@@ -12,13 +12,14 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from hvdqn.acting import Actor
 from hvdqn.config import EnvironmentConfig
-from hvdqn.envs import Environments, find_spec, make_environments
+from hvdqn.envs import Environments, describe_missing_library, find_spec, make_environments
 from hvdqn.envs.atari import is_atari
 from hvdqn.errors import UserError
 from hvdqn.networks import QNetwork

@@ -25,6 +25,7 @@ from hvdqn.evaluate import Evaluation, Evaluator
 from hvdqn.metrics import Metrics
 from hvdqn.rank import Parts
 from hvdqn.run_directory import sole_job
+from hvdqn.trainer import Trainer
 from tests.launchers import clean_environment
 
 SMALL = ["--preset", "smoke", "--total-env-steps", "600", "--eval-episodes", "2"]
@@ -141,7 +142,7 @@ def test_the_command_finds_what_lies_in_the_current_folder(
     monkeypatch.setattr(sys, "path", list(sys.path))
     words = [*SMALL, "--wrapper", "wrapper_of_mine:same", "--run-dir", "run"]
     assert __main__.main(["train", *words]) == 0
-    assert __main__.main(["eval", "run", "--episodes", "1"]) == 0
+    assert __main__.main(["eval", "run", "--episodes", "1", "--trust"]) == 0
 
 
 def test_a_config_file_in_the_run_directory_is_not_lost(tmp_path: Path) -> None:
@@ -331,11 +332,17 @@ def need_third_party() -> None:
         pytest.skip("popgym is not installed (the extra `test`): third-party environments are NOT tested")
 
 
-def test_a_process_that_trains_treats_denormals_as_zero(tmp_path):
-    small = torch.tensor([1e-38])
-    assert (small * 0.01).item() > 0
+def test_denormals_are_zero_during_training_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small, iterate, products = torch.tensor([1e-38]), Trainer.iterate, []
+
+    def iterate_and_multiply(trainer: Trainer) -> None:
+        products.append((small * 0.01).item())
+        iterate(trainer)
+
+    monkeypatch.setattr(Trainer, "iterate", iterate_and_multiply)
     run(tmp_path)
-    assert (small * 0.01).item() == 0
+    assert set(products) == {0.0}
+    assert (small * 0.01).item() > 0
 
 
 def test_a_resume_compares_the_arguments_of_the_environment_by_their_content(

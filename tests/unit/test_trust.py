@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from hvdqn import train
-from hvdqn.checkpoint.directory import _manifest_text
+from hvdqn.checkpoint.manifest import manifest_text
 from tests.launchers import clean_environment
 
 PAYLOAD = """
@@ -62,7 +62,7 @@ def forge(folder: Path, **settings: Any) -> None:
     manifest = json.loads(path.read_text())
     manifest.pop("sha256")
     manifest["config"].update(settings)
-    path.write_text(_manifest_text(manifest))
+    path.write_text(manifest_text(manifest))
 
 
 def evaluate(folder: Path, *flags: str, module: bool = True) -> subprocess.CompletedProcess[str]:
