@@ -28,6 +28,8 @@ from hvdqn.errors import UserError
 # Namespaces of optional environments: the module that registers them, and the extra that installs it.
 _FAMILIES = {"ALE": ("ale_py", "atari"), "MinAtar": ("minatar.gym", "minatar")}
 _SUPPORTED_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
+# Observations that are no Box are flattened; Discrete spaces become one-hot vectors.
+_MOST_FLATTENED_NUMBERS = 10_000_000
 
 
 def make_environments(
@@ -180,6 +182,7 @@ def _make_single(build: _Build, index: int, rank_pid: int) -> gym.Env[Any, Any]:
         env = _wrap(env, path)
     _check_observations(env.observation_space, config.env)
     if not isinstance(env.observation_space, spaces.Box):
+        _check_flattened_size(env.observation_space, config.env)
         env = FlattenObservation(env)
     return _SaveState(env, index)
 
@@ -284,6 +287,16 @@ def _check_observations(space: gym.Space[Any], env: str, where: str = "") -> Non
         raise UserError(
             f"'{env}' observes a {type(space).__name__} space{' at ' + where if where else ''}; hvdqn supports Box, "
             "Discrete, MultiDiscrete, MultiBinary, and Dict and Tuple of those: use a --wrapper that drops the rest"
+        )
+
+
+def _check_flattened_size(space: gym.Space[Any], env: str) -> None:
+    """Refuse spaces whose flattened observations would not fit into memory."""
+    numbers = spaces.flatdim(space)
+    if numbers > _MOST_FLATTENED_NUMBERS:
+        raise UserError(
+            f"'{env}' observes {_line(space, 60)}; as a one-hot vector each observation would take {numbers:,} numbers, "
+            f"and {_MOST_FLATTENED_NUMBERS:,} is the most: use a --wrapper that gives a smaller one"
         )
 
 

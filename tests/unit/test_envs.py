@@ -592,6 +592,14 @@ WRONG = {
         {"env": "tests.unit.scripted_envs:ObservesSequence-v0"},
         r"observes a Sequence space; hvdqn supports",
     ),
+    "huge": (
+        {"env": "tests.unit.scripted_envs:ObservesHuge-v0"},
+        r"observes Discrete\(1000000000\); as a one-hot vector .* 1,000,000,000 numbers, .* use a --wrapper",
+    ),
+    "huge in parts": (
+        {"env": "tests.unit.scripted_envs:ObservesHugeParts-v0", "vectorization": "async"},
+        r"would take 2,000,000,002 numbers",
+    ),
     "graph": ({"env": "tests.unit.scripted_envs:ObservesGraph-v0"}, r"observes a Graph space"),
     "no JSON": ({"env_kwargs": "{a: 1}"}, r"--env-kwargs '\{a: 1\}' is not JSON .*\"name\": value"),
     "no object": ({"env_kwargs": "[1]"}, r"--env-kwargs '\[1\]' is not a JSON object"),
