@@ -33,6 +33,7 @@ from hvdqn.errors import (
     EXIT_REQUEUE,
     EXIT_USER_ERROR,
     DriftError,
+    FoundAloneError,
     LaunchError,
     NonFiniteError,
     StoppedError,
@@ -69,8 +70,8 @@ def train(config: Config, comm: Comm, stop: StopSignal, timer: PhaseTimer) -> in
             trainer = start_run(config, comm, run_dir, stop, timer, make_trainer)
             try:
                 trainer.complete()
-            except UserError as error:  # only this rank has found it: the others do not know
-                raise RuntimeError(str(error)) from error
+            except UserError as error:  # perhaps only this rank has found it: the others do not know
+                raise FoundAloneError(str(error)) from error
             finally:
                 trainer.recorder.metrics.close()  # so that an error is printed below the progress bar
     except UserError:
@@ -96,11 +97,13 @@ def main(argv: Sequence[str] | None = None, work: Work = train) -> int:
         find_spec(config.environment.env)  # before connecting, which takes seconds
         comm = connect(config.parallel.comm, device_kind(config))
     except (UserError, LaunchError) as error:
-        return refuse_unconnected(str(error), stop)
+        return refuse_alone(str(error), stop)
     setup_logging(comm.rank, comm.size)
     timer = PhaseTimer()
     try:
         return run_and_leave(work, config, comm, stop, timer)
+    except FoundAloneError as error:
+        comm.abort(refuse_alone(str(error), stop))
     except Exception as error:
         report = traceback.format_exc()
         was_waiting = timer.phase == "comm"
@@ -139,8 +142,10 @@ def refuse(message: str, rank: int, code: int = EXIT_USER_ERROR) -> int:
     return code
 
 
-def refuse_unconnected(message: str, stop: StopSignal) -> int:
-    """Report what this rank found wrong before the ranks were connected, and return the exit code.
+def refuse_alone(message: str, stop: StopSignal) -> int:
+    """Report what this rank found wrong without the others, and return the exit code.
+
+    That is before the ranks are connected, or while they train.
 
     Mostly all ranks find the same, and rank 0 reports it for all. A rank that found something wrong alone waits until
     rank 0 would have reported and ended the job, then reports it itself.

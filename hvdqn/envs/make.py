@@ -8,7 +8,7 @@ import importlib
 import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,11 +17,13 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector.async_vector_env import AsyncState
 from gymnasium.wrappers import FlattenObservation
 
 from hvdqn.config import EnvironmentConfig, did_you_mean, import_attribute, import_module
 from hvdqn.envs import snapshot
 from hvdqn.envs.atari import LIFE_LOST, AtariGame, AtariVector, game_settings, is_atari
+from hvdqn.envs.contract import check_first_calls, check_first_vector_calls, check_spaces, to_number
 from hvdqn.envs.vector import Environments
 from hvdqn.errors import UserError
 
@@ -140,14 +142,35 @@ def _make_vector(build: _Build, num_envs: int, threads: int) -> tuple[VectorEnv[
         with _explain_errors(config):
             vector = _make_native(build, num_envs, threads)
         if isinstance(vector.single_observation_space, spaces.Box):
+            if not is_atari(build.spec):
+                check_first_vector_calls(vector, config.env)
             return vector, "native"
         vector.close()
         if requested == "native":
             raise UserError(f"the native vector of '{config.env}' has no Box observations; use sync or async")
     makers = [functools.partial(_make_single, build, index, os.getpid()) for index in range(num_envs)]
     if requested == "async":
-        return AsyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP), "async"
+        return _AsyncVector(makers, autoreset_mode=AutoresetMode.SAME_STEP), "async"
     return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP), "sync"
+
+
+class _AsyncVector(AsyncVectorEnv):
+    """An async vector that raises a worker's `UserError` without printing the worker's traceback."""
+
+    def _raise_if_errors(self, successes: Iterable[bool]) -> None:
+        if all(successes):
+            return
+        failures = [self.error_queue.get() for _ in range(self.num_envs - sum(successes))]
+        errors = [str(error) for _, kind, error, _ in failures if issubclass(kind, UserError)]
+        if errors:
+            for index, *_ in failures:  # these workers have ended; `close` leaves them out
+                self.parent_pipes[index].close()
+                self.parent_pipes[index] = None  # type: ignore[call-overload]
+            self._state = AsyncState.DEFAULT
+            raise UserError(errors[0])
+        for failure in failures:
+            self.error_queue.put(failure)
+        super()._raise_if_errors(successes)
 
 
 def _make_native(build: _Build, num_envs: int, threads: int) -> VectorEnv[Any, Any, Any]:
@@ -180,19 +203,23 @@ def _make_single(build: _Build, index: int, rank_pid: int) -> gym.Env[Any, Any]:
             env = gym.make(build.spec, disable_env_checker=True, **build.kwargs)
     for path in config.wrapper:
         env = _wrap(env, path)
+    check_spaces(env, config.env)
     _check_observations(env.observation_space, config.env)
     if not isinstance(env.observation_space, spaces.Box):
         _check_flattened_size(env.observation_space, config.env)
+        check_first_calls(env, config.env)
         env = FlattenObservation(env)
-    return _SaveState(env, index)
+    else:
+        check_first_calls(env, config.env)
+    return _SaveState(env, index, config.env)
 
 
 class _SaveState(gym.Wrapper[Any, Any, Any, Any]):
     """The outermost wrapper of every single environment: saves its state and drops infos that hvdqn does not read."""
 
-    def __init__(self, env: gym.Env[Any, Any], index: int):
+    def __init__(self, env: gym.Env[Any, Any], index: int, name: str):
         super().__init__(env)
-        self._index = index
+        self._index, self._name = index, name
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -202,6 +229,8 @@ class _SaveState(gym.Wrapper[Any, Any, Any, Any]):
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         observation, reward, terminated, truncated, info = self.env.step(action)
+        if not isinstance(reward, float):
+            reward = to_number(reward, self._name)
         if not (terminated or truncated):
             return observation, reward, False, False, {}
         # Copy, because the reset that follows may write to the same buffer.
@@ -237,6 +266,8 @@ def _explain_errors(config: EnvironmentConfig) -> Iterator[None]:
             f"'{config.env}' cannot be imported: {_line(error)}; install what it needs"
         ) from error
     except (TypeError, ValueError, LookupError, AssertionError, AttributeError, gym.error.Error) as error:
+        if isinstance(error, TypeError) and "must inherit from the gymnasium.Env" in str(error):
+            raise UserError(f"'{config.env}' is no environment of Gymnasium: {_line(error)}") from error
         if config.env_kwargs in ("", "{}"):
             if isinstance(error, TypeError) and "missing" in str(error):
                 raise UserError(f"'{config.env}': {_line(error)}; give it with --env-kwargs") from error
@@ -295,8 +326,8 @@ def _check_flattened_size(space: gym.Space[Any], env: str) -> None:
     numbers = spaces.flatdim(space)
     if numbers > _MOST_FLATTENED_NUMBERS:
         raise UserError(
-            f"'{env}' observes {_line(space, 60)}; as a one-hot vector each observation would take {numbers:,} numbers, "
-            f"and {_MOST_FLATTENED_NUMBERS:,} is the most: use a --wrapper that gives a smaller one"
+            f"'{env}' observes {_line(space, 60)}; as a one-hot vector each observation would take {numbers:,} "
+            f"numbers, and {_MOST_FLATTENED_NUMBERS:,} is the most: use a --wrapper that gives a smaller one"
         )
 
 

@@ -1,0 +1,150 @@
+"""Environments that break a rule of Gymnasium are refused in one line, and those that keep it oddly are played."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hvdqn.config import EnvironmentConfig
+from hvdqn.envs import Environments, make_environments
+from hvdqn.errors import UserError
+from tests.launchers import clean_environment
+
+HERE = "tests.unit.broken_envs"
+
+
+def make(name: str, envs: int = 2, **settings: Any) -> Environments:
+    kwargs = settings.pop("kwargs", {})
+    config = EnvironmentConfig(env=f"{HERE}:Broken{name}-v0", env_kwargs=json.dumps(kwargs), **settings)
+    return make_environments(config, envs, seed=1, training=True)
+
+
+def play(environments: Environments, steps: int = 6) -> Iterator[np.ndarray]:
+    """Reset, step, and yield the rewards."""
+    environments.reset()
+    for _ in range(steps):
+        yield environments.step(np.zeros(environments.num_envs, np.int64)).reward
+
+
+BROKEN = {
+    "OldReset": r"OldReset\.reset\(\) takes no 'seed'; write reset\(self, \*, seed=None, options=None\)",
+    "NoOptions": r"NoOptions\.reset\(\) takes no 'options'",
+    "OnlyObservation": r"OnlyObservation\.reset\(\) returned a ndarray of shape \(2,\); .* \(observation, info\)",
+    "OldStep": r"OldStep\.step\(\) returned a tuple of 4 values, as Gym did before 0\.26; .* truncated, info\)",
+    "NoInfo": r"NoInfo\.step\(\) returned an info that is a NoneType; it must be a dict",
+    "ThreeFlags": r"ThreeFlags\.step\(\) returned 3 values as terminated; it must be True or False",
+    "WrongShape": r"WrongShape\.reset\(\) returned an observation of shape \(2, 1\), .* needs \(2,\)",
+    "WrongShapeInStep": r"WrongShapeInStep\.step\(\) returned an observation of shape \(3,\), .* needs \(2,\)",
+    "Ragged": r"Ragged\.reset\(\) returned an observation of",
+    "WrongDtype": r"WrongDtype\.reset\(\) returned an observation of dtype float32, .* has uint8",
+    "MissingKey": r"MissingKey\.reset\(\) .* does not fit its observation_space \(KeyError: 'b'\)",
+    "OutOfDiscrete": r"OutOfDiscrete\.reset\(\) .* does not fit its observation_space \(IndexError",
+    "NoSpace": r"has no observation_space: NoSpace\.observation_space is a NoneType",
+    "NoEnvironment": r"is no environment of Gymnasium: .* must inherit from the gymnasium.Env class",
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_the_rule_that_an_environment_breaks_is_named(name: str) -> None:
+    with (
+        pytest.raises(UserError, match=f"^'{HERE}:Broken{name}-v0' .*{BROKEN[name]}") as raised,
+        closing(make(name)) as environments,
+    ):
+        list(play(environments))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["OldReset", "OldStep", "WrongShape"])
+def test_workers_name_the_rule_without_a_traceback(name: str, recwarn: pytest.WarningsRecorder) -> None:
+    with (
+        pytest.raises(UserError, match=BROKEN[name]),
+        closing(make(name, vectorization="async")) as environments,
+    ):
+        list(play(environments))
+    assert not [warning for warning in recwarn if "Traceback" in str(warning.message)]
+
+
+def test_the_wrapper_that_breaks_a_rule_is_named() -> None:
+    with (
+        pytest.raises(UserError, match=r"OldWrapper\.step\(\) returned a tuple of 4 values"),
+        closing(make("Plain", wrapper=(f"{HERE}:OldWrapper",))) as environments,
+    ):
+        list(play(environments))
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("observation", r"OwnVector\.reset\(\) returned an observation of shape \(2, 3\), .* needs \(2, 2\)"),
+        ("step", r"OwnVector\.step\(\) returned a tuple of 4 values"),
+        ("reward", r"OwnVector\.step\(\) returned a reward of shape \(2, 1\)"),
+    ],
+)
+def test_the_rule_that_a_vector_environment_breaks_is_named(fault: str, message: str) -> None:
+    with (
+        pytest.raises(UserError, match=message),
+        closing(make("OwnVector", kwargs={"fault": fault})) as environments,
+    ):
+        list(play(environments))
+
+
+def test_checked_environments_are_as_they_were() -> None:
+    """Nothing of the checks stays behind, and state can be saved before the first step."""
+    with closing(make("Plain")) as environments:
+        environments.reset()
+        assert environments._save() is not None
+        list(play(environments))
+        for env in environments._vector.envs:  # type: ignore[attr-defined]
+            while env is not None:
+                assert not {"reset", "step"} & vars(env).keys()
+                env = vars(env).get("env")
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+@pytest.mark.parametrize(
+    ("kind", "rewards"), [("single", [1.5] * 4), ("numbers", [1, 1, 1, 2]), ("odd", [1.5] * 4)]
+)
+def test_a_reward_may_be_anything_that_holds_one_number(
+    kind: str, rewards: list[float], vectorization: str
+) -> None:
+    with closing(make("Rewarding", vectorization=vectorization, kwargs={"rewards": kind})) as environments:
+        found = list(play(environments, 4))
+    np.testing.assert_array_equal(found, np.array([rewards, rewards]).T)
+
+
+@pytest.mark.parametrize("kind", ["two", "none", "empty", "complex", "late"])
+def test_a_reward_that_is_not_one_number_is_refused(kind: str) -> None:
+    with (
+        pytest.raises(UserError, match=r"gives a reward that is .*; it must be one number"),
+        closing(make("Rewarding", kwargs={"rewards": kind})) as environments,
+    ):
+        list(play(environments))
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"), [("OldReset", {}), ("OldStep", {}), ("Rewarding", {"rewards": "late"})]
+)
+def test_training_refuses_a_broken_environment_in_one_line(
+    name: str, kwargs: dict[str, str], tmp_path: Path
+) -> None:
+    """Also a rule that is broken after the start, when other ranks are training."""
+    flags = ["--preset", "smoke", "--run-dir", str(tmp_path / "run"), "--env", f"{HERE}:Broken{name}-v0"]
+    done = subprocess.run(
+        [sys.executable, "-m", "hvdqn.train", *flags, "--env-kwargs", json.dumps(kwargs)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env=clean_environment(),
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith(f"hvdqn: error: '{HERE}:Broken{name}-v0'")
+    assert done.stderr.count("\n") == 1
