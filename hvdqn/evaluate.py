@@ -19,7 +19,7 @@ from hvdqn.checkpoint import LEARNER, BrokenCheckpointError, Checkpoint, open_ch
 from hvdqn.comm import Comm
 from hvdqn.comm.local import LocalComm
 from hvdqn.config import Config, parse_flags
-from hvdqn.envs import Environments, make_environments
+from hvdqn.envs import Environments, global_generators_kept, make_environments
 from hvdqn.errors import UserError
 from hvdqn.graphs import Record
 from hvdqn.metrics import PhaseTimer
@@ -90,8 +90,13 @@ class Evaluator:
     def run(self, network: QNetwork, stop: Callable[[], bool] = lambda: False) -> Evaluation | None:
         """Play the episodes and return all ranks' returns, or None if `stop` was True on some rank before the end.
 
-        A collective call: all ranks must make it together.
+        A collective call: all ranks must make it together. Environments that draw from `np.random` or `random` play
+        the same episodes each time, and those of training go on as if there had been no evaluation.
         """
+        with global_generators_kept():
+            return self._run(network, stop)
+
+    def _run(self, network: QNetwork, stop: Callable[[], bool]) -> Evaluation | None:
         player = self._make_player(network) if self.share else None
         network.eval()  # a noisy network acts without noise
         try:

@@ -6,8 +6,9 @@ for every environment, observation space and autoreset mode.
 
 from __future__ import annotations
 
+from hvdqn.envs.global_random import global_generators_kept
 from hvdqn.envs.make import find_spec, make_environments
 from hvdqn.envs.vector import Environments, Episode
 from hvdqn.step import Step
 
-__all__ = ["Environments", "Episode", "Step", "find_spec", "make_environments"]
+__all__ = ["Environments", "Episode", "Step", "find_spec", "global_generators_kept", "make_environments"]

@@ -24,6 +24,7 @@ from hvdqn.config import EnvironmentConfig, did_you_mean, import_attribute, impo
 from hvdqn.envs import snapshot
 from hvdqn.envs.atari import LIFE_LOST, AtariGame, AtariVector, game_settings, is_atari
 from hvdqn.envs.contract import check_first_calls, check_first_vector_calls, check_spaces, to_number
+from hvdqn.envs.global_random import seed_global_generators
 from hvdqn.envs.vector import Environments
 from hvdqn.errors import UserError
 
@@ -211,19 +212,21 @@ def _make_single(build: _Build, index: int, rank_pid: int) -> gym.Env[Any, Any]:
         env = FlattenObservation(env)
     else:
         check_first_calls(env, config.env)
-    return _SaveState(env, index, config.env)
+    return _SaveState(env, index, config.env, os.getpid() != rank_pid)
 
 
 class _SaveState(gym.Wrapper[Any, Any, Any, Any]):
     """The outermost wrapper of every single environment: saves its state and drops infos that hvdqn does not read."""
 
-    def __init__(self, env: gym.Env[Any, Any], index: int, name: str):
+    def __init__(self, env: gym.Env[Any, Any], index: int, name: str, own_process: bool):
         super().__init__(env)
-        self._index, self._name = index, name
+        self._index, self._name, self._own_process = index, name, own_process
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
+        if self._own_process and seed is not None:
+            seed_global_generators(seed, own_process=True)
         observation, _ = self.env.reset(seed=seed, options=options)
         return observation, {}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -17,7 +18,10 @@ from numpy.typing import NDArray
 
 from hvdqn.envs import snapshot
 from hvdqn.envs.atari import LIFE_LOST, AtariVector
+from hvdqn.envs.global_random import global_generators_kept, seed_global_generators
 from hvdqn.step import Bools, Observation, Step
+
+log = logging.getLogger(__name__)
 
 
 class Episode(NamedTuple):
@@ -96,6 +100,8 @@ class Environments:
             seeds = [int(s) >> 1 for s in np.random.SeedSequence(entropy).generate_state(self.num_envs)]
         # Other native vectors take a single seed and derive the seeds of their envs from it.
         takes_list = isinstance(self._vector, (SyncVectorEnv, AsyncVectorEnv, AtariVector))
+        if seeds is not None and not isinstance(self._vector, AsyncVectorEnv):
+            seed_global_generators(seeds[0], own_process=False)
         observation, _ = self._vector.reset(seed=seeds if takes_list or seeds is None else seeds[0])  # type: ignore[arg-type]
         self._clear()
         self._seeded = True
@@ -330,8 +336,18 @@ _CHECK_SECONDS = 15.0
 def _continues_exactly(make_copy: Callable[[int], Environments]) -> bool:
     """Return True if restoring a saved state reproduces the next steps and episodes exactly.
 
-    Return False for environments that are too slow to test it within `_CHECK_SECONDS`.
+    Return False for environments that are too slow to test it within `_CHECK_SECONDS`, or that cannot be made again.
     """
+    try:
+        with global_generators_kept():
+            return _repeats_steps(make_copy)
+    except (Exception, SystemExit) as error:
+        log.debug(f"the environments cannot be resumed exactly: {error!r}")
+        return False
+
+
+def _repeats_steps(make_copy: Callable[[int], Environments]) -> bool:
+    """Save and restore a state, and return True if both copies then take the same steps."""
     with closing(make_copy(1)) as original, closing(make_copy(2)) as restored:
         deadline = time.monotonic() + _CHECK_SECONDS
         rng = np.random.default_rng(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,10 +13,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from hvdqn.config import EnvironmentConfig
+from hvdqn.comm.local import LocalComm
+from hvdqn.config import Config, EnvironmentConfig
 from hvdqn.envs import Environments, make_environments
 from hvdqn.errors import UserError
+from hvdqn.evaluate import Evaluator
+from hvdqn.metrics import PhaseTimer
+from hvdqn.parts import network_for
 from tests.launchers import clean_environment
 
 HERE = "tests.unit.broken_envs"
@@ -148,3 +154,44 @@ def test_training_refuses_a_broken_environment_in_one_line(
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith(f"hvdqn: error: '{HERE}:Broken{name}-v0'")
     assert done.stderr.count("\n") == 1
+
+
+# --- Generators that a process shares -------------------------------------------------------------------------------
+
+
+def starts(environments: Environments, resets: int = 3) -> np.ndarray:
+    """Return the first observations of several episodes, `[resets, envs, 2]`."""
+    return np.array([environments.reset().copy() for _ in range(resets)])
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_environments_that_share_a_generator_draw_different_numbers(vectorization: str) -> None:
+    with closing(make("Global", 3, vectorization=vectorization)) as environments:
+        drawn = starts(environments)
+    assert len(np.unique(drawn[..., 0])) == len(np.unique(drawn[..., 1])) == 9
+    with closing(make("Global", 3, vectorization=vectorization)) as environments:
+        np.testing.assert_array_equal(starts(environments), drawn, err_msg="the seed is the same")
+
+
+def test_an_evaluation_does_not_repeat_what_training_draws() -> None:
+    """It plays the same episodes each time, and training goes on with its own numbers."""
+    config = Config().replace(
+        env=f"{HERE}:BrokenGlobal-v0", eval_episodes=2, seed=3, vectorization="sync", hidden=(4,)
+    )
+    with closing(make("Global")) as alone:
+        expected = starts(alone, 6)
+    with closing(make("Global")) as environments:
+        drawn = [starts(environments)]
+        evaluator = Evaluator(config, LocalComm(), torch.device("cpu"), PhaseTimer())
+        evaluations = [evaluator.run(network_for(config, environments)) for _ in range(2)]
+        drawn.append(np.array([environments.reset() for _ in range(3)]))
+    np.testing.assert_array_equal(np.concatenate(drawn), expected)
+    assert evaluations[0] == evaluations[1]
+
+
+def test_the_test_of_exact_resume_leaves_shared_generators_alone() -> None:
+    with closing(make("Global")) as environments:
+        environments.reset()
+        states = random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+        assert environments.state() is None
+        assert states == (random.getstate(), np.random.get_state()[1].tolist())  # noqa: NPY002
