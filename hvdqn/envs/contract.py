@@ -7,6 +7,8 @@ cost nothing.
 
 from __future__ import annotations
 
+import functools
+import logging
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -19,10 +21,19 @@ from gymnasium.wrappers import OrderEnforcing, TimeLimit
 
 from hvdqn.errors import UserError
 
+log = logging.getLogger(__name__)
+
+ACTION_MASK = "action_mask"
 RESET_RESULT = "it must return (observation, info)"
 # Wrappers of `gym.make` that return what they are given.
 PASS_ON = (OrderEnforcing, TimeLimit)
 STEP_RESULT = "it must return (observation, reward, terminated, truncated, info)"
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Log a warning, once in a process: environments are made again for each evaluation."""
+    log.warning(message)
 
 
 def check_spaces(env: gym.Env[Any, Any], name: str) -> None:

@@ -23,7 +23,13 @@ from gymnasium.wrappers import FlattenObservation
 from hvdqn.config import EnvironmentConfig, did_you_mean, import_attribute, import_module
 from hvdqn.envs import snapshot
 from hvdqn.envs.atari import LIFE_LOST, AtariGame, AtariVector, game_settings, is_atari
-from hvdqn.envs.contract import check_first_calls, check_first_vector_calls, check_spaces, to_number
+from hvdqn.envs.contract import (
+    ACTION_MASK,
+    check_first_calls,
+    check_first_vector_calls,
+    check_spaces,
+    to_number,
+)
 from hvdqn.envs.global_random import seed_global_generators
 from hvdqn.envs.vector import Environments
 from hvdqn.errors import UserError
@@ -227,8 +233,9 @@ class _SaveState(gym.Wrapper[Any, Any, Any, Any]):
     ) -> tuple[Any, dict[str, Any]]:
         if self._own_process and seed is not None:
             seed_global_generators(seed, own_process=True)
-        observation, _ = self.env.reset(seed=seed, options=options)
-        return observation, {}
+        observation, info = self.env.reset(seed=seed, options=options)
+        masked = seed is not None and isinstance(info, dict) and ACTION_MASK in info
+        return observation, {ACTION_MASK: True} if masked else {}
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         observation, reward, terminated, truncated, info = self.env.step(action)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from hvdqn.envs import snapshot
 from hvdqn.envs.atari import LIFE_LOST, AtariVector
+from hvdqn.envs.contract import ACTION_MASK, warn_once
 from hvdqn.envs.global_random import global_generators_kept, seed_global_generators
 from hvdqn.step import Bools, Observation, Step
 
@@ -102,7 +103,12 @@ class Environments:
         takes_list = isinstance(self._vector, (SyncVectorEnv, AsyncVectorEnv, AtariVector))
         if seeds is not None and not isinstance(self._vector, AsyncVectorEnv):
             seed_global_generators(seeds[0], own_process=False)
-        observation, _ = self._vector.reset(seed=seeds if takes_list or seeds is None else seeds[0])  # type: ignore[arg-type]
+        observation, infos = self._vector.reset(seed=seeds if takes_list or seeds is None else seeds[0])  # type: ignore[arg-type]
+        if infos and ACTION_MASK in infos:
+            warn_once(
+                f"the environment's infos hold an {ACTION_MASK}, which hvdqn does not read yet: impossible actions are "
+                "chosen like all others"
+            )
         self._clear()
         self._seeded = True
         self._observation = self._to_storage(observation)

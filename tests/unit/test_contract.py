@@ -18,6 +18,7 @@ import torch
 from hvdqn.comm.local import LocalComm
 from hvdqn.config import Config, EnvironmentConfig
 from hvdqn.envs import Environments, make_environments
+from hvdqn.envs.contract import warn_once
 from hvdqn.errors import UserError
 from hvdqn.evaluate import Evaluator
 from hvdqn.metrics import PhaseTimer
@@ -195,3 +196,26 @@ def test_the_test_of_exact_resume_leaves_shared_generators_alone() -> None:
         states = random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
         assert environments.state() is None
         assert states == (random.getstate(), np.random.get_state()[1].tolist())  # noqa: NPY002
+
+
+# --- Warnings -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("Masked", {"vectorization": "sync"}),
+        ("Masked", {"vectorization": "async"}),
+        ("OwnVector", {"kwargs": {"fault": "mask"}}),
+    ],
+)
+def test_an_action_mask_is_reported_once(
+    name: str, settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    warn_once.cache_clear()
+    for _ in range(2):
+        with closing(make(name, **settings)) as environments:
+            list(play(environments))
+            environments.reset()
+    out = capsys.readouterr().out
+    assert out.count("warning: the environment's infos hold an action_mask") == 1
