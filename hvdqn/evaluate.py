@@ -117,7 +117,16 @@ class Evaluator:
     def _make_player(self, network: QNetwork) -> _Player:
         environment, run = self.config.environment, self.config.run
         num_envs = min(self.share, MOST_ENVS_PER_RANK)
-        envs = make_environments(environment, num_envs, self.seed, training=False, threads=self.threads)
+        try:
+            envs = make_environments(environment, num_envs, self.seed, False, self.threads)
+        except UserError:
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise UserError(
+                f"'{environment.env}' cannot be made for the evaluation ({reason}); if a process can hold only one, "
+                "use --vectorization async"
+            ) from error
         rng = np.random.default_rng(self.seed)
         actor = Actor(envs, network, environment.frame_stack, rng, self.device, record=self.record)
         return _Player(envs, actor, run.eval_epsilon, self.share, self.timer)

@@ -25,9 +25,12 @@ log = logging.getLogger(__name__)
 
 ACTION_MASK = "action_mask"
 RESET_RESULT = "it must return (observation, info)"
+STEP_RESULT = "it must return (observation, reward, terminated, truncated, info)"
+SUPPORTED_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
+# Observations that are no Box are flattened; Discrete spaces become one-hot vectors.
+MOST_FLATTENED_NUMBERS = 10_000_000
 # Wrappers of `gym.make` that return what they are given.
 PASS_ON = (OrderEnforcing, TimeLimit)
-STEP_RESULT = "it must return (observation, reward, terminated, truncated, info)"
 
 
 @functools.cache
@@ -49,6 +52,29 @@ def check_spaces(env: gym.Env[Any, Any], name: str) -> None:
                 f"'{name}' has no {attribute}: {_class_of(env.unwrapped)}.{attribute} is a {_class_of(space)}; "
                 "it must be a gymnasium.Space"
             )
+
+
+def check_observations(space: gym.Space[Any], env: str, where: str = "") -> None:
+    """Refuse spaces that do not flatten to a fixed size: text, sequences, graphs, unknown spaces."""
+    if isinstance(space, (spaces.Dict, spaces.Tuple)):
+        parts = space.items() if isinstance(space, spaces.Dict) else enumerate(space)
+        for name, part in parts:
+            check_observations(part, env, f"{where}[{name!r}]")
+    elif not isinstance(space, SUPPORTED_SPACES):
+        raise UserError(
+            f"'{env}' observes a {type(space).__name__} space{' at ' + where if where else ''}; hvdqn supports Box, "
+            "Discrete, MultiDiscrete, MultiBinary, and Dict and Tuple of those: use a --wrapper that drops the rest"
+        )
+
+
+def check_flattened_size(space: gym.Space[Any], env: str) -> None:
+    """Refuse spaces whose flattened observations would not fit into memory."""
+    numbers = spaces.flatdim(space)
+    if numbers > MOST_FLATTENED_NUMBERS:
+        raise UserError(
+            f"'{env}' observes {one_line(space, 60)}; as a one-hot vector each observation would take {numbers:,} "
+            f"numbers, and {MOST_FLATTENED_NUMBERS:,} is the most: use a --wrapper that gives a smaller one"
+        )
 
 
 def check_first_calls(env: gym.Env[Any, Any], name: str) -> None:
@@ -134,7 +160,7 @@ class _FirstCalls:
             try:
                 spaces.flatten(space, observation)
             except Exception as error:
-                why = f"{_class_of(error)}: {' '.join(str(error).split())}"
+                why = f"{_class_of(error)}: {one_line(error)}"
                 raise self._broken(
                     method,
                     f"returned an observation that does not fit its observation_space ({why}); correct one of them",
@@ -210,3 +236,9 @@ def _describe(value: Any) -> str:
 
 def _class_of(value: Any) -> str:
     return type(value).__name__
+
+
+def one_line(message: object, width: int = 200) -> str:
+    """Return the message on one line, cut to `width` characters."""
+    text = " ".join(str(message).split())
+    return text if len(text) <= width else text[: width - 3] + "..."

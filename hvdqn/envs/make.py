@@ -8,7 +8,7 @@ import importlib
 import json
 import os
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,29 +16,31 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
-from gymnasium.vector.async_vector_env import AsyncState
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.wrappers import FlattenObservation
 
 from hvdqn.config import EnvironmentConfig, did_you_mean, import_attribute, import_module
 from hvdqn.envs import snapshot
+from hvdqn.envs.async_vector import AsyncVector
 from hvdqn.envs.atari import LIFE_LOST, AtariGame, AtariVector, game_settings, is_atari
 from hvdqn.envs.contract import (
     ACTION_MASK,
     check_first_calls,
     check_first_vector_calls,
+    check_flattened_size,
+    check_observations,
     check_spaces,
+    one_line,
     to_number,
+    warn_once,
 )
 from hvdqn.envs.global_random import seed_global_generators
+from hvdqn.envs.rehearsal import continues_exactly
 from hvdqn.envs.vector import Environments
 from hvdqn.errors import UserError
 
 # Namespaces of optional environments: the module that registers them, and the extra that installs it.
 _FAMILIES = {"ALE": ("ale_py", "atari"), "MinAtar": ("minatar.gym", "minatar")}
-_SUPPORTED_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
-# Observations that are no Box are flattened; Discrete spaces become one-hot vectors.
-_MOST_FLATTENED_NUMBERS = 10_000_000
 
 
 def make_environments(
@@ -73,7 +75,9 @@ def make_environments(
         seed,
         description=_describe(build, vector, kind),
         clip_rewards=training and config.clip_rewards,
-        make_copy=functools.partial(_make_copy, config, training),
+        continues_exactly=functools.partial(
+            continues_exactly, functools.partial(make_environments, config, 2, training=training)
+        ),
     )
 
 
@@ -157,27 +161,8 @@ def _make_vector(build: _Build, num_envs: int, threads: int) -> tuple[VectorEnv[
             raise UserError(f"the native vector of '{config.env}' has no Box observations; use sync or async")
     makers = [functools.partial(_make_single, build, index, os.getpid()) for index in range(num_envs)]
     if requested == "async":
-        return _AsyncVector(makers, autoreset_mode=AutoresetMode.SAME_STEP), "async"
+        return AsyncVector(makers, autoreset_mode=AutoresetMode.SAME_STEP), "async"
     return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP), "sync"
-
-
-class _AsyncVector(AsyncVectorEnv):
-    """An async vector that raises a worker's `UserError` without printing the worker's traceback."""
-
-    def _raise_if_errors(self, successes: Iterable[bool]) -> None:
-        if all(successes):
-            return
-        failures = [self.error_queue.get() for _ in range(self.num_envs - sum(successes))]
-        errors = [str(error) for _, kind, error, _ in failures if issubclass(kind, UserError)]
-        if errors:
-            for index, *_ in failures:  # these workers have ended; `close` leaves them out
-                self.parent_pipes[index].close()
-                self.parent_pipes[index] = None  # type: ignore[call-overload]
-            self._state = AsyncState.DEFAULT
-            raise UserError(errors[0])
-        for failure in failures:
-            self.error_queue.put(failure)
-        super()._raise_if_errors(successes)
 
 
 def _make_native(build: _Build, num_envs: int, threads: int) -> VectorEnv[Any, Any, Any]:
@@ -188,19 +173,53 @@ def _make_native(build: _Build, num_envs: int, threads: int) -> VectorEnv[Any, A
     )
 
 
-def _make_copy(config: EnvironmentConfig, training: bool, seed: int) -> Environments:
-    """Build two of the same environments in this process; `Environments.state` tests with them."""
-    if config.vectorization == "async":
-        config = dataclasses.replace(config, vectorization="sync")
-    return make_environments(config, 2, seed, training)
-
-
 def _make_single(build: _Build, index: int, rank_pid: int) -> gym.Env[Any, Any]:
-    """Build one environment with the user's wrappers. An async vector calls it in a worker process."""
-    if os.getpid() != rank_pid:
+    """Build one environment. An async vector calls it in its worker process, and once in the rank's for the spaces."""
+    own_process = os.getpid() != rank_pid
+    if not own_process and build.config.vectorization == "async":
+        return _read_spaces(build)
+    if own_process:
         # A launcher may send signals to every process of a job. The rank handles them and closes its workers.
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, signal.SIG_IGN)
+    try:
+        env = _make_wrapped(build)
+    except Exception as error:
+        if index == 0 or own_process or isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"one '{build.config.env}' could be made in this process, and no second one "
+            f"({type(error).__name__}: {one_line(error)}); --vectorization async gives each a process of its own"
+        ) from error
+    return _SaveState(env, index, build.config.env, own_process)
+
+
+class _Spaces(gym.Env[Any, Any]):
+    """Stands in for an environment whose spaces and metadata are wanted, and nothing else."""
+
+    def __init__(self, env: gym.Env[Any, Any]):
+        self.observation_space, self.action_space = env.observation_space, env.action_space
+        self.metadata, self.render_mode = env.metadata, env.render_mode
+
+
+_known_spaces: dict[str, _Spaces] = {}
+
+
+def _read_spaces(build: _Build) -> _Spaces:
+    """Return the spaces of an environment whose workers have processes of their own.
+
+    It is built once in the rank's process: some simulators cannot be started there a second time.
+    """
+    key = repr(build)
+    if key not in _known_spaces:
+        env = _SaveState(_make_wrapped(build), 0, build.config.env, own_process=False)
+        _known_spaces[key] = _Spaces(env)
+        env.close()
+    return _known_spaces[key]
+
+
+def _make_wrapped(build: _Build) -> gym.Env[Any, Any]:
+    """Build one environment with the user's wrappers, flattened if its observations are no Box."""
     config = build.config
     env: gym.Env[Any, Any]
     with _explain_errors(config):
@@ -211,14 +230,14 @@ def _make_single(build: _Build, index: int, rank_pid: int) -> gym.Env[Any, Any]:
     for path in config.wrapper:
         env = _wrap(env, path)
     check_spaces(env, config.env)
-    _check_observations(env.observation_space, config.env)
+    check_observations(env.observation_space, config.env)
     if not isinstance(env.observation_space, spaces.Box):
-        _check_flattened_size(env.observation_space, config.env)
+        check_flattened_size(env.observation_space, config.env)
         check_first_calls(env, config.env)
         env = FlattenObservation(env)
     else:
         check_first_calls(env, config.env)
-    return _SaveState(env, index, config.env, os.getpid() != rank_pid)
+    return env
 
 
 class _SaveState(gym.Wrapper[Any, Any, Any, Any]):
@@ -247,6 +266,14 @@ class _SaveState(gym.Wrapper[Any, Any, Any, Any]):
         final = np.array(observation)
         return final, reward, bool(terminated), bool(truncated), {LIFE_LOST: bool(info.get(LIFE_LOST))}
 
+    def close(self) -> None:
+        """Close the environment. One that fails to close must not end a run whose training is over."""
+        try:
+            super().close()
+        except (Exception, SystemExit) as error:
+            if not self._own_process:
+                warn_once(f"'{self._name}' could not be closed: {type(error).__name__}: {one_line(error)}")
+
     def save_state(self) -> dict[str, Any] | None:
         return snapshot.save(self.env)
 
@@ -270,20 +297,20 @@ def _explain_errors(config: EnvironmentConfig) -> Iterator[None]:
     except UserError:
         raise
     except gym.error.DependencyNotInstalled as error:
-        raise UserError(f"'{config.env}' lacks a dependency: {_line(error)}") from error
+        raise UserError(f"'{config.env}' lacks a dependency: {one_line(error)}") from error
     except ImportError as error:
         raise UserError(
-            f"'{config.env}' cannot be imported: {_line(error)}; install what it needs"
+            f"'{config.env}' cannot be imported: {one_line(error)}; install what it needs"
         ) from error
     except (TypeError, ValueError, LookupError, AssertionError, AttributeError, gym.error.Error) as error:
         if isinstance(error, TypeError) and "must inherit from the gymnasium.Env" in str(error):
-            raise UserError(f"'{config.env}' is no environment of Gymnasium: {_line(error)}") from error
+            raise UserError(f"'{config.env}' is no environment of Gymnasium: {one_line(error)}") from error
         if config.env_kwargs in ("", "{}"):
             if isinstance(error, TypeError) and "missing" in str(error):
-                raise UserError(f"'{config.env}': {_line(error)}; give it with --env-kwargs") from error
+                raise UserError(f"'{config.env}': {one_line(error)}; give it with --env-kwargs") from error
             raise
         raise UserError(
-            f"--env-kwargs {config.env_kwargs} does not suit '{config.env}': {_line(error)}"
+            f"--env-kwargs {config.env_kwargs} does not suit '{config.env}': {one_line(error)}"
         ) from error
 
 
@@ -293,16 +320,16 @@ def _wrap(env: gym.Env[Any, Any], path: str) -> gym.Env[Any, Any]:
     try:
         wrapped = wrapper(env)
     except (gym.error.DependencyNotInstalled, ImportError) as error:
-        raise UserError(f"--wrapper '{path}' lacks a dependency: {_line(error)}; install it") from error
+        raise UserError(f"--wrapper '{path}' lacks a dependency: {one_line(error)}; install it") from error
     except TypeError as error:
         raise UserError(
-            f"--wrapper '{path}' cannot be called with an environment alone ({_line(error)}); "
+            f"--wrapper '{path}' cannot be called with an environment alone ({one_line(error)}); "
             "name a function that fills in the rest"
         ) from error
     except (ValueError, LookupError, AssertionError, AttributeError, gym.error.Error) as error:
         if not wrapper.__module__.startswith("gymnasium."):
             raise  # a bug in the user's wrapper keeps its traceback
-        raise UserError(f"--wrapper '{path}' does not take this environment: {_line(error)}") from error
+        raise UserError(f"--wrapper '{path}' does not take this environment: {one_line(error)}") from error
     if not isinstance(wrapped, gym.Env):
         raise UserError(
             f"--wrapper '{path}' returned a {type(wrapped).__name__}; it must return a gymnasium.Env"
@@ -313,31 +340,8 @@ def _wrap(env: gym.Env[Any, Any], path: str) -> gym.Env[Any, Any]:
 def _check_actions(space: gym.Space[Any], env: str) -> None:
     if not isinstance(space, spaces.Discrete):
         raise UserError(
-            f"'{env}' has the action space {_line(space)}; DQN needs Discrete actions: "
+            f"'{env}' has the action space {one_line(space)}; DQN needs Discrete actions: "
             "choose another environment, or use a --wrapper that makes them Discrete"
-        )
-
-
-def _check_observations(space: gym.Space[Any], env: str, where: str = "") -> None:
-    """Refuse spaces that do not flatten to a fixed size: text, sequences, graphs, unknown spaces."""
-    if isinstance(space, (spaces.Dict, spaces.Tuple)):
-        parts = space.items() if isinstance(space, spaces.Dict) else enumerate(space)
-        for name, part in parts:
-            _check_observations(part, env, f"{where}[{name!r}]")
-    elif not isinstance(space, _SUPPORTED_SPACES):
-        raise UserError(
-            f"'{env}' observes a {type(space).__name__} space{' at ' + where if where else ''}; hvdqn supports Box, "
-            "Discrete, MultiDiscrete, MultiBinary, and Dict and Tuple of those: use a --wrapper that drops the rest"
-        )
-
-
-def _check_flattened_size(space: gym.Space[Any], env: str) -> None:
-    """Refuse spaces whose flattened observations would not fit into memory."""
-    numbers = spaces.flatdim(space)
-    if numbers > _MOST_FLATTENED_NUMBERS:
-        raise UserError(
-            f"'{env}' observes {_line(space, 60)}; as a one-hot vector each observation would take {numbers:,} "
-            f"numbers, and {_MOST_FLATTENED_NUMBERS:,} is the most: use a --wrapper that gives a smaller one"
         )
 
 
@@ -352,9 +356,3 @@ def _describe(build: _Build, vector: VectorEnv[Any, Any, Any], kind: str) -> str
     if build.episodic_life:
         words.append("a lost life ends the episode")
     return ", ".join(words)
-
-
-def _line(message: object, width: int = 200) -> str:
-    """Return the message on one line, cut to `width` characters."""
-    text = " ".join(str(message).split())
-    return text if len(text) <= width else text[: width - 3] + "..."

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import sys
 from decimal import Decimal
 from typing import Any
 
@@ -157,6 +159,34 @@ class Global(Plain):
         return np.array([np.random.rand(), random.random()], np.float32)  # noqa: NPY002
 
 
+class Single(Plain):
+    """A simulator of which a process may open one, or, with `ever`, one in its whole life."""
+
+    open_in: list[int] = []  # noqa: RUF012 - shared on purpose
+
+    def __init__(self, ever: bool = False) -> None:
+        if os.getpid() in self.open_in:
+            raise RuntimeError("a simulation is already running in this process")
+        self.open_in.append(os.getpid())
+        self.ever = ever
+
+    def close(self) -> None:
+        if not self.ever:
+            self.open_in.remove(os.getpid())
+
+
+class RaisesInClose(Plain):
+    """Cannot be closed."""
+
+    def __init__(self, leaves: bool = False) -> None:
+        self.leaves = leaves
+
+    def close(self) -> None:
+        if self.leaves:
+            sys.exit(3)
+        raise AttributeError("'NoneType' object has no attribute 'close'")
+
+
 class OwnVector(VectorEnv[Any, Any, Any]):
     """A vector environment that breaks the rule that `fault` names."""
 
@@ -198,6 +228,8 @@ for _class in (
     Masked,
     Rewarding,
     Global,
+    Single,
+    RaisesInClose,
 ):
     gym.register(f"Broken{_class.__name__}-v0", _class)
 gym.register("BrokenOwnVector-v0", Plain, vector_entry_point=OwnVector)

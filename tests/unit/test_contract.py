@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import random
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from hvdqn import train
 from hvdqn.comm.local import LocalComm
 from hvdqn.config import Config, EnvironmentConfig
 from hvdqn.envs import Environments, make_environments
@@ -24,6 +26,7 @@ from hvdqn.evaluate import Evaluator
 from hvdqn.metrics import PhaseTimer
 from hvdqn.parts import network_for
 from tests.launchers import clean_environment
+from tests.unit import broken_envs
 
 HERE = "tests.unit.broken_envs"
 
@@ -219,3 +222,95 @@ def test_an_action_mask_is_reported_once(
             environments.reset()
     out = capsys.readouterr().out
     assert out.count("warning: the environment's infos hold an action_mask") == 1
+
+
+# --- Environments that cannot be made twice, or closed --------------------------------------------------------------
+
+
+def flags(tmp_path: Path, name: str, **kwargs: Any) -> list[str]:
+    words = ["--preset", "smoke", "--total-env-steps", "300", "--eval-episodes", "2", "--envs-per-rank", "2"]
+    words += [
+        "--run-dir",
+        str(tmp_path),
+        "--env",
+        f"{HERE}:Broken{name}-v0",
+        "--env-kwargs",
+        json.dumps(kwargs),
+    ]
+    return words
+
+
+@pytest.mark.parametrize("ever", [False, True])
+def test_a_simulator_of_which_a_process_may_hold_one_is_trained_in_workers(
+    ever: bool, tmp_path: Path
+) -> None:
+    """Neither evaluations nor the test of exact resume build it in the rank's process again."""
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            IN_A_PROCESS,
+            *flags(tmp_path, "Single", ever=ever),
+            "--vectorization",
+            "async",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env=clean_environment(),
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "built here: 1" in done.stdout
+
+
+IN_A_PROCESS = """
+import os, sys
+import tests.unit.broken_envs as envs
+from hvdqn import train
+built, plain = [], envs.Single.__init__
+def counting(self, *args, **kwargs):
+    built.append(os.getpid())
+    if kwargs.get("ever") and os.getpid() != rank:
+        envs.Single.open_in.clear()  # a process that was forked has not started its simulator yet
+    plain(self, *args, **kwargs)
+envs.Single.__init__ = counting
+rank = os.getpid()
+code = train.main(sys.argv[1:])
+print("built here:", built.count(rank))
+sys.exit(code)
+"""
+
+
+def test_the_remedy_is_named_where_a_process_may_hold_one_environment(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken_envs.Single.open_in.clear()
+    assert train.main(flags(tmp_path, "Single")) == 2
+    error = capsys.readouterr().err
+    assert "no second one (RuntimeError: a simulation is already running" in error
+    assert error.count("\n") == 1
+    assert "--vectorization async" in error
+    broken_envs.Single.open_in.clear()
+
+
+def test_an_exception_in_the_test_of_exact_resume_means_that_it_is_not_exact() -> None:
+    broken_envs.Single.open_in.clear()
+    with closing(make("Single", 1)) as environments:
+        environments.reset()
+        assert environments.state() is None
+        assert environments.step(np.zeros(1, np.int64)).reward == [1.0]
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+@pytest.mark.parametrize("leaves", [False, True])
+def test_an_environment_that_cannot_be_closed_does_not_lose_the_run(
+    vectorization: str, leaves: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    warn_once.cache_clear()
+    words = [*flags(tmp_path, "RaisesInClose", leaves=leaves), "--vectorization", vectorization]
+    assert train.main(words) == 0
+    assert (tmp_path / "summary.json").exists()
+    out = capsys.readouterr().out
+    assert out.count("BrokenRaisesInClose-v0' could not be closed") == 1
+    assert not multiprocessing.active_children()

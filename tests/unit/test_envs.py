@@ -477,7 +477,7 @@ def test_environments_are_usable_after_a_state_that_does_not_fit(vectorization: 
 
 
 def test_environments_too_slow_to_check_have_no_state(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("hvdqn.envs.vector._CHECK_SECONDS", 0.0)
+    monkeypatch.setattr("hvdqn.envs.rehearsal._CHECK_SECONDS", 0.0)
     environments = make("CartPole-v1")
     environments.reset()
     assert environments.state() is None
