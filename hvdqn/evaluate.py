@@ -19,7 +19,7 @@ from hvdqn.checkpoint import LEARNER, BrokenCheckpointError, Checkpoint, open_ch
 from hvdqn.comm import Comm
 from hvdqn.comm.local import LocalComm
 from hvdqn.config import Config, parse_flags
-from hvdqn.envs import Environments, as_exception, make_environments
+from hvdqn.envs import Environments, as_exception, global_generators_kept, make_environments
 from hvdqn.errors import UserError
 from hvdqn.graphs import Record
 from hvdqn.metrics import PhaseTimer, ProgressLine
@@ -95,7 +95,8 @@ class Evaluator:
     ) -> Evaluation | None:
         """Play the episodes and return all ranks' returns, or None if `stop` was True on some rank before the end.
 
-        A collective call: all ranks must make it together.
+        A collective call: all ranks must make it together. Environments that draw from `np.random` or `random` play
+        the same episodes each time, and those of training go on as if there had been no evaluation.
 
         Args:
             network: plays.
@@ -103,6 +104,12 @@ class Evaluator:
             show: called every few steps with the number of episodes that all ranks have finished.
         """
         show(0)
+        with global_generators_kept():
+            return self._run(network, stop, show)
+
+    def _run(
+        self, network: QNetwork, stop: Callable[[], bool], show: Callable[[int], None]
+    ) -> Evaluation | None:
         player = self._make_player(network) if self.share else None
         network.eval()  # a noisy network acts without noise
         try:
@@ -125,7 +132,16 @@ class Evaluator:
     def _make_player(self, network: QNetwork) -> _Player:
         environment, run = self.config.environment, self.config.run
         num_envs = min(self.share, MOST_ENVS_PER_RANK)
-        envs = make_environments(environment, num_envs, self.seed, training=False, threads=self.threads)
+        try:
+            envs = make_environments(environment, num_envs, self.seed, False, self.threads)
+        except UserError:
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise UserError(
+                f"'{environment.env}' cannot be made for the evaluation ({reason}); if a process can hold only one, "
+                "use --vectorization async"
+            ) from error
         rng = np.random.default_rng(self.seed)
         actor = Actor(envs, network, environment.frame_stack, rng, self.device, record=self.record)
         return _Player(envs, actor, run.eval_epsilon, self.share, self.timer)

@@ -20,6 +20,7 @@ from hvdqn.config import (
     settings_of_exact_resume,
 )
 from hvdqn.errors import UserError
+from hvdqn.faults import raise_on_all_ranks
 from hvdqn.metrics import METRICS_FILE, SUMMARY_FILE
 from hvdqn.rank import Parts
 from hvdqn.replay import reshard
@@ -124,8 +125,7 @@ def restore(
         exact = _load_rank_state(parts, shards[0])
     elif has_replay:
         _reshard_replay(parts, shards)
-    if not exact:
-        reset_environments(parts)
+    raise_on_all_ranks(comm, lambda: None if exact else reset_environments(parts), parts.timer)
     exact = all(comm.all_gather_object(exact))
     lines = _describe_resume(checkpoint, shared, parts.clock, comm.size, has_replay, exact)
     return progress, lines + _changed_settings(checkpoint.manifest["config"], config.flat())

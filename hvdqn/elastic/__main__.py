@@ -35,7 +35,7 @@ from hvdqn.errors import (
 from hvdqn.faults import StopSignal
 from hvdqn.logs import setup_logging
 from hvdqn.process import tune_process
-from hvdqn.train import refuse, refuse_unconnected
+from hvdqn.train import refuse, refuse_alone
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = elastic_config(rest, max_np)
         worker = ElasticWorker(config, max_np, ElasticWorld(join_timeout), stop)
     except (UserError, LaunchError) as error:
-        return refuse_unconnected(str(error), stop)
+        return refuse_alone(str(error), stop)
     try:
         return worker.run()
     except UserError as error:

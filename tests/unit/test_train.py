@@ -15,7 +15,6 @@ from typing import Any
 
 import gymnasium as gym
 import pytest
-import torch
 import yaml
 
 from hvdqn import __main__, startup, train
@@ -316,7 +315,15 @@ def need_third_party() -> None:
 
 
 def test_a_process_that_trains_treats_denormals_as_zero(tmp_path):
-    small = torch.tensor([1e-38])
-    assert (small * 0.01).item() > 0
-    run(tmp_path)
-    assert (small * 0.01).item() == 0
+    script = "import sys, torch; from hvdqn import train; print((torch.tensor([1e-38]) * 0.01).item() > 0); "
+    script += "print(train.command(sys.argv[1:])); print((torch.tensor([1e-38]) * 0.01).item() == 0)"
+    done = subprocess.run(
+        [sys.executable, "-c", script, *SMALL, "--run-dir", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env=clean_environment(),
+        check=True,
+    )
+    lines = done.stdout.splitlines()
+    assert (lines[0], lines[-2:]) == ("True", ["0", "True"])
