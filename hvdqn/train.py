@@ -43,6 +43,7 @@ from hvdqn.faults import StopSignal, Watchdog
 from hvdqn.logs import setup_logging
 from hvdqn.metrics import PhaseTimer
 from hvdqn.parts import device_kind
+from hvdqn.paths import folder_remembered
 from hvdqn.process import tune_process
 from hvdqn.run_directory import open_run_dir, sole_job
 from hvdqn.startup import check_ranks, make_trainer, start_run
@@ -82,6 +83,7 @@ def train(config: Config, comm: Comm, stop: StopSignal, timer: PhaseTimer) -> in
     return EXIT_REQUEUE if trainer.stop_voted else EXIT_FINISHED
 
 
+@folder_remembered()
 def main(argv: Sequence[str] | None = None, work: Work = train) -> int:
     """Run one rank; return its exit code.
 
