@@ -25,6 +25,7 @@ from hvdqn.graphs import Record
 from hvdqn.metrics import PhaseTimer, ProgressLine
 from hvdqn.networks import QNetwork
 from hvdqn.parts import network_for
+from hvdqn.paths import absolute, folder_remembered
 from hvdqn.process import usable_cores, use_threads
 from hvdqn.seeds import rank_seeds
 from hvdqn.video import check_video, record
@@ -264,7 +265,7 @@ def check_options(options: EvalOptions) -> None:
     if not 0 <= options.seed < 1 << 63:
         raise UserError(f"--seed is {options.seed}; it must be 0 or more, and below 2^63")
     if options.video is not None:
-        check_video(options.video)
+        check_video(absolute(options.video))
 
 
 def evaluate(options: EvalOptions) -> Iterator[str]:
@@ -274,7 +275,7 @@ def evaluate(options: EvalOptions) -> Iterator[str]:
         UserError: there is no such checkpoint, or its environment cannot be made or rendered.
     """
     check_options(options)
-    checkpoint = find_checkpoint(options.path)
+    checkpoint = find_checkpoint(absolute(options.path))
     config = Config().replace(**checkpoint.manifest["config"])
     config = config.replace(eval_episodes=options.episodes, eval_epsilon=options.epsilon, seed=options.seed)
     with closing(make_environments(config.environment, 1, options.seed, training=False)) as envs:
@@ -290,10 +291,11 @@ def evaluate(options: EvalOptions) -> Iterator[str]:
     if options.video is not None:
         with closing(ProgressLine(sys.stderr)) as line:
             line.show(f"recording one episode in {options.video}")
-            record(network, config.environment, options.video, options.seed, options.epsilon)
+            record(network, config.environment, absolute(options.video), options.seed, options.epsilon)
         yield f"video of one episode: {options.video}"
 
 
+@folder_remembered()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the `hvdqn eval` command; return its exit code."""
     try:

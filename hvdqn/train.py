@@ -43,6 +43,7 @@ from hvdqn.faults import StopSignal, Watchdog
 from hvdqn.logs import setup_logging
 from hvdqn.metrics import PhaseTimer
 from hvdqn.parts import device_kind
+from hvdqn.paths import folder_remembered
 from hvdqn.process import borrowed_process, tune_process
 from hvdqn.run_directory import open_run_dir, sole_job
 from hvdqn.startup import check_ranks, make_trainer, start_run
@@ -102,6 +103,7 @@ def command(argv: Sequence[str] | None = None, work: Work = train) -> int:
     return run(argv, work, StopSignal())
 
 
+@folder_remembered()
 def run(argv: Sequence[str] | None, work: Work, stop: StopSignal) -> int:
     """Connect the ranks and do the work; return the exit code."""
     try:
@@ -172,9 +174,7 @@ def refuse(message: str, rank: int, code: int = EXIT_USER_ERROR) -> int:
 
 
 def refuse_alone(message: str, stop: StopSignal) -> int:
-    """Report what this rank found wrong without the others, and return the exit code.
-
-    That is before the ranks are connected, or while they train.
+    """Report what this rank found wrong before the ranks were connected, or while they train; return the exit code.
 
     Mostly all ranks find the same, and rank 0 reports it for all. A rank that found something wrong alone waits until
     rank 0 would have reported and ended the job, then reports it itself.

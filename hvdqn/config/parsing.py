@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -15,6 +14,7 @@ from hvdqn.config.settings import Config, preset_config, setting
 from hvdqn.config.validation import check
 from hvdqn.config.values import value_of_data
 from hvdqn.errors import UserError
+from hvdqn.paths import expanded
 
 
 def parse(argv: Sequence[str], prog: str = "python -m hvdqn.train") -> Config:
@@ -52,7 +52,7 @@ def read_config_file(path: str) -> dict[str, Any]:
         UserError: the file is unreadable or no mapping, or a key or a value is wrong.
     """
     try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        loaded = yaml.safe_load(expanded(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a UTF-8 text"
         raise UserError(f"cannot read the config file '{path}': {reason}; give a YAML file") from None

@@ -34,6 +34,7 @@ from hvdqn.errors import (
 )
 from hvdqn.faults import StopSignal
 from hvdqn.logs import setup_logging
+from hvdqn.paths import folder_remembered
 from hvdqn.process import tune_process
 from hvdqn.train import refuse, refuse_alone
 
@@ -80,6 +81,7 @@ def elastic_config(argv: Sequence[str], max_np: int) -> Config:
     return config.replace(device="cpu", learning_starts=max(config.replay.learning_starts, earliest))
 
 
+@folder_remembered()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one worker; return its exit code."""
     tune_process()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import sys
+import tempfile
 from decimal import Decimal
 from typing import Any
 
@@ -159,6 +160,19 @@ class Global(Plain):
         return np.array([np.random.rand(), random.random()], np.float32)  # noqa: NPY002
 
 
+class ChangesFolder(Plain):
+    """Works in a new folder of its own, as wrappers of simulators do."""
+
+    metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012 - Gymnasium's convention
+
+    def __init__(self, render_mode: str | None = None) -> None:
+        self.render_mode = render_mode
+        os.chdir(tempfile.mkdtemp(dir=os.environ["SIMULATOR_FOLDERS"]))
+
+    def render(self) -> Any:
+        return np.zeros((8, 8, 3), np.uint8)
+
+
 class Single(Plain):
     """A simulator of which a process may open one, or, with `ever`, one in its whole life."""
 
@@ -228,6 +242,7 @@ for _class in (
     Masked,
     Rewarding,
     Global,
+    ChangesFolder,
     Single,
     RaisesInClose,
 ):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import random
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import closing
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from hvdqn import train
+from hvdqn import __main__, train
 from hvdqn.comm.local import LocalComm
 from hvdqn.config import Config, EnvironmentConfig
 from hvdqn.envs import Environments, make_environments
@@ -274,7 +276,7 @@ def test_a_simulator_of_which_a_process_may_hold_one_is_trained_in_workers(
 IN_A_PROCESS = """
 import os, sys
 import tests.unit.broken_envs as envs
-from hvdqn import train
+from hvdqn import __main__, train
 built, plain = [], envs.Single.__init__
 def counting(self, *args, **kwargs):
     built.append(os.getpid())
@@ -321,3 +323,60 @@ def test_an_environment_that_cannot_be_closed_does_not_lose_the_run(
     out = capsys.readouterr().out
     assert out.count("BrokenRaisesInClose-v0' could not be closed") == 1
     assert not multiprocessing.active_children()
+
+
+# --- Environments that change the current folder --------------------------------------------------------------------
+
+
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the current folder of a test whose environments work below another one; `~` is a third."""
+    for name in ("start", "simulators", "home"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "start")
+    monkeypatch.setenv("SIMULATOR_FOLDERS", str(tmp_path / "simulators"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    monkeypatch.setattr(train, "command", train.main)  # the command would keep the process of the tests
+    return tmp_path / "start"
+
+
+RUN = ["--preset", "smoke", "--total-env-steps", "300", "--eval-episodes", "2", "--envs-per-rank", "2"]
+RUN += ["--env", f"{HERE}:BrokenChangesFolder-v0"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "found"),
+    [(["--run-dir", "runs/x"], "start/runs/x"), ([], "start/runs/*"), (["--run-dir=~/runs"], "home/runs")],
+)
+def test_paths_are_those_of_the_start(flags: list[str], found: str, folders: Path) -> None:
+    """Records, resume, evaluation and video lie where the user named them."""
+    top = folders.parent
+    assert __main__.main(["train", *RUN, *flags]) == 0
+    (run_dir,) = top.glob(found)
+    for name in ("config.yaml", "metrics.jsonl", "summary.json", "checkpoints/latest/manifest.json"):
+        assert (run_dir / name).exists(), name
+    os.chdir(folders)
+    given = flags[-1].removeprefix("--run-dir=") if flags else str(run_dir.relative_to(folders))
+    video = ["--video", "video.gif"] if find_spec("imageio_ffmpeg") else []
+    assert __main__.main(["eval", given, "--episodes", "1", *video]) == 0
+    assert (folders / "video.gif").exists() == bool(video)
+    os.chdir(folders)
+    words = ["--config", f"{given}/config.yaml", "--run-dir", given, "--total-env-steps", "400"]
+    assert __main__.main(["train", *words]) == 0
+    assert json.loads((run_dir / "summary.json").read_text())["env_steps"] == 400
+    assert not [path for path in (top / "simulators").rglob("*") if path.is_file()]
+    assert not (folders / "~").exists()
+
+
+def test_modules_in_the_folder_of_the_start_are_found_after_the_folder_has_changed(folders: Path) -> None:
+    (folders / "late_wrapper_of_a_test.py").write_text("def same(env):\n    return env\n")
+    words = ["--run-dir", "run", "--wrapper", "late_wrapper_of_a_test:same"]
+    assert __main__.main(["train", *RUN, *words]) == 0
+
+
+def test_plot_knows_the_home_folder(folders: Path) -> None:
+    pytest.importorskip("matplotlib")
+    assert __main__.main(["train", *RUN, "--run-dir", "~/run"]) == 0
+    assert __main__.main(["plot", "~/run", "-o", "~/curves.png"]) == 0
+    assert (folders.parent / "home" / "curves.png").exists()
