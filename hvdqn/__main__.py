@@ -10,7 +10,9 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Annotated, Any, Union
 
 from hvdqn import __version__
@@ -42,10 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return refuse(f"unknown command '{words[0]}'; {hint}")
     # Modules in the current folder, such as a user's torso or wrapper, can be imported as with `python -m`. But `eval`
     # reads run directories of others, which must not choose what is imported: it adds the folder once they are trusted.
-    if words[0] != "eval" and "" not in sys.path:
-        sys.path.insert(0, "")
+    # Not as "": an environment may change the current folder.
+    with suppress(OSError):  # it was removed
+        if words[0] != "eval" and "" not in sys.path and (folder := str(Path.cwd())) not in sys.path:
+            sys.path.insert(0, folder)
     module = importlib.import_module(COMMANDS[words[0]][0])
-    code: int = getattr(module, "command", module.main)(words[1:])
+    entry = module.command if words[0] == "train" else module.main
+    code: int = entry(words[1:])
     return code
 
 

@@ -15,6 +15,10 @@ class UserError(ValueError):
     """The user's input is wrong. The message is one line: what is wrong, and what would be right. Exit code 2."""
 
 
+class FoundAloneError(RuntimeError):
+    """A rank found that the user's input is wrong while other ranks go on: it ends them. One line, exit code 2."""
+
+
 class LaunchError(ValueError):
     """The processes of this job cannot be connected as they were started. The message names the remedy."""
 

@@ -21,13 +21,14 @@ from hvdqn.checkpoint import LEARNER, BrokenCheckpointError, Checkpoint, check_l
 from hvdqn.comm import Comm
 from hvdqn.comm.local import LocalComm
 from hvdqn.config import Config, parse_flags
-from hvdqn.envs import Environments, as_exception, make_environments
+from hvdqn.envs import Environments, as_exception, global_generators_kept, make_environments
 from hvdqn.errors import UserError
 from hvdqn.graphs import Record
 from hvdqn.links import follow_link
 from hvdqn.metrics import PhaseTimer, ProgressLine, finite
 from hvdqn.networks import QNetwork
 from hvdqn.parts import network_for
+from hvdqn.paths import absolute, folder_remembered
 from hvdqn.process import usable_cores, use_threads
 from hvdqn.seeds import eval_command_seed, rank_seeds
 from hvdqn.video import check_video, record
@@ -100,7 +101,8 @@ class Evaluator:
     ) -> Evaluation | None:
         """Play the episodes and return all ranks' returns, or None if `stop` was True on some rank before the end.
 
-        A collective call: all ranks must make it together.
+        A collective call: all ranks must make it together. Environments that draw from `np.random` or `random` play
+        the same episodes each time, and those of training go on as if there had been no evaluation.
 
         Args:
             network: plays.
@@ -108,6 +110,12 @@ class Evaluator:
             show: called every few steps with the number of episodes that all ranks have finished.
         """
         show(0)
+        with global_generators_kept():
+            return self._run(network, stop, show)
+
+    def _run(
+        self, network: QNetwork, stop: Callable[[], bool], show: Callable[[int], None]
+    ) -> Evaluation | None:
         player = self._make_player(network) if self.share else None
         network.eval()  # a noisy network acts without noise
         try:
@@ -130,7 +138,16 @@ class Evaluator:
     def _make_player(self, network: QNetwork) -> _Player:
         environment, run = self.config.environment, self.config.run
         num_envs = min(self.share, MOST_ENVS_PER_RANK)
-        envs = make_environments(environment, num_envs, self.seed, training=False, threads=self.threads)
+        try:
+            envs = make_environments(environment, num_envs, self.seed, False, self.threads)
+        except UserError:
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise UserError(
+                f"'{environment.env}' cannot be made for the evaluation ({reason}); if a process can hold only one, "
+                "use --vectorization async"
+            ) from error
         rng = np.random.default_rng(self.seed)
         actor = Actor(envs, network, environment.frame_stack, rng, self.device, record=self.record)
         return _Player(envs, actor, run.eval_epsilon, self.share, self.timer)
@@ -267,7 +284,7 @@ def check_options(options: EvalOptions) -> None:
     if not 0 <= options.seed < 1 << 63:
         raise UserError(f"--seed is {options.seed}; it must be 0 or more, and below 2^63")
     if options.video is not None:
-        check_video(options.video)
+        check_video(absolute(options.video))
 
 
 def code_to_import(config: Config) -> list[str]:
@@ -318,7 +335,7 @@ def evaluate(options: EvalOptions) -> Iterator[str]:
             or rendered.
     """
     check_options(options)
-    checkpoint = find_checkpoint(options.path)
+    checkpoint = find_checkpoint(absolute(options.path))
     config = Config().replace(**checkpoint.manifest["config"])
     check_trust(options, config)
     config = config.replace(eval_episodes=options.episodes, eval_epsilon=options.epsilon, seed=options.seed)
@@ -336,7 +353,7 @@ def evaluate(options: EvalOptions) -> Iterator[str]:
     if options.video is not None:
         with closing(ProgressLine(sys.stderr)) as line:
             line.show(f"recording one episode in {options.video}")
-            record(network, config.environment, options.video, options.seed, options.epsilon)
+            record(network, config.environment, absolute(options.video), options.seed, options.epsilon)
         if not options.json:
             yield f"video of one episode: {options.video}"
 
@@ -359,6 +376,7 @@ def as_json(options: EvalOptions, checkpoint: Checkpoint, evaluation: Evaluation
     return json.dumps(finite(result))
 
 
+@folder_remembered()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the `hvdqn eval` command; return its exit code."""
     try:

@@ -18,6 +18,7 @@ from hvdqn.config import Config, as_yaml
 from hvdqn.errors import UserError
 from hvdqn.faults import raise_on_all_ranks
 from hvdqn.metrics import replace_file
+from hvdqn.paths import absolute
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ def open_run_dir(config: Config, comm: Comm) -> Path:
     """
     probe = comm.broadcast_object(f".visible-{time.time_ns()}")
     made = raise_on_all_ranks(comm, lambda: _make_run_dir(config, probe) if comm.rank == 0 else "")
-    run_dir = Path(comm.broadcast_object(made))
+    run_dir = absolute(comm.broadcast_object(made))  # hosts may mount a shared folder at different places
     try:
         raise_on_all_ranks(comm, lambda: wait_until_visible(run_dir / probe, comm.rank))
     except UserError:
@@ -44,15 +45,14 @@ def open_run_dir(config: Config, comm: Comm) -> Path:
 
 
 def _make_run_dir(config: Config, probe: str) -> str:
-    """Make the run directory and a file named `probe` in it; return its path."""
-    named = config.run.run_dir
-    path = Path(named) if named else _default_path(config)
+    """Make the run directory and a file named `probe` in it; return its path, relative if that is how it is named."""
+    path = Path(config.run.run_dir or _default_path(config))
     try:
-        if named:
-            path.mkdir(parents=True, exist_ok=True)
+        if config.run.run_dir:
+            absolute(path).mkdir(parents=True, exist_ok=True)
         else:
-            path = _make_new_directory(path)
-        (path / probe).touch()
+            path = path.with_name(_make_new_directory(absolute(path)).name)
+        (absolute(path) / probe).touch()
     except OSError as error:
         raise UserError(
             f"cannot write to the run directory '{path}': {error.strerror}; choose another with --run-dir"

@@ -14,7 +14,7 @@ from hvdqn.clock import Clock
 from hvdqn.comm import Comm
 from hvdqn.config import Config, check_engine, check_world
 from hvdqn.errors import UserError
-from hvdqn.faults import StopSignal
+from hvdqn.faults import StopSignal, raise_on_all_ranks
 from hvdqn.metrics import PhaseTimer
 from hvdqn.parts import build_parts
 from hvdqn.rank import Parts
@@ -138,7 +138,7 @@ def begin(trainer: Trainer, checkpoint: Checkpoint | None, warnings: Sequence[st
     config, comm, parts, recorder = trainer.config, trainer.comm, trainer.parts, trainer.recorder
     changes: list[str] = []
     if checkpoint is None:
-        reset_environments(parts)
+        raise_on_all_ranks(comm, lambda: reset_environments(parts), parts.timer)
     else:
         recorder.progress, changes = restore(parts, checkpoint, config, comm, recorder.totals)
         recorder.saved_at_env_steps = parts.clock.env_steps

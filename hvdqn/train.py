@@ -33,6 +33,7 @@ from hvdqn.errors import (
     EXIT_REQUEUE,
     EXIT_USER_ERROR,
     DriftError,
+    FoundAloneError,
     LaunchError,
     NonFiniteError,
     StoppedError,
@@ -42,6 +43,7 @@ from hvdqn.faults import StopSignal, Watchdog
 from hvdqn.logs import setup_logging
 from hvdqn.metrics import PhaseTimer
 from hvdqn.parts import device_kind
+from hvdqn.paths import folder_remembered
 from hvdqn.process import borrowed_process, tune_process
 from hvdqn.run_directory import open_run_dir, sole_job
 from hvdqn.startup import check_ranks, make_trainer, start_run
@@ -69,8 +71,8 @@ def train(config: Config, comm: Comm, stop: StopSignal, timer: PhaseTimer) -> in
             trainer = start_run(config, comm, run_dir, stop, timer, make_trainer)
             try:
                 trainer.complete()
-            except UserError as error:  # only this rank has found it: the others do not know
-                raise RuntimeError(str(error)) from error
+            except UserError as error:  # perhaps only this rank has found it: the others do not know
+                raise FoundAloneError(str(error)) from error
             finally:
                 trainer.recorder.metrics.close()  # so that an error is printed below the progress bar
     except UserError:
@@ -101,6 +103,7 @@ def command(argv: Sequence[str] | None = None, work: Work = train) -> int:
     return run(argv, work, StopSignal())
 
 
+@folder_remembered()
 def run(argv: Sequence[str] | None, work: Work, stop: StopSignal) -> int:
     """Connect the ranks and do the work; return the exit code."""
     try:
@@ -109,7 +112,7 @@ def run(argv: Sequence[str] | None, work: Work, stop: StopSignal) -> int:
         find_spec(config.environment.env)  # before connecting, which takes seconds
         comm = connect(config.parallel.comm, device_kind(config), config.parallel.stall_timeout)
     except (UserError, LaunchError) as error:
-        return refuse_unconnected(str(error), stop)
+        return refuse_alone(str(error), stop)
     setup_logging(comm.rank, comm.size)
     timer = PhaseTimer()
     try:
@@ -125,19 +128,26 @@ def fail(error: BaseException, comm: Comm, stop: StopSignal, timer: PhaseTimer) 
         kill_all_workers()
         if isinstance(error, KeyboardInterrupt):
             raise error
-    report = "".join(traceback.format_exception(error))
-    was_waiting = timer.phase == "comm"
-    if was_waiting:  # the rank that failed reports more
-        report = (
-            f"the other ranks do not answer: {traceback.format_exception_only(error)[-1].splitlines()[0]}"
-        )
-    log.error(f"rank {comm.rank} of {comm.size} failed: {report}")
+    if isinstance(error, FoundAloneError):
+        code = refuse_alone(str(error), stop)
+    else:
+        report_failure(error, comm, timer)
+        code = EXIT_FAILED
     if ends_process:
-        if was_waiting:
-            # Launchers use the exit code of the rank that ends first: let that be the one that failed.
-            time.sleep(1)
-        comm.abort(EXIT_FAILED)
-    return EXIT_FAILED
+        comm.abort(code)
+    return code
+
+
+def report_failure(error: BaseException, comm: Comm, timer: PhaseTimer) -> None:
+    """Report an exception with its traceback, or that other ranks do not answer: the rank that failed reports more."""
+    if timer.phase != "comm":
+        log.error(f"rank {comm.rank} of {comm.size} failed: {''.join(traceback.format_exception(error))}")
+        return
+    reason = traceback.format_exception_only(error)[-1].splitlines()[0]
+    log.error(f"rank {comm.rank} of {comm.size} failed: the other ranks do not answer: {reason}")
+    if comm.size > 1:
+        # Launchers use the exit code of the rank that ends first: let that be the one that failed.
+        time.sleep(1)
 
 
 def run_and_leave(work: Work, config: Config, comm: Comm, stop: StopSignal, timer: PhaseTimer) -> int:
@@ -163,8 +173,8 @@ def refuse(message: str, rank: int, code: int = EXIT_USER_ERROR) -> int:
     return code
 
 
-def refuse_unconnected(message: str, stop: StopSignal) -> int:
-    """Report what this rank found wrong before the ranks were connected, and return the exit code.
+def refuse_alone(message: str, stop: StopSignal) -> int:
+    """Report what this rank found wrong before the ranks were connected, or while they train; return the exit code.
 
     Mostly all ranks find the same, and rank 0 reports it for all. A rank that found something wrong alone waits until
     rank 0 would have reported and ended the job, then reports it itself.
@@ -176,9 +186,8 @@ def refuse_unconnected(message: str, stop: StopSignal) -> int:
             # Until the others find it, too: srun returns the highest code, and that of a rank it ended is 143.
             time.sleep(3)
         return EXIT_USER_ERROR
-    deadline = (
-        time.monotonic() + 8.0
-    )  # on a busy machine rank 0 may start seconds later, and then waits itself
+    # On a busy machine rank 0 may start seconds later, and then waits itself.
+    deadline = time.monotonic() + 8.0
     while not stop.requested and time.monotonic() < deadline:
         time.sleep(0.1)
     if not stop.requested:

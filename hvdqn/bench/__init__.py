@@ -20,10 +20,12 @@ from collections.abc import Sequence
 from hvdqn.bench.report import print_message
 from hvdqn.config import did_you_mean
 from hvdqn.errors import EXIT_USER_ERROR, UserError
+from hvdqn.paths import folder_remembered
 
 COMMANDS = ("allreduce", "gpu", "loop", "peers", "replay", "scaling", "solve", "startup")
 
 
+@folder_remembered()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the `hvdqn bench` command; return the exit code."""
     args = list(sys.argv[1:] if argv is None else argv)

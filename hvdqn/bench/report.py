@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 from hvdqn.comm import launcher_rank
 from hvdqn.errors import UserError
 from hvdqn.metrics import finite, number
+from hvdqn.paths import absolute
 
 LIBRARIES = ("torch", "numpy", "gymnasium", "ale-py", "horovod", "mpi4py", "stable-baselines3")
 
@@ -68,12 +69,13 @@ def writable_file(text: str) -> Path:
 
     Only rank 0 checks, because only rank 0 writes.
     """
+    path = str(absolute(text))
     # os.path is used because pathlib raises an error for a folder that may not be entered.
-    folder = os.path.dirname(text) or "."  # noqa: PTH120
-    target = text if os.path.exists(text) else folder  # noqa: PTH110
-    if launcher_rank() == 0 and (os.path.isdir(text) or not os.access(target, os.W_OK)):  # noqa: PTH112
+    folder = os.path.dirname(path)  # noqa: PTH120
+    target = path if os.path.exists(path) else folder  # noqa: PTH110
+    if launcher_rank() == 0 and (os.path.isdir(path) or not os.access(target, os.W_OK)):  # noqa: PTH112
         raise argparse.ArgumentTypeError(f"cannot write '{text}'; choose another file")
-    return Path(text)
+    return Path(path)
 
 
 def above_zero(text: str) -> float:

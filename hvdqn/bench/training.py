@@ -82,7 +82,7 @@ def run_on_all_ranks(
         if before_connecting is not None:
             before_connecting(options)
     except UserError as error:
-        return train.refuse_unconnected(str(error), StopSignal())
+        return train.refuse_alone(str(error), StopSignal())
 
     def work(config: Config, comm: Comm, stop: StopSignal, timer: PhaseTimer) -> int:
         benchmark(options, flags, Job(config, comm, stop, timer))

@@ -180,8 +180,7 @@ def restore(
     exact = False
     if own is not None:
         exact = parts.acting is None or parts.acting.actor.load_state(own["actor"])
-    if not exact:
-        reset_environments(parts)
+    raise_on_all_ranks(comm, lambda: None if exact else reset_environments(parts), parts.timer)
     exact = all(comm.all_gather_object(exact))
     lines = _describe_resume(checkpoint, shared, parts.clock, comm.size, has_replay, exact)
     return progress, lines + _changed_settings(checkpoint.manifest["config"], config.flat())

@@ -20,6 +20,7 @@ from hvdqn.config.settings import Config, preset_config, setting
 from hvdqn.config.validation import check
 from hvdqn.config.values import value_of_data
 from hvdqn.errors import UserError
+from hvdqn.paths import expanded
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +122,7 @@ def read_config_file(path: str) -> dict[str, Any]:
         UserError: the file is unreadable or no mapping, or a key or a value is wrong.
     """
     try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        loaded = yaml.safe_load(expanded(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a UTF-8 text"
         raise UserError(f"cannot read the config file '{path}': {reason}; give a YAML file") from None

@@ -123,7 +123,8 @@ class NetworkConfig:
 
     torso: Annotated[str, FIXED] = "auto"
     """`mlp`, `nature`, `impala`, `minatar`, or `module:attribute`: your own class, called with the shape of one
-    observation. `auto`: mlp for vectors, nature for large images, minatar for small images."""
+    observation. `auto`: mlp for vectors and for images narrower than 3 pixels, nature for large
+    images, minatar for small ones."""
     hidden: Annotated[tuple[int, ...], Range("at least 1 unit in every layer", low=1), FIXED] = (120, 84)
     """Units of the fully connected layers (after the convolutions, if any)."""
     head: Annotated[Literal["scalar", "c51", "qr", "iqn"], FIXED] = "scalar"

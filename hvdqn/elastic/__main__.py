@@ -34,8 +34,9 @@ from hvdqn.errors import (
 )
 from hvdqn.faults import StopSignal
 from hvdqn.logs import setup_logging
+from hvdqn.paths import folder_remembered
 from hvdqn.process import tune_process
-from hvdqn.train import refuse, refuse_unconnected
+from hvdqn.train import refuse, refuse_alone
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +81,7 @@ def elastic_config(argv: Sequence[str], max_np: int) -> Config:
     return config.replace(device="cpu", learning_starts=max(config.replay.learning_starts, earliest))
 
 
+@folder_remembered()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one worker; return its exit code."""
     tune_process()
@@ -90,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = elastic_config(rest, max_np)
         worker = ElasticWorker(config, max_np, ElasticWorld(join_timeout), stop)
     except (UserError, LaunchError) as error:
-        return refuse_unconnected(str(error), stop)
+        return refuse_alone(str(error), stop)
     try:
         return worker.run()
     except UserError as error:

@@ -6,7 +6,9 @@ for every environment, observation space and autoreset mode.
 
 from __future__ import annotations
 
-from hvdqn.envs.make import as_exception, describe_missing_library, find_spec, make_environments
+from hvdqn.envs.global_random import global_generators_kept
+from hvdqn.envs.make import describe_missing_library, find_spec, make_environments
+from hvdqn.envs.single import as_exception
 from hvdqn.envs.vector import Environments, Episode
 from hvdqn.envs.workers import kill_all_workers
 from hvdqn.step import Step
@@ -18,6 +20,7 @@ __all__ = [
     "as_exception",
     "describe_missing_library",
     "find_spec",
+    "global_generators_kept",
     "kill_all_workers",
     "make_environments",
 ]

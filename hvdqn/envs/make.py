@@ -14,16 +14,24 @@ from contextlib import contextmanager
 from typing import Any
 
 import gymnasium as gym
-import numpy as np
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.wrappers import FlattenObservation
 
 from hvdqn.config import EnvironmentConfig, import_attribute, import_module
-from hvdqn.envs import snapshot
 from hvdqn.envs.atari import AtariGame, AtariVector, game_settings, is_atari
-from hvdqn.envs.atari_variant import LIFE_LOST, AtariVariant, is_variant
+from hvdqn.envs.atari_variant import AtariVariant, is_variant
+from hvdqn.envs.contract import (
+    check_first_calls,
+    check_first_vector_calls,
+    check_flattened_size,
+    check_observations,
+    check_spaces,
+    one_line,
+)
+from hvdqn.envs.rehearsal import continues_exactly
+from hvdqn.envs.single import SingleEnvironment, as_exception
 from hvdqn.envs.vector import Environments
 from hvdqn.envs.workers import WorkerVector
 from hvdqn.errors import UserError
@@ -33,7 +41,6 @@ from hvdqn.faults import leave_signals_to_rank, reinstall_handlers
 _FAMILIES = {"ALE": ("ale_py", "atari"), "MinAtar": ("minatar.gym", "minatar")}
 # Libraries that environments of Gymnasium need, as error messages name them, and the extra that installs each.
 _LIBRARIES = {"pygame": "video", "Box2D": "box2d", "MinAtar": "minatar", "ale_py": "atari"}
-_SUPPORTED_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 
 
 def make_environments(
@@ -69,7 +76,9 @@ def make_environments(
         seed,
         description=_describe(build, vector, kind),
         clip_rewards=training and config.clip_rewards,
-        make_copy=functools.partial(_make_copy, config, training),
+        continues_exactly=functools.partial(
+            continues_exactly, functools.partial(make_environments, config, 2, training=training)
+        ),
     )
 
 
@@ -171,6 +180,8 @@ def _make_vector(build: _Build, num_envs: int, threads: int) -> tuple[VectorEnv[
         with _explain_errors(config):
             vector = _make_native(build, num_envs, threads)
         if isinstance(vector.single_observation_space, spaces.Box):
+            if not is_atari(build.spec):
+                check_first_vector_calls(vector, config.env)
             return vector, "native"
         vector.close()
         if requested == "native":
@@ -189,97 +200,70 @@ def _make_native(build: _Build, num_envs: int, threads: int) -> VectorEnv[Any, A
     )
 
 
-def _make_copy(config: EnvironmentConfig, training: bool, seed: int) -> Environments:
-    """Build two of the same environments in this process; `Environments.state` tests with them."""
-    if config.vectorization == "async":
-        config = dataclasses.replace(config, vectorization="sync")
-    return make_environments(config, 2, seed, training)
-
-
 def _make_single(build: _Build, index: int, rank_pid: int) -> gym.Env[Any, Any]:
-    """Build one environment with the user's wrappers. An async vector calls it in a worker process."""
-    if os.getpid() != rank_pid:
+    """Build one environment. An async vector calls it in its worker process, and once in the rank's for the spaces."""
+    own_process = os.getpid() != rank_pid
+    if own_process:
         leave_signals_to_rank()
+    try:
+        if not own_process and build.config.vectorization == "async":
+            return _read_spaces(build)
+        return SingleEnvironment(_make_wrapped(build), index, build.config.env, own_process)
+    except BaseException as raised:
+        error = as_exception(raised)
+        if index == 0 or own_process or isinstance(error, (UserError, KeyboardInterrupt)):
+            raise error  # noqa: B904 - the same error, or one with its traceback
+        raise UserError(
+            f"one '{build.config.env}' could be made in this process, and no second one "
+            f"({type(error).__name__}: {one_line(error)}); --vectorization async gives each a process of its own"
+        ) from error
+
+
+class _Spaces(gym.Env[Any, Any]):
+    """Stands in for an environment whose spaces and metadata are wanted, and nothing else."""
+
+    def __init__(self, env: gym.Env[Any, Any]):
+        self.observation_space, self.action_space = env.observation_space, env.action_space
+        self.metadata, self.render_mode = env.metadata, env.render_mode
+
+
+_known_spaces: dict[str, _Spaces] = {}
+
+
+def _read_spaces(build: _Build) -> _Spaces:
+    """Return the spaces of an environment whose workers have processes of their own.
+
+    It is built once in the rank's process: some simulators cannot be started there a second time.
+    """
+    key = repr(build)
+    if key not in _known_spaces:
+        env = SingleEnvironment(_make_wrapped(build), 0, build.config.env, own_process=False)
+        _known_spaces[key] = _Spaces(env)
+        env.close()
+    return _known_spaces[key]
+
+
+def _make_wrapped(build: _Build) -> gym.Env[Any, Any]:
+    """Build one environment with the user's wrappers, flattened if its observations are no Box."""
     config = build.config
     env: gym.Env[Any, Any]
-    try:
-        with _explain_errors(config):
-            if is_atari(build.spec):
-                game = AtariVariant if is_variant(build.kwargs) else AtariGame
-                env = game(build.episodic_life, build.kwargs)
-            else:
-                env = gym.make(build.spec, disable_env_checker=True, **build.kwargs)
-        for path in config.wrapper:
-            env = _wrap(env, path)
-    except BaseException as error:
-        raise as_exception(error)  # noqa: B904 - the same error, or one with its traceback
-    _check_observations(env.observation_space, config.env)
+    with _explain_errors(config):
+        if is_atari(build.spec):
+            game = AtariVariant if is_variant(build.kwargs) else AtariGame
+            env = game(build.episodic_life, build.kwargs)
+        else:
+            env = gym.make(build.spec, disable_env_checker=True, **build.kwargs)
+    for path in config.wrapper:
+        env = _wrap(env, path)
+    check_spaces(env, config.env)
+    check_observations(env.observation_space, config.env)
     if not isinstance(env.observation_space, spaces.Box):
+        check_flattened_size(env.observation_space, config.env)
+        check_first_calls(env, config.env)
         env = FlattenObservation(env)
-    return _SaveState(env, index)
-
-
-class _SaveState(gym.Wrapper[Any, Any, Any, Any]):
-    """The outermost wrapper of every single environment: saves its state and drops infos that hvdqn does not read."""
-
-    def __init__(self, env: gym.Env[Any, Any], index: int):
-        super().__init__(env)
-        self._index = index
-
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Any, dict[str, Any]]:
-        try:
-            observation, _ = self.env.reset(seed=seed, options=options)
-        except BaseException as error:
-            raise as_exception(error)  # noqa: B904
-        return observation, {}
-
-    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        try:
-            observation, reward, terminated, truncated, info = self.env.step(action)
-        except BaseException as error:
-            raise as_exception(error)  # noqa: B904
-        if not (terminated or truncated):
-            return observation, reward, False, False, {}
-        # Copy, because the reset that follows may write to the same buffer.
-        final = np.array(observation)
-        return final, reward, bool(terminated), bool(truncated), {LIFE_LOST: bool(info.get(LIFE_LOST))}
-
-    def close(self) -> None:
-        try:
-            self.env.close()
-        except BaseException as error:
-            raise as_exception(error)  # noqa: B904
-
-    def save_state(self) -> dict[str, Any] | None:
-        return snapshot.save(self.env)
-
-    def load_state(self, states: list[dict[str, Any]]) -> str:
-        """Load this env's state from the states of all envs; return an error message, or "" if it fits.
-
-        `VectorEnv.call` passes the same arguments to every env.
-        """
-        try:
-            snapshot.load(self.env, states[self._index])
-        except ValueError as error:  # an exception would end the worker of an async vector
-            return str(error)
-        return ""
-
-
-def as_exception(error: BaseException) -> BaseException:
-    """Return the error, or a RuntimeError with its traceback in place of SystemExit and the like.
-
-    They would end this rank alone, without a message, and with the exit code that the environment chose.
-    """
-    if isinstance(error, (Exception, KeyboardInterrupt)):
-        return error
-    what = (
-        f"sys.exit({error.code!r})" if isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"
-    )
-    replaced = RuntimeError(f"the environment raised {what}").with_traceback(error.__traceback__)
-    replaced.__suppress_context__ = True
-    return replaced
+    else:
+        check_first_calls(env, config.env)
+    return env
 
 
 @contextmanager
@@ -292,18 +276,20 @@ def _explain_errors(config: EnvironmentConfig) -> Iterator[None]:
     except (gym.error.DependencyNotInstalled, ImportError) as error:
         raise UserError(f"'{config.env}' lacks a dependency: {describe_missing_library(error)}") from error
     except (TypeError, ValueError, LookupError, AssertionError, AttributeError, gym.error.Error) as error:
+        if isinstance(error, TypeError) and "must inherit from the gymnasium.Env" in str(error):
+            raise UserError(f"'{config.env}' is no environment of Gymnasium: {one_line(error)}") from error
         if config.env_kwargs in ("", "{}"):
             if isinstance(error, TypeError) and "missing" in str(error):
-                raise UserError(f"'{config.env}': {_line(error)}; give it with --env-kwargs") from error
+                raise UserError(f"'{config.env}': {one_line(error)}; give it with --env-kwargs") from error
             raise
         raise UserError(
-            f"--env-kwargs {config.env_kwargs} does not suit '{config.env}': {_line(error)}"
+            f"--env-kwargs {config.env_kwargs} does not suit '{config.env}': {oneone_line(error)}"
         ) from error
 
 
 def describe_missing_library(error: Exception) -> str:
     """Return the message of an ImportError or DependencyNotInstalled, with the extra that installs the library."""
-    message = _line(error)
+    message = one_line(error)
     for library, extra in _LIBRARIES.items():
         if library.lower() in message.lower():
             return f"{library} is not installed; pip install 'hvdqn[{extra}]'"
@@ -321,13 +307,13 @@ def _wrap(env: gym.Env[Any, Any], path: str) -> gym.Env[Any, Any]:
         ) from error
     except TypeError as error:
         raise UserError(
-            f"--wrapper '{path}' cannot be called with an environment alone ({_line(error)}); "
+            f"--wrapper '{path}' cannot be called with an environment alone ({one_line(error)}); "
             "name a function that fills in the rest"
         ) from error
     except (ValueError, LookupError, AssertionError, AttributeError, gym.error.Error) as error:
         if not wrapper.__module__.startswith("gymnasium."):
             raise  # a bug in the user's wrapper keeps its traceback
-        raise UserError(f"--wrapper '{path}' does not take this environment: {_line(error)}") from error
+        raise UserError(f"--wrapper '{path}' does not take this environment: {one_line(error)}") from error
     if not isinstance(wrapped, gym.Env):
         raise UserError(
             f"--wrapper '{path}' returned a {type(wrapped).__name__}; it must return a gymnasium.Env"
@@ -338,21 +324,8 @@ def _wrap(env: gym.Env[Any, Any], path: str) -> gym.Env[Any, Any]:
 def _check_actions(space: gym.Space[Any], env: str) -> None:
     if not isinstance(space, spaces.Discrete):
         raise UserError(
-            f"'{env}' has the action space {_line(space)}; DQN needs Discrete actions: "
+            f"'{env}' has the action space {one_line(space)}; DQN needs Discrete actions: "
             "choose another environment, or use a --wrapper that makes them Discrete"
-        )
-
-
-def _check_observations(space: gym.Space[Any], env: str, where: str = "") -> None:
-    """Refuse spaces that do not flatten to a fixed size: text, sequences, graphs, unknown spaces."""
-    if isinstance(space, (spaces.Dict, spaces.Tuple)):
-        parts = space.items() if isinstance(space, spaces.Dict) else enumerate(space)
-        for name, part in parts:
-            _check_observations(part, env, f"{where}[{name!r}]")
-    elif not isinstance(space, _SUPPORTED_SPACES):
-        raise UserError(
-            f"'{env}' observes a {type(space).__name__} space{' at ' + where if where else ''}; hvdqn supports Box, "
-            "Discrete, MultiDiscrete, MultiBinary, and Dict and Tuple of those: use a --wrapper that drops the rest"
         )
 
 
@@ -369,9 +342,3 @@ def _describe(build: _Build, vector: VectorEnv[Any, Any, Any], kind: str) -> str
     if build.episodic_life:
         words.append("a lost life ends the episode")
     return ", ".join(words)
-
-
-def _line(message: object, width: int = 200) -> str:
-    """Return the message on one line, cut to `width` characters."""
-    text = " ".join(str(message).split())
-    return text if len(text) <= width else text[: width - 3] + "..."

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Callable
-from contextlib import closing
-from dataclasses import fields
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -18,6 +15,8 @@ from numpy.typing import NDArray
 from hvdqn.envs import snapshot
 from hvdqn.envs.atari import AtariVector
 from hvdqn.envs.atari_variant import LIFE_LOST
+from hvdqn.envs.contract import ACTION_MASK, warn_once
+from hvdqn.envs.global_random import seed_global_generators
 from hvdqn.faults import reinstall_handlers
 from hvdqn.step import Bools, Observation, Step
 
@@ -46,7 +45,8 @@ class Environments:
         seed: the seed of the first `reset`; each env derives its own seed from it.
         description: one line that describes the environments, for the log.
         clip_rewards: clip `Step.reward` to [-1, 1]. Episodes keep their raw returns.
-        make_copy: builds a small copy of these environments from a seed. Without it, `state` returns None.
+        continues_exactly: tests on small copies whether a restored state reproduces the same steps. Without it,
+            `state` returns None.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Environments:
         *,
         description: str = "",
         clip_rewards: bool = False,
-        make_copy: Callable[[int], Environments] | None = None,
+        continues_exactly: Callable[[], bool] | None = None,
     ):
         box, discrete = vector.single_observation_space, vector.single_action_space
         assert isinstance(box, gym.spaces.Box)
@@ -70,7 +70,7 @@ class Environments:
         self._vector = vector
         self._seed = seed
         self._clip_rewards = clip_rewards
-        self._make_copy = make_copy
+        self._continues_exactly = continues_exactly
         self._restores_exactly: bool | None = None  # unknown until `state` is called for the first time
         self._first_action = int(discrete.start)
         self._make_step = {
@@ -101,8 +101,15 @@ class Environments:
             seeds = [int(s) >> 1 for s in np.random.SeedSequence(entropy).generate_state(self.num_envs)]
         # Other native vectors take a single seed and derive the seeds of their envs from it.
         takes_list = isinstance(self._vector, (SyncVectorEnv, AsyncVectorEnv, AtariVector))
-        observation, _ = self._vector.reset(seed=seeds if takes_list or seeds is None else seeds[0])  # type: ignore[arg-type]
+        if seeds is not None and not isinstance(self._vector, AsyncVectorEnv):
+            seed_global_generators(seeds[0], own_process=False)
+        observation, infos = self._vector.reset(seed=seeds if takes_list or seeds is None else seeds[0])  # type: ignore[arg-type]
         reinstall_handlers()
+        if infos and ACTION_MASK in infos:
+            warn_once(
+                f"the environment's infos hold an {ACTION_MASK}, which hvdqn does not read yet: impossible actions are "
+                "chosen like all others"
+            )
         self._clear()
         self._seeded = True
         self._observation = self._to_storage(observation)
@@ -164,8 +171,11 @@ class Environments:
         return 15.0
 
     def close(self) -> None:
-        """Close the envs and end their processes and threads."""
-        self._vector.close()
+        """Close the envs and end their processes and threads. An env that fails to close is reported, no error."""
+        try:
+            self._vector.close()
+        except (Exception, SystemExit) as error:
+            warn_once(f"the environments could not be closed: {error!r}")
 
     def state(self) -> dict[str, Any] | None:
         """Return what is needed to continue exactly from here, as plain data, or None if that is impossible.
@@ -187,7 +197,7 @@ class Environments:
             )
             self._restores_exactly = False
         elif self._restores_exactly is None:
-            self._restores_exactly = self._make_copy is not None and _continues_exactly(self._make_copy)
+            self._restores_exactly = self._continues_exactly is not None and self._continues_exactly()
         return state if self._restores_exactly else None
 
     def saved_bytes(self) -> int:
@@ -335,44 +345,3 @@ def _constant(num_envs: int, value: bool) -> Bools:
     array = np.full(num_envs, value)
     array.flags.writeable = False
     return array
-
-
-_CHECKED_STEPS = 100
-# A rank that received a stop signal has less than a minute to write its checkpoint. Slow envs would take that long.
-_CHECK_SECONDS = 15.0
-
-
-def _continues_exactly(make_copy: Callable[[int], Environments]) -> bool:
-    """Return True if restoring a saved state reproduces the next steps and episodes exactly.
-
-    Return False for environments that are too slow to test it within `_CHECK_SECONDS`.
-    """
-    with closing(make_copy(1)) as original, closing(make_copy(2)) as restored:
-        deadline = time.monotonic() + _CHECK_SECONDS
-        rng = np.random.default_rng(0)
-        actions = rng.integers(original.num_actions, size=(2 * _CHECKED_STEPS, original.num_envs))
-        original.reset()
-        for action in actions[:_CHECKED_STEPS]:
-            original.step(action)
-            if time.monotonic() > deadline:
-                return False
-        state = original._save()
-        if state is None:
-            return False
-        try:
-            restored.load_state(state)
-        except ValueError:  # two copies of such an environment do not have the same attributes
-            return False
-        same_steps = all(
-            time.monotonic() <= deadline and _equal(original.step(action), restored.step(action))
-            for action in actions[_CHECKED_STEPS:]
-        )
-        # Perhaps no episode ended in these steps, so compare a reset too: it may use another random generator.
-        return same_steps and np.array_equal(original.reset(), restored.reset(), equal_nan=True)
-
-
-def _equal(one: Step, other: Step) -> bool:
-    for field in fields(Step):
-        if not np.array_equal(getattr(one, field.name), getattr(other, field.name), equal_nan=True):
-            return False
-    return True

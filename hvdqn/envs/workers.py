@@ -8,6 +8,7 @@ import signal
 import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any, NoReturn
 
 import gymnasium as gym
@@ -35,9 +36,10 @@ class WorkerVector(AsyncVectorEnv):
         atexit.register(self.kill)
         try:
             super().__init__(makers, daemon=False, worker=_work, autoreset_mode=AutoresetMode.SAME_STEP)
-        except (EOFError, OSError):
-            self._raise_lost_worker()
-        except BaseException:
+        except BaseException as error:
+            # Without workers it is an error of the environment that this process builds for its spaces.
+            if isinstance(error, (EOFError, OSError)) and vars(self).get("processes"):
+                self._raise_lost_worker()
             self.kill()
             raise
 
@@ -78,16 +80,16 @@ class WorkerVector(AsyncVectorEnv):
         return results
 
     def close_extras(self, timeout: float | None = None, terminate: bool = False) -> None:
-        """End the workers; kill them if they cannot be asked."""
+        """End the workers; kill those that cannot be asked."""
         if terminate:
             self.kill()
         try:
-            super().close_extras(timeout, terminate)
-        except (EOFError, OSError):  # a worker has ended already
+            with suppress(EOFError, OSError):  # a worker has ended already
+                super().close_extras(timeout, terminate)
+        finally:
             self.kill()
             for process in self.processes:
                 process.join()
-        atexit.unregister(self.kill)
 
     def _raise_lost_worker(self) -> NoReturn:
         """Raise an error that says how a worker process ended; kill the others."""

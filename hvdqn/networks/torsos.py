@@ -128,9 +128,11 @@ def make_torso(
 
 
 def _default_torso(frame_shape: Sequence[int], is_image: bool) -> str:
-    if not is_image:
-        return "mlp"
-    return "nature" if min(Images(frame_shape, 1).planes[1:]) >= 36 else "minatar"
+    """Return the torso of `--torso auto`. An image that is smaller than the smallest kernel is treated as a vector."""
+    smaller_side = min(Images(frame_shape, 1).planes[1:]) if is_image else 0
+    if smaller_side >= 36:
+        return "nature"
+    return "minatar" if smaller_side >= 3 else "mlp"
 
 
 def _norm(channels: int, layer_norm: bool) -> list[nn.Module]:

@@ -14,6 +14,7 @@ import tyro
 from hvdqn.config import parse_flags
 from hvdqn.errors import UserError
 from hvdqn.metrics import METRICS_FILE
+from hvdqn.paths import expanded
 from hvdqn.plot.drawing import STYLE, draw
 from hvdqn.plot.groups import arrange
 from hvdqn.plot.runs import read_runs
@@ -83,12 +84,13 @@ def plot(options: PlotOptions) -> Path:
     Raises:
         UserError: a run is unreadable or empty, a key is unknown, or the picture cannot be written.
     """
-    out = options.out or _default_folder(options.runs) / "curves.png"
+    given = [expanded(path) for path in options.runs]
+    out = expanded(options.out) if options.out else _default_folder(given) / "curves.png"
     if out.suffix.lower() not in SUFFIXES:
         raise UserError(
             f"-o {out} is not a supported file format; use a name that ends in {' or '.join(SUFFIXES)}"
         )
-    runs = read_runs(options.runs)
+    runs = read_runs(given)
     panels = arrange(runs, options.group, options.y)
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("plot needs matplotlib, which is not installed; pip install 'hvdqn[plot]'")

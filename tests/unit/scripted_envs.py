@@ -177,6 +177,8 @@ OBSERVED = {
     "Text": spaces.Dict(seen=spaces.Discrete(2), said=spaces.Text(5)),
     "Sequence": spaces.Sequence(spaces.Discrete(2)),
     "Graph": spaces.Graph(spaces.Discrete(2), None),
+    "Huge": spaces.Discrete(10**9),
+    "HugeParts": spaces.Tuple((spaces.Discrete(2), spaces.Discrete(10**9), spaces.Discrete(10**9))),
 }
 
 gym.register("Scripted-v0", Scripted)

@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parents[2] / "hvdqn"
 # A room is a package or module directly in hvdqn/. It may import rooms of its own layer and of the layers above it in
 # this list, never of a layer below it.
 LAYERS = (
-    {"errors", "hvdqn", "links", "step"},
+    {"errors", "hvdqn", "links", "paths", "step"},
     {"comm", "config", "logs"},
     {"clock", "graphs", "losses", "optimizers", "role", "seeds"},
     {"envs", "faults", "metrics", "networks", "plot", "replay"},

@@ -535,7 +535,7 @@ def test_environments_are_usable_after_a_state_that_does_not_fit(vectorization: 
 
 
 def test_environments_too_slow_to_check_have_no_state(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("hvdqn.envs.vector._CHECK_SECONDS", 0.0)
+    monkeypatch.setattr("hvdqn.envs.rehearsal._CHECK_SECONDS", 0.0)
     environments = make("CartPole-v1")
     environments.reset()
     assert environments.state() is None
@@ -772,6 +772,14 @@ WRONG = {
     "sequence": (
         {"env": "tests.unit.scripted_envs:ObservesSequence-v0"},
         r"observes a Sequence space; hvdqn supports",
+    ),
+    "huge": (
+        {"env": "tests.unit.scripted_envs:ObservesHuge-v0"},
+        r"observes Discrete\(1000000000\); as a one-hot vector .* 1,000,000,000 numbers, .* use a --wrapper",
+    ),
+    "huge in parts": (
+        {"env": "tests.unit.scripted_envs:ObservesHugeParts-v0", "vectorization": "async"},
+        r"would take 2,000,000,002 numbers",
     ),
     "graph": ({"env": "tests.unit.scripted_envs:ObservesGraph-v0"}, r"observes a Graph space"),
     "no JSON": ({"env_kwargs": "{a: 1}"}, r"--env-kwargs '\{a: 1\}' is not JSON .*\"name\": value"),

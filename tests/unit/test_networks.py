@@ -117,6 +117,16 @@ def test_one_action_and_no_hidden_layer():
     assert made.q_values(torch.zeros(2, 3)).argmax(1).tolist() == [0, 0]
 
 
+@pytest.mark.parametrize("frame", [(2, 5), (10, 2, 3), (1, 1, 1)])
+@pytest.mark.parametrize("stack", [1, 3])
+def test_auto_takes_images_smaller_than_every_kernel(frame, stack):
+    made = network(frame, stack, is_image=True)
+    observation = torch.zeros((7, stack, *frame) if stack > 1 else (7, *frame), dtype=torch.uint8)
+    assert made(observation).shape[:2] == (7, 4)
+    with pytest.raises(UserError, match="--torso minatar cannot take an image"):
+        network((10, 2, 3), stack, is_image=True, torso="minatar")
+
+
 def test_a_torso_that_does_not_fit_is_an_error():
     with pytest.raises(UserError, match="needs images"):
         network((4,), torso="nature")

@@ -27,7 +27,7 @@ def test_runs_that_begin_in_the_same_second_do_not_share_a_directory(
     made = [open_run_dir(Config(), LocalComm()).name for _ in range(3)]
     assert made == ["CartPole_v1-seed1-now", "CartPole_v1-seed1-now-2", "CartPole_v1-seed1-now-3"]
     named = Config().replace(run_dir="mine")
-    assert open_run_dir(named, LocalComm()) == open_run_dir(named, LocalComm()) == Path("mine")
+    assert open_run_dir(named, LocalComm()) == open_run_dir(named, LocalComm()) == tmp_path / "mine"
 
 
 def test_the_check_that_all_ranks_see_the_run_directory_leaves_nothing_behind(tmp_path: Path) -> None:

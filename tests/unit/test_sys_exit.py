@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from hvdqn import evaluate, train
+from hvdqn.envs.contract import warn_once
 from tests.unit.unruly_envs import Leaving
 
 SMALL = ["--preset", "smoke", "--total-env-steps", "400", "--eval-episodes", "2", "--envs-per-rank", "2"]
@@ -20,7 +21,6 @@ ENV = ["--env", "tests.unit.unruly_envs:Leaving-v0"]
         pytest.param("reset", 1, id="reset"),
         pytest.param("step", 1, id="step"),
         pytest.param("step", 3, id="evaluation"),
-        pytest.param("close", 3, id="close after an evaluation"),
     ],
 )
 def test_sys_exit_in_an_environment_ends_the_run_with_one_traceback(
@@ -37,6 +37,19 @@ def test_sys_exit_in_an_environment_ends_the_run_with_one_traceback(
     errors = capfd.readouterr().err
     assert errors.count("rank 0 of 1 failed: Traceback") == errors.count("Traceback") == 1
     assert "RuntimeError: the environment raised sys.exit(0)" in errors
+
+
+def test_sys_exit_in_close_after_an_evaluation_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The run reaches its end, and finishes as it would have."""
+    warn_once.cache_clear()
+    monkeypatch.setattr(Leaving, "made", 0)
+    flags = ["--env-kwargs", '{"where": "close", "instance": 3}', "--run-dir", str(tmp_path)]
+    assert train.main([*SMALL, *ENV, *flags, "--eval-every", "200"]) == 0
+    output = capfd.readouterr()
+    assert output.out.count("could not be closed: RuntimeError: the environment raised sys.exit(0)") == 1
+    assert not output.err
 
 
 def test_sys_exit_while_a_trained_network_plays_fails_its_evaluation(

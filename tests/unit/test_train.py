@@ -381,3 +381,18 @@ def test_no_evaluation_with_zero_episodes(tmp_path: Path, capsys: pytest.Capture
     assert (summary["eval_return_mean"], summary["eval_episodes"]) == (None, None)
     assert "evaluation at" not in capsys.readouterr().out
     assert not (tmp_path / "checkpoints" / "best").exists()
+
+
+def test_a_process_that_trains_treats_denormals_as_zero(tmp_path):
+    script = "import sys, torch; from hvdqn import train; print((torch.tensor([1e-38]) * 0.01).item() > 0); "
+    script += "print(train.command(sys.argv[1:])); print((torch.tensor([1e-38]) * 0.01).item() == 0)"
+    done = subprocess.run(
+        [sys.executable, "-c", script, *SMALL, "--run-dir", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env=clean_environment(),
+        check=True,
+    )
+    lines = done.stdout.splitlines()
+    assert (lines[0], lines[-2:]) == ("True", ["0", "True"])

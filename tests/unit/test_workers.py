@@ -55,6 +55,11 @@ def test_the_error_says_how_a_worker_ended(how: str, message: str) -> None:
     assert gone(workers)
 
 
+def test_an_environment_that_cannot_be_made_here_is_not_taken_for_a_lost_worker() -> None:
+    with pytest.raises(FileNotFoundError, match=r"no such level: maze\.dat"):
+        make("no file")
+
+
 ABORTS = """
 import multiprocessing, signal, subprocess, sys, time
 from hvdqn.comm import LocalComm

@@ -139,10 +139,12 @@ class TwoArgumentsError(Exception):
 
 
 class Losing(Counting):
-    """Ends its process, or fails, in the third step; see `how`."""
+    """Ends its process, or fails, in the third step, or cannot be made; see `how`."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
+        if how == "no file":
+            raise FileNotFoundError("no such level: maze.dat")
         self.how = how
 
     def step(self, action: int):

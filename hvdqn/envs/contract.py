@@ -1,0 +1,244 @@
+"""Check that an environment keeps the rules of Gymnasium, and say in one line which one it breaks.
+
+Spaces are checked when an environment is made. The first `reset` and the first `step` are checked in the environment
+and in each of its wrappers, so that the message names the class that breaks the rule. Later calls are not checked, and
+cost nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from gymnasium.vector import VectorEnv, VectorWrapper
+from gymnasium.wrappers import OrderEnforcing, TimeLimit
+
+from hvdqn.errors import UserError
+
+log = logging.getLogger(__name__)
+
+ACTION_MASK = "action_mask"
+RESET_RESULT = "it must return (observation, info)"
+STEP_RESULT = "it must return (observation, reward, terminated, truncated, info)"
+SUPPORTED_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
+# Observations that are no Box are flattened; Discrete spaces become one-hot vectors.
+MOST_FLATTENED_NUMBERS = 10_000_000
+# Wrappers of `gym.make` that return what they are given.
+PASS_ON = (OrderEnforcing, TimeLimit)
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Log a warning, once in a process: environments are made again for each evaluation."""
+    log.warning(message)
+
+
+def check_spaces(env: gym.Env[Any, Any], name: str) -> None:
+    """Check what an environment must have before it is reset.
+
+    Raises:
+        UserError: a space is missing, or is none of Gymnasium's.
+    """
+    for attribute in ("observation_space", "action_space"):
+        space = getattr(env, attribute, None)
+        if not isinstance(space, gym.Space):
+            raise UserError(
+                f"'{name}' has no {attribute}: {_class_of(env.unwrapped)}.{attribute} is a {_class_of(space)}; "
+                "it must be a gymnasium.Space"
+            )
+
+
+def check_observations(space: gym.Space[Any], env: str, where: str = "") -> None:
+    """Refuse spaces that do not flatten to a fixed size: text, sequences, graphs, unknown spaces."""
+    if isinstance(space, (spaces.Dict, spaces.Tuple)):
+        parts = space.items() if isinstance(space, spaces.Dict) else enumerate(space)
+        for name, part in parts:
+            check_observations(part, env, f"{where}[{name!r}]")
+    elif not isinstance(space, SUPPORTED_SPACES):
+        raise UserError(
+            f"'{env}' observes a {type(space).__name__} space{' at ' + where if where else ''}; hvdqn supports Box, "
+            "Discrete, MultiDiscrete, MultiBinary, and Dict and Tuple of those: use a --wrapper that drops the rest"
+        )
+
+
+def check_flattened_size(space: gym.Space[Any], env: str) -> None:
+    """Refuse spaces whose flattened observations would not fit into memory."""
+    numbers = spaces.flatdim(space)
+    if numbers > MOST_FLATTENED_NUMBERS:
+        raise UserError(
+            f"'{env}' observes {one_line(space, 60)}; as a one-hot vector each observation would take {numbers:,} "
+            f"numbers, and {MOST_FLATTENED_NUMBERS:,} is the most: use a --wrapper that gives a smaller one"
+        )
+
+
+def check_first_calls(env: gym.Env[Any, Any], name: str) -> None:
+    """Make the first `reset` and the first `step` of this environment and of each of its wrappers check themselves.
+
+    Those calls raise `UserError` if they break a rule.
+    """
+    space = env.observation_space
+    for layer in _layers(env):
+        _FirstCalls(layer, name, space if layer is env else None, ())
+
+
+def check_first_vector_calls(vector: VectorEnv[Any, Any, Any], name: str) -> None:
+    """Do the same for a vector environment that is not made of single ones."""
+    for layer in _layers(vector):
+        space = vector.single_observation_space if layer is vector else None
+        _FirstCalls(layer, name, space, (vector.num_envs,))
+
+
+def _layers(env: Any) -> Iterator[Any]:
+    """Yield the environment and everything that it wraps, outermost first."""
+    yield env
+    while isinstance(env, (gym.Wrapper, VectorWrapper)):
+        env = env.env
+        yield env
+
+
+class _FirstCalls:
+    """Stands in for `reset` and `step` of one layer until each of them has returned once.
+
+    Args:
+        layer: an environment, or one of its wrappers.
+        name: of the environment, for messages.
+        space: of one observation. None: another layer wraps this one, and may change the values that it returns.
+        batch: shape of the rewards: `(envs,)` of a vector, `()` of a single environment.
+    """
+
+    def __init__(self, layer: Any, name: str, space: gym.Space[Any] | None, batch: tuple[int, ...]) -> None:
+        self.layer, self.name, self.space, self.batch = layer, name, space, batch
+        self.calls = {method: getattr(layer, method) for method in ("reset", "step")}
+        self.own = {method: vars(layer)[method] for method in self.calls if method in vars(layer)}
+        vars(layer).update(reset=self.reset, step=self.step)
+
+    def reset(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the layer's own `reset` and check what it returns."""
+        try:
+            result = self.calls["reset"](*args, **kwargs)
+        except TypeError as error:
+            unexpected = re.search(
+                r"\breset\(\) got an unexpected keyword argument '(seed|options)'", str(error)
+            )
+            if not unexpected:
+                raise
+            rule = f"takes no '{unexpected[1]}'; write reset(self, *, seed=None, options=None)"
+            raise self._broken("reset", rule) from error
+        pair = isinstance(result, (tuple, list)) and len(result) == 2
+        if not pair or not isinstance(result[1], (dict, type(None))):
+            raise self._broken("reset", f"returned {_describe(result)}; {RESET_RESULT}")
+        if self.space is not None:
+            self._check_observation("reset", result[0], self.space)
+        self._remove("reset")
+        return result
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the layer's own `step` and check what it returns."""
+        result = self.calls["step"](*args, **kwargs)
+        if not isinstance(result, (tuple, list)) or len(result) != 5:
+            old = ", as Gym did before 0.26" if isinstance(result, tuple) and len(result) == 4 else ""
+            raise self._broken("step", f"returned {_describe(result)}{old}; {STEP_RESULT}")
+        observation, reward, terminated, truncated, info = result
+        if not isinstance(info, dict):
+            raise self._broken("step", f"returned an info that is a {_class_of(info)}; it must be a dict")
+        self._check_flags(terminated=terminated, truncated=truncated)
+        if self.space is not None:
+            self._check_observation("step", observation, self.space)
+            if self.batch:
+                self._check_rewards(reward)
+        self._remove("step")
+        return result
+
+    def _check_observation(self, method: str, observation: Any, space: gym.Space[Any]) -> None:
+        if not isinstance(space, spaces.Box):
+            try:
+                spaces.flatten(space, observation)
+            except Exception as error:
+                why = f"{_class_of(error)}: {one_line(error)}"
+                raise self._broken(
+                    method,
+                    f"returned an observation that does not fit its observation_space ({why}); correct one of them",
+                ) from error
+            return
+        try:
+            array = np.asarray(observation)
+        except ValueError:  # a list of lists of different lengths
+            array = np.array(None)
+        expected = (*self.batch, *space.shape)
+        if array.shape != expected:
+            what = f"shape {array.shape}, its observation_space needs {expected}"
+        elif not np.can_cast(array.dtype, space.dtype, "same_kind"):
+            what = f"dtype {array.dtype}, its observation_space has {space.dtype}"
+        else:
+            return
+        raise self._broken(
+            method, f"returned an observation of {what}; correct one of them, or use a --wrapper"
+        )
+
+    def _check_flags(self, **flags: Any) -> None:
+        for flag, value in flags.items():
+            if np.size(value) != np.prod(self.batch, dtype=int):
+                count = "one for each environment" if self.batch else "True or False"
+                raise self._broken("step", f"returned {np.size(value)} values as {flag}; it must be {count}")
+
+    def _check_rewards(self, reward: Any) -> None:
+        array = np.asarray(reward)
+        if array.shape != self.batch or array.dtype.kind not in "biuf":
+            raise self._broken(
+                "step",
+                f"returned a reward of shape {array.shape} and dtype {array.dtype}; it must be {self.batch} numbers",
+            )
+
+    def _broken(self, method: str, rule: str) -> UserError:
+        layer = self.layer
+        while isinstance(layer, PASS_ON):
+            layer = layer.env
+        return UserError(f"'{self.name}' breaks a rule of Gymnasium: {_class_of(layer)}.{method}() {rule}")
+
+    def _remove(self, method: str) -> None:
+        """Give the layer its own method back."""
+        if method in self.own:
+            vars(self.layer)[method] = self.own[method]
+        else:
+            vars(self.layer).pop(method, None)
+
+
+def to_number(reward: Any, name: str) -> float:
+    """Return a reward as a float. It may be anything that holds one number, such as an array of shape (1,).
+
+    Raises:
+        UserError: it is no number, or more than one.
+    """
+    value = reward[0] if isinstance(reward, (list, tuple)) and len(reward) == 1 else reward
+    try:
+        return float(value.item() if hasattr(value, "item") else value)
+    except (TypeError, ValueError, ArithmeticError, RuntimeError):
+        raise UserError(
+            f"'{name}' gives a reward that is {_describe(reward)}; it must be one number: correct it, "
+            "or use a --wrapper"
+        ) from None
+
+
+def _describe(value: Any) -> str:
+    """Return in a few words what a value is."""
+    if isinstance(value, (tuple, list)):
+        return f"a {_class_of(value)} of {len(value)} values"
+    if hasattr(value, "shape"):
+        return f"a {_class_of(value)} of shape {tuple(value.shape)}"
+    return "None" if value is None else f"a {_class_of(value)}"
+
+
+def _class_of(value: Any) -> str:
+    return type(value).__name__
+
+
+def one_line(message: object, width: int = 200) -> str:
+    """Return the message on one line, cut to `width` characters."""
+    text = " ".join(str(message).split())
+    return text if len(text) <= width else text[: width - 3] + "..."

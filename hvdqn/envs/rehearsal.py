@@ -1,0 +1,67 @@
+"""Test on small copies of environments whether a resumed run would continue exactly."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import fields
+
+import numpy as np
+
+from hvdqn.envs.global_random import global_generators_kept
+from hvdqn.envs.vector import Environments
+from hvdqn.step import Step
+
+log = logging.getLogger(__name__)
+
+_CHECKED_STEPS = 100
+# A rank that received a stop signal has less than a minute to write its checkpoint. Slow envs would take that long.
+_CHECK_SECONDS = 15.0
+
+
+def continues_exactly(make_copy: Callable[[int], Environments]) -> bool:
+    """Return True if restoring a saved state reproduces the next steps and episodes exactly.
+
+    Return False for environments that are too slow to test it within `_CHECK_SECONDS`, or that cannot be made again.
+    """
+    try:
+        with global_generators_kept():
+            return _repeats_steps(make_copy)
+    except (Exception, SystemExit) as error:
+        log.debug(f"the environments cannot be resumed exactly: {error!r}")
+        return False
+
+
+def _repeats_steps(make_copy: Callable[[int], Environments]) -> bool:
+    """Save and restore a state, and return True if both copies then take the same steps."""
+    with closing(make_copy(1)) as original, closing(make_copy(2)) as restored:
+        deadline = time.monotonic() + _CHECK_SECONDS
+        rng = np.random.default_rng(0)
+        actions = rng.integers(original.num_actions, size=(2 * _CHECKED_STEPS, original.num_envs))
+        original.reset()
+        for action in actions[:_CHECKED_STEPS]:
+            original.step(action)
+            if time.monotonic() > deadline:
+                return False
+        state = original._save()
+        if state is None:
+            return False
+        try:
+            restored.load_state(state)
+        except ValueError:  # two copies of such an environment do not have the same attributes
+            return False
+        same_steps = all(
+            time.monotonic() <= deadline and _equal(original.step(action), restored.step(action))
+            for action in actions[_CHECKED_STEPS:]
+        )
+        # Perhaps no episode ended in these steps, so compare a reset too: it may use another random generator.
+        return same_steps and np.array_equal(original.reset(), restored.reset(), equal_nan=True)
+
+
+def _equal(one: Step, other: Step) -> bool:
+    for field in fields(Step):
+        if not np.array_equal(getattr(one, field.name), getattr(other, field.name), equal_nan=True):
+            return False
+    return True

@@ -1,0 +1,96 @@
+"""The outermost wrapper of every single environment, and what becomes of the exceptions that environments raise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+from hvdqn.envs import snapshot
+from hvdqn.envs.atari_variant import LIFE_LOST
+from hvdqn.envs.contract import ACTION_MASK, one_line, to_number, warn_once
+from hvdqn.envs.global_random import seed_global_generators
+
+
+class SingleEnvironment(gym.Wrapper[Any, Any, Any, Any]):
+    """One environment of a vector: saves its state, and drops infos that hvdqn does not read.
+
+    Args:
+        env: with the user's wrappers.
+        index: of the environment in its vector.
+        name: of the environment, for messages.
+        own_process: whether it has a process to itself, as in an async vector.
+    """
+
+    def __init__(self, env: gym.Env[Any, Any], index: int, name: str, own_process: bool):
+        super().__init__(env)
+        self._index, self._name, self._own_process = index, name, own_process
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        """See `gym.Env`. An action mask in the info is reduced to a mark that there is one."""
+        if self._own_process and seed is not None:
+            seed_global_generators(seed, own_process=True)
+        try:
+            observation, info = self.env.reset(seed=seed, options=options)
+        except BaseException as error:
+            raise as_exception(error)  # noqa: B904 - the same error, or one with its traceback
+        masked = seed is not None and isinstance(info, dict) and ACTION_MASK in info
+        return observation, {ACTION_MASK: True} if masked else {}
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        """See `gym.Env`. The info marks lost lives."""
+        try:
+            observation, reward, terminated, truncated, info = self.env.step(action)
+        except BaseException as error:
+            raise as_exception(error)  # noqa: B904
+        if not isinstance(reward, float):
+            reward = to_number(reward, self._name)
+        if not (terminated or truncated):
+            return observation, reward, False, False, {}
+        # Copy, because the reset that follows may write to the same buffer.
+        final = np.array(observation)
+        return final, reward, bool(terminated), bool(truncated), {LIFE_LOST: bool(info.get(LIFE_LOST))}
+
+    def close(self) -> None:
+        """Close the environment. One that fails to close must not end a run whose training is over."""
+        try:
+            super().close()
+        except KeyboardInterrupt:
+            raise
+        except BaseException as raised:
+            error = as_exception(raised)
+            if not self._own_process:
+                warn_once(f"'{self._name}' could not be closed: {type(error).__name__}: {one_line(error)}")
+
+    def save_state(self) -> dict[str, Any] | None:
+        """Return the env's state as plain data, or None if it is not."""
+        return snapshot.save(self.env)
+
+    def load_state(self, states: list[dict[str, Any]]) -> str:
+        """Load this env's state from the states of all envs; return an error message, or "" if it fits.
+
+        `VectorEnv.call` passes the same arguments to every env.
+        """
+        try:
+            snapshot.load(self.env, states[self._index])
+        except ValueError as error:  # an exception would end the worker of an async vector
+            return str(error)
+        return ""
+
+
+def as_exception(error: BaseException) -> BaseException:
+    """Return the error, or a RuntimeError with its traceback in place of SystemExit and the like.
+
+    They would end this rank alone, without a message, and with the exit code that the environment chose.
+    """
+    if isinstance(error, (Exception, KeyboardInterrupt)):
+        return error
+    what = (
+        f"sys.exit({error.code!r})" if isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"
+    )
+    replaced = RuntimeError(f"the environment raised {what}").with_traceback(error.__traceback__)
+    replaced.__suppress_context__ = True
+    return replaced
