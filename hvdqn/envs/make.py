@@ -283,7 +283,7 @@ def _explain_errors(config: EnvironmentConfig) -> Iterator[None]:
                 raise UserError(f"'{config.env}': {one_line(error)}; give it with --env-kwargs") from error
             raise
         raise UserError(
-            f"--env-kwargs {config.env_kwargs} does not suit '{config.env}': {oneone_line(error)}"
+            f"--env-kwargs {config.env_kwargs} does not suit '{config.env}': {one_line(error)}"
         ) from error
 
 

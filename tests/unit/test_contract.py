@@ -359,7 +359,7 @@ def test_paths_are_those_of_the_start(flags: list[str], found: str, folders: Pat
     os.chdir(folders)
     given = flags[-1].removeprefix("--run-dir=") if flags else str(run_dir.relative_to(folders))
     video = ["--video", "video.gif"] if find_spec("imageio_ffmpeg") else []
-    assert __main__.main(["eval", given, "--episodes", "1", *video]) == 0
+    assert __main__.main(["eval", given, "--trust", "--episodes", "1", *video]) == 0
     assert (folders / "video.gif").exists() == bool(video)
     os.chdir(folders)
     words = ["--config", f"{given}/config.yaml", "--run-dir", given, "--total-env-steps", "400"]

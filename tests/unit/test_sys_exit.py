@@ -60,7 +60,7 @@ def test_sys_exit_while_a_trained_network_plays_fails_its_evaluation(
     assert train.main(argv) == 0
     monkeypatch.setattr(Leaving, "made", 1000)
     with pytest.raises(RuntimeError, match=r"raised sys\.exit\(0\)"):
-        evaluate.main([str(tmp_path), "--episodes", "1"])
+        evaluate.main([str(tmp_path), "--episodes", "1", "--trust"])
 
 
 def test_a_module_that_leaves_when_it_is_imported_is_named(
