@@ -88,7 +88,7 @@ class Learner:
     Attributes:
         parameters, target_parameters: flat `[parameters]`, of the online and the target network.
         gradient: flat `[parameters]`; written by `compute_gradient`, read by `apply_gradient`.
-        td_errors: priorities of the last minibatch `[batch]`; for most heads the absolute TD errors.
+        td_errors: what prioritized replay takes as the TD errors of the last minibatch `[batch]`: see `Head.loss`.
         lr: the learning rate of the last step.
         grad_norm: the gradient's norm at the last step, before clipping.
         target_tau: share by which the target follows the online network at every update; 1: it is copied now and then.

@@ -36,9 +36,10 @@ def tune_process() -> None:
 
 @contextmanager
 def borrowed_process() -> Iterator[None]:
-    """Set up a process that does other things, too, such as a notebook, and put everything back after the body.
+    """Set up a process that also does other things, such as a notebook, and restore its settings after the body.
 
-    Off the main thread the floating-point mode stays as it is.
+    These are the floating-point mode (denormals are flushed, on the main thread only) and the numbers of threads of
+    torch and NumPy.
     """
     flushing, threads, blas = flushes_denormals(), torch.get_num_threads(), threadpool_limits(None)
     if threading.current_thread() is threading.main_thread():

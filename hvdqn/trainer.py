@@ -168,12 +168,12 @@ class Trainer:
         self.accumulate(self.strategy.exchange_stats(self.pop_report()))
 
     def accumulate(self, outcome: Outcome) -> None:
-        """Add up what an exchange brought."""
+        """Add up the statistics of an exchange; a rank's vote to stop sets `stop_voted`, which ends `train`."""
         self.recorder.totals.add(outcome)
         self.stop_voted = self.stop_voted or outcome.stop
 
     def run_due_events(self) -> None:
-        """Do what the last env steps made due besides updates."""
+        """Copy the target network, log, evaluate and save a checkpoint, each if the last env steps made it due."""
         run, due = self.config.run, self.clock.due
         over = self.clock.env_steps >= run.total_env_steps or self.stop_voted
         if over or due(run.eval_every) or due(run.checkpoint_every):

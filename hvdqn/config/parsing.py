@@ -78,7 +78,7 @@ def _read_config_of_run(given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 def _agreed_preset(flag: str, in_file: str | None, path: str) -> str | None:
     """Return the preset that `--preset` or the config file names; None if neither does.
 
-    The file of a run holds every setting: beside it another preset would have no effect but its name.
+    The config file of a run holds every setting. Another preset beside it would change nothing but the recorded name.
 
     Raises:
         UserError: both name one, and not the same.

@@ -104,7 +104,7 @@ class ElasticTrainer(Trainer):
         return super().sample() if self.filling_env_steps <= 0 else None
 
     def run_due_events(self) -> None:
-        """Do what the last env steps made due besides updates.
+        """Run the due events, and check from time to time whether hosts came or went.
 
         Raises:
             HostsChangedError: it is time for a new world.

@@ -121,8 +121,8 @@ class ElasticWorld:
         """
         if not self._missing:
             return self._hosts_changed
-        # The launcher makes a new plan only when all members of the old one have asked for it, so wait for those that
-        # are still starting.
+        # The launcher assigns new ranks only when every worker of the last assignment has asked for one, so wait for
+        # those that are still starting.
         timed_out = time.monotonic() - self._planned_at > self._join_timeout_seconds
         return timed_out or all(map(self._host_of, self._missing))
 

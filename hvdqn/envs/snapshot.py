@@ -152,7 +152,10 @@ def _check_depth(depth: int) -> None:
 
 
 def _packed(items: Sequence[Any]) -> dict[str, Any] | None:
-    """Return many numbers of the same type as an array, or None: as text they would take several times the space."""
+    """Return a long list of numbers of one type as an array in a dict; None for every other list.
+
+    As JSON text such a list would take several times the space.
+    """
     if len(items) < _SHORTEST_PACKED or len(kinds := set(map(type, items))) > 1:
         return None
     (kind,) = kinds

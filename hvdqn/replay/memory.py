@@ -1,4 +1,7 @@
-"""Where the arrays of a replay are: the interface, and host memory. `device.py` has what only GPUs need."""
+"""Where the arrays of a replay are: the interface, and host memory. `device.py` has what only GPUs need.
+
+`replay_memory` in `hvdqn/parts.py` decides which memory a run uses.
+"""
 
 from __future__ import annotations
 

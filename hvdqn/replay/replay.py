@@ -91,7 +91,8 @@ class Replay:
         self.outcome: npt.NDArray[np.uint8] = np.full(rows, NO_TRANSITION, np.uint8)
         # How many frames before this one belong to the same episode, as far as a frame stack needs them.
         self.previous_frames: npt.NDArray[np.uint8] = np.zeros(rows, np.uint8)
-        # The arrays of all rows, by their names in a saved state.
+        # The arrays of all rows, by their names in a saved state. Two names are older than the attributes, and stay so
+        # that old checkpoints load.
         self._fields: dict[str, ObservationArray] = {
             "observation": self.observation,
             "action": self.action,

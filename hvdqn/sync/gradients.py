@@ -14,10 +14,9 @@ from torch import Tensor
 from hvdqn.comm import Comm, Handle
 from hvdqn.learner import Learner
 from hvdqn.metrics import PhaseTimer
-from hvdqn.sync.statistics import REPORTED, STATISTICS, Outcome, Received, Trailer
+from hvdqn.sync.statistics import LOSS, REPORTED, STOP, Outcome, Received, Trailer
 from hvdqn.sync.strategy import Strategy, broadcast_target, check_skipped, compare_learners
 
-LOSS = STATISTICS.index("loss")
 LARGEST_WEIGHT, FINITE = range(2)
 """Slots of the trailer; the second is finite if the rank's loss and gradient are."""
 
@@ -85,7 +84,7 @@ class Gradients(Strategy):
         with self.timer.during("comm"):
             self.comm.allreduce_sum_async(self.trailer.tensor, name="trailer").wait()
         statistics = self.trailer.unpack().statistics
-        return Outcome(statistics, stop=bool(statistics[0] > 0))
+        return Outcome(statistics, stop=bool(statistics[STOP] > 0))
 
     def update_target(self) -> list[int]:
         """Copy rank 0's weights to all target networks; return the ranks whose own weights differ."""
@@ -110,4 +109,4 @@ class Gradients(Strategy):
             statistics[len(REPORTED) :] = 0.0  # may be NaN; the means are over updates taken
             bad = [rank for rank, value in enumerate(received.slots[FINITE]) if not math.isfinite(value)]
             check_skipped(self.skipped_in_a_row, bad, self.max_skipped_updates)
-        return Outcome(statistics, int(applied), int(not applied), bool(statistics[0] > 0))
+        return Outcome(statistics, int(applied), int(not applied), bool(statistics[STOP] > 0))

@@ -21,7 +21,7 @@ from hvdqn.comm import Comm, Handle
 from hvdqn.config import ParallelConfig
 from hvdqn.learner import Learner
 from hvdqn.metrics import PhaseTimer
-from hvdqn.sync.statistics import REPORTED, STATISTICS, Outcome, Trailer
+from hvdqn.sync.statistics import REPORTED, STATISTICS, STOP, Outcome, Trailer
 from hvdqn.sync.strategy import Strategy, broadcast_target, check_skipped
 
 # A signal must be answered within half a minute: where averages are rarer, the trailer travels alone in between.
@@ -225,4 +225,4 @@ class Parameters(Strategy):
         self.updates_since_trailer = 0
         if taken == 0:
             received.statistics[len(REPORTED) :] = 0.0
-        return Outcome(received.statistics, taken, all_skipped, bool(received.statistics[0] > 0))
+        return Outcome(received.statistics, taken, all_skipped, bool(received.statistics[STOP] > 0))

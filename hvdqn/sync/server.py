@@ -30,7 +30,7 @@ from hvdqn.config import ParallelConfig
 from hvdqn.learner import Learner
 from hvdqn.metrics import PhaseTimer
 from hvdqn.sync.messages import GRADIENT, WAITING, Message, Push, Reply, describe, expected_traffic
-from hvdqn.sync.statistics import LEARNED, REPORTED, STATISTICS, Outcome
+from hvdqn.sync.statistics import LEARNED, LOSS, REPORTED, STOP, Outcome
 from hvdqn.sync.strategy import Strategy, check_skipped
 
 log = logging.getLogger(__name__)
@@ -142,7 +142,7 @@ class Server(Strategy):
 
     def exchange_stats(self, reported: Sequence[float]) -> Outcome:
         """Return rank 0's own statistics; the workers' come with their pushes."""
-        self.stop = self.stop or reported[0] > 0
+        self.stop = self.stop or reported[STOP] > 0
         return Outcome(np.array([*reported, *[0.0] * len(LEARNED)]), stop=self.stop)
 
     def synchronize(self) -> Outcome:
@@ -209,7 +209,7 @@ class Server(Strategy):
         """
         self.synchronized = False
         self.clock.advance(int(push.env_steps))
-        self.stop = self.stop or statistics[0] > 0
+        self.stop = self.stop or statistics[STOP] > 0
         outcome = Outcome(statistics.copy(), stop=self.stop)
         if push.kind == GRADIENT:
             self._apply_gradient(worker, push, outcome)
@@ -218,6 +218,7 @@ class Server(Strategy):
         return outcome
 
     def _apply_gradient(self, worker: int, push: Push, outcome: Outcome) -> None:
+        """Apply a worker's gradient, or count why not: skipped if it is not finite, dropped if it is too stale."""
         staleness = self.version - int(push.version)
         self.staleness[staleness] += 1
         self.recent_staleness.append(staleness)
@@ -241,7 +242,7 @@ class Server(Strategy):
             return
         self.largest_weights[worker] = push.largest_weight
         outcome.updates = 1
-        outcome.statistics[STATISTICS.index("loss")] /= largest
+        outcome.statistics[LOSS] /= largest
         self.version += 1
         self.clock.updates += 1
 

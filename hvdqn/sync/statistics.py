@@ -20,6 +20,7 @@ REPORTED = ("stop", "episodes", "return_sum", "length_sum", "greediest_episodes"
 # Of one rank's minibatch, see `Learner.compute_gradient`.
 LEARNED = ("loss", "td_error", "q_mean")
 STATISTICS = REPORTED + LEARNED
+STOP, LOSS = STATISTICS.index("stop"), STATISTICS.index("loss")
 
 
 class Received(NamedTuple):
@@ -98,7 +99,11 @@ class Trailer:
         return Received(numbers[: self._end], self.size - round(numbers[self._end]), slots)
 
     def on_device(self) -> tuple[Tensor, list[Tensor]]:
-        """Return views of `absent` `[]` and of each slot `[ranks]`, to be read on the device."""
+        """Return views to be read on the device after an exchange.
+
+        Returns:
+            The number of absent ranks `[]`, and each slot `[ranks]`.
+        """
         slots = self.tensor[self._end + 1 :].view(-1, self.size)
         return self.tensor[self._end], list(slots)
 
