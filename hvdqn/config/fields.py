@@ -70,13 +70,14 @@ class Note(Enum):
     INCIDENTAL = (
         "a resumed run may change the value and does not report it: it only says how the run is started"
     )
+    LAUNCH = "the value belongs to one launch: a resumed run does not take it from its config.yaml"
     SAME_CURVE = "`hvdqn plot` draws runs that differ only in this as one curve, like runs of different seeds"
     JSON_TEXT = "the value is the text of a JSON object; a YAML file may hold a mapping instead"
     COMMA_TEXT = "the value is names joined by commas; a YAML file may hold a list instead"
 
 
 FIXED, EXACT_ONLY, INCIDENTAL = Note.FIXED, Note.EXACT_ONLY, Note.INCIDENTAL
-SAME_CURVE, JSON_TEXT, COMMA_TEXT = Note.SAME_CURVE, Note.JSON_TEXT, Note.COMMA_TEXT
+LAUNCH, SAME_CURVE, JSON_TEXT, COMMA_TEXT = Note.LAUNCH, Note.SAME_CURVE, Note.JSON_TEXT, Note.COMMA_TEXT
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import yaml
 from hvdqn.config.fields import flag_of
 from hvdqn.config.flags import HELP_FLAGS, VERSION_FLAG, print_help, print_version, read_flags
 from hvdqn.config.presets import preset_names
-from hvdqn.config.settings import Config, preset_config, setting
+from hvdqn.config.settings import Config, preset_config, setting, settings_of_one_launch
 from hvdqn.config.validation import check
 from hvdqn.config.values import value_of_data
 from hvdqn.errors import UserError
@@ -64,15 +64,15 @@ def _refuse_repeated(argv: Sequence[str], flag: str, remedy: str) -> None:
 def _read_config_of_run(given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """Return the path of the config.yaml in the run directory, and its settings; "" and none if there is no such file.
 
-    With `--resume never` the file does not count.
+    Settings of one launch, such as the engine, are left out. With `--resume never` the file does not count.
     """
     if not given.get("run_dir") or given.get("resume") == "never":
         return "", {}
     path = Path(given["run_dir"]).expanduser() / CONFIG_FILE
     if not path.is_file():
         return "", {}
-    settings = read_config_file(str(path))
-    return str(path), {name: v for name, v in settings.items() if name not in ("run_dir", "resume")}
+    settings, left_out = read_config_file(str(path)), settings_of_one_launch()
+    return str(path), {name: value for name, value in settings.items() if name not in left_out}
 
 
 def _agreed_preset(flag: str, in_file: str | None, path: str) -> str | None:

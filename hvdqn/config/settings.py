@@ -20,6 +20,7 @@ from hvdqn.config.fields import (
     FIXED,
     INCIDENTAL,
     JSON_TEXT,
+    LAUNCH,
     SAME_CURVE,
     Field,
     Needs,
@@ -102,7 +103,7 @@ class ReplayConfig:
     """Global env steps before the first update."""
     replay_ratio: Positive = 8.0
     """Transitions sampled for learning per env step."""
-    replay_device: Annotated[Literal["auto", "cpu", "cuda"], SAME_CURVE] = "auto"
+    replay_device: Annotated[Literal["auto", "cpu", "cuda"], LAUNCH, SAME_CURVE] = "auto"
     """Keep observations and build minibatches in the host's memory or on the rank's GPU. `auto`: on the GPU if the rank
     learns there and they take at most half of its free memory."""
     batch_per_rank: Count = 32
@@ -207,7 +208,7 @@ class LearningConfig:
 class ParallelConfig:
     """How ranks are connected and how they keep their networks in agreement."""
 
-    comm: Annotated[Literal["auto", "local", "horovod", "torch", "mpi"], SAME_CURVE] = "auto"
+    comm: Annotated[Literal["auto", "local", "horovod", "torch", "mpi"], LAUNCH, SAME_CURVE] = "auto"
     """Communication library; `auto` chooses by the launcher's environment variables."""
     sync: Annotated[Literal["gradients", "parameters", "server"], FIXED] = "gradients"
     """`gradients`: average gradients at every update. `parameters`: each rank takes its own optimizer steps; weights
@@ -229,9 +230,9 @@ class ParallelConfig:
     `mpirun --enable-recovery`."""
     overlap: bool = True
     """Step environments while gradients travel. Off: wait for the gradients first."""
-    threads_per_rank: Annotated[CountOrZero, SAME_CURVE] = 0
+    threads_per_rank: Annotated[CountOrZero, LAUNCH, SAME_CURVE] = 0
     """Threads that a rank may use; 0: cores / ranks on this host. Small networks use one."""
-    device: Annotated[Literal["auto", "cpu", "cuda"], SAME_CURVE] = "auto"
+    device: Annotated[Literal["auto", "cpu", "cuda"], LAUNCH, SAME_CURVE] = "auto"
     """Device of the networks; `auto`: CUDA if there is a GPU."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: autocast of the forward passes; parameters and gradients stay fp32."""
@@ -250,9 +251,9 @@ class RunConfig:
     """Global env steps: summed over ranks."""
     seed: Annotated[CountOrZero, Range("below 2^63", high=2**63 - 1), FIXED, SAME_CURVE] = 1
     """Seed of the run. Each rank and each use of random numbers gets a seed derived from it."""
-    run_dir: Annotated[str, INCIDENTAL, SAME_CURVE] = ""
+    run_dir: Annotated[str, INCIDENTAL, LAUNCH, SAME_CURVE] = ""
     """Directory of the run; empty: runs/<env>-<preset>-seed<seed>-<time>."""
-    resume: Annotated[Literal["auto", "never", "must"], INCIDENTAL, SAME_CURVE] = "auto"
+    resume: Annotated[Literal["auto", "never", "must"], INCIDENTAL, LAUNCH, SAME_CURVE] = "auto"
     """`auto`: continue from the newest checkpoint of run_dir if there is one. `never`: refuse if there is one. `must`:
     refuse if there is none."""
     eval_every: Annotated[CountOrZero, SAME_CURVE] = 0
@@ -362,6 +363,11 @@ def settings_of_exact_resume() -> tuple[str, ...]:
 def incidental_settings() -> tuple[str, ...]:
     """Return the settings that only say how a run is started; a resumed run does not report a change of them."""
     return _settings_with(INCIDENTAL)
+
+
+def settings_of_one_launch() -> tuple[str, ...]:
+    """Return the settings that belong to the launcher and the hosts of one launch, not to the run."""
+    return _settings_with(LAUNCH)
 
 
 def settings_of_same_curve() -> tuple[str, ...]:

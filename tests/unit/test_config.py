@@ -7,6 +7,7 @@ import inspect
 import itertools
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -439,3 +440,27 @@ def test_help_breaks_lines_only_where_they_are_full(columns, monkeypatch, capsys
     for line, after in itertools.pairwise(lines):
         if line.strip() and after.startswith(" " * indent) and line[indent - 1 : indent] == " ":
             assert len(line) + 1 + len(after.split()[0]) > columns, f"{line!r} goes on with {after!r}"
+
+
+def test_a_resumed_run_chooses_its_engine_and_device_anew(tmp_path: Path) -> None:
+    """Another launcher may resume it, on other hosts."""
+    flags = [
+        "--run-dir",
+        str(tmp_path),
+        "--comm",
+        "mpi",
+        "--device",
+        "cpu",
+        "--threads-per-rank",
+        "3",
+        "--lr",
+        "0.01",
+    ]
+    (tmp_path / "config.yaml").write_text(as_yaml(parse(flags)))
+    resumed = parse(["--run-dir", str(tmp_path)])
+    assert (resumed.parallel.comm, resumed.parallel.device, resumed.parallel.threads_per_rank) == (
+        "auto",
+        "auto",
+        0,
+    )
+    assert resumed.learning.lr == 0.01
