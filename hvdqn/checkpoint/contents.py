@@ -95,7 +95,8 @@ def check_learner(part: Any, path: object) -> None:
     for name, tensor in tensors.items():
         if not isinstance(tensor, np.ndarray) or tensor.dtype.kind != "f":
             raise BrokenCheckpointError(f"{path}: {name} is no array of floats")
-        if tensor.shape not in ((), online.shape):
+        is_scalar = tensor.shape == () or name == "sync.largest_weight"  # `--sync parameters` keeps that one
+        if not is_scalar and tensor.shape != online.shape:
             raise BrokenCheckpointError(
                 f"{path}: {name} has shape {list(tensor.shape)}, where the network has {list(online.shape)}"
             )

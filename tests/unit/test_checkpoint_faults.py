@@ -19,6 +19,7 @@ from hvdqn.checkpoint import (
     Checkpoints,
     Progress,
     best_evaluation,
+    check_learner,
     files,
     open_checkpoint,
     read_part,
@@ -308,3 +309,11 @@ def test_a_trading_environment_resumes_exactly_from_small_checkpoints(tmp_path: 
     replay = read_part(part)["replay"]
     prices = part.stat().st_size - sum(array.nbytes for array in replay.values())
     assert prices < 4 * scripted_envs.Trader.BARS * 8
+
+
+def test_the_state_of_averaged_parameters_is_accepted() -> None:
+    online = np.zeros(5, dtype=np.float32)
+    learner = {"online": online, "target": online, "optimizer.step": np.array(3, dtype=np.float32)}
+    check_learner({"learner": {**learner, "sync.largest_weight": np.ones(1)}}, "run")
+    with pytest.raises(BrokenCheckpointError, match="target has shape"):
+        check_learner({"learner": {**learner, "target": np.ones(1)}}, "run")
