@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hvdqn.config import LearningConfig
 from hvdqn.losses import expectation, munchausen_bonus, select, soft_policy
-from hvdqn.networks import QNetwork, make_passes
+from hvdqn.networks import QNetwork, make_passes, split_first
 from hvdqn.optimizers import SGD, Adam, Optimizer, RMSProp
 from hvdqn.replay import Batch
 
@@ -25,12 +25,13 @@ from hvdqn.replay import Batch
 def flatten_parameters(network: nn.Module, device: torch.device) -> Tensor:
     """Move all parameters of a network into one contiguous tensor, of which they become views.
 
-    Averaging, clipping, stepping, copying and hashing then each act on one tensor.
+    Averaging, clipping, stepping, copying and hashing then each act on one tensor. Of a network that is split over
+    ranks it holds this rank's parts, in the order of `networks.Layout`.
 
     Returns:
         `[parameters]`, on `device`.
     """
-    parameters = list(network.parameters())
+    parameters = split_first(network)
     flat = torch.cat([p.detach().reshape(-1).to(device) for p in parameters])
     for parameter, view in zip(parameters, _views(flat, parameters), strict=True):
         parameter.data = view
@@ -84,6 +85,7 @@ class Learner:
         device: where the networks live.
         batch_factor: the global batch over the batch that the learning rate was tuned for (k).
         autocast: compute forward passes in bf16.
+        norm: returns the norm of a flat gradient `[]`; that of a split network takes all its parts into account.
 
     Attributes:
         parameters, target_parameters: flat `[parameters]`, of the online and the target network.
@@ -101,7 +103,9 @@ class Learner:
         device: torch.device,
         batch_factor: float,
         autocast: bool = False,
+        norm: Callable[[Tensor], Tensor] = torch.linalg.vector_norm,
     ) -> None:
+        self.norm = norm
         self.online, self.config, self.device = network, config, device
         self.batch_factor, self.autocast = batch_factor, autocast
         network.to(device)
@@ -131,7 +135,7 @@ class Learner:
         n = self.parameters.numel()
         message = torch.zeros(n + trailing, dtype=self.dtype, device=self.device)
         self.gradient, self.gradient_scale = message[:n], scale
-        online = list(self.online.parameters())
+        online = split_first(self.online)
         for parameter, view in zip(online, _views(message, online), strict=True):
             parameter.grad = view
         self.passes = make_passes(self.online, self.autocast)
@@ -220,7 +224,7 @@ class Learner:
         with self.passes.no_grad():
             if scale != 1.0:
                 self.gradient.mul_(scale)
-            norm = float(torch.linalg.vector_norm(self.gradient)) / largest_weight
+            norm = float(self.norm(self.gradient)) / largest_weight
             if not math.isfinite(norm):
                 return False
             self.grad_norm = norm

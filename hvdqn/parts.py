@@ -21,14 +21,14 @@ from hvdqn.faults import raise_on_all_ranks
 from hvdqn.graphs import Record, Recorded, record_cuda_graph
 from hvdqn.learner import Learner
 from hvdqn.metrics import PhaseTimer
-from hvdqn.networks import QNetwork, make_network
+from hvdqn.networks import Layout, QNetwork, make_network
 from hvdqn.process import share_of_cores, use_threads
 from hvdqn.rank import Acting, Parts
 from hvdqn.replay import HOST_MEMORY, Importance, Memory, PrioritizedReplay, Replay
 from hvdqn.replay.device import DeviceMemory, PinnedMemory
 from hvdqn.role import Role, assign_role
 from hvdqn.seeds import rank_seeds
-from hvdqn.sync import make_strategy
+from hvdqn.sync import GroupNorm, RankGroup, make_strategy
 
 
 class Spaces(NamedTuple):
@@ -59,17 +59,18 @@ def build_parts(config: Config, comm: Comm, timer: PhaseTimer, env_steps: int = 
         comm, lambda: make_own_environments(config, role, seeds.environments, threads), timer
     )
     spaces = share_spaces(envs, comm, timer)
+    group = make_group(config, comm, timer)
     torch.manual_seed(config.run.seed)
-    network = raise_on_all_ranks(comm, lambda: network_for(config, spaces), timer)
+    network = raise_on_all_ranks(comm, lambda: network_for(config, spaces, group), timer)
     # Beside a GPU the host only makes small copies: threads of its own would take the cores from environments.
     use_threads(network, threads if device.type == "cpu" else 1)
-    torch.manual_seed(seeds.noise)  # from here on ranks draw different numbers
+    torch.manual_seed(noise_seed(config, comm, env_steps))  # from here on ranks draw different numbers
     replay = raise_on_all_ranks(
         comm, lambda: make_own_replay(config, role, envs, seeds.replay, device, sharing), timer
     )
     clock = make_clock(config, role, comm.size)
-    learner = make_learner(config, comm, network, device)
-    strategy = make_strategy(config, learner, comm, timer, clock, recording(config))
+    learner = make_learner(config, comm, network, device, group)
+    strategy = make_strategy(config, learner, comm, timer, clock, recording(config), group)
     acting = None
     if envs is not None and replay is not None:
         acting = Acting(envs, make_actor(config, envs, network, seeds.exploration, device), replay)
@@ -120,8 +121,20 @@ def share_spaces(envs: Environments | None, comm: Comm, timer: PhaseTimer) -> Sp
         return next(spaces for spaces in comm.all_gather_object(mine) if spaces is not None)
 
 
-def network_for(config: Config, spaces: Spaces | Environments) -> QNetwork:
-    """Make the Q-network for these environments.
+def make_group(config: Config, comm: Comm, timer: PhaseTimer) -> RankGroup | None:
+    """Connect the ranks that hold one network with this one, if `--model-parallel` asks for it; a collective call."""
+    size = config.parallel.model_parallel
+    return RankGroup(comm, size, timer) if size > 1 else None
+
+
+def noise_seed(config: Config, comm: Comm, env_steps: int) -> int:
+    """Return the seed of torch's generator: ranks that hold one network draw the same numbers, all others do not."""
+    first = comm.rank - comm.rank % config.parallel.model_parallel
+    return rank_seeds(config.run.seed, first, env_steps).noise
+
+
+def network_for(config: Config, spaces: Spaces | Environments, group: RankGroup | None = None) -> QNetwork:
+    """Make the Q-network for these environments, or this rank's part of the one that its group holds.
 
     Raises:
         UserError: the torso does not fit the observations, or the network the memory of this host.
@@ -134,6 +147,7 @@ def network_for(config: Config, spaces: Spaces | Environments) -> QNetwork:
             config.environment.frame_stack,
             spaces.is_image,
             spaces.num_actions,
+            group,
         )
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
@@ -150,7 +164,9 @@ def batch_factor(config: Config, size: int) -> float:
     return ranks * batch / (config.learning.lr_reference_batch or batch)
 
 
-def make_learner(config: Config, comm: Comm, network: QNetwork, device: torch.device) -> Learner:
+def make_learner(
+    config: Config, comm: Comm, network: QNetwork, device: torch.device, group: RankGroup | None = None
+) -> Learner:
     """Make the learner of this network, equal to rank 0's; a collective call.
 
     Raises:
@@ -158,16 +174,21 @@ def make_learner(config: Config, comm: Comm, network: QNetwork, device: torch.de
     """
     if config.parallel.cuda_graphs and device.type == "cpu":
         raise UserError("--cuda-graphs needs a GPU, and the networks live on the CPU here; leave it out")
+    # The parts of a split network come first in the flat tensor: ranks in the same place of their groups hold them.
+    split_numel = Layout(network, group).split_numel if group else 0
     learner = Learner(
         network,
         config.learning,
         device,
         batch_factor(config, comm.size),
         autocast=config.parallel.precision == "bf16",
+        norm=GroupNorm(group, split_numel) if group else torch.linalg.vector_norm,
     )
     if record := recording(config):
         learner.differentiate = Recorded(learner.differentiate, record, device)  # type: ignore[method-assign, assignment]
-    comm.broadcast_(learner.parameters)
+    if group is not None:
+        group.peers.broadcast_(learner.parameters[:split_numel])
+    comm.broadcast_(learner.parameters[split_numel:])
     learner.update_target()
     return learner
 

@@ -46,7 +46,7 @@ class Recorder:
         self.timer = parts.timer
         self.evaluator = Evaluator(config, comm, parts.device, self.timer, parts.threads, recording(config))
         self.metrics = Metrics(run_dir if comm.rank == 0 else None, config.run.total_env_steps, self.timer)
-        self.hint = WaitHint(self.timer, comm.name, parts.learner.parameters.numel())
+        self.hint = WaitHint(self.timer, comm.name, parts.learner.online.num_parameters)
         self.best_eval_return = comm.broadcast_object(best_evaluation(run_dir) if comm.rank == 0 else 0.0)
         self.totals, self.progress = Totals(), Progress()
         self.logged_at_env_steps = self.saved_at_env_steps = -1
@@ -120,7 +120,7 @@ class Recorder:
         clock, progress = self.parts.clock, self.progress
         if progress.evaluated_at_env_steps == clock.env_steps or self.config.run.eval_episodes == 0:
             return True
-        evaluation = self.evaluator.run(self.parts.learner.online, stop, self.show_evaluation)
+        evaluation = self.evaluator.run(self.parts.strategy.whole_network(), stop, self.show_evaluation)
         self.activity = ""
         if evaluation is None:
             return False
@@ -161,7 +161,7 @@ class Recorder:
 
     def save_best(self, eval_return: float) -> bool:
         """Keep the weights of the best evaluation so far as `checkpoints/best`; return whether that worked."""
-        weights = {"learner": self.parts.learner.state(), "eval_return_mean": eval_return}
+        weights = {"learner": self.parts.strategy.learner_state(), "eval_return_mean": eval_return}
         parts = {LEARNER: weights} if self.comm.rank == 0 else {}
         return self.write_checkpoint(parts, best=True)
 

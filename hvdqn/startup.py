@@ -12,7 +12,7 @@ import torch
 from hvdqn.checkpoint import Checkpoint, Checkpoints, find_checkpoint, reset_environments, restore
 from hvdqn.clock import Clock
 from hvdqn.comm import Comm
-from hvdqn.config import Config, check_engine, check_world
+from hvdqn.config import Config, check_engine, check_groups, check_world
 from hvdqn.errors import UserError
 from hvdqn.faults import StopSignal, raise_on_all_ranks
 from hvdqn.metrics import PhaseTimer
@@ -37,6 +37,7 @@ def check_ranks(config: Config, comm: Comm) -> None:
     """
     check_same_config(config, comm)
     check_engine(config, comm.name, comm.size)
+    check_groups(config, comm.size)
     check_world(config, assign_role(config.parallel.sync, comm.rank, comm.size).of)
 
 

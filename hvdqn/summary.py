@@ -33,8 +33,8 @@ def log_header(config: Config, comm: Comm, parts: Parts, run_dir: Path) -> None:
         f"hvdqn {__version__}: {ranks}, comm {comm.name} ({comm.why})",
         f"each rank: {environments}",
         f"each rank: {replay}; device {' or '.join(devices)}",
-        f"network: {parts.learner.parameters.numel():,} parameters; global batch {parts.clock.global_batch}, an update "
-        f"every {update_every:g} env steps",
+        f"network: {parts.learner.online.num_parameters:,} parameters; global batch {parts.clock.global_batch}, "
+        f"an update every {update_every:g} env steps",
         f"strategy: {parts.strategy.description}",
     ]
     for line in lines:
@@ -98,7 +98,7 @@ def summarize(
         "env_steps_per_second": clock.env_steps / wall_seconds,
         "updates_per_second": clock.updates / wall_seconds,
         **{name: progress.evaluation.get(name) for name in EVALUATION},
-        "param_sha256": parts.learner.sha256(),
+        "param_sha256": parts.strategy.param_sha256(),
         "stopped_by": "signal" if stopped else "finished",
         "seconds": seconds,
         # Of each rank's own work, without waiting for others; 0 of a rank that does not act.

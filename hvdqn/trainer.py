@@ -203,8 +203,9 @@ class Trainer:
             self.stop_voted = not self.recorder.evaluate(lambda: self.stop.requested)
 
     def close(self) -> None:
-        """Close the environments."""
+        """Close the environments, and what the strategy has connected."""
         self.acting.envs.close()
+        self.strategy.close()
 
 
 class ServingTrainer(Trainer):

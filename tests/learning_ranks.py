@@ -18,7 +18,7 @@ from hvdqn.metrics import PhaseTimer
 from hvdqn.networks import QNetwork, make_network
 from hvdqn.parts import make_learner
 from hvdqn.replay import Batch
-from hvdqn.sync import Outcome, Strategy, Totals, make_strategy
+from hvdqn.sync import Outcome, RankGroup, Strategy, Totals, make_strategy
 from hvdqn.sync.statistics import REPORTED
 
 NO_REPORT = (0.0,) * len(REPORTED)
@@ -70,16 +70,24 @@ class LearningRank:
         comm: the ranks.
         network: of this rank; the learner loads rank 0's weights into it.
         clock: of this rank; only `--sync server` uses it.
+        group: the ranks that hold the network with this one.
 
     Attributes:
         totals: what the ranks learned.
         stop_voted: whether some rank voted to stop.
     """
 
-    def __init__(self, config: Config, comm: Comm, network: QNetwork, clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        comm: Comm,
+        network: QNetwork,
+        clock: Clock | None = None,
+        group: RankGroup | None = None,
+    ) -> None:
         self.comm, self.clock, timer = comm, clock or Clock(1, 1, 1.0, 0), PhaseTimer()
-        self.learner: Learner = make_learner(config, comm, network, torch.device("cpu"))
-        self.strategy: Strategy = make_strategy(config, self.learner, comm, timer, self.clock)
+        self.learner: Learner = make_learner(config, comm, network, torch.device("cpu"), group)
+        self.strategy: Strategy = make_strategy(config, self.learner, comm, timer, self.clock, group=group)
         self.totals, self.stop_voted = Totals(), False
 
     def update(self, batch: Batch, reported: Sequence[float] = NO_REPORT) -> None:

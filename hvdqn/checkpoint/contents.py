@@ -36,14 +36,14 @@ class Progress:
 
 
 def shared_state(parts: Parts, totals: Totals, progress: Progress) -> dict[str, Any]:
-    """Return the state that is the same on every rank: networks, optimizer, counters, clock and progress.
+    """Return the state of the job: networks, optimizer, counters, clock and progress; a collective call.
 
-    Tensors are not copied.
+    Tensors are not copied. Where ranks hold one network between them, only rank 0 gets the networks.
     """
     strategy = parts.strategy
     carried = {f"sync.{name}": tensor for name, tensor in strategy.state().items()}
     return {
-        "learner": {**parts.learner.state(), **carried},
+        "learner": {**strategy.learner_state(), **carried},
         "counters": {
             **totals.counters(),
             "skipped_in_a_row": strategy.skipped_in_a_row,
@@ -69,7 +69,7 @@ def load_shared_state(
     prefix = "sync."
     carried = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
     counters, strategy = state["counters"], parts.strategy
-    parts.learner.load_state(tensors)
+    strategy.load_learner_state(tensors)
     strategy.load_state(carried)
     totals.load_counters(counters)
     strategy.skipped_in_a_row = counters["skipped_in_a_row"]
@@ -114,6 +114,5 @@ def contents(parts: Parts, comm: Comm, totals: Totals, progress: Progress) -> di
             "torch": torch_state(parts.device),
         }
     }
-    if comm.rank == 0:
-        written[LEARNER] = shared_state(parts, totals, progress)
-    return written
+    shared = shared_state(parts, totals, progress)
+    return {**written, LEARNER: shared} if comm.rank == 0 else written

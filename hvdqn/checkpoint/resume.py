@@ -199,7 +199,9 @@ def _load(
     """
     try:
         shared = checkpoint.read(LEARNER)
-        _check_parameters(shared["learner"]["online"].size, parts.learner.parameters.numel(), checkpoint.path)
+        _check_parameters(
+            shared["learner"]["online"].size, parts.learner.online.num_parameters, checkpoint.path
+        )
         has_replay = bool(shared["progress"]["keeps_replay"]) and not checkpoint.unreadable
         progress = load_shared_state(shared, parts, totals, refill=not has_replay)
         if checkpoint.unreadable:

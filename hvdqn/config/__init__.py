@@ -31,6 +31,7 @@ from hvdqn.config.settings import (
 )
 from hvdqn.config.validation import (
     check_engine,
+    check_groups,
     check_saved,
     check_world,
     unused_settings,
@@ -50,6 +51,7 @@ __all__ = [
     "RunConfig",
     "as_yaml",
     "check_engine",
+    "check_groups",
     "check_saved",
     "check_world",
     "did_you_mean",

@@ -228,6 +228,9 @@ class ParallelConfig:
     tolerate_dead_workers: Annotated[bool, Needs("sync", "server")] = False
     """Server: go on without workers that send nothing for half of `stall_timeout`. The launcher must permit it:
     `mpirun --enable-recovery`."""
+    model_parallel: Annotated[Count, EXACT_ONLY, SAME_CURVE] = 1
+    """M: each M neighboring ranks hold one network between them: its fully connected layers are split over them. For
+    networks that are too large for one rank; with `sync gradients`."""
     overlap: bool = True
     """Step environments while gradients travel. Off: wait for the gradients first."""
     threads_per_rank: Annotated[CountOrZero, LAUNCH, SAME_CURVE] = 0

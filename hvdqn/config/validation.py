@@ -25,6 +25,8 @@ def check(config: Config) -> None:
     _check_network(config.network, config.learning)
     _check_munchausen(config.network, config.learning)
     _check_exploration(config)
+    if config.parallel.model_parallel > 1:
+        _check_model_parallel(config)
     if config.parallel.tolerate_dead_workers and config.parallel.stall_timeout == 0:
         raise UserError(
             "--tolerate-dead-workers needs the watchdog to find them; leave --stall-timeout 0 out, or give seconds"
@@ -107,6 +109,31 @@ def _check_exploration(config: Config) -> None:
         )
 
 
+def _check_model_parallel(config: Config) -> None:
+    """Refuse what a network that is split over ranks does not support."""
+    network, parallel, m = config.network, config.parallel, config.parallel.model_parallel
+    refused = {
+        f"--sync {parallel.sync}": parallel.sync != "gradients",
+        "--cuda-graphs": parallel.cuda_graphs,
+        "--precision bf16": parallel.precision != "fp32",
+        "--head iqn": network.head == "iqn",
+        "--noisy": network.noisy,
+        "--layer-norm": network.layer_norm,
+    }
+    for flag, given in refused.items():
+        if given:
+            raise UserError(f"--model-parallel {m} does not support {flag}; leave one of them out")
+    if not network.hidden:
+        raise UserError(f"--model-parallel {m} splits the layers of --hidden, and there are none; give some")
+    # Layers are split in pairs: the first by its outputs.
+    for units in network.hidden[::2]:
+        if units % m:
+            raise UserError(
+                f"--model-parallel {m} does not divide a layer of {units} units in --hidden "
+                f"{' '.join(map(str, network.hidden))}; give a multiple of {m}"
+            )
+
+
 def unused_settings(config: Config) -> list[str]:
     """Return a line for each setting that was changed from its preset but has no effect."""
     settings, usual = config.flat(), preset_config(config.preset).flat()
@@ -134,6 +161,19 @@ def check_engine(config: Config, engine: str, size: int) -> None:
         raise UserError(
             f"--sync server works between 2 or more ranks over plain MPI, not with {found}; start it with "
             "'mpirun -np N python -m hvdqn.train --comm mpi --sync server', N of 2 or more, or use another --sync"
+        )
+
+
+def check_groups(config: Config, size: int) -> None:
+    """Check that the ranks can be divided into groups of `--model-parallel`.
+
+    Raises:
+        UserError: they cannot.
+    """
+    m = config.parallel.model_parallel
+    if size % m:
+        raise UserError(
+            f"--model-parallel {m} does not divide {size} rank{'s' * (size > 1)}; start a multiple of {m} ranks"
         )
 
 

@@ -76,6 +76,8 @@ def elastic_config(argv: Sequence[str], max_np: int) -> Config:
         )
     if config.parallel.sync != "gradients":
         raise UserError(f"--sync {config.parallel.sync} cannot lose ranks; use --sync gradients")
+    if config.parallel.model_parallel > 1:
+        raise UserError("--model-parallel cannot lose ranks, which hold parts of the network; leave it out")
     # However far the world shrinks, the replay of a rank that counts as filled must hold something to sample.
     earliest = 2 * (config.replay.n_step + 1) * max_np * config.environment.envs_per_rank
     return config.replace(device="cpu", learning_starts=max(config.replay.learning_starts, earliest))

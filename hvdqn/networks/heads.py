@@ -25,6 +25,7 @@ from hvdqn.losses import (
     select,
 )
 from hvdqn.networks.layers import make_streams
+from hvdqn.networks.sharded import Splitter
 
 
 class Head(nn.Module, ABC):
@@ -290,7 +291,14 @@ def _quantile_loss(prediction: Tensor, fraction: Tensor, target: Tensor) -> tupl
     return quantile_huber_loss(td_error, fraction), td_error.detach().abs().mean(dim=(1, 2))
 
 
-def make_head(config: NetworkConfig, loss: str, features: int, hidden: Sequence[int], actions: int) -> Head:
+def make_head(
+    config: NetworkConfig,
+    loss: str,
+    features: int,
+    hidden: Sequence[int],
+    actions: int,
+    splitter: Splitter | None = None,
+) -> Head:
     """Make the head that `--head` names.
 
     Args:
@@ -299,10 +307,11 @@ def make_head(config: NetworkConfig, loss: str, features: int, hidden: Sequence[
         features: number of features the torso returns.
         hidden: units of the head's own hidden layers.
         actions: number of actions.
+        splitter: splits the layers over a group of ranks; None: they are not split.
     """
 
     def streams(*outputs: int) -> nn.Module:
-        return make_streams(features, hidden, actions, outputs, config)
+        return make_streams(features, hidden, actions, outputs, config, splitter)
 
     if config.head == "c51":
         return CategoricalHead(

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hvdqn.config import NetworkConfig
+from hvdqn.networks.sharded import Splitter
+from hvdqn.networks.wide import WIDE, WideLinear
 
 
 class NoisyLinear(nn.Module):
@@ -48,29 +50,13 @@ class NoisyLinear(nn.Module):
         return noise[:outputs], noise[outputs:]
 
 
-WIDE = 1 << 18  # with fewer weights, changing the layout takes more time than it saves
-ONEDNN = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-
-
-class WideLinear(nn.Linear):
-    """A linear layer of many weights. In float32 on a CPU it uses oneDNN, as convolutions do.
-
-    Torch's default for linear layers, MKL, is much slower on some processors.
-    """
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Map `[rows, inputs]` to `[rows, outputs]`."""
-        plain = inputs.device.type == "cpu" and inputs.dtype == torch.float32
-        if not (ONEDNN and plain) or torch.is_autocast_enabled("cpu"):
-            return super().forward(inputs)
-        return functional.linear(inputs.to_mkldnn(), self.weight, self.bias).to_dense()
-
-
-def hidden_layers(inputs: int, hidden: Sequence[int], config: NetworkConfig, noisy: bool) -> list[nn.Module]:
+def hidden_layers(
+    inputs: int, hidden: Sequence[int], config: NetworkConfig, noisy: bool, splitter: Splitter | None
+) -> list[nn.Module]:
     """Make fully connected layers with ReLU, and layer norm before each ReLU if configured (Ba et al. 2016)."""
     layers: list[nn.Module] = []
     for units in hidden:
-        layers.append(linear(inputs, units, config, noisy))
+        layers.append(linear(inputs, units, config, noisy, splitter))
         if config.layer_norm:
             layers.append(nn.LayerNorm(units))
         layers.append(nn.ReLU())
@@ -78,15 +64,23 @@ def hidden_layers(inputs: int, hidden: Sequence[int], config: NetworkConfig, noi
     return layers
 
 
-def linear(inputs: int, outputs: int, config: NetworkConfig, noisy: bool) -> nn.Module:
-    """Make one fully connected layer."""
+def linear(
+    inputs: int, outputs: int, config: NetworkConfig, noisy: bool, splitter: Splitter | None
+) -> nn.Module:
+    """Make one fully connected layer, or this rank's part of it."""
     if noisy:
         return NoisyLinear(inputs, outputs, config.noisy_sigma)
-    return (WideLinear if inputs * outputs >= WIDE else nn.Linear)(inputs, outputs)
+    layer = (WideLinear if inputs * outputs >= WIDE else nn.Linear)(inputs, outputs)
+    return layer if splitter is None else splitter.take(layer)
 
 
 def make_streams(
-    features: int, hidden: Sequence[int], actions: int, outputs: tuple[int, ...], config: NetworkConfig
+    features: int,
+    hidden: Sequence[int],
+    actions: int,
+    outputs: tuple[int, ...],
+    config: NetworkConfig,
+    splitter: Splitter | None,
 ) -> nn.Module:
     """Make the layers from features `[rows, features]` to a head's outputs `[rows, actions, *outputs]`.
 
@@ -96,11 +90,13 @@ def make_streams(
         actions: number of actions.
         outputs: shape of the output of one action; () for one number.
         config: whether there are dueling streams, and whether layers are noisy or normalized.
+        splitter: splits the layers over a group of ranks; None: they are not split.
     """
 
     def stream(*shape: int) -> nn.Sequential:
-        layers = hidden_layers(features, hidden, config, config.noisy)
-        last = linear(hidden[-1] if hidden else features, math.prod(shape), config, config.noisy)
+        own = splitter.fork() if splitter else None
+        layers = hidden_layers(features, hidden, config, config.noisy, own)
+        last = linear(hidden[-1] if hidden else features, math.prod(shape), config, config.noisy, own)
         return nn.Sequential(*layers, last, *([nn.Unflatten(1, shape)] if len(shape) > 1 else []))
 
     advantage = stream(actions, *outputs)

@@ -10,21 +10,36 @@ from torch import Tensor, nn
 
 from hvdqn.config import NetworkConfig
 from hvdqn.networks.heads import Head, make_head
+from hvdqn.networks.sharded import Group, Layout, Splitter, whole_network
 from hvdqn.networks.torsos import make_torso
 
 
 class QNetwork(nn.Module):
-    """A torso and a head. Takes raw observations: see `scale_observation`."""
+    """A torso and a head. Takes raw observations: see `scale_observation`.
 
-    def __init__(self, torso: nn.Module, head: Head) -> None:
+    Args:
+        torso: from observations to features.
+        head: from features to outputs.
+        group: the ranks that hold the network between them; None: this rank holds all of it.
+    """
+
+    def __init__(self, torso: nn.Module, head: Head, group: Group | None = None) -> None:
         super().__init__()
         self.torso = torso
         self.head = head
+        self.group = group
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the parameters."""
         return next(self.parameters()).dtype
+
+    @property
+    def num_parameters(self) -> int:
+        """The number of parameters; of a network that is split over ranks, those of all its parts."""
+        if self.group is None:
+            return sum(parameter.numel() for parameter in self.parameters())
+        return Layout(self, self.group).full_numel
 
     def forward(self, observation: Tensor) -> Tensor:
         """Map raw observations `[batch, ...]` to the head's output `[batch, actions, ...]`."""
@@ -37,6 +52,12 @@ class QNetwork(nn.Module):
         scaled = scale_observation(observation, self.dtype)
         output = self.head.act(self.torso(scaled))
         return self.head.q_values(output.to(scaled.dtype))
+
+    def whole(self, full: Tensor) -> QNetwork:
+        """Return a copy that is not split; its parameters are views of a flat tensor, in the network's order."""
+        whole = whole_network(self, full)
+        whole.group = None
+        return whole
 
     def target_copy(self) -> QNetwork:
         """Return the target network: a copy with parameters of its own, which need no gradients."""
@@ -60,6 +81,7 @@ def make_network(
     frame_stack: int,
     is_image: bool,
     actions: int,
+    group: Group | None = None,
 ) -> QNetwork:
     """Make the Q-network of a run.
 
@@ -70,9 +92,11 @@ def make_network(
         frame_stack: frames that are stacked to one input.
         is_image: whether observations are images.
         actions: number of actions.
+        group: the ranks that hold the network between them; None: this rank holds all of it.
 
     Raises:
         UserError: the torso does not fit the observation.
     """
-    torso, hidden = make_torso(config, frame_shape, frame_stack, is_image)
-    return QNetwork(torso, make_head(config, loss, torso.features, hidden, actions))
+    splitter = Splitter(group, layers=len(config.hidden) + 1) if group else None
+    torso, hidden = make_torso(config, frame_shape, frame_stack, is_image, splitter)
+    return QNetwork(torso, make_head(config, loss, torso.features, hidden, actions, splitter), group)

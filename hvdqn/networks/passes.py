@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hvdqn.networks.dense import DensePasses
 from hvdqn.networks.network import QNetwork
+from hvdqn.networks.sharded import Group
 
 
 class Passes(Protocol):
@@ -86,8 +87,48 @@ class AutogradPasses:
         torch._foreach_copy_([p.grad for p in self.parameters if p.grad is not None], gradients)
 
 
+class GroupPasses(AutogradPasses):
+    """Passes of a network that a group of ranks holds between them; every method is collective in the group.
+
+    Each rank gives its own observations and gets the outputs of those. In between every rank computes its part of the
+    network for the rows of all of them.
+    """
+
+    def __init__(self, network: QNetwork, group: Group) -> None:
+        super().__init__(network)
+        self.group = group
+
+    def output(self, observation: Tensor) -> Tensor:
+        """Return the head's output, `[batch, actions, ...]`."""
+        return self._own_rows(super().output(self.group.gather(observation)))
+
+    def q_values(self, observation: Tensor) -> Tensor:
+        """Return the Q-values, `[batch, actions]`."""
+        return self._own_rows(super().q_values(self.group.gather(observation)))
+
+    def forward(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the same as `output`, and the output of all rows with its graph."""
+        with torch.enable_grad():
+            output = super().output(self.group.gather(observation))
+        return self._own_rows(output.detach()), output
+
+    def backward(self, tape: Tensor, slope: Tensor) -> None:
+        """Overwrite every parameter's `.grad` by the sum of the gradients of all ranks' losses.
+
+        Args:
+            tape: from `forward`.
+            slope: gradient of this rank's loss with respect to its own output.
+        """
+        super().backward(tape, self.group.gather(slope))
+
+    def _own_rows(self, rows: Tensor) -> Tensor:
+        return rows.chunk(self.group.size)[self.group.index]
+
+
 def make_passes(network: QNetwork, autocast: bool = False) -> Passes:
     """Return the fastest passes that this network can use on the device of its parameters."""
+    if network.group is not None:
+        return GroupPasses(network, network.group)
     on_cpu = next(network.parameters()).device.type == "cpu"
     # Autocast would cast weights to bf16, which the passes by hand do not do.
     by_hand = DensePasses.of(network) if on_cpu and not autocast else None

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from hvdqn.config import NetworkConfig, import_attribute
 from hvdqn.errors import UserError
 from hvdqn.networks.layers import hidden_layers
+from hvdqn.networks.sharded import Splitter
 
 
 class Images(nn.Module):
@@ -91,7 +92,11 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def make_torso(
-    config: NetworkConfig, frame_shape: Sequence[int], frame_stack: int, is_image: bool
+    config: NetworkConfig,
+    frame_shape: Sequence[int],
+    frame_stack: int,
+    is_image: bool,
+    splitter: Splitter | None = None,
 ) -> tuple[Torso, tuple[int, ...]]:
     """Make the torso that the configuration names or the observation needs; also return the head's hidden layers.
 
@@ -122,7 +127,7 @@ def make_torso(
         body = _convolutions(Images(frame_shape, frame_stack), name, config.layer_norm)
     shared = max(len(config.hidden) - 1, 1 if name == "mlp" else 0)
     mine, heads = config.hidden[:shared], config.hidden[shared:]
-    layers = hidden_layers(body.features, mine, config, noisy=False)
+    layers = hidden_layers(body.features, mine, config, False, splitter)
     centered = [Centered()] if config.center_images else []
     return Torso(mine[-1] if mine else body.features, *centered, *body, *layers), heads
 

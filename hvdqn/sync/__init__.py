@@ -15,11 +15,12 @@ from hvdqn.sync.gradients import Gradients
 from hvdqn.sync.parameters import Parameters
 from hvdqn.sync.recorded import RecordedGradients
 from hvdqn.sync.server import Server
+from hvdqn.sync.sharded import GroupNorm, RankGroup, ShardedGradients
 from hvdqn.sync.statistics import Outcome, Totals
 from hvdqn.sync.strategy import Strategy
 from hvdqn.sync.worker import Worker
 
-__all__ = ["Outcome", "Strategy", "Totals", "make_strategy"]
+__all__ = ["GroupNorm", "Outcome", "RankGroup", "Strategy", "Totals", "make_strategy"]
 
 
 def make_strategy(
@@ -29,6 +30,7 @@ def make_strategy(
     timer: PhaseTimer,
     clock: Clock,
     record: Record | None = None,
+    group: RankGroup | None = None,
 ) -> Strategy:
     """Make this rank's part of the strategy that `--sync` names; a collective call.
 
@@ -39,6 +41,7 @@ def make_strategy(
         timer: counts the seconds that this rank waits for others.
         clock: of this rank.
         record: how to record CUDA graphs; None: none are used.
+        group: the ranks that hold one network; None: each rank holds all of it.
     """
     parallel, limit = config.parallel, config.learning.max_skipped_updates
     if parallel.sync == "parameters":
@@ -47,6 +50,8 @@ def make_strategy(
         if isinstance(clock, WorkerClock):
             return Worker(learner, cast(MpiComm, comm), timer, parallel, clock, limit)
         return Server(learner, cast(MpiComm, comm), timer, parallel, clock, limit)
+    if group is not None:
+        return ShardedGradients(learner, comm, timer, limit, group)
     if record is not None:
         return RecordedGradients(learner, comm, timer, limit, record)
     return Gradients(learner, comm, timer, limit)

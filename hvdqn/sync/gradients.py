@@ -17,8 +17,8 @@ from hvdqn.metrics import PhaseTimer
 from hvdqn.sync.statistics import LOSS, REPORTED, STOP, Outcome, Received, Trailer
 from hvdqn.sync.strategy import Strategy, broadcast_target, check_skipped, compare_learners
 
-LARGEST_WEIGHT, FINITE = range(2)
-"""Slots of the trailer; the second is finite if the rank's loss and gradient are."""
+LARGEST_WEIGHT, FINITE = 0, -1
+"""Slots of the trailer; the last is finite if the rank's loss and gradient are."""
 
 
 class Gradients(Strategy):
@@ -36,13 +36,14 @@ class Gradients(Strategy):
     """
 
     description = "gradients averaged at every update"
+    slots = 2
 
     def __init__(self, learner: Learner, comm: Comm, timer: PhaseTimer, max_skipped_updates: int) -> None:
         super().__init__(learner, timer)
         self.comm, self.max_skipped_updates = comm, max_skipped_updates
-        length = Trailer.length(comm.size, slots=2)
+        length = Trailer.length(comm.size, self.slots)
         self.message = learner.allocate_gradient(trailing=length, scale=1.0 / comm.size)
-        self.trailer = Trailer(self.message[-length:], comm.rank, comm.size, slots=2)
+        self.trailer = Trailer(self.message[-length:], comm.rank, comm.size, self.slots)
         self.handle: Handle | None = None
         self.progress = 0.0
 
@@ -107,6 +108,13 @@ class Gradients(Strategy):
         self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
         if not applied:
             statistics[len(REPORTED) :] = 0.0  # may be NaN; the means are over updates taken
-            bad = [rank for rank, value in enumerate(received.slots[FINITE]) if not math.isfinite(value)]
-            check_skipped(self.skipped_in_a_row, bad, self.max_skipped_updates)
+            check_skipped(self.skipped_in_a_row, not_finite(received.slots), self.max_skipped_updates)
         return Outcome(statistics, int(applied), int(not applied), bool(statistics[STOP] > 0))
+
+
+def not_finite(slots: Sequence[Sequence[float]]) -> list[int]:
+    """Return the ranks whose number is not finite in the first of the slots after `LARGEST_WEIGHT` that has such."""
+    for numbers in slots[LARGEST_WEIGHT + 1 :]:
+        if ranks := [rank for rank, value in enumerate(numbers) if not math.isfinite(value)]:
+            return ranks
+    return []

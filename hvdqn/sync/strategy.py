@@ -15,6 +15,7 @@ from hvdqn.comm import Comm
 from hvdqn.errors import NonFiniteError
 from hvdqn.learner import Learner, load_tensors
 from hvdqn.metrics import PhaseTimer
+from hvdqn.networks import QNetwork
 from hvdqn.sync.statistics import Outcome
 
 
@@ -92,6 +93,25 @@ class Strategy(ABC):
     @abstractmethod
     def expected_traffic(self) -> tuple[float, float]:
         """Return the messages and payload bytes that one rank should send per update."""
+
+    def learner_state(self) -> dict[str, Tensor]:
+        """Return the learner's tensors that a checkpoint keeps, at least on rank 0; a collective call. No copies."""
+        return self.learner.state()
+
+    def load_learner_state(self, state: Mapping[str, Tensor]) -> None:
+        """Load what `learner_state` returned on rank 0."""
+        self.learner.load_state(state)
+
+    def whole_network(self) -> QNetwork:
+        """Return an online network that this rank can play with by itself; a collective call."""
+        return self.learner.online
+
+    def param_sha256(self) -> str:
+        """Return the digest of the online network's parameters; a collective call."""
+        return self.learner.sha256()
+
+    def close(self) -> None:  # noqa: B027
+        """Disconnect what the strategy has connected; a collective call at the end of a run."""
 
     def state(self) -> dict[str, Tensor]:
         """Return the tensors that a checkpoint keeps, the same on every rank where ranks agree. They are no copies."""
