@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, NoReturn, Protocol, TypeVar
 
 from hvdqn.comm.processes import kill_descendants
@@ -22,6 +23,25 @@ class Handle(Protocol):
     def wait(self) -> Tensor:
         """Wait for the sum over all ranks and return it: the tensor that was passed, overwritten in place."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One group of a job that is divided into groups.
+
+    Attributes:
+        groups: the ranks of every group, the same on every rank.
+        ranks: those of this rank's group, in ascending order.
+        rank: index of this rank in its group.
+        local_rank: index of this rank among those of its group and host.
+        local_size: number of ranks of this group on this host.
+    """
+
+    groups: list[list[int]]
+    ranks: list[int]
+    rank: int
+    local_rank: int
+    local_size: int
 
 
 class Comm(ABC):
@@ -73,6 +93,28 @@ class Comm(ABC):
     @abstractmethod
     def all_gather_object(self, obj: T) -> list[T]:
         """Return the objects of all ranks, ordered by rank. They are pickled, as in `broadcast_object`."""
+
+    @abstractmethod
+    def split(self, color: int) -> Comm:
+        """Return the ranks that pass the same `color`, in the order of their ranks. A collective call of the whole job.
+
+        Call it on what `connect` returned, not on such a group. All ranks close their groups before the job.
+
+        Args:
+            color: of this rank's group, 0 or above.
+
+        Raises:
+            LaunchError: on all ranks, if the engine cannot form groups here.
+        """
+
+    def divide(self, color: int) -> Group:
+        """Return the group of the ranks that pass the same `color`, and the ranks of all groups. A collective call."""
+        everyone = self.all_gather_object((color, socket.gethostname()))
+        colors = [one for one, _ in everyone]
+        groups = [[rank for rank, one in enumerate(colors) if one == each] for each in sorted(set(colors))]
+        ranks = next(group for group in groups if self.rank in group)
+        local = [rank for rank in ranks if everyone[rank][1] == everyone[self.rank][1]]
+        return Group(groups, ranks, ranks.index(self.rank), local.index(self.rank), len(local))
 
     def cores_of_host(self) -> list[set[int]]:
         """Return the CPU cores that each rank on this host may use. A collective call."""

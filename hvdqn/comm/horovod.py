@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import http.client
 import os
+import pickle
 import time
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
-from hvdqn.comm.base import Comm
+from hvdqn.comm.base import Comm, Group
 from hvdqn.comm.mpi import start_mpi
 from hvdqn.comm.tensors import as_bytes, check_reducible
 from hvdqn.errors import LaunchError
@@ -106,32 +111,63 @@ class HorovodComm(Comm):
         super().__init__(hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size())
         # Horovod's launcher does not bind ranks to cores: all ranks of the host share the cores that this one may use.
         crowded = hvd.local_size() > len(os.sched_getaffinity(0))
+        self._over_mpi, self._set, self._ranks = over_mpi, hvd.global_process_set, list(range(self.size))
+        self._sets: dict[tuple[int, ...], Any] = {tuple(self._ranks): hvd.global_process_set}
         self._sleeps = not over_mpi and (crowded or os.environ.get("HVDQN_SLEEP_WHEN_WAITING") == "1")
 
     def allreduce_sum_async(self, tensor: Tensor, name: str) -> _Pending:
         """See `Comm`."""
         check_reducible(tensor)
-        handle = self._hvd.allreduce_async_(tensor, name=name, op=self._hvd.Sum)
+        handle = self._hvd.allreduce_async_(tensor, name=name, op=self._hvd.Sum, process_set=self._set)
         return _Pending(self._hvd, handle, tensor, pause=self._sleeps and not tensor.is_cuda)
 
     def broadcast_(self, tensor: Tensor, root: int = 0) -> None:
         """See `Comm`."""
         if tensor.numel():
-            self._hvd.broadcast_(as_bytes(tensor), root, name="hvdqn.broadcast")
+            root = self._ranks[root]
+            self._hvd.broadcast_(as_bytes(tensor), root, name="hvdqn.broadcast", process_set=self._set)
 
     def broadcast_object(self, obj: T, root: int = 0) -> T:
         """See `Comm`."""
-        received: T = self._hvd.broadcast_object(obj, root, name="hvdqn.broadcast_object")
+        received: T = self._hvd.broadcast_object(
+            obj, self._ranks[root], name="hvdqn.broadcast_object", process_set=self._set
+        )
         return received
 
     def all_gather_object(self, obj: T) -> list[T]:
         """See `Comm`."""
-        gathered: list[T] = self._hvd.allgather_object(obj, name="hvdqn.all_gather_object")
-        return gathered
+        content = torch.frombuffer(bytearray(pickle.dumps(obj)), dtype=torch.uint8)
+        length = torch.tensor([len(content)])
+        lengths, contents = (
+            self._hvd.allgather(tensor, name=f"hvdqn.all_gather_object.{name}", process_set=self._set)
+            for name, tensor in (("length", length), ("content", content))
+        )
+        return [pickle.loads(piece.numpy()) for piece in contents.split(lengths.tolist())]
 
     def barrier(self) -> None:
         """See `Comm`."""
-        self._hvd.barrier()
+        self._hvd.barrier(process_set=self._set)
+
+    def split(self, color: int) -> HorovodGroup:
+        """See `Comm`.
+
+        Horovod starts again with the process sets: sets that are added while it runs (HOROVOD_DYNAMIC_PROCESS_SETS)
+        cost two more exchanges of all ranks in every cycle.
+        """
+        if self._over_mpi and self._mpi is None:
+            raise LaunchError("groups of ranks over Horovod and MPI need mpi4py; pip install 'hvdqn[mpi]'")
+        group = self.divide(color)
+        for ranks in group.groups:
+            if tuple(ranks) not in self._sets:
+                self._sets[tuple(ranks)] = self._hvd.ProcessSet(ranks)
+        if not self._over_mpi:
+            hosts = self.all_gather_object(os.environ["HOROVOD_HOSTNAME"])
+            if self.rank == 0:
+                clear_rendezvous(sorted(set(hosts)), self.size)
+        self.barrier()
+        self._hvd.shutdown()
+        self._hvd.init(process_sets=[one for one in self._sets.values() if one.process_set_id != 0])
+        return HorovodGroup(self, group, self._sets[tuple(group.ranks)])
 
     def _end_peers(self, code: int) -> None:
         if self._mpi is not None:
@@ -142,3 +178,36 @@ class HorovodComm(Comm):
         """See `Comm`."""
         self.barrier()  # collectives that other ranks have in progress would fail when this one shuts Horovod down
         self._hvd.shutdown()
+
+
+class HorovodGroup(HorovodComm):
+    """Some ranks of the job, as a process set of Horovod; made by `HorovodComm.split`."""
+
+    def __init__(self, job: HorovodComm, group: Group, process_set: Any) -> None:
+        Comm.__init__(self, group.rank, len(group.ranks), group.local_rank, group.local_size)
+        self._hvd, self._mpi, self._sleeps = job._hvd, job._mpi, job._sleeps
+        self._set, self._ranks = process_set, group.ranks
+
+    def close(self) -> None:
+        """Do nothing: Horovod drops the process set when the job closes."""
+
+
+def clear_rendezvous(hosts: Sequence[str], size: int) -> None:
+    """Make horovodrun's key-value store forget the addresses of ranks that are connected over Gloo.
+
+    It forgets the keys of a scope when as many requests to delete have come as the scope has ranks. But then it
+    forgets also what it has counted for other scopes, so the keys of these may stay (Horovod 0.28.1). Ranks that
+    connect again would read them.
+    """
+    address = os.environ["HOROVOD_GLOO_RENDEZVOUS_ADDR"], int(os.environ["HOROVOD_GLOO_RENDEZVOUS_PORT"])
+
+    def request(method: str, path: str) -> bool:
+        with closing(http.client.HTTPConnection(*address, timeout=30)) as connection:
+            connection.request(method, path)
+            response = connection.getresponse()
+            response.read()
+            return response.status == http.client.OK
+
+    for scope in ("global", *(f"local_{host}" for host in hosts), *(f"cross_{rank}" for rank in range(size))):
+        while request("GET", f"/{scope}/0"):
+            request("DELETE", f"/{scope}/0")

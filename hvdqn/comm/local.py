@@ -46,6 +46,10 @@ class LocalComm(Comm):
         """See `Comm`."""
         return [obj]
 
+    def split(self, color: int) -> LocalComm:
+        """See `Comm`."""
+        return LocalComm()
+
     def barrier(self) -> None:
         """See `Comm`."""
 

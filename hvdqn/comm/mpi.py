@@ -89,7 +89,7 @@ SHARED_UP_TO = 1 << 20
 
 
 class MpiComm(Comm):
-    """The ranks of MPI_COMM_WORLD.
+    """The ranks of MPI_COMM_WORLD, or of a communicator `world` that this object frees.
 
     CUDA tensors are copied to pinned host memory and reduced there. If all ranks are on one host, short messages are
     summed through shared memory.
@@ -97,10 +97,10 @@ class MpiComm(Comm):
 
     name = "mpi"
 
-    def __init__(self) -> None:
+    def __init__(self, world: Any = None) -> None:
         self._mpi: Any = start_mpi()
         # A communicator of its own: other users of MPI in this process, such as Horovod, cannot receive its messages.
-        self._world: Any = self._mpi.COMM_WORLD.Dup()
+        self._world: Any = self._mpi.COMM_WORLD.Dup() if world is None else world
         host = self._world.Split_type(self._mpi.COMM_TYPE_SHARED)
         super().__init__(self._world.rank, self._world.size, host.rank, host.size)
         self._host: Any = host if 1 < host.size == self._world.size else None
@@ -166,6 +166,10 @@ class MpiComm(Comm):
         """See `Comm`."""
         gathered: list[T] = self._world.allgather(obj)
         return gathered
+
+    def split(self, color: int) -> MpiComm:
+        """See `Comm`."""
+        return MpiComm(self._world.Split(color, self.rank))
 
     def barrier(self) -> None:
         """See `Comm`."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
-from hvdqn.comm.base import Comm
+from hvdqn.comm.base import Comm, Group
 from hvdqn.comm.gpus import assign_gpus, visible_gpus
 from hvdqn.comm.tensors import as_bytes, check_reducible
 from hvdqn.errors import LaunchError
@@ -100,6 +100,8 @@ class TorchComm(Comm):
         # NCCL only reduces and broadcasts CUDA tensors: objects, barriers and host tensors always go over Gloo.
         timeout = collective_timeout(stall_timeout)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
+        self._timeout = timeout
+        self._on_host: dist.ProcessGroup | None = None  # torch's default group
         self._on_device: dist.ProcessGroup | None = None
         if _each_rank_has_its_own_gpu(size, device):
             self._on_device = dist.new_group(backend="nccl", timeout=timeout)
@@ -107,7 +109,7 @@ class TorchComm(Comm):
         super().__init__(rank, size, local_rank=local.index(rank), local_size=len(local))
 
     def _group(self, tensor: Tensor) -> dist.ProcessGroup | None:
-        return self._on_device if tensor.is_cuda else None
+        return self._on_device if tensor.is_cuda else self._on_host
 
     def allreduce_sum_async(self, tensor: Tensor, name: str) -> _Pending:
         """See `Comm`."""
@@ -118,25 +120,47 @@ class TorchComm(Comm):
     def broadcast_(self, tensor: Tensor, root: int = 0) -> None:
         """See `Comm`."""
         if tensor.numel():
-            dist.broadcast(as_bytes(tensor), root, group=self._group(tensor))
+            dist.broadcast(as_bytes(tensor), group=self._group(tensor), group_src=root)
 
     def broadcast_object(self, obj: T, root: int = 0) -> T:
         """See `Comm`."""
         box = [obj]
-        dist.broadcast_object_list(box, root)
+        dist.broadcast_object_list(box, group=self._on_host, group_src=root)
         return box[0]
 
     def all_gather_object(self, obj: T) -> list[T]:
         """See `Comm`."""
         gathered = [obj] * self.size
-        dist.all_gather_object(gathered, obj)
+        dist.all_gather_object(gathered, obj, group=self._on_host)
         return gathered
 
     def barrier(self) -> None:
         """See `Comm`."""
-        dist.barrier()
+        dist.barrier(group=self._on_host)
+
+    def split(self, color: int) -> TorchGroup:
+        """See `Comm`."""
+        group = self.divide(color)
+        # Every rank takes part in making every group.
+        on_host = [dist.new_group(ranks, self._timeout, "gloo") for ranks in group.groups]
+        on_device = [
+            dist.new_group(ranks, self._timeout, "nccl") if self._on_device else None
+            for ranks in group.groups
+        ]
+        mine = group.groups.index(group.ranks)
+        return TorchGroup(group, on_host[mine], on_device[mine])
 
     def close(self) -> None:
         """See `Comm`."""
         self.barrier()  # collectives that other ranks have in progress would fail when this one disconnects
-        dist.destroy_process_group()
+        if self._on_device is not None and self._on_host is not None:
+            dist.destroy_process_group(self._on_device)
+        dist.destroy_process_group(self._on_host)
+
+
+class TorchGroup(TorchComm):
+    """Some ranks of the job, over process groups of torch; made by `TorchComm.split`."""
+
+    def __init__(self, group: Group, on_host: dist.ProcessGroup, on_device: dist.ProcessGroup | None) -> None:
+        Comm.__init__(self, group.rank, len(group.ranks), group.local_rank, group.local_size)
+        self._on_host, self._on_device = on_host, on_device

@@ -169,6 +169,28 @@ def barrier(comm: Comm) -> None:
     assert max(entered for entered, _ in times) <= min(left for _, left in times)
 
 
+def groups(comm: Comm) -> None:
+    """Odd and even ranks; then all ranks but the last; then every rank alone. All groups work side by side."""
+    for colors in ((comm.rank % 2), int(comm.rank == comm.size - 1), comm.size - comm.rank):
+        everyone = comm.all_gather_object(colors)
+        ranks = [rank for rank in range(comm.size) if everyone[rank] == colors]
+        group = comm.split(colors)
+        assert (group.size, ranks[group.rank]) == (len(ranks), comm.rank)
+        assert (group.local_size, group.local_rank) == (group.size, group.rank)  # these tests run on one host
+        assert group.all_gather_object(comm.rank) == ranks
+        assert group.broadcast_object(comm.rank, group.size - 1) == ranks[-1]
+        tensor = torch.full((1000,), float(comm.rank))
+        in_job = tensor.clone()
+        group.allreduce_sum_async(tensor, "gradient").wait()
+        comm.allreduce_sum_async(in_job, "gradient").wait()
+        assert tensor.tolist() == [sum(ranks)] * 1000
+        assert in_job.tolist() == [comm.size * (comm.size - 1) / 2] * 1000
+        group.broadcast_(tensor.fill_(comm.rank), group.size - 1)
+        assert tensor.tolist() == [ranks[-1]] * 1000
+        group.barrier()
+        group.close()
+
+
 def one_rank_has_no_memory_to_share(comm: Comm) -> None:
     """Then no rank uses shared memory."""
     if comm.name != "mpi" or comm.size == 1:
@@ -204,6 +226,7 @@ CHECKS: tuple[Callable[[Comm], list[str] | None], ...] = (
     broadcast,
     objects,
     barrier,
+    groups,
     one_rank_has_no_memory_to_share,
 )
 
