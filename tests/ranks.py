@@ -126,6 +126,12 @@ class ThreadComm(Comm):
     def all_gather_object(self, obj: T) -> list[T]:
         return self.shared.all_gather(self.rank, obj)
 
+    def split(self, color: int) -> ThreadComm:
+        everyone = self.all_gather_object((color, Shared(self.size)))
+        ranks = [rank for rank, (other, _) in enumerate(everyone) if other == color]
+        shared = everyone[ranks[0]][1].successor(len(ranks))
+        return ThreadComm(ranks.index(self.rank), len(ranks), shared)
+
     def barrier(self) -> None:
         self.shared.barrier.wait()
 
