@@ -118,7 +118,6 @@ def _check_model_parallel(config: Config) -> None:
         "--precision bf16": parallel.precision != "fp32",
         "--head iqn": network.head == "iqn",
         "--noisy": network.noisy,
-        "--layer-norm": network.layer_norm,
     }
     for flag, given in refused.items():
         if given:

@@ -58,7 +58,8 @@ def hidden_layers(
     for units in hidden:
         layers.append(linear(inputs, units, config, noisy, splitter))
         if config.layer_norm:
-            layers.append(nn.LayerNorm(units))
+            norm = nn.LayerNorm(units)
+            layers.append(splitter.normalize(norm) if splitter else norm)
         layers.append(nn.ReLU())
         inputs = units
     return layers

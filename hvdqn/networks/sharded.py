@@ -14,6 +14,7 @@ Networks know nothing of ranks: a `Group` sums and gathers.
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
@@ -73,36 +74,68 @@ class SumOverGroup(torch.autograd.Function):
         return slopes[0], None
 
 
-class SplitLinear(nn.Module):
-    """A fully connected layer of which each rank of a group holds an equal part.
+class SumBothWays(torch.autograd.Function):
+    """The sum over the group of a number from which each rank goes on with its own part; its gradient is summed too."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: Group) -> Tensor:
+        """Return the sum of the ranks' parts."""
+        ctx.group = group
+        return group.allreduce_sum(part.clone(memory_format=torch.contiguous_format))
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None]:
+        """Return the sum of the ranks' gradients."""
+        return ctx.group.allreduce_sum(slopes[0].clone(memory_format=torch.contiguous_format)), None
+
+
+class SplitModule(nn.Module, ABC):
+    """A layer of which each rank of a group holds an equal part.
 
     Args:
         full: the whole layer; this rank's part of it is copied.
         group: the ranks that hold it.
 
     Attributes:
-        split: the dimension along which each parameter is split, by name.
-        shape: outputs and inputs of the whole layer.
+        split: the dimension along which each parameter is split, by name; others are held by every rank.
     """
 
     split: ClassVar[dict[str, int]]
 
-    def __init__(self, full: nn.Linear, group: Group) -> None:
+    def __init__(self, full: nn.Module, group: Group) -> None:
         super().__init__()
-        self.group, self.shape = group, (full.out_features, full.in_features)
+        self.group = group
         for name, parameter in full.named_parameters():
             part = parameter.detach()
             if name in self.split:
                 part = part.chunk(group.size, self.split[name])[group.index]
             setattr(self, name, nn.Parameter(part.clone(memory_format=torch.contiguous_format)))
 
+    @abstractmethod
+    def whole(self) -> nn.Module:
+        """Return a whole layer without memory for its parameters (on the device `meta`)."""
+
+
+class SplitLinear(SplitModule):
+    """A fully connected layer that is split."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, full: nn.Linear, group: Group) -> None:
+        super().__init__(full, group)
+        self.inputs, self.outputs = full.in_features, full.out_features
+
+    def whole(self) -> nn.Module:
+        """Return a whole layer without memory for its parameters."""
+        kind = WideLinear if self.inputs * self.outputs >= WIDE else nn.Linear
+        return kind(self.inputs, self.outputs, device="meta")
+
 
 class ColumnLinear(SplitLinear):
     """A layer that is split by its outputs: inputs `[rows, inputs]` give `[rows, outputs / size]`."""
 
     split: ClassVar[dict[str, int]] = {"weight": 0, "bias": 0}
-    weight: Tensor
-    bias: Tensor
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return this rank's share of the outputs."""
@@ -114,14 +147,42 @@ class RowLinear(SplitLinear):
     """A layer that is split by its inputs: `[rows, inputs / size]` give all outputs `[rows, outputs]` on every rank."""
 
     split: ClassVar[dict[str, int]] = {"weight": 1}
-    weight: Tensor
-    bias: Tensor
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return all outputs."""
         part = wide_product(inputs, self.weight, None)
         total: Tensor = SumOverGroup.apply(part, self.group)  # type: ignore[no-untyped-call]
         return total + self.bias
+
+
+class SplitLayerNorm(SplitModule):
+    """Layer normalization of units that are split over the group: `[rows, units / size]` give the same shape.
+
+    The mean and the variance are those of all units (Ba et al. 2016, eq. 3), from two sums over the group.
+    """
+
+    split: ClassVar[dict[str, int]] = {"weight": 0, "bias": 0}
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, full: nn.LayerNorm, group: Group) -> None:
+        super().__init__(full, group)
+        (self.units,), self.eps = full.normalized_shape, full.eps
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return this rank's share of the normalized units."""
+        centered = inputs - self._mean(inputs)
+        scale = torch.rsqrt(self._mean(centered.square()) + self.eps)
+        return torch.addcmul(self.bias, centered * scale, self.weight)
+
+    def _mean(self, numbers: Tensor) -> Tensor:
+        """Return the mean over all units, `[rows, 1]`."""
+        total: Tensor = SumBothWays.apply(numbers.sum(dim=1, keepdim=True), self.group)  # type: ignore[no-untyped-call]
+        return total / self.units
+
+    def whole(self) -> nn.Module:
+        """Return a whole layer without memory for its parameters."""
+        return nn.LayerNorm(self.units, self.eps, device="meta")
 
 
 class Splitter:
@@ -150,6 +211,10 @@ class Splitter:
         kind = ColumnLinear if self.columns_next else RowLinear
         self.columns_next = not self.columns_next
         return kind(full, self.group)
+
+    def normalize(self, full: nn.LayerNorm) -> nn.Module:
+        """Return the layer norm for the outputs of the layer that was taken last."""
+        return full if self.columns_next else SplitLayerNorm(full, self.group)
 
 
 class Layout:
@@ -218,7 +283,7 @@ def split_dimensions(network: nn.Module) -> list[int | None]:
     for path, _ in network.named_parameters():
         place, _, name = path.rpartition(".")
         module = network.get_submodule(place)
-        dims.append(module.split.get(name) if isinstance(module, SplitLinear) else None)
+        dims.append(module.split.get(name) if isinstance(module, SplitModule) else None)
     return dims
 
 
@@ -234,11 +299,9 @@ def whole_network(network: N, full: Tensor) -> N:
     """Return a copy of a split network that is not split; its parameters are views of a flat tensor `[full_numel]`."""
     whole = copy.deepcopy(network)
     for path, module in list(whole.named_modules()):
-        if isinstance(module, SplitLinear):
-            outputs, inputs = module.shape
-            kind = WideLinear if outputs * inputs >= WIDE else nn.Linear
+        if isinstance(module, SplitModule):
             place, _, name = path.rpartition(".")
-            setattr(whole.get_submodule(place), name, kind(inputs, outputs, device="meta"))
+            setattr(whole.get_submodule(place), name, module.whole())
     begin = 0
     for path, parameter in list(whole.named_parameters()):
         end = begin + parameter.numel()

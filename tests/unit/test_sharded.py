@@ -122,7 +122,6 @@ def test_which_layers_are_split():
         ("--precision bf16", "does not support --precision bf16"),
         ("--head iqn", "does not support --head iqn"),
         ("--noisy", "does not support --noisy"),
-        ("--layer-norm", "does not support --layer-norm"),
         ("--hidden 63", "--model-parallel 2 does not divide a layer of 63 units in --hidden 63"),
     ],
 )
