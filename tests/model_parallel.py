@@ -15,7 +15,6 @@ from hvdqn.comm import Comm
 from hvdqn.comm.local import LocalComm
 from hvdqn.config import Config
 from hvdqn.errors import NonFiniteError
-from hvdqn.metrics import PhaseTimer
 from hvdqn.networks import QNetwork, make_network
 from hvdqn.replay import Batch
 from hvdqn.sync import RankGroup
@@ -208,24 +207,3 @@ def check_not_finite(comm: Comm, group: RankGroup, network: Network) -> None:
     assert rank.strategy.param_sha256() == before
     with pytest.raises(NonFiniteError, match=r"it began on rank 1\."):
         rank.update(batch)
-
-
-def check_everything(comm: Comm, sizes: tuple[int, ...]) -> list[str]:
-    """Run all checks for every size of a group that divides the ranks; return what was checked."""
-    done = []
-    for size in sizes:
-        if comm.size % size == 0:
-            group = RankGroup(comm, size, PhaseTimer())
-            for name, network in NETWORKS.items():
-                check_same_as_whole(comm, group, network)
-                done.append(f"{name} over {size}")
-            for name in ("two hidden layers", "dueling convolutions"):
-                for check in (
-                    check_same_as_data_parallel,
-                    check_round_trip,
-                    check_differing,
-                    check_not_finite,
-                ):
-                    check(comm, group, NETWORKS[name])
-            group.close()
-    return done

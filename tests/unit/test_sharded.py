@@ -22,8 +22,10 @@ def in_groups(ranks, size, check, *arguments):
     return run_ranks(ranks, lambda comm: check(comm, RankGroup(comm, size, PhaseTimer()), *arguments))
 
 
-@pytest.mark.parametrize("name", checks.NETWORKS)
-@pytest.mark.parametrize(("ranks", "size"), [(2, 2), (4, 2), (4, 4)])
+@pytest.mark.parametrize(
+    ("name", "ranks", "size"),
+    [*((name, 4, 2) for name in checks.NETWORKS), ("layer norm", 2, 2), ("dueling convolutions", 4, 4)],
+)
 def test_a_split_network_learns_as_a_whole_one(name, ranks, size):
     in_groups(ranks, size, checks.check_same_as_whole, checks.NETWORKS[name])
 
