@@ -187,7 +187,7 @@ class Replay:
         """Do nothing: uniform sampling has no priorities."""
 
     def _draw_rows(self, count: int) -> Rows:
-        """Draw `count` rows at which complete transitions begin, all equally likely: [count], or [0] if there are none."""
+        """Draw `count` sampleable rows, all equally likely: [count], or [0] if all transitions were discarded."""
         written = max(self._newest_serial.tolist()) + 1
         used = min(max(written, 1), self.rows_per_env)  # rows in use of the fullest ring
         found = np.empty(0, np.int64)

@@ -102,5 +102,5 @@ def _read(parts: Sequence[Part], field: str, first: int, end: int) -> Array:
         begin += rows
     array = found[0] if len(found) == 1 else np.concatenate(found)
     if field == "kind" and end == begin:
-        array[-1:] = NO_TRANSITION  # a ring's newest row holds the current observation, which has no action yet
+        array[-1:] = NO_TRANSITION  # a ring's newest row holds the current observation, without an action yet
     return array
