@@ -1,4 +1,4 @@
-"""The engine of a single process: every collective is the identity."""
+"""Run a job with a single process: every collective returns its input."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class _Done:
-    """The handle of an allreduce that has nothing to wait for."""
+    """The handle of an allreduce over one rank, which is complete at once."""
 
     tensor: Tensor
 
@@ -24,7 +24,7 @@ class _Done:
 
 
 class LocalComm(Comm):
-    """A job with one rank."""
+    """Implements `Comm` for a job with one rank."""
 
     name = "local"
 

@@ -118,7 +118,7 @@ class Gradients(Strategy):
         statistics[LOSS] /= max(received.slots[LARGEST_WEIGHT])
         self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
         if not applied:
-            statistics[len(REPORTED) :] = 0.0  # these may be NaN, and metrics average over the steps taken only
+            statistics[len(REPORTED) :] = 0.0  # may be NaN; metrics average over steps taken
             bad = [rank for rank, value in enumerate(received.slots[FINITE]) if not math.isfinite(value)]
             check_skipped(self.skipped_in_a_row, bad, self.max_skipped_updates)
         return Outcome(statistics, int(applied), int(not applied), bool(statistics[STOP] > 0))

@@ -208,7 +208,7 @@ class Parameters(Strategy):
         self.own_largest_weight, self.own_skipped = 0.0, 0
 
     def _finish(self, average: bool) -> Outcome:
-        """Wait for the allreduce in progress, load the averages if it holds any, and return what the trailer brought."""
+        """Wait for the allreduce in progress, load its averages if it has any, and return what the trailer brought."""
         assert self.handle is not None, "nothing was launched"
         with self.timer.during("comm"):
             self.handle.wait()

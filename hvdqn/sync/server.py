@@ -305,7 +305,7 @@ class Server(Strategy):
         """
         message = self.replies[worker]
         if worker in self.sending:
-            self.sending[worker].Wait()  # returns at once: the worker has received it, since it sent a new message
+            self.sending[worker].Wait()  # returns at once: a worker that pushes again has the last reply
         weights = push is not None and push.pull > 0
         follows = self.learner.target_tau < 1.0
         target = push is not None and weights and (follows or push.target_version < self.target_version)

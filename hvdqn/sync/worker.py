@@ -49,11 +49,11 @@ class Worker(Strategy):
         super().__init__(learner, timer)
         self.comm, self.config, self.clock = comm, config, clock
         self.max_skipped_updates = max_skipped_updates
-        self.rank, self.size = comm.rank, comm.size  # at the start; those of `comm` change when ranks leave the job
+        self.rank, self.size = comm.rank, comm.size  # at the start: `comm` renumbers when ranks leave
         self.channel = comm.duplicate()
         self.living = list(range(comm.size))
         self.push, self.reply = Message.push(learner), Message.reply(learner, comm.size)
-        self.requests: Sequence[Any] = ()  # MPI's handles of the last push and of its reply, until they are complete
+        self.requests: Sequence[Any] = ()  # of MPI, for the last push and its reply
         self.outcome = Outcome()
         self.synchronized = False
         self.pulling = False
