@@ -195,12 +195,7 @@ def _load(
 ) -> tuple[Mapping[str, Any], Progress, Mapping[str, Any] | None]:
     """Load all state of a checkpoint but that of the environments.
 
-    Args:
-        parts: this rank's parts, which the state is loaded into.
-        checkpoint: the checkpoint.
-        totals: this rank's sums of statistics.
-        rank: this rank.
-        same_shapes: whether this rank can load its own file unchanged; else the ranks' replays are divided anew.
+    If `same_shapes`, this rank loads its own file unchanged. Else it loads its share of all ranks' replays.
 
     Returns:
         The content of the shared file; the progress; and the content of this rank's file if its environments may
