@@ -150,7 +150,7 @@ class RandomActions:
         return np.where(random, self.action, greedy)
 
     def interrupt(self, fresh: NDArray[np.bool_]) -> None:
-        """End repeated actions in the environments where an episode began `[envs]`."""
+        """Stop repeating random actions in the environments where a new episode began: `fresh` `[envs]`."""
         if self.repeat:
             self.left[fresh] = 0
 
@@ -207,14 +207,17 @@ class Actor:
         return first
 
     def choose(self, epsilon: float | NDArray[np.float64]) -> NDArray[np.int64]:
-        """Return the actions of all environments `[envs]`; epsilon is a number or `[envs]`."""
+        """Return actions for all environments `[envs]`, by Q-values or, with probability `epsilon`, random ones.
+
+        `epsilon` is a number or `[envs]`.
+        """
         (q_values,) = self.q_values(torch.from_numpy(self.frames.observation))
         q: NDArray[Any] = q_values.cpu().numpy()  # the host waits for a GPU here
         chosen = softmax_actions(q, self.temperature, self.rng) if self.temperature > 0 else q.argmax(axis=1)
         return self.random.replace(chosen, epsilon)
 
     def step(self, actions: NDArray[np.int64]) -> Step:
-        """Take one env step in every environment."""
+        """Take one env step in every environment, with these actions `[envs]`."""
         self.send(actions)
         return self.receive()
 
@@ -238,7 +241,7 @@ class Actor:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> bool:
-        """Restore what `state` returned; return False if the environments could not be, so that `start` must follow."""
+        """Restore what `state` returned; return False if environments must begin new episodes (call `start`)."""
         self.random.load_state(state["random"])
         if state["environments"] is None:
             return False

@@ -78,7 +78,7 @@ class Clock:
         """Restore the counts that `own_state` returned."""
 
     def due(self, every: int) -> bool:
-        """Return True if the last tick reached or passed a multiple of `every` global env steps; 0: never."""
+        """Return True if the latest env steps reached or passed a multiple of `every` global env steps; 0: never."""
         return every > 0 and self.env_steps // every > (self.env_steps - self.last_tick) // every
 
     def state(self) -> dict[str, float]:

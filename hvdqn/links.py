@@ -8,7 +8,7 @@ _LONGEST_NAME = 200
 
 
 def write_link(link: Path, target: str) -> bool:
-    """Point `link` at the entry `target` of its folder, atomically; return False if it became a text file.
+    """Make `link` point at `target`, a name in the same folder, atomically; return False if it is a text file now.
 
     Raises:
         OSError: neither a symbolic link nor a text file can be written.

@@ -18,7 +18,7 @@ class Optimizer(Protocol):
     """The interface of optimizers, which step a flat parameter tensor `[parameters]` in place."""
 
     def step(self, gradient: Tensor, lr: float | Tensor, skip: Tensor | None = None) -> None:
-        """Take one step.
+        """Step the parameters along the gradient, in place, and update the optimizer's own tensors.
 
         Args:
             gradient: the flat gradient `[parameters]`.
@@ -32,7 +32,7 @@ class Optimizer(Protocol):
 
 
 class Adam:
-    """Adam (Kingma and Ba 2015, algorithm 1), by the kernel of `torch.optim.Adam(fused=True)`.
+    """Steps parameters by Adam (Kingma and Ba 2015, algorithm 1), with the kernel of `torch.optim.Adam(fused=True)`.
 
     Args:
         parameters: the flat tensor to step in place `[parameters]`.
@@ -72,7 +72,7 @@ class Adam:
 
 
 class RMSProp:
-    """Centred RMSProp (Graves 2013, eqs. 38-41), as in `torch.optim.RMSprop(centered=True)`.
+    """Steps parameters by centred RMSProp (Graves 2013, eqs. 38-41), as `torch.optim.RMSprop(centered=True)` does.
 
     Args:
         parameters: the flat tensor to step in place `[parameters]`.
@@ -100,7 +100,7 @@ class RMSProp:
 
 
 class SGD:
-    """Stochastic gradient descent without momentum.
+    """Steps parameters by stochastic gradient descent without momentum.
 
     Args:
         parameters: the flat tensor to step in place `[parameters]`.

@@ -32,7 +32,7 @@ from hvdqn.sync import make_strategy
 
 
 class Spaces(NamedTuple):
-    """The shapes that a network needs to know of its environments."""
+    """What a network needs to know of its environments: the shape of observations and the number of actions."""
 
     observation_shape: tuple[int, ...]
     is_image: bool

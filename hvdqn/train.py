@@ -122,10 +122,7 @@ def run(argv: Sequence[str] | None, work: Work, stop: StopSignal) -> int:
 
 
 def fail(error: BaseException, comm: Comm, stop: StopSignal, timer: PhaseTimer) -> int:
-    """Report an exception and end the job with all its ranks.
-
-    In a program of the user that runs a single rank, return the exit code instead of ending the process.
-    """
+    """Report an exception and end all ranks; only return the exit code if a program of the user runs a single rank."""
     ends_process = stop.own_process or comm.size > 1  # other ranks wait for this one
     if not ends_process:
         kill_all_workers()
@@ -142,10 +139,7 @@ def fail(error: BaseException, comm: Comm, stop: StopSignal, timer: PhaseTimer) 
 
 
 def report_failure(error: BaseException, comm: Comm, timer: PhaseTimer) -> None:
-    """Log an exception with its traceback; if it came while waiting for other ranks, log only that they do not answer.
-
-    The rank that failed first logs the cause.
-    """
+    """Log an exception with its traceback; if it came while waiting for other ranks, only that they do not answer."""
     if timer.phase != "comm":
         log.error(f"rank {comm.rank} of {comm.size} failed: {''.join(traceback.format_exception(error))}")
         return
@@ -189,8 +183,7 @@ def refuse_alone(message: str, stop: StopSignal) -> int:
     if rank == 0:
         log.error(message)
         if launcher_size() != 1:
-            # Give the other ranks time to raise it too: srun returns the highest exit code, and a rank that it ends
-            # itself has 143.
+            # Until other ranks raise it too: srun returns the highest exit code, and a rank that it ends has 143.
             time.sleep(3)
         return EXIT_USER_ERROR
     # On a busy machine rank 0 may start seconds later, and it waits 3 s after its message.

@@ -194,7 +194,7 @@ class Trainer:
             self.recorder.show_progress()
 
     def update_target_if_due(self) -> None:
-        """Copy the online network to the target network as soon as the strategy can, and compare the replicas."""
+        """Copy the online network to the target network as soon as the strategy can, and compare the ranks' weights."""
         differing_ranks = self.strategy.update_target() if self.target_due else None
         if differing_ranks is not None:
             check_replicas(differing_ranks, self.clock.env_steps)

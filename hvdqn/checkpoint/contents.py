@@ -82,7 +82,9 @@ def load_shared_state(
 
 
 def check_learner(part: Any, path: object) -> None:
-    """Check that a part holds the tensors of a learner, with shapes that fit; its hash does not prove that.
+    """Check that the content of a checkpoint's file has a learner's tensors, with shapes that fit each other.
+
+    The hash of the file does not prove that.
 
     Args:
         part: the content of the part `LEARNER`, as `read_part` returned it.
@@ -98,7 +100,7 @@ def check_learner(part: Any, path: object) -> None:
     for name, tensor in tensors.items():
         if not isinstance(tensor, np.ndarray) or tensor.dtype.kind != "f":
             raise BrokenCheckpointError(f"{path}: {name} is no array of floats")
-        is_scalar = tensor.shape == () or name == "sync.largest_weight"  # of `--sync parameters`
+        is_scalar = tensor.shape == () or name == "sync.largest_weight"  # `--sync parameters` keeps it
         if not is_scalar and tensor.shape != online.shape:
             raise BrokenCheckpointError(
                 f"{path}: {name} has shape {list(tensor.shape)}, where the network has {list(online.shape)}"

@@ -111,28 +111,28 @@ class HorovodComm(Comm):
         self._sleeps = not over_mpi and (crowded or os.environ.get("HVDQN_SLEEP_WHEN_WAITING") == "1")
 
     def allreduce_sum_async(self, tensor: Tensor, name: str) -> _Pending:
-        """See `Comm`."""
+        """Start to sum `tensor` over all ranks, in place; see `Comm.allreduce_sum_async`."""
         check_reducible(tensor)
         handle = self._hvd.allreduce_async_(tensor, name=name, op=self._hvd.Sum)
         return _Pending(self._hvd, handle, tensor, pause=self._sleeps and not tensor.is_cuda)
 
     def broadcast_(self, tensor: Tensor, root: int = 0) -> None:
-        """See `Comm`."""
+        """Overwrite `tensor` with that of rank `root`."""
         if tensor.numel():
             self._hvd.broadcast_(as_bytes(tensor), root, name="hvdqn.broadcast")
 
     def broadcast_object(self, obj: T, root: int = 0) -> T:
-        """See `Comm`."""
+        """Return the object that rank `root` passed, on every rank."""
         received: T = self._hvd.broadcast_object(obj, root, name="hvdqn.broadcast_object")
         return received
 
     def all_gather_object(self, obj: T) -> list[T]:
-        """See `Comm`."""
+        """Return the objects that all ranks passed, ordered by rank."""
         gathered: list[T] = self._hvd.allgather_object(obj, name="hvdqn.all_gather_object")
         return gathered
 
     def barrier(self) -> None:
-        """See `Comm`."""
+        """Return when every rank has called this."""
         self._hvd.barrier()
 
     def _end_peers(self, code: int) -> None:
@@ -141,6 +141,6 @@ class HorovodComm(Comm):
             self._mpi.COMM_WORLD.Abort(code)
 
     def close(self) -> None:
-        """See `Comm`."""
+        """Disconnect, together with all other ranks; no collective may follow."""
         self.barrier()  # collectives that other ranks have in progress would fail when this one shuts Horovod down
         self._hvd.shutdown()

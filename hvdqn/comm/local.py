@@ -32,22 +32,22 @@ class LocalComm(Comm):
         super().__init__(rank=0, size=1, local_rank=0, local_size=1)
 
     def allreduce_sum_async(self, tensor: Tensor, name: str) -> _Done:
-        """See `Comm`."""
+        """Return a handle whose `wait` returns `tensor` unchanged: a single rank's sum is its own tensor."""
         return _Done(tensor)
 
     def broadcast_(self, tensor: Tensor, root: int = 0) -> None:
-        """See `Comm`."""
+        """Do nothing: the only rank already has its own tensor."""
 
     def broadcast_object(self, obj: T, root: int = 0) -> T:
-        """See `Comm`."""
+        """Return `obj`, the object of the only rank."""
         return obj
 
     def all_gather_object(self, obj: T) -> list[T]:
-        """See `Comm`."""
+        """Return a list with the object of the only rank."""
         return [obj]
 
     def barrier(self) -> None:
-        """See `Comm`."""
+        """Do nothing: there are no ranks to wait for."""
 
     def close(self) -> None:
-        """See `Comm`."""
+        """Do nothing: there is no connection to close."""

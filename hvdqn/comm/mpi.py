@@ -77,7 +77,7 @@ class _Pending:
     def wait(self) -> Tensor:
         """Compute the sum over ranks, and return the tensor, which then holds it."""
         comm, self._comm = self._comm, None
-        if comm is None:  # a second call
+        if comm is None:  # `wait` was called before
             return self._tensor
         if self._host_copy is None:
             comm.sum_(self._tensor)
@@ -114,7 +114,7 @@ class MpiComm(Comm):
         self._host_copies: dict[str, _HostCopy] = {}
 
     def allreduce_sum_async(self, tensor: Tensor, name: str) -> Handle:
-        """See `Comm`."""
+        """Start to sum `tensor` over all ranks, in place; see `Comm.allreduce_sum_async`."""
         check_reducible(tensor)
         if not tensor.is_cuda:
             shared = self._shared_sum(tensor, name)
@@ -153,7 +153,7 @@ class MpiComm(Comm):
         return tensor
 
     def broadcast_(self, tensor: Tensor, root: int = 0) -> None:
-        """See `Comm`."""
+        """Overwrite `tensor` with that of rank `root`."""
         view = as_bytes(tensor)
         host = view.cpu()  # no copy if the tensor is on the host
         self._world.Bcast(host.numpy(), root)
@@ -161,17 +161,17 @@ class MpiComm(Comm):
             view.copy_(host)
 
     def broadcast_object(self, obj: T, root: int = 0) -> T:
-        """See `Comm`."""
+        """Return the object that rank `root` passed, on every rank."""
         received: T = self._world.bcast(obj, root)
         return received
 
     def all_gather_object(self, obj: T) -> list[T]:
-        """See `Comm`."""
+        """Return the objects that all ranks passed, ordered by rank."""
         gathered: list[T] = self._world.allgather(obj)
         return gathered
 
     def barrier(self) -> None:
-        """See `Comm`."""
+        """Return when every rank has called this."""
         self._world.Barrier()
 
     def duplicate(self) -> Any:
@@ -197,7 +197,7 @@ class MpiComm(Comm):
         self._mpi.COMM_WORLD.Abort(code)
 
     def close(self) -> None:
-        """See `Comm`."""
+        """Disconnect, together with all other ranks; no collective may follow."""
         if self._host is not None:
             for shared in self._shared.values():
                 shared.close()

@@ -112,33 +112,33 @@ class TorchComm(Comm):
         return self._on_device if tensor.is_cuda else None
 
     def allreduce_sum_async(self, tensor: Tensor, name: str) -> _Pending:
-        """See `Comm`."""
+        """Start to sum `tensor` over all ranks, in place; see `Comm.allreduce_sum_async`."""
         check_reducible(tensor)
         work = dist.all_reduce(tensor.detach(), group=self._group(tensor), async_op=True)
         return _Pending(work, tensor)
 
     def broadcast_(self, tensor: Tensor, root: int = 0) -> None:
-        """See `Comm`."""
+        """Overwrite `tensor` with that of rank `root`."""
         if tensor.numel():
             dist.broadcast(as_bytes(tensor), root, group=self._group(tensor))
 
     def broadcast_object(self, obj: T, root: int = 0) -> T:
-        """See `Comm`."""
+        """Return the object that rank `root` passed, on every rank."""
         box = [obj]
         dist.broadcast_object_list(box, root)
         return box[0]
 
     def all_gather_object(self, obj: T) -> list[T]:
-        """See `Comm`."""
+        """Return the objects that all ranks passed, ordered by rank."""
         gathered = [obj] * self.size
         dist.all_gather_object(gathered, obj)
         return gathered
 
     def barrier(self) -> None:
-        """See `Comm`."""
+        """Return when every rank has called this."""
         dist.barrier()
 
     def close(self) -> None:
-        """See `Comm`."""
+        """Disconnect, together with all other ranks; no collective may follow."""
         self.barrier()  # collectives that other ranks have in progress would fail when this one disconnects
         dist.destroy_process_group()

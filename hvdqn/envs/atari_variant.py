@@ -85,7 +85,7 @@ class AtariVariant(gym.Env[NDArray[np.uint8], int]):
         return self._observe([screen]), {}
 
     def step(self, action: int) -> tuple[NDArray[np.uint8], float, bool, bool, dict[str, Any]]:
-        """Take one action for `frameskip` frames."""
+        """Take one action for `frameskip` frames; with `episodic_life`, a lost life terminates the episode."""
         screens: list[NDArray[np.uint8]] = []
         reward, terminated, truncated = 0.0, False, False
         for _ in range(self._frameskip):

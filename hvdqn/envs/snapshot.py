@@ -53,7 +53,7 @@ def save(environment: object) -> dict[str, Any] | None:
     """
     try:
         return _Saver().save_object(environment)
-    except Exception:  # NotPlain, or an attribute of the environment that cannot be read
+    except Exception:  # NotPlain, or what a property of the environment raises when it is read
         return None
 
 
@@ -65,7 +65,7 @@ def load(environment: object, state: dict[str, Any]) -> None:
     """
     try:
         _load_object(environment, state)
-    except Exception as error:  # also one that an attribute of the environment raises
+    except Exception as error:  # any type: the environment's own attributes may raise it
         raise ValueError(f"the saved state does not fit {type(environment).__name__}: {error}") from error
 
 

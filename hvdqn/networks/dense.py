@@ -179,7 +179,7 @@ class DensePasses:
         return value + advantage - advantage.mean(dim=1, keepdim=True), [tape, advantage_tape, value_tape]
 
     def backward(self, tapes: list[Tape], slope: Tensor) -> None:
-        """Overwrite every parameter's `.grad`.
+        """Overwrite every parameter's `.grad` by backpropagation from the output.
 
         Args:
             tapes: what `forward` returned beside the output.

@@ -40,7 +40,7 @@ class Passes(Protocol):
         """Return what `output` returns, and a record of this pass, the tape, for `backward`."""
 
     def backward(self, tape: Any, slope: Tensor) -> None:
-        """Overwrite every parameter's `.grad`.
+        """Overwrite every parameter's `.grad` by backpropagation from the output.
 
         Args:
             tape: what `forward` returned beside the output.
@@ -83,7 +83,7 @@ class AutogradPasses:
         return output.detach(), output
 
     def backward(self, tape: Tensor, slope: Tensor) -> None:
-        """Overwrite every parameter's `.grad`.
+        """Overwrite every parameter's `.grad` by backpropagation from the output.
 
         Args:
             tape: the output with its autograd graph, from `forward`.

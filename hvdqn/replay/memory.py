@@ -21,7 +21,7 @@ class ObservationArray(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """`(rows, *shape)`."""
+        """The shape of the array: `(rows, *shape of one observation)`."""
 
     @property
     def dtype(self) -> np.dtype[Any]:

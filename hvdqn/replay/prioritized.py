@@ -54,7 +54,9 @@ class PrioritizedReplay(Replay):
         self._refresh_priorities(self.current_row, self._affected_offsets)
 
     def _refresh_priorities(self, changed_rows: Rows, offsets: Rows) -> None:
-        """Give transitions that became sampleable the largest priority so far, and those that no longer are 0.
+        """Set priorities around rows that were written.
+
+        A row at which a transition begins now gets the largest priority so far, one where none does any more gets 0.
 
         Args:
             changed_rows: numbers of the rows that were written [batch].

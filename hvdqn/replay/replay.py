@@ -187,7 +187,7 @@ class Replay:
         """Do nothing: uniform sampling has no priorities."""
 
     def _draw_rows(self, count: int) -> Rows:
-        """Draw `count` sampleable rows, all equally likely: [count], or [0] if all transitions were discarded."""
+        """Draw `count` rows at which transitions begin, all equally likely: [count], or [0] if all were discarded."""
         written = max(self._newest_serial.tolist()) + 1
         used = min(max(written, 1), self.rows_per_env)  # rows in use of the fullest ring
         found = np.empty(0, np.int64)
@@ -242,7 +242,7 @@ class Replay:
         return rows[self.is_sampleable(rows)]
 
     def build_batch(self, rows: Rows) -> Batch:
-        """Return the transitions that begin at `rows` [batch], all of them sampleable, with weights of 1."""
+        """Return the transitions that begin at `rows` [batch], for which `is_sampleable` must be True; weights: 1."""
         if not self._buffers or self._buffers[0].reward.size != rows.size:
             self._buffers = [self._allocate_batch(rows.size) for _ in range(2)]
         self._buffers.reverse()
@@ -285,7 +285,7 @@ class Replay:
         self.observation.take(rows, axis=0, out=out, mode="clip")
 
     def shift(self, rows: Rows, steps: int | Rows) -> Rows:
-        """Return the rows that are `steps` later in the same rings, or earlier where negative. Both are broadcast."""
+        """Return the rows of the same environments `steps` later, or earlier where negative. Both are broadcast."""
         slots = rows % self.rows_per_env
         shifted: Rows = rows - slots + (slots + steps) % self.rows_per_env
         return shifted

@@ -75,7 +75,7 @@ class OldRing:
 
 @dataclass(frozen=True)
 class Part:
-    """Consecutive rows of an old ring, from age `first` up to but not including `end`; they go into one new ring."""
+    """Consecutive rows of a saved ring, from age `first` up to but not including `end`; they go into one new ring."""
 
     ring: OldRing
     first: int

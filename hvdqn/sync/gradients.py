@@ -52,7 +52,7 @@ class Gradients(Strategy):
     def launch(
         self, reported: Sequence[float], learned: Tensor | None, largest_weight: float, progress: float
     ) -> None:
-        """Launch the allreduce of the gradient and its trailer; the arguments are those of `Strategy.launch`."""
+        """Launch the allreduce of the gradient and of the statistics behind it; arguments as in `Strategy.launch`."""
         self.progress = progress
         if learned is None:
             self.learner.gradient.zero_()

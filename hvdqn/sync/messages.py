@@ -33,7 +33,7 @@ class Push:
 
 @dataclass
 class Reply:
-    """The header of the server's answer to a push; weights follow it if the worker asked for them."""
+    """The header of the server's answer to a worker's message; weights follow it if the worker asked for them."""
 
     env_steps: float  # env steps of the whole job
     updates: float  # updates of the whole job

@@ -123,7 +123,7 @@ class Parameters(Strategy):
     def launch(
         self, reported: Sequence[float], learned: Tensor | None, largest_weight: float, progress: float
     ) -> None:
-        """Take this rank's own optimizer step; launch an allreduce of weights, or of the trailer alone, if due."""
+        """Take this rank's own optimizer step; launch an allreduce of weights, or of statistics alone, if due."""
         assert learned is not None, "every rank takes its own steps"
         self._step(reported, learned, largest_weight, progress)
         self.exchanged_updates += 1
@@ -208,7 +208,7 @@ class Parameters(Strategy):
         self.own_largest_weight, self.own_skipped = 0.0, 0
 
     def _finish(self, average: bool) -> Outcome:
-        """Wait for the allreduce in progress, load its averages if it has any, and return what the trailer brought."""
+        """Wait for the allreduce in progress, load its averages if it has any, and return the statistics in it."""
         assert self.handle is not None, "nothing was launched"
         with self.timer.during("comm"):
             self.handle.wait()

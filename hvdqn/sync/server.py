@@ -181,14 +181,14 @@ class Server(Strategy):
         return expected_traffic(self.learner, self.size, self.config.pull_every)
 
     def counters(self) -> dict[str, Any]:
-        """Return what a checkpoint and the summary keep: dropped updates, and how often each staleness occurred."""
+        """Return what a checkpoint and the summary keep: dropped updates, and a histogram of gradients' staleness."""
         return {
             "dropped_updates": self.dropped_updates,
             "staleness": {str(key): count for key, count in sorted(self.staleness.items())},
         }
 
     def load_counters(self, counters: Mapping[str, Any]) -> None:
-        """Continue the counts that `counters` returned."""
+        """Restore the counts that `counters` returned."""
         self.dropped_updates = counters["dropped_updates"]
         self.staleness = Counter({int(key): count for key, count in counters["staleness"].items()})
 

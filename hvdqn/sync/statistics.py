@@ -24,7 +24,7 @@ STOP, LOSS = STATISTICS.index("stop"), STATISTICS.index("loss")
 
 
 class Received(NamedTuple):
-    """The values that a trailer holds after the sum over ranks."""
+    """The statistics and votes of all ranks, which a `Trailer` holds after the sum over ranks."""
 
     statistics: NDArray[np.float64]
     """The values of `STATISTICS`, summed over ranks `[9]`."""
@@ -62,7 +62,7 @@ class Trailer:
 
     @staticmethod
     def length(size: int, slots: int) -> int:
-        """Return how many numbers the trailer of a job with `size` ranks holds."""
+        """Return how many numbers the statistics at the end of a message take, in a job with `size` ranks."""
         return len(STATISTICS) + 1 + slots * size
 
     def pack(
@@ -76,7 +76,7 @@ class Trailer:
 
         Args:
             statistics: values of `STATISTICS`, or of the first of them.
-            slots: this rank's numbers for the first slots.
+            slots: numbers that all ranks will see for each single rank, for the first slots.
             learned: the values of `LEARNED`, and this rank's number for the last slot `[4]`; they may be on a GPU.
             absent: whether this rank has no gradient to contribute.
         """

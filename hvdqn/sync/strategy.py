@@ -108,7 +108,7 @@ class Strategy(ABC):
         return {}
 
     def load_counters(self, counters: Mapping[str, Any]) -> None:  # noqa: B027
-        """Continue the counts that `counters` returned."""
+        """Restore the counts that `counters` returned."""
 
     def metrics(self) -> dict[str, float]:
         """Return the values that the strategy adds to a line of metrics."""

@@ -73,7 +73,7 @@ class Worker(Strategy):
         self._receive()
         self.updates_since_pull += 1
         self.progress = progress
-        self.push.tensors[0].copy_(self.learner.gradient)  # on a GPU the host waits here
+        self.push.tensors[0].copy_(self.learner.gradient)  # the host waits here if it is on a GPU
         *statistics, finite = learned.tolist()
         pull = self.updates_since_pull >= self.config.pull_every
         self._send(GRADIENT, [*reported, *statistics], pull, largest_weight, math.isfinite(finite))
@@ -142,7 +142,7 @@ class Worker(Strategy):
         self.sent_bytes += sent.nbytes
 
     def _receive(self) -> None:
-        """Wait for rank 0's reply to the last push, if it is still to come, and load its clock and weights."""
+        """Wait for rank 0's reply to the last message, if it is still to come, and load its clock and weights."""
         if not self.requests:
             return
         before = self.timer.start("comm")
