@@ -30,7 +30,7 @@ class SingleEnvironment(gym.Wrapper[Any, Any, Any, Any]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
-        """See `gym.Env`. An action mask in the info is reduced to a mark that there is one."""
+        """Reset the environment; see `gym.Env`. Of its info only whether it has an action mask is kept."""
         if self._own_process and seed is not None:
             seed_global_generators(seed, own_process=True)
         try:
