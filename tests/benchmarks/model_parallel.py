@@ -1,19 +1,21 @@
 """Measure networks that two ranks hold between them against two ranks that each hold all of it.
 
-    mpirun -np 2 python -m tests.benchmarks.model_parallel speed.json      seconds per update, over width and minibatch
-    mpirun -np 2 python -m tests.benchmarks.model_parallel memory M        peak memory of a rank, --hidden 8192 8192
-    python -m tests.benchmarks.model_parallel chart speed.json docs/images/model-parallel.png
+    mpirun -np 2 python -m tests.benchmarks.model_parallel speed docs/images/model-parallel.png
+    mpirun -np 2 python -m tests.benchmarks.model_parallel memory M
 
-An update is sampling aside: the gradient of a given minibatch, its exchange and the step of Adam, with Double DQN, from
-128 numbers through two hidden layers to 6 Q-values. The chart shows how many times as fast `--model-parallel 2` is.
+The first prints the seconds of an update over width and minibatch and draws the chart, the second the peak memory of
+each rank with --hidden 8192 8192. `--short` behind either uses small networks.
+
+An update is the gradient of a given minibatch, its exchange and the step of Adam, with Double DQN, from 128
+numbers through two hidden layers to 6 Q-values. The chart shows how many times as fast `--model-parallel 2` is.
 """
 
 from __future__ import annotations
 
-import json
 import resource
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -70,79 +72,80 @@ def seconds_per_update(comm: Comm, rank: LearningRank, batch: Batch) -> float:
     return sum(taken) / len(taken)
 
 
-def measure(comm: Comm, path: Path) -> None:
-    """Measure every width and minibatch; write the seconds per update as JSON."""
-    rows = []
+def measure_speed(comm: Comm, image: Path, widths: Sequence[int], batches: Sequence[int]) -> None:
+    """Measure every width and minibatch, print the seconds per update and draw the chart."""
+    speed: dict[tuple[int, int], float] = {}
     group = RankGroup(comm, 2, PhaseTimer())
-    for width in WIDTHS:
-        for batch in BATCHES:
-            seconds = [
+    for width in widths:
+        for batch in batches:
+            data, model = (
                 seconds_per_update(comm, make_rank(comm, one, width, batch), make_batch(batch))
                 for one in (None, group)
-            ]
-            rows.append({"width": width, "batch": batch, "data": seconds[0], "model": seconds[1]})
+            )
+            speed[width, batch] = data / model
             if comm.rank == 0:
-                sys.stdout.write(f"{width:5} {batch:5} data {seconds[0]:8.4f} s, model {seconds[1]:8.4f} s\n")
-                sys.stdout.flush()
-                path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+                print(
+                    f"{width:5} units, {batch:4} transitions: {data:8.4f} s whole, {model:8.4f} s split",
+                    flush=True,
+                )
     group.close()
+    if comm.rank == 0:
+        draw(speed, widths, batches, image)
 
 
-def measure_memory(comm: Comm, size: int) -> None:
+def measure_memory(comm: Comm, size: int, width: int) -> None:
     """Print the peak memory of each rank after three updates, and what it was before."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     group = RankGroup(comm, size, PhaseTimer()) if size > 1 else None
-    rank = make_rank(comm, group, 8192, 32)
+    rank = make_rank(comm, group, width, 32)
     for _ in range(3):
         rank.update(make_batch(32))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for index, (low, high) in enumerate(comm.all_gather_object((before, peak))):
         if comm.rank == 0:
-            sys.stdout.write(
-                f"--model-parallel {size}, rank {index}: {high / 1e6:.2f} GB, {low / 1e6:.2f} GB before the network\n"
+            print(
+                f"--model-parallel {size}, rank {index}: {high / 1e6:.2f} GB, {low / 1e6:.2f} GB of it imports"
             )
     if group is not None:
         group.close()
 
 
-def draw(path: Path, image: Path) -> None:
-    """Draw how many times as fast two ranks are that hold one network between them."""
+def draw(
+    speed: Mapping[tuple[int, int], float], widths: Sequence[int], batches: Sequence[int], image: Path
+) -> None:
+    """Draw how many times as fast two ranks are that hold one network between them, by width and minibatch."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    rows = json.loads(path.read_text(encoding="utf-8"))
-    speed = {(row["width"], row["batch"]): row["data"] / row["model"] for row in rows}
     figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
-    for batch in BATCHES:
+    for batch in batches:
         line = axes.plot(
-            WIDTHS, [speed[width, batch] for width in WIDTHS], "o-", label=f"{batch} transitions a rank"
+            widths, [speed[width, batch] for width in widths], "o-", label=f"{batch} transitions a rank"
         )
         axes.axvline(PASSES * 2 * batch, color=line[0].get_color(), linestyle=":", linewidth=1)
     axes.axhline(1.0, color="black", linewidth=1)
     axes.set_xscale("log", base=2)
-    axes.set_xlim(WIDTHS[0] * 0.8, WIDTHS[-1] * 1.25)
-    axes.set_xticks(WIDTHS, map(str, WIDTHS))
+    axes.set_xlim(widths[0] * 0.8, widths[-1] * 1.25)
+    axes.set_xticks(widths, [str(width) for width in widths])
     axes.set_xlabel("units of both hidden layers; dotted: equal bytes, 3 x 2 x minibatch")
     axes.set_ylabel("times as fast as two whole networks")
     axes.legend()
     figure.savefig(image, dpi=120)
 
 
-def main(arguments: list[str]) -> None:
-    """Measure or draw."""
-    if arguments[0] == "chart":
-        draw(Path(arguments[1]), Path(arguments[2]))
-        return
+def main(what: str, which: str, *words: str) -> None:
+    """Measure speed or memory."""
+    short = "--short" in words
     torch.set_num_threads(1)
     comm = connect("mpi")
-    if arguments[0] == "memory":
-        measure_memory(comm, int(arguments[1]))
+    if what == "memory":
+        measure_memory(comm, int(which), 64 if short else 8192)
     else:
-        measure(comm, Path(arguments[0]))
+        measure_speed(comm, Path(which), *(((64, 128), (32, 64)) if short else (WIDTHS, BATCHES)))
     comm.close()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(*sys.argv[1:])

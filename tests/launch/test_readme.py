@@ -59,6 +59,17 @@ RUN_HERE = {line: result_case(line) for line in commands() if re.fullmatch(RESUL
         {"-np 8": "-np 2", "Breakout-v5": f"Breakout-v5 {SHORT} {SHORT_EPISODES}"},
         "ale_py",
     ),
+    "horovodrun -np 8 python -m hvdqn.train --preset minatar --hidden 8192 8192 --model-parallel 2": Case(
+        "2 ranks hold one network",
+        {"-np 8": "-np 2", "8192 8192": "64 32", "--model-parallel 2": f"--model-parallel 2 {SHORT}"},
+        "minatar",
+    ),
+    "mpirun -np 2 python -m tests.benchmarks.model_parallel speed docs/images/model-parallel.png": Case(
+        "s whole, .* s split", {"docs/images/model-parallel.png": "chart.png --short"}
+    ),
+    "mpirun -np 2 python -m tests.benchmarks.model_parallel memory M": Case(
+        r"rank 1: [\d.]+ GB", {"memory M": "memory 2 --short"}
+    ),
     "source .venv/bin/activate": Case(r"/bin/python\n", {"activate": "activate && command -v python"}),
     "python -m hvdqn.train --help": Case("--total-env-steps"),
     "mkdir -p runs": Case(""),
