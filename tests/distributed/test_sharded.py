@@ -38,20 +38,26 @@ def test_a_split_network_learns_as_a_whole_one(launcher: str, comm: str, engine:
 
 
 def test_a_run_resumes_split_whole_and_split_again_with_evaluations_in_between(tmp_path: Path) -> None:
-    """The state goes over to the last bit: a resume that has no env steps left plays the same episodes."""
-    flags = ("--total-env-steps", "800", "--eval-episodes", "4", "--hidden", "32", "16", "--resume", "auto")
-    found = []
-    for attempt, split in enumerate((SPLIT, (), SPLIT)):
-        steps = ("--total-env-steps", str(800 * (attempt + 1)))
-        result = train("mpirun", 2, tmp_path, *flags, *steps, *split)
+    """Each attempt has another engine, too. The second has no env steps left: its weights are those of the first."""
+    flags = ("--eval-episodes", "4", "--hidden", "32", "16", "--dueling", "--total-env-steps")
+    attempts = (
+        ("horovodrun-gloo", "800", "2"),
+        ("mpirun", "800", "1"),
+        ("mpirun", "1600", "1"),
+        ("torchrun", "2400", "2"),
+    )
+    digests = []
+    for launcher, env_steps, size in attempts:
+        result = train(launcher, 2, tmp_path, *flags, env_steps, "--model-parallel", size)
         assert result.returncode == 0, result
-        assert summary(tmp_path)["env_steps"] == 800 * (attempt + 1)
-        played = launch(
-            "python", 1, ["-m", "hvdqn", "eval", str(tmp_path), "--episodes", "3", "--json"], TIMEOUT_SECONDS
-        )
+        assert summary(tmp_path)["env_steps"] == int(env_steps)
+        digests.append(summary(tmp_path)["param_sha256"])
+        evaluate = ["-m", "hvdqn", "eval", str(tmp_path), "--episodes", "3", "--json"]
+        played = launch("python", 1, evaluate, TIMEOUT_SECONDS)
         assert played.returncode == 0, played
-        found.append(json.loads(played.stdout.splitlines()[-1]))
-    assert all(len(evaluation["returns"]) == 3 for evaluation in found), found
+        assert len(json.loads(played.stdout.splitlines()[-1])["returns"]) == 3, played
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 3
 
 
 def test_a_signal_and_a_kill_and_a_resume(tmp_path: Path) -> None:
