@@ -27,6 +27,7 @@ class LocalComm(Comm):
     """A job with one rank."""
 
     name = "local"
+    title = "nothing"
 
     def __init__(self) -> None:
         super().__init__(rank=0, size=1, local_rank=0, local_size=1)

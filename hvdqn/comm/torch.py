@@ -94,6 +94,7 @@ class TorchComm(Comm):
     """
 
     name = "torch"
+    title = "torch.distributed"
 
     def __init__(self, device: str, rank: int, size: int, stall_timeout: float = 600.0) -> None:
         store, hosts = _connect_store(rank, size)

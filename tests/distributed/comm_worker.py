@@ -12,12 +12,10 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from hvdqn.comm import Comm, connect, launcher_rank
-from hvdqn.comm.shared import SharedSum
 from hvdqn.errors import LaunchError
 
 SIZES = (1, 2, 3, 7, 1000, 17_003, 134_002, 1_310_720)  # up to 10 MB of float64
@@ -46,7 +44,7 @@ def world(comm: Comm) -> None:
     assert sorted(comm.all_gather_object(comm.local_rank)) == list(range(comm.size))
     assert comm.why
     if comm.name == "horovod" and "OMPI_COMM_WORLD_RANK" in os.environ:
-        assert os.environ["HOROVOD_CYCLE_TIME"] == "0"  # hvdqn's default over MPI on one host
+        assert os.environ["HOROVOD_CYCLE_TIME"] == "5" if comm.path == "shared memory" else "0"
 
 
 def total(comm: Comm) -> list[str]:
@@ -193,22 +191,19 @@ def groups(comm: Comm) -> None:
 
 def one_rank_has_no_memory_to_share(comm: Comm) -> None:
     """Then no rank uses shared memory."""
-    if comm.name != "mpi" or comm.size == 1:
-        return
-    from hvdqn.comm import mpi as engine
+    from hvdqn.comm import host_sum
 
-    def fail_on_rank_1(mpi: Any, host: Any, like: torch.Tensor) -> SharedSum:
-        shared = SharedSum(mpi, host, like)
-        if comm.rank == 1:
-            raise mpi.Exception(mpi.ERR_NO_MEM)
-        return shared
+    def fail(path: str) -> None:
+        raise OSError(28, "No space left on device")
 
-    engine.SharedSum = fail_on_rank_1
+    map_memory = host_sum.map_memory
+    if comm.rank == 1:
+        host_sum.map_memory = fail
     for update in range(3):
         tensor = part(comm.rank, 500, torch.float32, salt=update)
         comm.allreduce_sum_async(tensor, "refused").wait()
         check_sum(comm, tensor, salt=update)
-    engine.SharedSum = SharedSum
+    host_sum.map_memory = map_memory
 
 
 # Each may return hashes, which must be the same on every rank.
@@ -264,11 +259,11 @@ def write_line(line: str) -> None:
     sys.stdout.flush()
 
 
-def main(mode: str, choice: str) -> None:
+def main(mode: str, choice: str, host_sum: str = "auto") -> None:
     torch.set_num_threads(1)
     try:
         os.environ.pop("HOROVOD_CYCLE_TIME", None)  # use hvdqn's default
-        comm = connect(choice)
+        comm = connect(choice, host_sum=host_sum)
     except LaunchError as error:
         if launcher_rank() == 0:
             write_line(f"refused: {error}")
