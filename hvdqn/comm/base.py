@@ -58,12 +58,14 @@ class Comm(ABC):
         size: number of processes in the job.
         local_rank: index of this process among those on its host.
         local_size: number of processes on this host.
+        works_in_threads: whether a thread other than the main one should wait for sums.
         ranks_may_share_a_gpu: whether the engine can reduce tensors of two ranks that use the same GPU.
     """
 
     name: str
     title: str
     ranks_may_share_a_gpu: bool = True
+    works_in_threads: bool = True
     why: str = ""
 
     def __init__(self, rank: int, size: int, local_rank: int, local_size: int) -> None:

@@ -10,11 +10,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import mmap
+import os
 import pickle
 import shutil
 import socket
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -127,21 +129,30 @@ def _add(messages: Sequence[Array], out: Array) -> None:
 
 
 class _Pending:
-    """A sum that `wait` computes; the messages travel meanwhile."""
+    """A sum that `wait` computes, or a thread meanwhile; the messages of this host travel in any case."""
 
-    __slots__ = ("_messages", "_name", "_posted", "_tensor")
+    __slots__ = ("_future", "_messages", "_name", "_posted", "_tensor")
 
-    def __init__(self, messages: Messages, tensor: Tensor, name: str) -> None:
+    def __init__(
+        self, messages: Messages, tensor: Tensor, name: str, thread: ThreadPoolExecutor | None
+    ) -> None:
         self._messages: Messages | None = messages
         self._tensor, self._name = tensor, name
         self._posted = messages.post(tensor.detach().numpy())
+        self._future: Future[None] | None = thread.submit(self._sum) if thread else None
 
     def wait(self) -> Tensor:
-        """Wait for the messages of all ranks, then overwrite the tensor with their sum and return it."""
+        """Wait for the messages of all ranks, and return the tensor, overwritten with their sum."""
+        if self._future is not None:
+            self._future.result()
+        elif self._messages is not None:
+            self._sum()
+        return self._tensor
+
+    def _sum(self) -> None:
         messages, self._messages = self._messages, None
         if messages is not None:
             messages.sum_over_hosts_(self._posted, self._tensor, self._name)
-        return self._tensor
 
 
 class HostSumComm(Comm):
@@ -160,6 +171,8 @@ class HostSumComm(Comm):
         self.ranks_may_share_a_gpu = engine.ranks_may_share_a_gpu
         self._engine, self._signals, self._ranks, self._leaders = engine, signals, ranks, leaders
         self._messages: dict[str, Messages | None] = {}
+        # Between hosts sums take long: they go on while environments step.
+        self._thread = ThreadPoolExecutor(1, "host-sum") if leaders and leaders.works_in_threads else None
         self._numbers: dict[str, int] = {}
         self._box: mmap.mmap | None = None  # for broadcasts
         self._objects: mmap.mmap | None = None
@@ -209,7 +222,7 @@ class HostSumComm(Comm):
             messages = self._make_messages(tensor, name)
         if messages is None:
             return self._engine.allreduce_sum_async(tensor, name)
-        return _Pending(messages, tensor, name)
+        return _Pending(messages, tensor, name, self._thread)
 
     def _make_messages(self, like: Tensor, name: str) -> Messages | None:
         """Return new messages with this name; None if the engine is to carry them."""
@@ -299,6 +312,8 @@ class HostSumComm(Comm):
 
     def close(self) -> None:
         """See `Comm`."""
+        if self._thread is not None:
+            self._thread.shutdown()
         if self._leaders is not None:
             self._leaders.close()
         self._engine.close()
@@ -351,7 +366,7 @@ def _connect_host(engine: Comm, ranks: Sequence[int]) -> Signals | None:
     folder, signals, index = "", None, ranks.index(engine.rank)
     if index == 0:
         with contextlib.suppress(OSError):
-            folder = tempfile.mkdtemp(prefix="hvdqn-", dir=SHARED_MEMORY)
+            folder = tempfile.mkdtemp(prefix=f"hvdqn-{os.getpid()}-", dir=SHARED_MEMORY)
             Signals.make(Path(folder), len(ranks))
     folders = engine.all_gather_object(folder)
     # Ranks with the same host name may be in containers that do not share /dev/shm: then they cannot open it.

@@ -90,6 +90,7 @@ class MpiComm(Comm):
 
     name = "mpi"
     title = "MPI"
+    works_in_threads = False  # MPI_Allreduce keeps a core busy, which the environments need
 
     def __init__(self, world: Any = None) -> None:
         self._mpi: Any = start_mpi()
