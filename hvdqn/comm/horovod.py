@@ -101,7 +101,7 @@ class HorovodComm(Comm):
     def __init__(self, device: str, over_mpi: bool, host_sum: bool = False) -> None:
         self._mpi: Any = None
         host_sum = host_sum and os.access(SHARED_MEMORY, os.W_OK)
-        one_host = not over_mpi and os.environ["HOROVOD_LOCAL_SIZE"] == os.environ["HOROVOD_SIZE"]
+        one_host = not over_mpi and os.environ.get("HOROVOD_LOCAL_SIZE") == os.environ.get("HOROVOD_SIZE")
         if over_mpi:
             os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
         if over_mpi and find_spec("mpi4py"):
