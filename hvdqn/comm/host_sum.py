@@ -63,7 +63,7 @@ class Messages:
         self._numel, self._dtype, self._array_dtype = like.numel(), like.dtype, like.detach().numpy().dtype
         self._sliced = like.nbytes >= SLICED_FROM
         self._places = 1 if self._sliced or leaders else 2
-        self._stride = -(-like.nbytes // LINE) * LINE
+        self._stride = max(-(-like.nbytes // LINE), 1) * LINE
         self.nbytes = (self._places * signals.size + 1) * self._stride
         ends = [self._numel * index // signals.size for index in range(signals.size + 1)]
         self._slice = slice(ends[signals.index], ends[signals.index + 1])
@@ -123,6 +123,9 @@ class Messages:
 
 
 def _add(messages: Sequence[Array], out: Array) -> None:
+    if len(messages) == 1:  # the only rank of its host
+        np.copyto(out, messages[0])
+        return
     np.add(messages[0], messages[1], out=out)
     for message in messages[2:]:
         np.add(out, message, out=out)
@@ -175,6 +178,7 @@ class HostSumComm(Comm):
         self._thread = ThreadPoolExecutor(1, "host-sum") if leaders and leaders.works_in_threads else None
         self._numbers: dict[str, int] = {}
         self._box: mmap.mmap | None = None  # for broadcasts
+        self._has_box = leaders is None
         self._objects: mmap.mmap | None = None
         self._object_rounds = 0
         if leaders is None:
@@ -238,12 +242,9 @@ class HostSumComm(Comm):
     def broadcast_(self, tensor: Tensor, root: int = 0) -> None:
         """See `Comm`."""
         content = as_bytes(tensor)
-        if (
-            self._objects is not None
-            and not tensor.is_cuda
-            and (self._box is None or len(self._box) < len(content))
-        ):
+        if self._has_box and not tensor.is_cuda and len(self._box or ()) < len(content):
             self._box = self._share_memory(len(content), "broadcasts")
+            self._has_box = self._box is not None
         if self._box is None or tensor.is_cuda:
             self._engine.broadcast_(tensor, root)
             return
@@ -329,7 +330,7 @@ def with_host_sum(engine: Comm, choice: str, several_hosts: bool = True) -> Comm
 
     Args:
         engine: connects all ranks.
-        choice: one of `HOST_SUM`; `on` insists.
+        choice: auto, on or off; `on` insists.
         several_hosts: whether the engine can connect the leaders of several hosts.
 
     Raises:
