@@ -1,4 +1,4 @@
-"""The engine for Horovod, the default under horovodrun, mpirun and srun."""
+"""Connect ranks through Horovod, the default engine under horovodrun, mpirun and srun."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def import_horovod() -> Any:
     """Return the module `horovod.torch`.
 
     Raises:
-        LaunchError: it is missing, or was built for another torch.
+        LaunchError: Horovod is not installed, or was built for another version of torch.
     """
     try:
         import horovod.torch as hvd
@@ -44,7 +44,7 @@ def import_horovod() -> Any:
     return hvd
 
 
-# How long a rank sleeps between two checks whether a sum over Gloo has arrived.
+# How long a rank sleeps between two checks whether an allreduce over Gloo is complete.
 PAUSE_SECONDS = 5e-5
 # How often Horovod looks for tensors while sums go through shared memory.
 IDLE_CYCLE_MS = "5"
@@ -52,7 +52,7 @@ IDLE_CYCLE_MS = "5"
 
 @dataclass(slots=True)
 class _Pending:
-    """An allreduce in progress; `pause` says whether `wait` sleeps between checks."""
+    """An allreduce in progress. If `pause`, `wait` sleeps between checks and leaves its core to other threads."""
 
     hvd: Any
     handle: int
@@ -60,20 +60,18 @@ class _Pending:
     pause: bool
 
     def wait(self) -> Tensor:
-        """Wait for the sum and return the tensor."""
+        """Wait for the sum over ranks, and return the tensor, which then holds it."""
         if self.pause:
             while not self.hvd.poll(self.handle):
                 time.sleep(PAUSE_SECONDS)
-            self.pause = (
-                False  # Horovod drops the handle in `synchronize`, so a second `wait` must not poll it
-            )
-        # Spins in C++ without the GIL, so that a watchdog thread can run.
+            self.pause = False  # `synchronize` below removes the handle, so a second `wait` must not poll it
+        # Horovod waits in C++ without holding the GIL, so that the watchdog thread can run.
         self.hvd.synchronize(self.handle)
         return self.tensor
 
 
 class HorovodComm(Comm):
-    """All ranks of the job, over Horovod's MPI or Gloo controller.
+    """Connects all ranks of the job through Horovod, which coordinates them over MPI or Gloo.
 
     Horovod reads its settings (HOROVOD_CYCLE_TIME, HOROVOD_STALL_CHECK_TIME_SECONDS, ...) from the environment when
     this object is created. Two settings have other defaults here; the environment still takes precedence:
@@ -89,8 +87,8 @@ class HorovodComm(Comm):
     only where cores are short.
 
     Args:
-        device: where the tensors to reduce are.
-        over_mpi: whether the launcher started the ranks with MPI.
+        device: the device of the tensors to reduce.
+        over_mpi: whether the launcher starts ranks through MPI, not through Gloo.
         host_sum: whether sums within a host go through shared memory.
     """
 
@@ -105,7 +103,7 @@ class HorovodComm(Comm):
         if over_mpi:
             os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
         if over_mpi and find_spec("mpi4py"):
-            # Started before Horovod, MPI is shared with it and finalized by mpi4py.
+            # Horovod uses an MPI that is already started, and leaves it to mpi4py to finalize it.
             self._mpi = start_mpi()
             world = self._mpi.COMM_WORLD
             host = world.Split_type(self._mpi.COMM_TYPE_SHARED)
@@ -129,26 +127,26 @@ class HorovodComm(Comm):
         self._sleeps = not over_mpi and (crowded or os.environ.get("HVDQN_SLEEP_WHEN_WAITING") == "1")
 
     def allreduce_sum_async(self, tensor: Tensor, name: str) -> _Pending:
-        """See `Comm`."""
+        """Start to sum `tensor` over all ranks, in place; see `Comm.allreduce_sum_async`."""
         check_reducible(tensor)
         handle = self._hvd.allreduce_async_(tensor, name=name, op=self._hvd.Sum, process_set=self._set)
         return _Pending(self._hvd, handle, tensor, pause=self._sleeps and not tensor.is_cuda)
 
     def broadcast_(self, tensor: Tensor, root: int = 0) -> None:
-        """See `Comm`."""
+        """Overwrite `tensor` with that of rank `root`."""
         if tensor.numel():
             root = self._ranks[root]
             self._hvd.broadcast_(as_bytes(tensor), root, name="hvdqn.broadcast", process_set=self._set)
 
     def broadcast_object(self, obj: T, root: int = 0) -> T:
-        """See `Comm`."""
+        """Return the object that rank `root` passed, on every rank."""
         received: T = self._hvd.broadcast_object(
             obj, self._ranks[root], name="hvdqn.broadcast_object", process_set=self._set
         )
         return received
 
     def all_gather_object(self, obj: T) -> list[T]:
-        """See `Comm`."""
+        """Return the objects that all ranks passed, ordered by rank."""
         content = torch.frombuffer(bytearray(pickle.dumps(obj)), dtype=torch.uint8)
         length = torch.tensor([len(content)])
         lengths, contents = (
@@ -158,11 +156,11 @@ class HorovodComm(Comm):
         return [pickle.loads(piece.numpy()) for piece in contents.split(lengths.tolist())]
 
     def barrier(self) -> None:
-        """See `Comm`."""
+        """Return when every rank has called this."""
         self._hvd.barrier(process_set=self._set)
 
     def split(self, color: int) -> HorovodGroup:
-        """See `Comm`.
+        """Return the ranks that pass the same `color`; see `Comm.split`.
 
         Horovod starts again with the process sets: sets that are added while it runs (HOROVOD_DYNAMIC_PROCESS_SETS)
         cost two more exchanges of all ranks in every cycle.
@@ -188,7 +186,7 @@ class HorovodComm(Comm):
             self._mpi.COMM_WORLD.Abort(code)
 
     def close(self) -> None:
-        """See `Comm`."""
+        """Disconnect, together with all other ranks; no collective may follow."""
         self.barrier()  # collectives that other ranks have in progress would fail when this one shuts Horovod down
         self._hvd.shutdown()
 

@@ -186,7 +186,7 @@ class HostSumComm(Comm):
 
     @property
     def path(self) -> str:
-        """See `Comm`."""
+        """Return what sums travel through."""
         return f"{self.title} between hosts, shared memory within" if self._leaders else "shared memory"
 
     def _number(self, name: str) -> int:
@@ -219,7 +219,7 @@ class HostSumComm(Comm):
         return None if failures else memory
 
     def allreduce_sum_async(self, tensor: Tensor, name: str) -> Handle:
-        """See `Comm`."""
+        """Start to sum `tensor` over all ranks, in place; see `Comm.allreduce_sum_async`."""
         check_reducible(tensor)
         messages = self._messages.get(name)
         if messages is None or not messages.fits(tensor):
@@ -240,7 +240,7 @@ class HostSumComm(Comm):
         return self._messages[name]
 
     def broadcast_(self, tensor: Tensor, root: int = 0) -> None:
-        """See `Comm`."""
+        """Overwrite `tensor` with that of rank `root`."""
         content = as_bytes(tensor)
         if self._has_box and not tensor.is_cuda and len(self._box or ()) < len(content):
             self._box = self._share_memory(len(content), "broadcasts")
@@ -285,7 +285,7 @@ class HostSumComm(Comm):
         return contents
 
     def broadcast_object(self, obj: T, root: int = 0) -> T:
-        """See `Comm`."""
+        """Return the object that rank `root` passed, on every rank."""
         contents = self._exchange_objects(pickle.dumps(obj) if self.rank == root else b"")
         if contents is None:
             return self._engine.broadcast_object(obj, root)
@@ -293,26 +293,26 @@ class HostSumComm(Comm):
         return received
 
     def all_gather_object(self, obj: T) -> list[T]:
-        """See `Comm`."""
+        """Return the objects that all ranks passed, ordered by rank."""
         contents = self._exchange_objects(pickle.dumps(obj))
         if contents is None:
             return self._engine.all_gather_object(obj)
         return [pickle.loads(content) for content in contents]
 
     def barrier(self) -> None:
-        """See `Comm`."""
+        """Return when every rank has called this."""
         if self._exchange_objects(b"") is None:
             self._engine.barrier()
 
     def split(self, color: int) -> Comm:
-        """See `Comm`."""
+        """Return the ranks that pass the same `color`; see `Comm.split`."""
         return self._engine.split(color)
 
     def _end_peers(self, code: int) -> None:
         self._engine._end_peers(code)
 
     def close(self) -> None:
-        """See `Comm`."""
+        """Disconnect, together with all other ranks; no collective may follow."""
         if self._thread is not None:
             self._thread.shutdown()
         if self._leaders is not None:
