@@ -22,7 +22,6 @@ from hvdqn.comm.auto import (
     launcher_size,
 )
 from hvdqn.comm.base import Comm, Handle
-from hvdqn.comm.host_sum import with_host_sum
 from hvdqn.comm.local import LocalComm
 from hvdqn.comm.processes import kill_descendants
 from hvdqn.errors import LaunchError
@@ -59,6 +58,10 @@ def connect(choice: str, device: str = "cpu", stall_timeout: float = 600.0, host
     comm = _CONNECT[chosen.engine](device, chosen.launcher, stall_timeout, host_sum != "off")
     comm.why = chosen.why
     check_size(chosen.engine, comm.size, detect_launchers(os.environ))
+    if comm.size == 1:
+        return comm
+    from hvdqn.comm.host_sum import with_host_sum  # like the engines, only when it is used
+
     return with_host_sum(comm, host_sum)
 
 

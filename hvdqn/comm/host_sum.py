@@ -336,7 +336,7 @@ def with_host_sum(engine: Comm, choice: str, several_hosts: bool = True) -> Comm
     Raises:
         LaunchError: on all ranks, if it cannot be had and `choice` is `on`.
     """
-    if choice == "off" or engine.size == 1:
+    if choice == "off":
         return engine
     hosts = engine.all_gather_object(socket.gethostname())
     ranks = [rank for rank, host in enumerate(hosts) if host == hosts[engine.rank]]
