@@ -33,3 +33,7 @@ class DriftError(RuntimeError):
 
 class StoppedError(RuntimeError):
     """A signal stopped a measurement before it was done. Raised on all ranks at once."""
+
+
+class PeerLostError(ConnectionError):
+    """Another rank has ended while this one waited for it."""

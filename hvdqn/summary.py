@@ -40,6 +40,8 @@ def log_header(config: Config, comm: Comm, parts: Parts, run_dir: Path) -> None:
         f"an update every {update_every:g} env steps",
         f"strategy: {parts.strategy.description}",
     ]
+    if comm.size > 1:
+        lines.append(f"sums over ranks: {comm.path}")
     for line in lines:
         for piece in textwrap.wrap(
             line, HEADER_COLUMNS, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False

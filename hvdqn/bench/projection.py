@@ -8,9 +8,14 @@ their gamma, the time to add one byte, cannot be measured separately from beta, 
     tree    T(p) = ceil(log2 p) * (alpha + n * beta)               recursive doubling
 
 alpha and beta follow from a line through the measured times, T = a + b n, so that each model gives the line itself at
-the number of ranks that was measured. An iteration takes its own work and the communication that nothing hides:
+the number of ranks that was measured.
 
-    efficiency(p) = work / (work + updates * max(T(p) - hidden, 0))
+A sum has two levels: within each host of r ranks, which takes a measured time T_host, and between the h = ceil(p / r)
+hosts, one rank of each, for which the models stand. An iteration takes its own work and the communication that nothing
+hides:
+
+    exposed(p) = max(T_host - hidden, 0) + max(T(h) - window, 0)      without the second term if h = 1
+    efficiency(p) = work / (work + updates * exposed(p))
 """
 
 from __future__ import annotations
@@ -30,9 +35,9 @@ FORMULAS: Mapping[Model, str] = {
 }
 SOURCE = "Thakur, Rabenseifner and Gropp 2005"
 ASSUMPTION = (
-    "Assumed: every link between ranks is like those measured (on one host: shared memory, no network), messages do "
-    "not disturb each other, all ranks are equally fast, each rank's own work stays the same, and as much of an "
-    "allreduce is hidden as in this measurement."
+    "Assumed: every host has as many ranks as this one, every link between hosts is like those measured (without "
+    "--between: like those within this host), messages do not disturb each other, all ranks are equally fast, each "
+    "rank's own work stays the same, and as much of a sum is hidden as in this measurement."
 )
 
 
@@ -52,7 +57,28 @@ class Work:
     """Without communication."""
     updates: float
     hidden_seconds: float
-    """The part of one allreduce that overlaps with other work."""
+    """The part of one sum within a host that overlaps with other work."""
+    window_seconds: float = 0.0
+    """The part of one sum between hosts that can overlap with other work."""
+
+
+@dataclass(frozen=True)
+class Levels:
+    """What was measured of the two levels of a sum."""
+
+    within: Line
+    ranks_per_host: int
+    between: Line
+    hosts: int
+    """Between which `between` was measured, one rank on each."""
+
+    def seconds(self, model: Model, ranks: int, message_bytes: int) -> tuple[float, float]:
+        """Return the seconds of a sum over `ranks` within a host and between hosts."""
+        within = self.within.latency + self.within.seconds_per_byte * message_bytes
+        hosts = math.ceil(ranks / self.ranks_per_host)
+        if hosts == 1:
+            return within, 0.0
+        return within, allreduce_seconds(model, self.between, self.hosts, hosts, message_bytes)
 
 
 def fit(seconds_by_bytes: Mapping[int, float]) -> Line:
@@ -86,10 +112,16 @@ def allreduce_seconds(model: Model, line: Line, measured_ranks: int, ranks: int,
     return latencies * alpha + transfers * beta * message_bytes
 
 
-def efficiency(work: Work, allreduce: float) -> float:
-    """Return the rate of one rank of many, divided by the rate of a single rank."""
-    exposed = work.updates * max(allreduce - work.hidden_seconds, 0.0)
-    return work.seconds / (work.seconds + exposed)
+def efficiency(work: Work, within: float, between: float = 0.0) -> float:
+    """Return the rate of one rank of many, divided by the rate of a single rank.
+
+    Args:
+        work: of an iteration.
+        within: seconds of a sum within a host.
+        between: seconds of a sum between hosts.
+    """
+    exposed = max(within - work.hidden_seconds, 0.0) + max(between - work.window_seconds, 0.0)
+    return work.seconds / (work.seconds + work.updates * exposed)
 
 
 @dataclass(frozen=True)
@@ -102,13 +134,11 @@ class Projected:
     efficiency: float
 
 
-def project(
-    line: Line, measured_ranks: int, message_bytes: int, work: Work, ranks: Sequence[int]
-) -> list[Projected]:
+def project(levels: Levels, message_bytes: int, work: Work, ranks: Sequence[int]) -> list[Projected]:
     """Return the projections of both models to each number of ranks."""
     projections = []
     for model in MODELS:
         for count in ranks:
-            seconds = allreduce_seconds(model, line, measured_ranks, count, message_bytes)
-            projections.append(Projected(model, count, seconds, efficiency(work, seconds)))
+            within, between = levels.seconds(model, count, message_bytes)
+            projections.append(Projected(model, count, within + between, efficiency(work, within, between)))
     return projections

@@ -4,8 +4,8 @@
 
 Weak scaling: every rank keeps its environments and its minibatch. Strong scaling: the ranks share the environments and
 the minibatch of one rank. Efficiency is the rate of a rank divided by that of the single rank. A rank has as many
-threads in a small job as in the largest one, so that ranks are compared and not threads. The projection is described
-in `projection.py`.
+threads in a small job as in the largest one, so that ranks are compared and not threads. The projection, described in
+`projection.py`, takes the largest number of ranks as the ranks of each host.
 """
 
 from __future__ import annotations
@@ -24,7 +24,18 @@ from hvdqn.bench import allreduce, loop
 from hvdqn.bench.allreduce import AllreduceTiming
 from hvdqn.bench.jobs import ENGINES, available_engines, run_bench_job
 from hvdqn.bench.loop import LoopTiming
-from hvdqn.bench.projection import ASSUMPTION, FORMULAS, MODELS, SOURCE, Line, Projected, Work, fit, project
+from hvdqn.bench.projection import (
+    ASSUMPTION,
+    FORMULAS,
+    MODELS,
+    SOURCE,
+    Levels,
+    Line,
+    Projected,
+    Work,
+    fit,
+    project,
+)
 from hvdqn.bench.report import Parser, above_zero, print_table, write_json
 from hvdqn.config import parse
 from hvdqn.errors import UserError
@@ -44,8 +55,7 @@ class Scaling:
     engine: str
     weak: list[LoopTiming]
     strong: list[LoopTiming]
-    line: Line
-    line_ranks: int
+    levels: Levels
     projected: list[Projected]
 
 
@@ -124,35 +134,82 @@ def measure(options: Namespace, counts: Sequence[int], flags: Sequence[str]) -> 
         )
     print_table(f"Weak scaling, {options.engine}: constant work per rank", HEADER, table_rows(weak))
     print_table(f"Strong scaling, {options.engine}: constant work per job", HEADER, table_rows(strong))
-    result = run_bench_job(["allreduce", *flags], options.engine, max(counts))
-    messages = allreduce.from_json(result["allreduce"])[0]
-    return add_projection(options.engine, weak, strong, messages)
+    within = time_messages(options.engine, max(counts), flags)
+    # Without a measurement between hosts, assume that their links are like those of this host without shared memory.
+    between = (
+        read_messages(options.between)
+        if options.between
+        else time_messages(options.engine, max(counts), [*flags, "--host-sum", "off"])
+    )
+    return add_projection(options.engine, weak, strong, within, between, parse_projected(options.to))
+
+
+def time_messages(engine: str, ranks: int, flags: Sequence[str]) -> AllreduceTiming:
+    """Time messages of several sizes in a job of this many ranks."""
+    return allreduce.from_json(run_bench_job(["allreduce", *flags], engine, ranks)["allreduce"])[0]
+
+
+def read_messages(path: Path) -> AllreduceTiming:
+    """Return what `hvdqn bench allreduce` measured.
+
+    Raises:
+        UserError: the file is of another command.
+    """
+    try:
+        return allreduce.from_json(json.loads(path.read_text("utf-8"))["allreduce"])[0]
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise UserError(
+            f"--between '{path}' is no JSON file of hvdqn bench allreduce: {error!r}; run that with one rank on each "
+            "of two or more hosts"
+        ) from None
 
 
 def add_projection(
-    engine: str, weak: list[LoopTiming], strong: list[LoopTiming], messages: AllreduceTiming
+    engine: str,
+    weak: list[LoopTiming],
+    strong: list[LoopTiming],
+    messages: AllreduceTiming,
+    between: AllreduceTiming,
+    ranks: Sequence[int] = PROJECTED_RANKS,
 ) -> Scaling:
-    """Return the measured scaling with its projection to more ranks."""
-    line = fit({4 * floats: seconds for floats, seconds in messages.seconds.items()})
+    """Return the measured scaling with its projection to more ranks.
+
+    Args:
+        engine: of the jobs.
+        weak: weak scaling, fewest ranks first.
+        strong: strong scaling.
+        messages: sums over the ranks of one host.
+        between: sums over one rank of each of several hosts.
+        ranks: to project to.
+    """
     single, largest = weak[0], weak[-1]
     hidden = largest.seconds_per_iteration["comm_hidden"] / largest.updates_per_iteration
+    # While the environments step. With plain MPI, ranks sum between hosts only when they wait.
+    window = sum(single.seconds_per_iteration[phase] for phase in ("act", "env", "add"))
     work = Work(
         seconds=single.iteration_seconds - single.seconds_per_iteration["comm_exposed"],
         updates=single.updates_per_iteration,
         # The hidden time also holds waiting for late ranks. No more than the whole allreduce can be hidden.
         hidden_seconds=min(hidden, messages.network_seconds),
+        window_seconds=0.0 if engine == "mpi" else window / single.updates_per_iteration,
     )
-    counts = sorted({messages.world_size, *PROJECTED_RANKS})
-    projected = project(line, messages.world_size, 4 * messages.network_floats, work, counts)
-    return Scaling(engine, weak, strong, line, messages.world_size, projected)
+    levels = Levels(line_of(messages), messages.world_size, line_of(between), between.world_size)
+    counts = sorted({messages.world_size, *ranks})
+    projected = project(levels, 4 * messages.network_floats, work, counts)
+    return Scaling(engine, weak, strong, levels, projected)
+
+
+def line_of(messages: AllreduceTiming) -> Line:
+    """Fit a line to the times of messages."""
+    return fit({4 * floats: seconds for floats, seconds in messages.seconds.items()})
 
 
 def print_projection(scaling: Scaling) -> None:
     """Print the table of the projection, its formulas and its assumption."""
-    line = scaling.line
+    levels = scaling.levels
     print_table(
-        f"Projected weak scaling from {scaling.line_ranks} ranks: an allreduce of n bytes took "
-        f"{1e6 * line.latency:,.3g} us + n / {1e-6 / max(line.seconds_per_byte, 1e-15):,.4g} MB/s",
+        f"Projected weak scaling: a sum of n bytes over {levels.ranks_per_host} ranks of a host took "
+        f"{describe(levels.within)}, over {levels.hosts} hosts {describe(levels.between)}",
         ("ranks", *(f"{model}: us, efficiency" for model in MODELS)),
         [
             (str(ranks), *(f"{1e6 * one.allreduce_seconds:,.0f}, {one.efficiency:.0%}" for one in models))
@@ -161,6 +218,11 @@ def print_projection(scaling: Scaling) -> None:
     )
     for text in (*FORMULAS.values(), f"({SOURCE})", ASSUMPTION):
         print(text)
+
+
+def describe(line: Line) -> str:
+    """Return the line as text."""
+    return f"{1e6 * line.latency:,.3g} us + n / {1e-6 / max(line.seconds_per_byte, 1e-15):,.4g} MB/s"
 
 
 def by_ranks(projected: Sequence[Projected]) -> Mapping[int, list[Projected]]:
@@ -201,7 +263,7 @@ def _label(axes: Axes, scaling: Scaling) -> None:
     axes.set_ylabel("Efficiency: rate of a rank over that of one alone")
     axes.set_ylim(0, 1.1)
     axes.legend(loc="upper right")
-    text = "\n".join((*FORMULAS.values(), "efficiency = work / (work + updates max(T - hidden, 0))", SOURCE))
+    text = "\n".join((*FORMULAS.values(), "efficiency = work / (work + updates * exposed)", SOURCE))
     axes.text(0.02, 0.03, text, transform=axes.transAxes, fontsize=8, va="bottom")
 
 
@@ -239,6 +301,18 @@ def parse_rank_counts(text: str) -> list[int]:
     return sorted({1, *map(int, words)})
 
 
+def parse_projected(text: str) -> list[int]:
+    """Return the numbers of ranks of `--to`.
+
+    Raises:
+        UserError: they are not integers above 0.
+    """
+    words = text.split(",")
+    if not all(word.isdecimal() and int(word) for word in words):
+        raise UserError(f"--to is '{text}'; give numbers of ranks separated by commas, as in 8,64,512")
+    return sorted({int(word) for word in words})
+
+
 def write_result(scaling: Scaling, path: Path) -> None:
     """Write the JSON file and, if matplotlib is installed, a figure beside it."""
     content: dict[str, Any] = {
@@ -269,6 +343,7 @@ def run_benchmark(options: Namespace, flags: Sequence[str]) -> None:
             f"--engine {options.engine!r} is not installed; choose one of {', '.join(available_engines())}"
         )
     counts = parse_rank_counts(options.np)
+    parse_projected(options.to)
     scaling = measure(options, counts, with_threads_of_largest_job(flags, max(counts)))
     print_projection(scaling)
     write_result(scaling, options.json)
@@ -285,6 +360,13 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--engine", default=next(iter(available_engines()), ""), help=", ".join(ENGINES))
     parser.add_argument(
         "--seconds", type=above_zero, default=8.0, help="duration of one measurement of the loop"
+    )
+    parser.add_argument("--to", default="8,64,512", metavar="N,N,...", help="ranks of the projection")
+    parser.add_argument(
+        "--between",
+        type=Path,
+        metavar="FILE",
+        help="what hvdqn bench allreduce wrote with one rank on each of several hosts (default: as on this host)",
     )
     parser.add_argument(
         "--read", type=Path, metavar="DIR", help="only print the table of what hvdqn bench loop wrote to DIR"

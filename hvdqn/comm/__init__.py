@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 
-def connect(choice: str, device: str = "cpu", stall_timeout: float = 600.0) -> Comm:
+def connect(choice: str, device: str = "cpu", stall_timeout: float = 600.0, host_sum: str = "auto") -> Comm:
     """Connect this process to the other ranks of its job.
 
     Args:
@@ -47,46 +47,54 @@ def connect(choice: str, device: str = "cpu", stall_timeout: float = 600.0) -> C
         device: the device of the tensors to reduce, as torch names it ("cpu", "cuda", "cuda:1").
         stall_timeout: seconds after which the watchdog ends a job that stalls; 0: never. An engine's own timeout is
             always longer.
+        host_sum: whether ranks of a host sum through shared memory: auto, on or off. CUDA tensors never do.
 
     Raises:
         LaunchError: the engine does not work under this launcher, or it connects another number of ranks than
             the launcher started.
     """
     chosen = choose_engine(choice)
-    comm = _CONNECT[chosen.engine](device, chosen.launcher, stall_timeout)
+    host_sum = "off" if device.startswith("cuda") else host_sum
+    comm = _CONNECT[chosen.engine](device, chosen.launcher, stall_timeout, host_sum != "off")
     comm.why = chosen.why
     check_size(chosen.engine, comm.size, detect_launchers(os.environ))
-    return comm
+    if comm.size == 1:
+        return comm
+    from hvdqn.comm.host_sum import with_host_sum  # like the engines, only when it is used
+
+    return with_host_sum(comm, host_sum)
 
 
 # Each engine is imported only when it is used: its library may not be installed, and importing it takes time.
 
 
-def _connect_local(device: str, launcher: LauncherInfo | None, stall_timeout: float) -> Comm:
+def _connect_local(device: str, launcher: LauncherInfo | None, stall_timeout: float, host_sum: bool) -> Comm:
     return LocalComm()
 
 
-def _connect_horovod(device: str, launcher: LauncherInfo | None, stall_timeout: float) -> Comm:
+def _connect_horovod(
+    device: str, launcher: LauncherInfo | None, stall_timeout: float, host_sum: bool
+) -> Comm:
     from hvdqn.comm.horovod import HorovodComm
 
-    return HorovodComm(device, over_mpi=launcher is not None and launcher.starts_mpi)
+    return HorovodComm(device, launcher is not None and launcher.starts_mpi, host_sum)
 
 
-def _connect_torch(device: str, launcher: LauncherInfo | None, stall_timeout: float) -> Comm:
+def _connect_torch(device: str, launcher: LauncherInfo | None, stall_timeout: float, host_sum: bool) -> Comm:
     from hvdqn.comm.torch import TorchComm
 
     assert launcher is not None, "choose_engine raises when no launcher is found"
     return TorchComm(device, launcher.rank, launcher.size, stall_timeout)
 
 
-def _connect_mpi(device: str, launcher: LauncherInfo | None, stall_timeout: float) -> Comm:
+def _connect_mpi(device: str, launcher: LauncherInfo | None, stall_timeout: float, host_sum: bool) -> Comm:
     from hvdqn.comm.mpi import MpiComm
 
     return MpiComm()
 
 
 # The function that connects each engine. It needs an entry for every engine in `CHOICES`.
-_CONNECT: Mapping[str, Callable[[str, LauncherInfo | None, float], Comm]] = {
+_CONNECT: Mapping[str, Callable[[str, LauncherInfo | None, float, bool], Comm]] = {
     "local": _connect_local,
     "horovod": _connect_horovod,
     "torch": _connect_torch,

@@ -7,7 +7,7 @@ import socket
 import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NoReturn, Protocol, TypeVar
+from typing import TYPE_CHECKING, NoReturn, Protocol, TypeVar
 
 from hvdqn.comm.processes import kill_descendants
 
@@ -52,16 +52,20 @@ class Comm(ABC):
 
     Attributes:
         name: the engine's name, as for `--comm`.
+        title: the engine, as a sentence names it.
         why: one line that says why this engine was chosen.
         rank: number of this process, 0 <= rank < size.
         size: number of processes in the job.
         local_rank: index of this process among those on its host.
         local_size: number of processes on this host.
+        works_in_threads: whether a thread other than the main one should wait for sums.
         ranks_may_share_a_gpu: whether the engine can reduce tensors of two ranks that use the same GPU.
     """
 
-    name: ClassVar[str]
-    ranks_may_share_a_gpu: ClassVar[bool] = True
+    name: str
+    title: str
+    ranks_may_share_a_gpu: bool = True
+    works_in_threads: bool = True
     why: str = ""
 
     def __init__(self, rank: int, size: int, local_rank: int, local_size: int) -> None:
@@ -69,6 +73,11 @@ class Comm(ABC):
         self.size = size
         self.local_rank = local_rank
         self.local_size = local_size
+
+    @property
+    def path(self) -> str:
+        """What sums travel through, for the header of a run."""
+        return self.title
 
     @abstractmethod
     def allreduce_sum_async(self, tensor: Tensor, name: str) -> Handle:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hvdqn.comm.base import Comm, Group
+from hvdqn.comm.host import SHARED_MEMORY
 from hvdqn.comm.mpi import start_mpi
 from hvdqn.comm.tensors import as_bytes, check_reducible
 from hvdqn.errors import LaunchError
@@ -45,6 +46,8 @@ def import_horovod() -> Any:
 
 # How long a rank sleeps between two checks whether an allreduce over Gloo is complete.
 PAUSE_SECONDS = 5e-5
+# How often Horovod looks for tensors while sums go through shared memory.
+IDLE_CYCLE_MS = "5"
 
 
 @dataclass(slots=True)
@@ -71,12 +74,13 @@ class HorovodComm(Comm):
     """Connects all ranks of the job through Horovod, which coordinates them over MPI or Gloo.
 
     Horovod reads its settings (HOROVOD_CYCLE_TIME, HOROVOD_STALL_CHECK_TIME_SECONDS, ...) from the environment when
-    this object is created. Over MPI, the constructor sets two variables unless they are already set:
+    this object is created. Two settings have other defaults here; the environment still takes precedence:
 
-    - OMPI_MCA_mpi_yield_when_idle=1: waiting threads yield. Each rank has two threads, which would compete where the
-      rank has only one core.
-    - HOROVOD_CYCLE_TIME=0, if all ranks are on one host: Horovod looks for tensors continuously. Its own 1 ms is longer
-      than a whole update of an MLP.
+    - OMPI_MCA_mpi_yield_when_idle=1 over MPI: waiting threads yield. Each rank has two threads, which would compete
+      where the rank has only one core.
+    - HOROVOD_CYCLE_TIME, if all ranks are on one host. If their sums go through shared memory, 5 ms, so that Horovod's
+      thread leaves the core alone. Otherwise, over MPI, 0: Horovod looks for tensors continuously, as its own 1 ms is
+      longer than a whole update of an MLP.
 
     Over Gloo, separate threads serve the sockets and need a core. If a host has more ranks than cores, or
     HVDQN_SLEEP_WHEN_WAITING=1 is set, a waiting rank sleeps between checks and leaves its core to them. That is faster
@@ -85,13 +89,17 @@ class HorovodComm(Comm):
     Args:
         device: the device of the tensors to reduce.
         over_mpi: whether the launcher starts ranks through MPI, not through Gloo.
+        host_sum: whether sums within a host go through shared memory.
     """
 
     name = "horovod"
+    title = "Horovod"
     ranks_may_share_a_gpu = False  # NCCL needs one GPU per rank
 
-    def __init__(self, device: str, over_mpi: bool) -> None:
+    def __init__(self, device: str, over_mpi: bool, host_sum: bool = False) -> None:
         self._mpi: Any = None
+        host_sum = host_sum and os.access(SHARED_MEMORY, os.W_OK)
+        one_host = not over_mpi and os.environ.get("HOROVOD_LOCAL_SIZE") == os.environ.get("HOROVOD_SIZE")
         if over_mpi:
             os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
         if over_mpi and find_spec("mpi4py"):
@@ -99,9 +107,10 @@ class HorovodComm(Comm):
             self._mpi = start_mpi()
             world = self._mpi.COMM_WORLD
             host = world.Split_type(self._mpi.COMM_TYPE_SHARED)
-            if host.size == world.size:
-                os.environ.setdefault("HOROVOD_CYCLE_TIME", "0")
+            one_host = host.size == world.size
             host.Free()
+        if one_host and (host_sum or over_mpi):
+            os.environ.setdefault("HOROVOD_CYCLE_TIME", IDLE_CYCLE_MS if host_sum else "0")
         self._hvd: Any = import_horovod()
         if device.startswith("cuda") and not self._hvd.nccl_built():
             raise LaunchError(
@@ -130,14 +139,14 @@ class HorovodComm(Comm):
             self._hvd.broadcast_(as_bytes(tensor), root, name="hvdqn.broadcast", process_set=self._set)
 
     def broadcast_object(self, obj: T, root: int = 0) -> T:
-        """See `Comm`."""
+        """Return the object that rank `root` passed, on every rank."""
         received: T = self._hvd.broadcast_object(
             obj, self._ranks[root], name="hvdqn.broadcast_object", process_set=self._set
         )
         return received
 
     def all_gather_object(self, obj: T) -> list[T]:
-        """See `Comm`."""
+        """Return the objects that all ranks passed, ordered by rank."""
         content = torch.frombuffer(bytearray(pickle.dumps(obj)), dtype=torch.uint8)
         length = torch.tensor([len(content)])
         lengths, contents = (
@@ -147,11 +156,11 @@ class HorovodComm(Comm):
         return [pickle.loads(piece.numpy()) for piece in contents.split(lengths.tolist())]
 
     def barrier(self) -> None:
-        """See `Comm`."""
+        """Return when every rank has called this."""
         self._hvd.barrier(process_set=self._set)
 
     def split(self, color: int) -> HorovodGroup:
-        """See `Comm`.
+        """Return the ranks that pass the same `color`; see `Comm.split`.
 
         Horovod starts again with the process sets: sets that are added while it runs (HOROVOD_DYNAMIC_PROCESS_SETS)
         cost two more exchanges of all ranks in every cycle.

@@ -27,6 +27,7 @@ class LocalComm(Comm):
     """Implements `Comm` for a job with one rank."""
 
     name = "local"
+    title = "nothing"
 
     def __init__(self) -> None:
         super().__init__(rank=0, size=1, local_rank=0, local_size=1)
@@ -47,7 +48,7 @@ class LocalComm(Comm):
         return [obj]
 
     def split(self, color: int) -> LocalComm:
-        """See `Comm`."""
+        """Return the ranks that pass the same `color`; see `Comm.split`."""
         return LocalComm()
 
     def barrier(self) -> None:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from hvdqn.comm.base import Comm, Handle
-from hvdqn.comm.shared import SharedSum
 from hvdqn.comm.tensors import as_bytes, check_reducible
 from hvdqn.errors import LaunchError
 
@@ -86,66 +85,35 @@ class _Pending:
         return self._tensor
 
 
-# If the messages of all ranks together have at most this many bytes, they are summed through shared memory. Larger ones
-# are faster with MPI_Allreduce.
-SHARED_UP_TO = 1 << 20
-
-
 class MpiComm(Comm):
     """Connects the ranks of MPI_COMM_WORLD, or of a communicator `world` that this object frees.
 
-    It copies CUDA tensors to pinned host memory and sums them there. If all ranks are on one host, it sums short
-    messages through shared memory.
+    It copies CUDA tensors to pinned host memory and sums them there.
     """
 
     name = "mpi"
+    title = "MPI"
+    works_in_threads = False  # MPI_Allreduce keeps a core busy, which the environments need
 
     def __init__(self, world: Any = None) -> None:
         self._mpi: Any = start_mpi()
-        # On a communicator of its own, messages cannot be mistaken for those of Horovod, which may use MPI too.
+        # A communicator of its own: other users of MPI in this process, such as Horovod, cannot receive its messages.
         self._world: Any = self._mpi.COMM_WORLD.Dup() if world is None else world
         host = self._world.Split_type(self._mpi.COMM_TYPE_SHARED)
         super().__init__(self._world.rank, self._world.size, host.rank, host.size)
-        self._host: Any = host if 1 < host.size == self._world.size else None
-        """A communicator of all ranks, if they are on one host and share memory; else None."""
-        if self._host is None:
-            host.Free()
-        self._shared: dict[str, SharedSum] = {}
+        host.Free()
         self._host_copies: dict[str, _HostCopy] = {}
 
     def allreduce_sum_async(self, tensor: Tensor, name: str) -> Handle:
         """Start to sum `tensor` over all ranks, in place; see `Comm.allreduce_sum_async`."""
         check_reducible(tensor)
         if not tensor.is_cuda:
-            shared = self._shared_sum(tensor, name)
-            return _Pending(self, tensor) if shared is None else shared.post(tensor)
+            return _Pending(self, tensor)
         copy = self._host_copies.get(name)
         if copy is None or copy.tensor.shape != tensor.shape or copy.tensor.dtype != tensor.dtype:
             copy = self._host_copies[name] = _HostCopy(tensor)
         copy.start_copy(tensor)
         return _Pending(self, tensor, copy)
-
-    def _shared_sum(self, tensor: Tensor, name: str) -> SharedSum | None:
-        """Return the object that sums tensors of this name through shared memory; None: MPI has to sum them."""
-        if self._host is None:
-            return None
-        shared = self._shared.get(name)
-        if shared is not None and shared.fits(tensor):
-            return shared
-        if self.size * tensor.nbytes > SHARED_UP_TO:
-            return None
-        if shared is not None:
-            self._shared.pop(name).close()
-        try:
-            shared = SharedSum(self._mpi, self._host, tensor)
-        except self._mpi.Exception:  # for example because a container limits its shared memory
-            shared = None
-        all_have_it = all(self._host.allgather(shared is not None))
-        if shared is None or not all_have_it:
-            self._host = None
-            return None
-        self._shared[name] = shared
-        return shared
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum a tensor in host memory over all ranks, in place, and return it; blocks until the sum is complete."""
@@ -171,7 +139,7 @@ class MpiComm(Comm):
         return gathered
 
     def split(self, color: int) -> MpiComm:
-        """See `Comm`."""
+        """Return the ranks that pass the same `color`; see `Comm.split`."""
         return MpiComm(self._world.Split(color, self.rank))
 
     def barrier(self) -> None:
@@ -193,7 +161,6 @@ class MpiComm(Comm):
         All `ranks` must call it; the others may be dead.
         """
         self._world = self._world.Create_group(self._world.group.Incl(ranks))
-        self._host = None  # freeing the shared memory would need the ranks that are gone
         self.rank, self.size = self._world.rank, self._world.size
 
     def _end_peers(self, code: int) -> None:
@@ -202,8 +169,4 @@ class MpiComm(Comm):
 
     def close(self) -> None:
         """Disconnect, together with all other ranks; no collective may follow."""
-        if self._host is not None:
-            for shared in self._shared.values():
-                shared.close()
-            self._host.Free()
         self._world.Free()

@@ -96,6 +96,7 @@ class TorchComm(Comm):
     """
 
     name = "torch"
+    title = "torch.distributed"
 
     def __init__(self, device: str, rank: int, size: int, stall_timeout: float = 600.0) -> None:
         store, hosts = _connect_store(rank, size)
@@ -137,11 +138,11 @@ class TorchComm(Comm):
         return gathered
 
     def barrier(self) -> None:
-        """See `Comm`."""
+        """Return when every rank has called this."""
         dist.barrier(group=self._on_host)
 
     def split(self, color: int) -> TorchGroup:
-        """See `Comm`."""
+        """Return the ranks that pass the same `color`; see `Comm.split`."""
         group = self.divide(color)
         # Every rank takes part in making every group.
         on_host = [dist.new_group(ranks, self._timeout, "gloo") for ranks in group.groups]

@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         setup_logging(launcher_rank(), launcher_size())
         max_np, join_timeout, rest = elastic_options(sys.argv[1:] if argv is None else argv)
         config = elastic_config(rest, max_np)
-        worker = ElasticWorker(config, max_np, ElasticWorld(join_timeout), stop)
+        worker = ElasticWorker(config, max_np, ElasticWorld(join_timeout, config.parallel.host_sum), stop)
     except (UserError, LaunchError) as error:
         return refuse_alone(str(error), stop)
     try:

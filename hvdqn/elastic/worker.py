@@ -110,7 +110,7 @@ class ElasticWorker:
             except BaseException:
                 trainer.leave()
                 raise
-        with contextlib.suppress(self.world.peer_lost):  # all is done and recorded
+        with contextlib.suppress(*self.world.peer_lost):  # all is done and recorded
             comm.close()
         return EXIT_REQUEUE if trainer.stop_voted else EXIT_FINISHED
 

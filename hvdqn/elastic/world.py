@@ -12,8 +12,10 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from hvdqn.comm import Comm
 from hvdqn.comm.horovod import HorovodComm, import_horovod
-from hvdqn.errors import LaunchError
+from hvdqn.comm.host_sum import HostSumComm, with_host_sum
+from hvdqn.errors import LaunchError, PeerLostError
 
 # How long rank 0 waits for the members of a new plan when they were connected before: the launcher answers all of them
 # at the same time.
@@ -36,15 +38,16 @@ class ElasticWorld:
     Args:
         join_timeout_seconds: how long to wait for workers that are starting: at the start of the job, and before
             requesting a new plan without them.
+        host_sum: as `--host-sum`; only a world on one host sums through shared memory.
 
     Attributes:
-        peer_lost: the exception that collectives raise when a rank is lost.
+        peer_lost: the exceptions that collectives raise when a rank is lost.
 
     Raises:
         LaunchError: this process was not started by horovodrun in elastic mode.
     """
 
-    def __init__(self, join_timeout_seconds: float) -> None:
+    def __init__(self, join_timeout_seconds: float, host_sum: str = "auto") -> None:
         if os.environ.get("HOROVOD_ELASTIC") != "1":
             raise LaunchError("not started in Horovod's elastic mode; start with launch/elastic.sh")
         os.environ["HOROVOD_ELASTIC"] = "0"  # this class requests the rank, so Horovod's `init` must not
@@ -52,7 +55,9 @@ class ElasticWorld:
         from horovod.common.exceptions import HorovodInternalError
         from horovod.runner.elastic.worker import WorkerNotificationManager
 
-        self.peer_lost: type[Exception] = HorovodInternalError
+        self.peer_lost: tuple[type[Exception], ...] = (HorovodInternalError, PeerLostError)
+        self._host_sum = host_sum
+        self._comm: Comm | None = None
         self._join_timeout_seconds = join_timeout_seconds
         self._host = os.environ["HOROVOD_HOSTNAME"]
         self._slot = f"{self._host}:{os.environ['HOROVOD_LOCAL_RANK']}"
@@ -70,7 +75,7 @@ class ElasticWorld:
         """Note that hosts came or went. Horovod calls this on rank 0, from a thread of its own."""
         self._hosts_changed = True
 
-    def connect(self) -> HorovodComm | None:
+    def connect(self) -> Comm | None:
         """Disconnect from the ranks of the last plan and connect to those of the newest one.
 
         Returns:
@@ -79,6 +84,8 @@ class ElasticWorld:
         Raises:
             LaunchError: the launcher does not answer.
         """
+        if isinstance(self._comm, HostSumComm):
+            self._comm.release()
         if self._connected:
             self._hvd.shutdown()
         present = {} if self._connected else self._register(self._join_timeout_seconds)
@@ -100,7 +107,9 @@ class ElasticWorld:
             raise LaunchError(
                 f"{len(present)} ranks met, but Horovod connects {comm.size}; start the job again"
             )
-        return comm
+        # Process sets, which would connect the leaders of several hosts, do not work in elastic jobs.
+        self._comm = with_host_sum(comm, self._host_sum, several_hosts=False)
+        return self._comm
 
     def cut(self) -> None:
         """Close the connections to the other ranks after one of them is lost.

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import os
+import socket
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
 
 import torch
 
 from hvdqn.comm import Comm, connect, launcher_rank
-from hvdqn.comm.shared import SharedSum
 from hvdqn.errors import LaunchError
 
 SIZES = (1, 2, 3, 7, 1000, 17_003, 134_002, 1_310_720)  # up to 10 MB of float64
@@ -42,11 +42,13 @@ def check_sum(comm: Comm, result: torch.Tensor, salt: int = 0) -> str:
 def world(comm: Comm) -> None:
     assert comm.all_gather_object(comm.rank) == list(range(comm.size))
     assert launcher_rank() == comm.rank
-    assert comm.local_size == comm.size  # these tests run on one host
-    assert sorted(comm.all_gather_object(comm.local_rank)) == list(range(comm.size))
+    hosts = comm.all_gather_object(socket.gethostname())
+    assert comm.local_size == hosts.count(socket.gethostname())
+    assert comm.local_rank == hosts[: comm.rank].count(socket.gethostname())
     assert comm.why
     if comm.name == "horovod" and "OMPI_COMM_WORLD_RANK" in os.environ:
-        assert os.environ["HOROVOD_CYCLE_TIME"] == "0"  # hvdqn's default over MPI on one host
+        expected = {"shared memory": "5", "Horovod": "0"}.get(comm.path)  # None on several hosts
+        assert os.environ.get("HOROVOD_CYCLE_TIME") == expected
 
 
 def total(comm: Comm) -> list[str]:
@@ -176,7 +178,9 @@ def groups(comm: Comm) -> None:
         ranks = [rank for rank in range(comm.size) if everyone[rank] == colors]
         group = comm.split(colors)
         assert (group.size, ranks[group.rank]) == (len(ranks), comm.rank)
-        assert (group.local_size, group.local_rank) == (group.size, group.rank)  # these tests run on one host
+        hosts = group.all_gather_object(socket.gethostname())
+        assert group.local_size == hosts.count(socket.gethostname())
+        assert group.local_rank == hosts[: group.rank].count(socket.gethostname())
         assert group.all_gather_object(comm.rank) == ranks
         assert group.broadcast_object(comm.rank, group.size - 1) == ranks[-1]
         tensor = torch.full((1000,), float(comm.rank))
@@ -193,22 +197,19 @@ def groups(comm: Comm) -> None:
 
 def one_rank_has_no_memory_to_share(comm: Comm) -> None:
     """Then no rank uses shared memory."""
-    if comm.name != "mpi" or comm.size == 1:
-        return
-    from hvdqn.comm import mpi as engine
+    from hvdqn.comm import host_sum
 
-    def fail_on_rank_1(mpi: Any, host: Any, like: torch.Tensor) -> SharedSum:
-        shared = SharedSum(mpi, host, like)
-        if comm.rank == 1:
-            raise mpi.Exception(mpi.ERR_NO_MEM)
-        return shared
+    def fail(path: str) -> None:
+        raise OSError(28, "No space left on device")
 
-    engine.SharedSum = fail_on_rank_1
+    map_memory = host_sum.map_memory
+    if comm.rank == 1:
+        host_sum.map_memory = fail
     for update in range(3):
         tensor = part(comm.rank, 500, torch.float32, salt=update)
         comm.allreduce_sum_async(tensor, "refused").wait()
         check_sum(comm, tensor, salt=update)
-    engine.SharedSum = SharedSum
+    host_sum.map_memory = map_memory
 
 
 # Each may return hashes, which must be the same on every rank.
@@ -233,10 +234,11 @@ CHECKS: tuple[Callable[[Comm], list[str] | None], ...] = (
 
 def conformance(comm: Comm) -> None:
     bits = [one for check in CHECKS for one in check(comm) or []]
+    assert not list(Path("/dev/shm").glob(f"hvdqn-{os.getpid()}-*")), "a killed job would leave this behind"
     everywhere = comm.all_gather_object(bits)
     assert everywhere == [bits] * comm.size, "the ranks hold different bits"
     summary = hashlib.sha256("".join(bits).encode()).hexdigest()
-    write_line(f"rank {comm.rank} of {comm.size} passed over {comm.name}, bits {summary}")
+    write_line(f"rank {comm.rank} of {comm.size} passed over {comm.name}, {comm.path}, bits {summary}")
 
 
 def error_on_one_rank(comm: Comm) -> None:
@@ -264,11 +266,11 @@ def write_line(line: str) -> None:
     sys.stdout.flush()
 
 
-def main(mode: str, choice: str) -> None:
+def main(mode: str, choice: str, host_sum: str = "auto") -> None:
     torch.set_num_threads(1)
     try:
         os.environ.pop("HOROVOD_CYCLE_TIME", None)  # use hvdqn's default
-        comm = connect(choice)
+        comm = connect(choice, host_sum=host_sum)
     except LaunchError as error:
         if launcher_rank() == 0:
             write_line(f"refused: {error}")

@@ -43,14 +43,23 @@ THREE_RANKS = [
 ONE_RANK = [("python", "auto", 1), ("mpirun", "auto", 1), ("mpirun", "mpi", 1)]
 
 
-@pytest.mark.parametrize(("launcher", "comm", "np"), [*ONE_RANK, *THREE_RANKS])
-def test_engine_conforms_to_comm(launcher: str, comm: str, np: int) -> None:
-    result = launch(launcher, np, [WORKER, "conformance", comm], timeout=TIMEOUT)
+@pytest.mark.parametrize(
+    ("launcher", "comm", "np", "host_sum"),
+    [
+        *((*case, "auto") for case in ONE_RANK),
+        *((*case, host_sum) for case in THREE_RANKS for host_sum in ("on", "off")),
+        ("horovodrun-gloo", "auto", 2, "on"),
+        ("torchrun", "auto", 4, "on"),
+    ],
+)
+def test_engine_conforms_to_comm(launcher: str, comm: str, np: int, host_sum: str) -> None:
+    result = launch(launcher, np, [WORKER, "conformance", comm, host_sum], timeout=TIMEOUT)
     assert result.returncode == 0, result
     assert_ended_soon_after("closed at", np, result)
     engine = comm if comm != "auto" else ENGINES[launcher] if np > 1 else "local"
     for rank in range(np):
         assert f"rank {rank} of {np} passed over {engine}" in result.stdout, result
+    assert result.stdout.count("shared memory, bits") == (np if host_sum == "on" else 0), result
 
 
 @pytest.mark.parametrize(("cores", "sleeps"), [(1, True), (2, False)])

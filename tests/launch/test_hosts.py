@@ -161,6 +161,31 @@ def test_launchers_agree_to_the_last_bit(trainings: Any) -> None:
     assert len(set(digests.values())) == 1, digests
 
 
+@pytest.mark.parametrize(
+    ("launcher", "comm", "engine"),
+    [
+        ("horovodrun-gloo", "auto", "Horovod"),
+        ("mpirun", "auto", "Horovod"),
+        ("mpirun", "mpi", "MPI"),
+        ("torchrun", "auto", "torch.distributed"),
+    ],
+)
+def test_two_ranks_on_each_of_two_hosts(
+    launcher: str, comm: str, engine: str, cluster: Cluster, tmp_path: Path
+) -> None:
+    worker = REPOSITORY / "tests" / "distributed" / "comm_worker.py"
+    program = shlex.join([sys.executable, str(worker), "conformance", comm, "on"])
+    with cluster.start(
+        script(launcher, "h1:2,h2:2", "", program, tmp_path), environment(), 120, tmp_path
+    ) as job:
+        result = job.wait()
+    assert result.returncode == 0, result
+    for rank in range(4):
+        line = f"rank {rank} of 4 passed over .*, {engine} between hosts, shared memory within, bits"
+        assert re.search(line, result.stdout), result
+    assert cluster.left_behind() == []
+
+
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_no_secret_shows_in_ps_on_the_other_host(launcher: str, trainings: Any) -> None:
     training = trainings(launcher)

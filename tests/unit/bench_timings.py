@@ -11,7 +11,7 @@ def make_timing(
     ranks: int = 1, rate: float = 1000.0, exposed: float = 0.0, hidden: float = 0.0
 ) -> LoopTiming:
     """Return a timing with 8 env steps per rank, one update and 90 us of work in each iteration."""
-    work = {"act": 30 * US, "env": 20 * US, "compute": 40 * US}
+    work = {"act": 30 * US, "env": 20 * US, "add": 0.0, "compute": 40 * US}
     return LoopTiming(
         env="CartPole-v1",
         preset="smoke",

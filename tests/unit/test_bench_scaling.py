@@ -11,7 +11,7 @@ import pytest
 from hvdqn import bench
 from hvdqn.bench import loop, scaling
 from hvdqn.bench.allreduce import AllreduceTiming
-from hvdqn.bench.projection import Line, Work, allreduce_seconds, efficiency, fit, project
+from hvdqn.bench.projection import Levels, Line, Work, allreduce_seconds, efficiency, fit, project
 from hvdqn.errors import UserError
 from tests.unit.bench_timings import US, make_timing
 
@@ -56,13 +56,29 @@ def test_efficiency_matches_the_formula():
     work = Work(seconds=100 * US, updates=2.0, hidden_seconds=5 * US)
     assert efficiency(work, 4 * US) == 1.0
     assert efficiency(work, 30 * US) == pytest.approx(100 / (100 + 2 * 25))
+    work = Work(seconds=100 * US, updates=2.0, hidden_seconds=5 * US, window_seconds=20 * US)
+    assert efficiency(work, 30 * US, 19 * US) == pytest.approx(100 / (100 + 2 * 25))
+    assert efficiency(work, 30 * US, 50 * US) == pytest.approx(100 / (100 + 2 * (25 + 30)))
+
+
+def test_a_sum_takes_its_time_within_a_host_and_between_hosts():
+    """4 ranks on a host: 3 us + 4000 bytes x 0.5 ns = 5 us. Between 2 hosts: 14 us, as above."""
+    levels = Levels(Line(3 * US, 5e-10), 4, Line(10 * US, 1e-9), 2)
+    for ranks, hosts in ((5, 2), (8, 2), (9, 3), (64, 16)):
+        for model in ("ring", "tree"):
+            expected = allreduce_seconds(model, levels.between, 2, hosts, 4_000)
+            assert levels.seconds(model, ranks, 4_000) == pytest.approx((5 * US, expected))
+    assert levels.seconds("ring", 8, 4_000) == pytest.approx((5 * US, 14 * US))
+    assert levels.seconds("ring", 4, 4_000) == pytest.approx((5 * US, 0.0))
 
 
 def test_a_projection_has_both_models_at_each_number_of_ranks():
-    found = project(Line(10 * US, 0.0), 2, 4_000, Work(90 * US, 1.0, 0.0), (2, 8))
+    levels = Levels(Line(2 * US, 0.0), 2, Line(10 * US, 0.0), 2)
+    found = project(levels, 4_000, Work(90 * US, 1.0, 0.0), (2, 8))
     assert [(one.model, one.ranks) for one in found] == [("ring", 2), ("ring", 8), ("tree", 2), ("tree", 8)]
-    assert found[1].efficiency == pytest.approx(90 / (90 + 14 * 5))
-    assert found[3].efficiency == pytest.approx(90 / (90 + 3 * 10))
+    assert found[0].efficiency == pytest.approx(90 / (90 + 2))
+    assert found[1].efficiency == pytest.approx(90 / (90 + 2 + 2 * 3 * 5))  # 4 hosts
+    assert found[3].efficiency == pytest.approx(90 / (90 + 2 + 2 * 10))
 
 
 # Scaling
@@ -88,20 +104,18 @@ def test_strong_scaling_leaves_out_numbers_that_do_not_divide_the_work():
 def test_a_projection_of_measured_timings(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     weak = [make_timing(), make_timing(2, rate=1800.0, exposed=10 * US, hidden=5 * US)]
     messages = AllreduceTiming("mpi", 2, 1_000, {1: 10 * US + 4e-9, 1_000: 14 * US, 1_000_000: 4_010 * US})
-    found = scaling.add_projection("mpi", weak, weak, messages)
+    links = AllreduceTiming("mpi", 2, 1_000, {1: 100 * US + 4e-8, 1_000: 140 * US, 1_000_000: 40_100 * US})
+    found = scaling.add_projection("mpi", weak, weak, messages, links, [8])
     eight = {one.model: one for one in found.projected if one.ranks == 8}
-    assert eight["tree"].allreduce_seconds == pytest.approx(3 * 14 * US)
-    assert eight["tree"].efficiency == pytest.approx(90 / (90 + 42 - 5))
+    assert eight["tree"].allreduce_seconds == pytest.approx(14 * US + 2 * 140 * US)
+    assert eight["tree"].efficiency == pytest.approx(90 / (90 + 14 - 5 + 280))
     scaling.print_projection(found)
     printed = capsys.readouterr().out
-    assert "42, 71%" in printed
+    assert "294, 24%" in printed
     late = [make_timing(), make_timing(2, rate=200.0, exposed=900 * US, hidden=800 * US)]
-    eight = {
-        one.model: one
-        for one in scaling.add_projection("mpi", late, late, messages).projected
-        if one.ranks == 8
-    }
-    assert eight["tree"].efficiency == pytest.approx(90 / (90 + 42 - 14))
+    others = scaling.add_projection("mpi", late, late, messages, links, [8]).projected
+    eight = {one.model: one for one in others if one.ranks == 8}
+    assert eight["tree"].efficiency == pytest.approx(90 / (90 + 280))
     assert "Assumed" in printed
     scaling.draw(found, tmp_path / "scaling.png")
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")

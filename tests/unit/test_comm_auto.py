@@ -242,7 +242,7 @@ import datetime, sys, time
 import hvdqn.comm.torch as engine
 from hvdqn.comm import connect
 engine.COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=1)
-comm = connect("torch", "cpu", float(sys.argv[1]))
+comm = connect("torch", "cpu", float(sys.argv[1]), host_sum="off")
 if comm.rank == 1:
     time.sleep(3)
 comm.barrier()

@@ -72,7 +72,7 @@ class FragileGradients(Gradients):
 class ScriptedWorld:
     """Stands for `ElasticWorld`: `connect` returns the given comms in turn."""
 
-    peer_lost = PeerLostError
+    peer_lost = (PeerLostError,)
 
     def __init__(self, *comms, hosts_change=False):
         self.comms, self.hosts_change, self.cuts = list(comms), hosts_change, 0
