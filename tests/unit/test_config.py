@@ -287,7 +287,9 @@ def test_settings_that_a_resume_must_keep():
 
 
 def test_settings_that_an_exact_resume_must_keep():
-    assert set(settings_of_exact_resume()) == {"envs_per_rank", "replay_capacity", "vectorization"}
+    assert set(settings_of_exact_resume()) == {
+        "envs_per_rank", "replay_capacity", "vectorization", "model_parallel",
+    }  # fmt: skip
 
 
 def test_settings_whose_change_a_resume_does_not_report():
@@ -298,7 +300,7 @@ def test_settings_in_which_runs_of_one_curve_may_differ():
     assert set(settings_of_same_curve()) == {
         "seed", "run_dir", "resume", "device", "comm", "threads_per_rank", "log_every", "checkpoint_every",
         "checkpoint_keep", "checkpoint_replay", "eval_every", "eval_episodes", "stall_timeout", "replay_device",
-        "cuda_graphs",
+        "cuda_graphs", "model_parallel",
     }  # fmt: skip
 
 
