@@ -305,8 +305,8 @@ class HostSumComm(Comm):
             self._engine.barrier()
 
     def split(self, color: int) -> Comm:
-        """Return the ranks that pass the same `color`; see `Comm.split`."""
-        return self._engine.split(color)
+        """Return the ranks that pass the same `color`, with sums through shared memory if all of them share a host."""
+        return with_host_sum(self._engine.split(color), "auto", several_hosts=False)
 
     def _end_peers(self, code: int) -> None:
         self._engine._end_peers(code)
