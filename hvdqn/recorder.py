@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -137,6 +138,11 @@ class Recorder:
         log.info(f"evaluation at env step {clock.env_steps:,}, {evaluation}")
         return True
 
+    def return_reached(self) -> bool:
+        """Return whether the last evaluation reached the return at which the run stops."""
+        goal = self.config.run.stop_at_return
+        return goal is not None and self.progress.evaluation.get("eval_return_mean", -math.inf) >= goal
+
     def report_discarded(self) -> None:
         """Warn once if the replay of some rank discarded transitions."""
         if self.reported_discarded:
@@ -185,8 +191,13 @@ class Recorder:
             )
         return not failure
 
-    def finish(self, stopped: bool, acted_env_steps: int) -> None:
-        """Write the summary, and log how the run ended and where everything is."""
+    def finish(self, stopped_by: str, acted_env_steps: int) -> None:
+        """Write the summary, and log how the run ended and where everything is.
+
+        Args:
+            stopped_by: what ended it: "finished", "signal" or "return".
+            acted_env_steps: of this rank, since this attempt began.
+        """
         self.report_discarded()
         summary = summarize(
             self.config,
@@ -194,12 +205,12 @@ class Recorder:
             self.parts,
             self.totals,
             self.progress,
-            stopped,
+            stopped_by,
             acted_env_steps,
             self.seconds_before,
         )
         self.metrics.show(self.parts.clock.env_steps, self.parts.clock.updates, last=True)
-        log_summary(self.run_dir, self.parts.clock.env_steps, stopped, summary["rank_env_steps_per_second"])
+        log_summary(self.run_dir, summary)
         if self.comm.rank == 0:
             try:
                 write_summary(self.run_dir, summary)

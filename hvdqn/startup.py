@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,6 +14,7 @@ from hvdqn.checkpoint import Checkpoint, Checkpoints, find_checkpoint, reset_env
 from hvdqn.clock import Clock
 from hvdqn.comm import Comm
 from hvdqn.config import Config, check_engine, check_world
+from hvdqn.envs import global_generators_kept, make_environments
 from hvdqn.errors import UserError
 from hvdqn.faults import StopSignal, raise_on_all_ranks
 from hvdqn.metrics import PhaseTimer
@@ -88,6 +90,32 @@ def check_that_it_learns(config: Config, clock: Clock) -> None:
         )
 
 
+def check_evaluation(config: Config, parts: Parts) -> None:
+    """Check, before training, that evaluations can be played where `--eval-env` and `--eval-env-kwargs` say.
+
+    Raises:
+        UserError: the environment cannot be made, or its observations or actions are not those of training.
+    """
+    environment = config.evaluation_environment()
+    if environment is config.environment or parts.acting is None:
+        return
+    trained = parts.acting.envs
+    try:
+        with global_generators_kept(), closing(make_environments(environment, 1, 0, training=False)) as envs:
+            found = envs.observation_shape, envs.observation_dtype, envs.num_actions
+    except UserError as error:
+        raise UserError(f"the environment of evaluations: {error}") from error
+    wanted = trained.observation_shape, trained.observation_dtype, trained.num_actions
+    if found != wanted:
+        described = [
+            f"{dtype} observations {list(shape)} and {n} actions" for shape, dtype, n in (found, wanted)
+        ]
+        raise UserError(
+            f"evaluations in '{environment.env}' have {described[0]}, and training has {described[1]}; give an "
+            "--eval-env and --eval-env-kwargs with the same"
+        )
+
+
 def make_trainer(config: Config, comm: Comm, stop: StopSignal, parts: Parts, recorder: Recorder) -> Trainer:
     """Return the trainer of this rank's role."""
     kind = Trainer if parts.role.acts else ServingTrainer
@@ -119,6 +147,8 @@ def start_run(
     checkpoint, warnings = find_checkpoint(config, checkpoints, run_dir)
     parts = build_parts(config, comm, timer, checkpoint.env_steps if checkpoint else 0)
     check_that_it_learns(config, parts.clock)
+    if config.evaluation_environment() is not config.environment:
+        raise_on_all_ranks(comm, lambda: check_evaluation(config, parts), timer)
     # A run that is over is not trained with the new settings.
     if checkpoint is None or checkpoint.env_steps < config.run.total_env_steps:
         record_config(config, comm, run_dir, anew=checkpoint is None)
@@ -157,3 +187,4 @@ def begin(trainer: Trainer, checkpoint: Checkpoint | None, warnings: Sequence[st
     recorder.decide_on_replay()
     if parts.clock.env_steps and parts.clock.due(config.run.eval_every):
         trainer.evaluate()  # a signal may have cut it short
+    trainer.stop_if_return_reached()

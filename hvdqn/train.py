@@ -80,7 +80,7 @@ def train(config: Config, comm: Comm, stop: StopSignal, timer: PhaseTimer) -> in
         with suppress(OSError):
             run_dir.rmdir()
         raise
-    return EXIT_REQUEUE if trainer.stop_voted else EXIT_FINISHED
+    return EXIT_REQUEUE if trainer.stopped_by == "signal" else EXIT_FINISHED
 
 
 def main(argv: Sequence[str] | None = None, work: Work = train) -> int:

@@ -48,7 +48,7 @@ class Trainer:
         if parts.acting is not None:
             self.acting = parts.acting
         self.acted_env_steps = 0  # of this rank, since it started
-        self.stop_voted = False
+        self.stopped_by = ""  # what ends the run early: "signal" or "return"
         self.target_due = False
         self.updating = False
         self.batch: Batch | None = None  # the minibatch of the update under way
@@ -63,16 +63,16 @@ class Trainer:
         self.stop.all_ranks_agreed = True
         self.recorder.save()
         self.evaluate()
-        self.recorder.finish(self.stop_voted, self.acted_env_steps)
+        self.recorder.finish(self.stopped_by or "finished", self.acted_env_steps)
         self.close()
         with self.timer.during("comm"):
             self.comm.barrier()
 
     def train(self, until_env_steps: int | None = None) -> None:
-        """Train until this many global env steps, by default those of the run, or until a rank votes to stop."""
+        """Train until this many global env steps, by default those of the run, or until it stops early."""
         total = self.config.run.total_env_steps if until_env_steps is None else until_env_steps
         self.exchange_stats()  # a rank may have been asked to stop before the start
-        while self.clock.env_steps < total and not self.stop_voted:
+        while self.clock.env_steps < total and not self.stopped_by:
             self.iterate()
             self.timer.start("other")
             self.run_due_events()
@@ -168,14 +168,15 @@ class Trainer:
         self.accumulate(self.strategy.exchange_stats(self.pop_report()))
 
     def accumulate(self, outcome: Outcome) -> None:
-        """Add up the statistics of an exchange; a rank's vote to stop sets `stop_voted`, which ends `train`."""
+        """Add up the statistics of an exchange; a rank's vote to stop sets `stopped_by`, which ends `train`."""
         self.recorder.totals.add(outcome)
-        self.stop_voted = self.stop_voted or outcome.stop
+        if outcome.stop:
+            self.stopped_by = "signal"
 
     def run_due_events(self) -> None:
         """Copy the target network, log, evaluate and save a checkpoint, each if the last env steps made it due."""
         run, due = self.config.run, self.clock.due
-        over = self.clock.env_steps >= run.total_env_steps or self.stop_voted
+        over = self.clock.env_steps >= run.total_env_steps or self.stopped_by != ""
         if over or due(run.eval_every) or due(run.checkpoint_every):
             self.accumulate(self.strategy.synchronize())
         self.target_due |= due(self.config.learning.target_every)
@@ -198,9 +199,17 @@ class Trainer:
             self.target_due = False
 
     def evaluate(self) -> None:
-        """Play greedily; all ranks stop if one is asked to stop meanwhile."""
-        if not self.stop_voted:
-            self.stop_voted = not self.recorder.evaluate(lambda: self.stop.requested)
+        """Play greedily; all ranks stop if one is asked to stop meanwhile, or if the mean return is high enough."""
+        if self.stopped_by:
+            return
+        if not self.recorder.evaluate(lambda: self.stop.requested):
+            self.stopped_by = "signal"
+        self.stop_if_return_reached()
+
+    def stop_if_return_reached(self) -> None:
+        """End training if the last evaluation, which is the same on all ranks, reached `stop_at_return`."""
+        if not self.stopped_by and self.recorder.return_reached():
+            self.stopped_by = "return"
 
     def close(self) -> None:
         """Close the environments."""

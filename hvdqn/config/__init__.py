@@ -35,6 +35,7 @@ from hvdqn.config.validation import (
     check_world,
     unused_settings,
 )
+from hvdqn.config.values import json_object
 
 __all__ = [
     "ALGORITHMS",
@@ -56,6 +57,7 @@ __all__ = [
     "import_attribute",
     "import_module",
     "incidental_settings",
+    "json_object",
     "parse",
     "parse_flags",
     "preset_config",
