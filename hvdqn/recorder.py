@@ -13,10 +13,12 @@ from hvdqn.checkpoint import LEARNER, Checkpoints, Progress, best_evaluation, co
 from hvdqn.comm import Comm
 from hvdqn.config import Config
 from hvdqn.evaluate import Evaluator
-from hvdqn.faults import check_replicas
-from hvdqn.metrics import Metrics, WaitHint, write_summary
+from hvdqn.faults import check_replicas, raise_on_all_ranks
+from hvdqn.metrics import Metrics, WaitHint, Writer, open_tracker, write_summary
 from hvdqn.parts import recording
+from hvdqn.provenance import time_now
 from hvdqn.rank import Parts
+from hvdqn.run_directory import read_launches
 from hvdqn.summary import log_summary, summarize
 from hvdqn.sync import Totals
 
@@ -46,7 +48,9 @@ class Recorder:
         self.parts, self.checkpoints = parts, checkpoints
         self.timer = parts.timer
         self.evaluator = Evaluator(config, comm, parts.device, self.timer, parts.threads, recording(config))
-        self.metrics = Metrics(run_dir if comm.rank == 0 else None, config.run.total_env_steps, self.timer)
+        rank_0_dir = run_dir if comm.rank == 0 else None
+        trackers = self.open_trackers()
+        self.metrics = Metrics(rank_0_dir, config.run.total_env_steps, self.timer, trackers=trackers)
         self.hint = WaitHint(self.timer, comm.name, parts.learner.parameters.numel())
         self.best_eval_return = comm.broadcast_object(best_evaluation(run_dir) if comm.rank == 0 else 0.0)
         self.totals, self.progress = Totals(), Progress()
@@ -56,9 +60,24 @@ class Recorder:
         self.timer.when_alive = self.show_progress  # during checkpoints
         self.reported_discarded = False
 
+    def open_trackers(self) -> list[Writer]:
+        """Return the tracker of `--track` on rank 0, and none elsewhere; a collective call.
+
+        Raises:
+            UserError: on all ranks, if it cannot be opened.
+        """
+        name = self.config.run.track
+        if name == "none":
+            return []
+        return raise_on_all_ranks(
+            self.comm, lambda: [open_tracker(name, self.run_dir)] if self.comm.rank == 0 else [], self.timer
+        )
+
     def resume(self) -> None:
         """Continue the records at the clock's env step: later ones are dropped."""
         self.seconds_before = self.timer.seconds()
+        launches = read_launches(self.run_dir) if self.comm.rank == 0 else []
+        self.metrics.describe({**self.config.flat(), **(launches[-1] if launches else {})})
         self.metrics.resume(self.parts.clock.env_steps, self.parts.clock.updates)
 
     def decide_on_replay(self) -> None:
@@ -212,6 +231,11 @@ class Recorder:
         self.metrics.show(self.parts.clock.env_steps, self.parts.clock.updates, last=True)
         log_summary(self.run_dir, summary)
         if self.comm.rank == 0:
+            launches = read_launches(self.run_dir)
+            if launches:
+                began = {"started_at": launches[0]["started_at"], "launches": len(launches)}
+                summary = {**summary, **launches[-1], **began, "ended_at": time_now()}
+            self.metrics.summarize(summary)
             try:
                 write_summary(self.run_dir, summary)
             except OSError as error:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os.path
 import re
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -21,6 +23,8 @@ from hvdqn.metrics import replace_file
 from hvdqn.paths import absolute
 
 log = logging.getLogger(__name__)
+
+LAUNCH = "# launch: "  # begins the comment of a launch in config.yaml
 
 
 def open_run_dir(config: Config, comm: Comm) -> Path:
@@ -143,23 +147,40 @@ def _locked(path: Path, patience_seconds: float) -> Iterator[None]:
             lock.release()
 
 
-def record_config(config: Config, comm: Comm, run_dir: Path, anew: bool = False) -> None:
-    """Write `config.yaml`. A disk that fails does not end the run: it is logged.
+def record_config(
+    config: Config, comm: Comm, run_dir: Path, launch: Mapping[str, Any] | None = None, anew: bool = False
+) -> None:
+    """Write `config.yaml`: a comment for each launch, then the settings. A disk that fails is logged, and no more.
 
     Args:
         config: what to write.
         comm: the ranks, of which rank 0 writes.
         run_dir: where to write.
+        launch: where this launch comes from; None if that is written already.
         anew: the run begins, and a different file of that name, perhaps written by the user, is renamed and kept.
     """
-    path, text = run_dir / "config.yaml", as_yaml(config).encode()
+    path, text = run_dir / "config.yaml", as_yaml(config)
     try:
         if comm.rank == 0:
-            if anew and path.is_file() and path.read_bytes() != text:
+            before = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+            launches = [line for line in before if line.startswith(LAUNCH)]
+            settings = [line for line in before if not line.startswith(LAUNCH)]
+            if anew and settings and settings != text.splitlines():
                 set_aside(path)
-            replace_file(path, text)
-    except OSError as error:
+                launches = []
+            if launch is not None:
+                launches.append(LAUNCH + json.dumps(launch))
+            replace_file(path, "\n".join([*launches, text]).encode())
+    except (OSError, UnicodeDecodeError) as error:
         log.warning(f"config.yaml could not be written: {error}")
+
+
+def read_launches(run_dir: Path) -> list[dict[str, Any]]:
+    """Return the launches that `config.yaml` records, oldest first; none if it cannot be read."""
+    with contextlib.suppress(OSError, ValueError):
+        lines = (run_dir / "config.yaml").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line.removeprefix(LAUNCH)) for line in lines if line.startswith(LAUNCH)]
+    return []
 
 
 def set_aside(path: Path) -> str:

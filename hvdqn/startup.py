@@ -19,6 +19,7 @@ from hvdqn.errors import UserError
 from hvdqn.faults import StopSignal, raise_on_all_ranks
 from hvdqn.metrics import PhaseTimer
 from hvdqn.parts import build_parts
+from hvdqn.provenance import Launch
 from hvdqn.rank import Parts
 from hvdqn.recorder import Recorder
 from hvdqn.role import assign_role
@@ -143,6 +144,7 @@ def start_run(
     Raises:
         UserError: the input is wrong, on all ranks.
     """
+    launch = Launch(comm)
     checkpoints = Checkpoints(run_dir / "checkpoints", comm, config.run.checkpoint_keep, timer)
     checkpoint, warnings = find_checkpoint(config, checkpoints, run_dir)
     parts = build_parts(config, comm, timer, checkpoint.env_steps if checkpoint else 0)
@@ -151,7 +153,7 @@ def start_run(
         raise_on_all_ranks(comm, lambda: check_evaluation(config, parts), timer)
     # A run that is over is not trained with the new settings.
     if checkpoint is None or checkpoint.env_steps < config.run.total_env_steps:
-        record_config(config, comm, run_dir, anew=checkpoint is None)
+        record_config(config, comm, run_dir, launch.describe(), anew=checkpoint is None)
     trainer = make(config, comm, stop, parts, Recorder(config, comm, run_dir, parts, checkpoints))
     begin(trainer, checkpoint, [*warnings, *compare_cpus(config, comm, parts.device)])
     return trainer

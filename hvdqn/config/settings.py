@@ -279,6 +279,8 @@ class RunConfig:
     checkpoints will take."""
     log_every: Annotated[CountOrZero, SAME_CURVE] = 1_000
     """Env steps between lines of metrics.jsonl."""
+    track: Annotated[Literal["none", "wandb", "mlflow"], INCIDENTAL, SAME_CURVE] = "none"
+    """Also send metrics to Weights & Biases or MLflow, which their own environment variables configure."""
 
 
 PRESET_HELP = (

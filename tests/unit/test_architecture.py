@@ -21,7 +21,7 @@ LAYERS = (
     {"comm", "config", "logs"},
     {"clock", "graphs", "losses", "optimizers", "role", "seeds"},
     {"envs", "faults", "metrics", "networks", "plot", "replay"},
-    {"acting", "checkpoint", "learner", "process", "rank", "run_directory", "sync", "trust"},
+    {"acting", "checkpoint", "learner", "process", "provenance", "rank", "run_directory", "sync", "trust"},
     {"parts"},
     {"evaluate", "export", "policy", "recorder", "startup", "summary", "trainer", "video"},
     {"bench", "elastic", "launchers", "train"},
@@ -48,6 +48,9 @@ ONLY: Mapping[str, set[str]] = {
     "minatar": {"envs/make.py"},
     "matplotlib": {"plot", "bench/scaling.py"},
     "scipy": {"plot"},
+    "wandb": {"metrics/tracking.py"},
+    "mlflow": {"metrics/tracking.py"},
+    "optuna": {"tune"},
 }
 
 MOST_FILE_LINES = 400
