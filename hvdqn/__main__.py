@@ -22,6 +22,8 @@ COMMANDS = {
     "eval": ("hvdqn.evaluate", "play a trained network greedily"),
     "bench": ("hvdqn.bench", "what training costs on this machine, and where the time goes"),
     "plot": ("hvdqn.plot", "draw learning curves of one or many runs"),
+    "tune": ("hvdqn.tune", "search for good settings, with many processes at once"),
+    "presets": ("hvdqn.presets", "list tuned settings, or show what one preset changes"),
 }
 COMPLETION_FLAG = "--tyro-print-completion"
 VERSION_FLAG = "--version"
@@ -91,12 +93,22 @@ def options_of_commands() -> Any:
     from hvdqn.config import Config
     from hvdqn.evaluate import EvalOptions
     from hvdqn.plot import PlotOptions
+    from hvdqn.presets import PresetsOptions
+    from hvdqn.tune import TuneOptions
 
     benchmarks: Any = Union[tuple(Annotated[Config, subcommand(name)] for name in BENCHMARKS)]  # noqa: UP007
-    options: dict[str, Any] = {"train": Config, "eval": EvalOptions, "bench": benchmarks, "plot": PlotOptions}
+    options: dict[str, Any] = {
+        "train": Config,
+        "eval": EvalOptions,
+        "bench": benchmarks,
+        "plot": PlotOptions,
+        "tune": TuneOptions,
+        "presets": PresetsOptions,
+    }
     commands = (
         Annotated[options[name], subcommand(name, description=summary)]
         for name, (_, summary) in COMMANDS.items()
+        if name in options
     )
     return Union[tuple(commands)]  # noqa: UP007
 

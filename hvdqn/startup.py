@@ -13,7 +13,7 @@ import torch
 from hvdqn.checkpoint import Checkpoint, Checkpoints, find_checkpoint, reset_environments, restore
 from hvdqn.clock import Clock
 from hvdqn.comm import Comm
-from hvdqn.config import Config, check_engine, check_world
+from hvdqn.config import Config, check_engine, check_world, fitting_preset
 from hvdqn.envs import global_generators_kept, make_environments
 from hvdqn.errors import UserError
 from hvdqn.faults import StopSignal, raise_on_all_ranks
@@ -171,6 +171,9 @@ def begin(trainer: Trainer, checkpoint: Checkpoint | None, warnings: Sequence[st
     changes: list[str] = []
     if checkpoint is None:
         raise_on_all_ranks(comm, lambda: reset_environments(parts), parts.timer)
+        preset = fitting_preset(config.environment.env)
+        if not config.preset and preset:
+            changes.append(f"--preset {preset} has tuned settings for {config.environment.env}")
     else:
         recorder.progress, changes = restore(parts, checkpoint, config, comm, recorder.totals)
         recorder.saved_at_env_steps = parts.clock.env_steps

@@ -39,18 +39,22 @@ class Writer(Protocol):
 
     def describe(self, settings: Mapping[str, Any]) -> None:
         """Take the settings of the run, before the first record."""
+        return
 
     def resume(self, env_steps: int) -> None:
         """Drop the records beyond `env_steps`."""
+        return
 
     def write(self, record: Record) -> None:
         """Write one record."""
 
     def summarize(self, summary: Mapping[str, Any]) -> None:
         """Take the summary of a run that has ended without an error."""
+        return
 
     def close(self) -> None:
         """Write what is still held back."""
+        return
 
 
 class JsonLines(Writer):

@@ -24,7 +24,7 @@ LAYERS = (
     {"acting", "checkpoint", "learner", "process", "provenance", "rank", "run_directory", "sync", "trust"},
     {"parts"},
     {"evaluate", "export", "policy", "recorder", "startup", "summary", "trainer", "video"},
-    {"bench", "elastic", "launchers", "train"},
+    {"bench", "elastic", "launchers", "presets", "train", "tune"},
     {"__main__"},
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
@@ -60,7 +60,16 @@ LONG_FILES = {"config/settings.py"}
 
 # Files and rooms that write to standard error themselves; all others use `logging`. Commands other than training refuse
 # wrong input with a prefix of their own, as `hvdqn eval: error: `.
-MAY_PRINT_TO_STDERR = {"logs", "launchers", "__main__", "evaluate", "plot", "bench/report.py"}
+MAY_PRINT_TO_STDERR = {
+    "logs",
+    "launchers",
+    "__main__",
+    "evaluate",
+    "plot",
+    "presets",
+    "tune",
+    "bench/report.py",
+}
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 PUBLIC_API = PACKAGE / "__init__.py"
