@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -133,7 +134,7 @@ def best_trial(study: Study) -> FrozenTrial | None:
     from optuna.trial import TrialState
 
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    return max(complete, key=lambda trial: trial.value or 0.0) if complete else None
+    return max(complete, key=lambda trial: -math.inf if trial.value is None else trial.value, default=None)
 
 
 def write_best(study: Study, folder: Path) -> FrozenTrial | None:

@@ -87,7 +87,7 @@ def run_trial(command: Sequence[str], run_dir: Path, trial: Trial, stop: StopFla
         raise TrialFailedError(f"training ended with {process.returncode}: {last_line(output)}")
     value = json.loads((run_dir / SUMMARY_FILE).read_text(encoding="utf-8"))["eval_return_mean"]
     if value is None:
-        raise TrialFailedError("the run has no evaluation; leave --eval-episodes 0 out")
+        raise TrialFailedError("the run has no finite evaluation return; leave --eval-episodes 0 out")
     return float(value)
 
 
