@@ -1,4 +1,4 @@
-"""The `hvdqn` command: train, eval, bench and plot. Each is imported only when it is called.
+"""The `hvdqn` command. Each of its commands is imported only when it is called.
 
 Shell completion of the commands and their flags, for bash (or zsh, or fish):
 
@@ -23,6 +23,8 @@ COMMANDS = {
     "bench": ("hvdqn.bench", "what training costs on this machine, and where the time goes"),
     "plot": ("hvdqn.plot", "draw learning curves of one or many runs"),
     "tune": ("hvdqn.tune", "search for good settings, with many processes at once"),
+    "launch": ("hvdqn.launchers.launch", "start a run with horovodrun, mpirun, torchrun or elastic"),
+    "install-horovod": ("hvdqn.launchers.install_horovod", "build Horovod for the torch of this environment"),
     "presets": ("hvdqn.presets", "list tuned settings, or show what one preset changes"),
 }
 COMPLETION_FLAG = "--tyro-print-completion"
@@ -58,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def usage() -> str:
     """Return the help of the command itself."""
-    lines = [f"  {name:8}{summary}" for name, (_, summary) in COMMANDS.items()]
+    lines = [f"  {name:17}{summary}" for name, (_, summary) in COMMANDS.items()]
     return "\n".join(
         (
             "usage: hvdqn COMMAND [...]\n",
