@@ -11,6 +11,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Union
@@ -56,6 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     entry = module.command if words[0] == "train" else module.main
     code: int = entry(words[1:])
     return code
+
+
+@dataclass
+class ScriptOptions:
+    """A script of launch/, which reads its own flags."""
 
 
 def usage() -> str:
@@ -106,11 +112,12 @@ def options_of_commands() -> Any:
         "plot": PlotOptions,
         "tune": TuneOptions,
         "presets": PresetsOptions,
+        "launch": ScriptOptions,
+        "install-horovod": ScriptOptions,
     }
     commands = (
         Annotated[options[name], subcommand(name, description=summary)]
         for name, (_, summary) in COMMANDS.items()
-        if name in options
     )
     return Union[tuple(commands)]  # noqa: UP007
 

@@ -102,7 +102,7 @@ class Wandb(Writer):
 
     def describe(self, settings: Mapping[str, Any]) -> None:
         """Record the settings."""
-        self._run.config.update(dict(settings), allow_val_change=True)
+        self._run.config.update(dict(settings), allow_val_change=True)  # type: ignore[no-untyped-call]
 
     def write(self, record: Record) -> None:
         """Send one record."""

@@ -135,6 +135,7 @@ def run_trials(
         except InterruptedTrialError:
             put_back(study, trial, run_name(trial))
             print(f"trial {trial.number} was interrupted: the next process continues it", flush=True)
+            return EXIT_REQUEUE
         if failures == MOST_FAILURES:
             print(f"hvdqn tune: error: {failures} trials in a row failed", file=sys.stderr, flush=True)
             return EXIT_FAILED

@@ -69,7 +69,7 @@ def read_search(text: str) -> Search:
         raise UserError(
             f"--search {text!r}: LOW must be below HIGH{', and above 0 on a log scale' if scale else ''}"
         )
-    return Search(field.name, *ends, log=bool(scale), whole=field.type is int)
+    return Search(field.name, ends[0], ends[1], log=bool(scale), whole=field.type is int)
 
 
 def check_value(field: Field, value: Any) -> Any:

@@ -15,7 +15,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from hvdqn.config import setting
-from hvdqn.errors import EXIT_FINISHED
+from hvdqn.errors import EXIT_FINISHED, EXIT_REQUEUE
 from hvdqn.metrics import METRICS_FILE, SUMMARY_FILE, read_metrics
 from hvdqn.tune.space import words_of
 
@@ -35,7 +35,7 @@ class PrunedError(RuntimeError):
 
 
 class InterruptedTrialError(RuntimeError):
-    """This process was asked to stop. The training wrote a checkpoint, if there was time."""
+    """This process or the training was asked to stop. The training wrote a checkpoint, if there was time."""
 
 
 class StopFlag:
@@ -70,7 +70,7 @@ def run_trial(command: Sequence[str], run_dir: Path, trial: Trial, stop: StopFla
 
     Raises:
         PrunedError: others were better.
-        InterruptedTrialError: this process was asked to stop.
+        InterruptedTrialError: this process or the training was asked to stop.
         TrialFailedError: training failed.
     """
     output = run_dir.with_suffix(".log")
@@ -83,6 +83,8 @@ def run_trial(command: Sequence[str], run_dir: Path, trial: Trial, stop: StopFla
         watch(process, run_dir, trial, stop)
     finally:
         end(process, signal.SIGTERM)
+    if process.returncode == EXIT_REQUEUE:
+        raise InterruptedTrialError
     if process.returncode != EXIT_FINISHED:
         raise TrialFailedError(f"training ended with {process.returncode}: {last_line(output)}")
     value = json.loads((run_dir / SUMMARY_FILE).read_text(encoding="utf-8"))["eval_return_mean"]

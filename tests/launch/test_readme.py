@@ -139,6 +139,7 @@ CHECKED_ONLY = {
     "apptainer build hvdqn.sif docker-daemon://hvdqn:latest": "there is no Apptainer in Debian",
 }
 
+RAW = "https://raw.githubusercontent.com/hvdqn/hvdqn/main/"  # README's pictures, for the index of packages
 PLACEHOLDERS = {" S": " 1", "<this repository>": "hvdqn.git"}
 README_WORDS = 1_500
 
@@ -173,6 +174,7 @@ def test_readme_is_short() -> None:
 @pytest.mark.parametrize("page", pages(), ids=name_of)
 def test_links_and_pictures_exist(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", without_blocks(page)):
+        target = target.removeprefix(RAW)
         if re.match(r"\w+:", target):
             continue  # another site
         path, _, anchor = target.partition("#")
@@ -184,7 +186,7 @@ def test_links_and_pictures_exist(page: Path) -> None:
 
 def test_every_picture_is_shown() -> None:
     shown = {
-        (page.parent / target).resolve()
+        (page.parent / target.removeprefix(RAW)).resolve()
         for page in pages()
         for target in re.findall(r"!\[[^]]*\]\(([^)\s]+)\)", without_blocks(page))
     }
