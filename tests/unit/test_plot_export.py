@@ -46,7 +46,7 @@ def test_json_has_an_array_of_runs_tasks_and_points(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.png"))
     read = json.loads((tmp_path / "scores.json").read_text())
     assert read["tasks"] == ["A-v0", "B-v0"]
-    assert read["x"] == dict.fromkeys(read["tasks"], [25.0, 50.0, 75.0, 100.0])
+    assert read["x"] == {task: [25.0, 50.0, 75.0, 100.0] for task in read["tasks"]}
     scores = {name: np.array(values) for name, values in read["scores"].items()}
     base = {"one": 2.0, "two": 1.0}  # in the order of the folders: False comes first
     for name, values in scores.items():
