@@ -1,4 +1,4 @@
-"""Files of a run that programs read: `metrics.jsonl`, TensorBoard events and `summary.json`."""
+"""Write the files of a run that programs read: `metrics.jsonl`, TensorBoard events and `summary.json`."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Writer(Protocol):
         return
 
     def close(self) -> None:
-        """Write what is still held back."""
+        """Write what `write` has not written yet."""
         return
 
 
@@ -221,7 +221,7 @@ def write_summary(run_dir: Path, summary: Mapping[str, Any]) -> None:
 
 
 def _env_steps_of(line: bytes) -> float:
-    """Return the global env steps of a line; infinity if it is not a record."""
+    """Return the global env steps in a line of metrics.jsonl; infinity if the line is not a record."""
     try:
         return float(json.loads(line)["env_steps"])
     except (ValueError, TypeError, KeyError):
