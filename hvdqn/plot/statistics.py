@@ -76,7 +76,7 @@ def summarize(group: Group, x: str, y: str, *, only_line: bool = False, smooth: 
 def curve_of(run: Run, x: str, y: str, smooth: int | None) -> tuple[Array, Array]:
     """Return x and y of a run, `[points]` each, with the moving mean over `smooth` points, if that is given."""
     xs, values = run.curve(x, y)
-    return (xs, moving_mean(values, smooth // 2)) if smooth else (xs, values)
+    return (xs, moving_mean(values, smooth // 2)) if smooth and smooth > 1 else (xs, values)
 
 
 def smoothing_note(smooth: int | None) -> list[str]:
