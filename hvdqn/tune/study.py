@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from hvdqn.tune.space import Search
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
+    from optuna.samplers import BaseSampler
     from optuna.trial import FrozenTrial
 
 JOURNAL = "journal.log"
@@ -57,8 +59,7 @@ def open_study(folder: Path, purpose: Mapping[str, Any], prune: bool) -> Study:
             study_name="hvdqn",
             direction="maximize",
             load_if_exists=True,
-            # Each process draws other numbers, and expects of trials under way what they promised so far.
-            sampler=optuna.samplers.TPESampler(multivariate=True, constant_liar=True),
+            sampler=make_sampler(),
             pruner=optuna.pruners.MedianPruner() if prune else optuna.pruners.NopPruner(),
         )
         before = study.user_attrs
@@ -70,6 +71,16 @@ def open_study(folder: Path, purpose: Mapping[str, Any], prune: bool) -> Study:
                 )
             study.set_user_attr(name, value)
     return study
+
+
+def make_sampler() -> BaseSampler:
+    """Return Optuna's TPE sampler, told that other processes run trials at the same time."""
+    import optuna
+
+    with warnings.catch_warnings():
+        # Optuna 4 calls both options experimental.
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return optuna.samplers.TPESampler(multivariate=True, constant_liar=True)
 
 
 def lock_of(path: Path) -> Any:
