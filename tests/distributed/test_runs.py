@@ -43,27 +43,6 @@ def test_an_evaluation_elsewhere(tmp_path: Path) -> None:
     assert min(returns) > 5
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (
-            ["--eval-env", "Acrobot-v1"],
-            "evaluations in 'Acrobot-v1' have float32 observations [6] and 3 actions",
-        ),
-        (["--eval-env-kwargs", '{"x": 1}'], "the environment of evaluations: --env-kwargs"),
-        (["--eval-env-kwargs", "[]"], "--eval-env-kwargs '[]' is not a JSON object"),
-        (["--stop-at-return", "5"], "--stop-at-return needs evaluations during training"),
-    ],
-)
-def test_wrong_evaluations_are_refused_in_one_line(flags: list[str], message: str, tmp_path: Path) -> None:
-    result = train("mpirun", 2, tmp_path / "run", *flags)
-    assert result.returncode == 2, result
-    errors = [line for line in result.stderr.splitlines() if "hvdqn: error: " in line]
-    assert len(errors) == 1
-    assert message in errors[0]
-    assert not (tmp_path / "run").exists()
-
-
 def test_only_rank_0_tracks_and_a_resumed_run_continues(tmp_path: Path) -> None:
     if importlib.util.find_spec("mlflow") is None:
         pytest.skip(
