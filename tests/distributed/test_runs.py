@@ -51,9 +51,9 @@ def test_only_rank_0_tracks_and_a_resumed_run_continues(tmp_path: Path) -> None:
     from mlflow import MlflowClient
 
     store = {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db", "MLFLOW_EXPERIMENT_NAME": "mine"}
-    for total in ("1000", "1600"):
-        flags = ("--track", "mlflow") if total == "1000" else ()  # a resumed run has it from its config.yaml
-        result = train("mpirun", 2, tmp_path / "run", *flags, "--total-env-steps", total, **store)
+    # A resumed run has --track from its config.yaml.
+    for launcher, np, flags in (("mpirun", 2, ("1000", "--track", "mlflow")), ("python", 1, ("1600",))):
+        result = train(launcher, np, tmp_path / "run", "--total-env-steps", *flags, **store)
         assert result.returncode == 0, result
     client = MlflowClient(store["MLFLOW_TRACKING_URI"])
     [run] = client.search_runs([client.get_experiment_by_name("mine").experiment_id])
