@@ -18,14 +18,18 @@ from typing import Annotated, Any, Union
 
 from hvdqn import __version__
 
+# Name -> module that is imported, with its function unless that is `main`; and one line of help.
 COMMANDS = {
-    "train": ("hvdqn.train", "train a network; under a launcher, on all its ranks"),
+    "train": ("hvdqn.train:command", "train a network; under a launcher, on all its ranks"),
     "eval": ("hvdqn.evaluate", "play a trained network greedily"),
     "bench": ("hvdqn.bench", "what training costs on this machine, and where the time goes"),
     "plot": ("hvdqn.plot", "draw learning curves of one or many runs"),
     "tune": ("hvdqn.tune", "search for good settings, with many processes at once"),
     "launch": ("hvdqn.launchers.launch", "start a run with horovodrun, mpirun, torchrun or elastic"),
-    "install-horovod": ("hvdqn.launchers.install_horovod", "build Horovod for the torch of this environment"),
+    "install-horovod": (
+        "hvdqn.launchers.launch:install_horovod",
+        "build Horovod for the torch of this environment",
+    ),
     "presets": ("hvdqn.presets", "list tuned settings, or show what one preset changes"),
 }
 COMPLETION_FLAG = "--tyro-print-completion"
@@ -53,9 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with suppress(OSError):  # it was removed
         if words[0] != "eval" and "" not in sys.path and (folder := str(Path.cwd())) not in sys.path:
             sys.path.insert(0, folder)
-    module = importlib.import_module(COMMANDS[words[0]][0])
-    entry = module.command if words[0] == "train" else module.main
-    code: int = entry(words[1:])
+    module, _, function = COMMANDS[words[0]][0].partition(":")
+    code: int = getattr(importlib.import_module(module), function or "main")(words[1:])
     return code
 
 

@@ -1,4 +1,4 @@
-"""`hvdqn launch LAUNCHER ...`: run a launch script, also where hvdqn was installed from a wheel."""
+"""`hvdqn launch LAUNCHER ...` and `hvdqn install-horovod`: run a script of launch/, also where there is no clone."""
 
 from __future__ import annotations
 
@@ -32,6 +32,11 @@ def main(argv: Sequence[str]) -> int:
     known = ", ".join(LAUNCHERS)
     print(f"hvdqn launch: error: unknown launcher '{argv[0]}'; there are {known}", file=sys.stderr)
     return EXIT_USER_ERROR
+
+
+def install_horovod(argv: Sequence[str]) -> int:
+    """Run the `hvdqn install-horovod` command, which becomes launch/install_horovod.sh."""
+    run_script("install_horovod.sh", argv)
 
 
 def run_script(name: str, arguments: Sequence[str]) -> NoReturn:

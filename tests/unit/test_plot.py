@@ -479,7 +479,9 @@ def with_closed_folders(monkeypatch: pytest.MonkeyPatch) -> None:
         (["run", "--y", "episode_return"], "did you mean 'episode_return_mean'"),
         (["run", "--group", "presets"], "did you mean 'preset'"),
         (["run", "--x", "hours"], "'hours'"),
-        (["run", "--smooth"], "unknown argument '--smooth'"),
+        (["run", "--smoothing"], "unknown argument '--smoothing'"),
+        (["run", "--smooth", "-1"], "--smooth is -1; give a number of points"),
+        (["run", "--labels", "a,b"], "--labels has 2 names, for the 1 curves"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(
