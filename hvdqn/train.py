@@ -110,9 +110,8 @@ def run(argv: Sequence[str] | None, work: Work, stop: StopSignal) -> int:
         setup_logging(launcher_rank(), launcher_size())
         config = parse(sys.argv[1:] if argv is None else argv)
         find_spec(config.environment.env)  # raises for an unknown id now: connecting takes seconds
-        parallel = config.parallel
-        host_sum = "off" if parallel.sync == "server" else parallel.host_sum
-        comm = connect(parallel.comm, device_kind(config), parallel.stall_timeout, host_sum)
+        host_sum = "off" if config.parallel.sync == "server" else config.parallel.host_sum
+        comm = connect(config.parallel.comm, device_kind(config), config.parallel.stall_timeout, host_sum)
     except (UserError, LaunchError) as error:
         return refuse_alone(str(error), stop)
     setup_logging(comm.rank, comm.size)
