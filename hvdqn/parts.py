@@ -302,6 +302,18 @@ def importance_at(config: Config, role: Role, env_steps: int) -> Importance:
     return Importance(beta, n_global, size=role.of)
 
 
+def engine_settings(config: Config) -> tuple[str, str, float, str]:
+    """Return the arguments of `connect`: choice, device, stall_timeout and host_sum.
+
+    Raises:
+        UserError: see `device_kind`.
+    """
+    parallel = config.parallel
+    # The server's ranks send messages to each other through plain MPI.
+    host_sum = "off" if parallel.sync == "server" else parallel.host_sum
+    return parallel.comm, device_kind(config), parallel.stall_timeout, host_sum
+
+
 def device_kind(config: Config) -> str:
     """Return the kind of device that `--device` stands for on this host: "cpu" or "cuda".
 

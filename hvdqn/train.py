@@ -42,7 +42,7 @@ from hvdqn.errors import (
 from hvdqn.faults import StopSignal, Watchdog
 from hvdqn.logs import setup_logging
 from hvdqn.metrics import PhaseTimer, check_tracker
-from hvdqn.parts import device_kind
+from hvdqn.parts import engine_settings
 from hvdqn.paths import folder_remembered
 from hvdqn.process import borrowed_process, tune_process
 from hvdqn.run_directory import open_run_dir, sole_job
@@ -111,9 +111,7 @@ def run(argv: Sequence[str] | None, work: Work, stop: StopSignal) -> int:
         config = parse(sys.argv[1:] if argv is None else argv)
         find_spec(config.environment.env)  # raises for an unknown id now: connecting takes seconds
         check_tracker(config.run.track)
-        parallel = config.parallel
-        host_sum = "off" if parallel.sync == "server" else parallel.host_sum
-        comm = connect(parallel.comm, device_kind(config), parallel.stall_timeout, host_sum)
+        comm = connect(*engine_settings(config))
     except (UserError, LaunchError) as error:
         return refuse_alone(str(error), stop)
     setup_logging(comm.rank, comm.size)

@@ -212,11 +212,9 @@ class ParallelConfig:
 
     comm: Annotated[Literal["auto", "local", "horovod", "torch", "mpi"], LAUNCH, SAME_CURVE] = "auto"
     """Communication library; `auto` chooses by the launcher's environment variables."""
-    host_sum: Annotated[
-        Literal["auto", "on", "off"], LAUNCH, SAME_CURVE, Needs("sync", "gradients", "parameters")
-    ] = "auto"
+    host_sum: Annotated[Literal["auto", "on", "off"], LAUNCH, SAME_CURVE] = "auto"
     """Ranks of one host sum gradients through shared memory, and `comm` connects one rank of each host. `auto`: if they
-    can. `off`: `comm` does it all, as it does for GPUs."""
+    can. `off`: `comm` does it all, as it does for GPUs and with `sync server`."""
     sync: Annotated[Literal["gradients", "parameters", "server"], FIXED] = "gradients"
     """`gradients`: average gradients at every update. `parameters`: each rank takes its own optimizer steps; weights
     and moments are averaged every `sync_every` updates. `server`: rank 0 does not act but takes the optimizer steps;
