@@ -285,4 +285,4 @@ def main(mode: str, choice: str, host_sum: str = "auto") -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(*sys.argv[1:4])  # launch scripts are given more
