@@ -277,6 +277,11 @@ class Learner:
         moments = {f"optimizer.{name}": value for name, value in self.optimizer.moments().items()}
         return {"online": self.parameters, "target": self.target_parameters, **moments}
 
+    def by_name(self, flat: Tensor) -> dict[str, Tensor]:
+        """Return views of a tensor `[parameters]`, named and shaped as the parameters of the online network."""
+        named = dict(self.online.named_parameters())
+        return dict(zip(named, _views(flat, list(named.values())), strict=True))
+
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Load what `state` returned."""
         load_tensors(self.state(), state)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from hvdqn.clock import Clock, WorkerClock
 from hvdqn.comm import Comm
 from hvdqn.comm.gpus import assign_gpus, visible_gpus
 from hvdqn.config import Config
-from hvdqn.envs import Environments, make_environments
+from hvdqn.envs import Environments, Spaces, make_environments
 from hvdqn.errors import UserError
 from hvdqn.faults import raise_on_all_ranks
 from hvdqn.graphs import Record, Recorded, record_cuda_graph
@@ -29,14 +29,6 @@ from hvdqn.replay.device import DeviceMemory, PinnedMemory
 from hvdqn.role import Role, assign_role
 from hvdqn.seeds import rank_seeds
 from hvdqn.sync import make_strategy
-
-
-class Spaces(NamedTuple):
-    """What a network must know of its environments."""
-
-    observation_shape: tuple[int, ...]
-    is_image: bool
-    num_actions: int
 
 
 def build_parts(config: Config, comm: Comm, timer: PhaseTimer, env_steps: int = 0) -> Parts:
@@ -76,6 +68,7 @@ def build_parts(config: Config, comm: Comm, timer: PhaseTimer, env_steps: int = 
     overlap: Literal["exchange", "update"] = "exchange" if device.type == "cpu" else "update"
     return Parts(
         role=role,
+        spaces=spaces,
         clock=clock,
         learner=learner,
         strategy=strategy,
@@ -115,7 +108,7 @@ def make_own_replay(
 
 def share_spaces(envs: Environments | None, comm: Comm, timer: PhaseTimer) -> Spaces:
     """Return the spaces of the job's environments, also on a rank that has none; a collective call."""
-    mine = Spaces(envs.observation_shape, envs.is_image, envs.num_actions) if envs else None
+    mine = envs.spaces if envs else None
     with timer.during("comm"):
         return next(spaces for spaces in comm.all_gather_object(mine) if spaces is not None)
 

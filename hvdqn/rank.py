@@ -9,7 +9,7 @@ import torch
 
 from hvdqn.acting import Actor, Epsilons
 from hvdqn.clock import Clock
-from hvdqn.envs import Environments
+from hvdqn.envs import Environments, Spaces
 from hvdqn.learner import Learner
 from hvdqn.metrics import PhaseTimer
 from hvdqn.replay import Replay
@@ -32,6 +32,7 @@ class Parts:
 
     Attributes:
         role: whether this rank acts.
+        spaces: of the environments of the job.
         clock, learner, strategy, epsilons, timer, device: of this rank.
         threads: number of threads that this rank may use.
         overlap: what happens while the environments step: "exchange": gradients travel; "update": a GPU takes a whole
@@ -40,6 +41,7 @@ class Parts:
     """
 
     role: Role
+    spaces: Spaces
     clock: Clock
     learner: Learner
     strategy: Strategy

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hvdqn.checkpoint import LEARNER, Checkpoints, Progress, best_evaluation, contents
+from hvdqn.callbacks import Callback, Run
+from hvdqn.checkpoint import POLICY, Checkpoints, Progress, best_evaluation, contents, policy_part
 from hvdqn.comm import Comm
 from hvdqn.config import Config
+from hvdqn.envs import Episode
 from hvdqn.evaluate import Evaluator
-from hvdqn.faults import check_replicas
+from hvdqn.faults import StopSignal, check_replicas
 from hvdqn.metrics import Metrics, WaitHint, write_summary
 from hvdqn.parts import recording
 from hvdqn.rank import Parts
 from hvdqn.summary import log_summary, summarize
-from hvdqn.sync import Totals
+from hvdqn.sync import InfoMeans, Totals
 
 log = logging.getLogger(__name__)
 
@@ -31,18 +33,33 @@ class Recorder:
         run_dir: where the run is recorded.
         parts: of this rank.
         checkpoints: of the run.
+        stop: whether this rank was asked to stop; callbacks may ask for it.
+        callbacks: are told of all that is recorded.
 
     Attributes:
         totals: what the ranks learned since the last line of metrics.
         progress: what was evaluated and saved so far.
         activity: what the ranks do besides training, for the progress display.
+        returns: of the last evaluation, of all ranks.
+        summary: the content of summary.json, once the run has ended.
     """
 
     def __init__(
-        self, config: Config, comm: Comm, run_dir: Path, parts: Parts, checkpoints: Checkpoints
+        self,
+        config: Config,
+        comm: Comm,
+        run_dir: Path,
+        parts: Parts,
+        checkpoints: Checkpoints,
+        stop: StopSignal,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         self.config, self.comm, self.run_dir = config, comm, run_dir
         self.parts, self.checkpoints = parts, checkpoints
+        self.callbacks, self.run = callbacks, Run(config, comm, run_dir, parts.clock, stop)
+        self.returns: tuple[float, ...] = ()
+        self.summary: dict[str, Any] = {}
+        self.infos = InfoMeans(config.run.log_info)
         self.timer = parts.timer
         self.evaluator = Evaluator(config, comm, parts.device, self.timer, parts.threads, recording(config))
         self.metrics = Metrics(run_dir if comm.rank == 0 else None, config.run.total_env_steps, self.timer)
@@ -101,8 +118,11 @@ class Recorder:
             "lr": learner.lr,
             "grad_norm": learner.grad_norm,
             **self.parts.strategy.metrics(),
+            **self.infos.exchange(self.comm),
         }
-        self.metrics.log(clock.env_steps, clock.updates, values)
+        record = self.metrics.log(clock.env_steps, clock.updates, values)
+        for callback in self.callbacks:
+            callback.on_log(self.run, record.values)
         if hint := self.hint.due():
             log.info(hint)
 
@@ -124,8 +144,9 @@ class Recorder:
         self.activity = ""
         if evaluation is None:
             return False
-        self.report_discarded()
+        self.exchange_notes()
         progress.evaluated_at_env_steps = clock.env_steps
+        self.returns = evaluation.returns
         progress.evaluation = {
             "eval_return_mean": evaluation.mean,
             "eval_return_std": evaluation.std,
@@ -135,17 +156,31 @@ class Recorder:
             self.best_eval_return = evaluation.mean
         self.metrics.log(clock.env_steps, clock.updates, progress.evaluation)
         log.info(f"evaluation at env step {clock.env_steps:,}, {evaluation}")
+        for callback in self.callbacks:
+            callback.on_evaluation(self.run, evaluation)
         return True
 
-    def report_discarded(self) -> None:
-        """Warn once if the replay of some rank discarded transitions."""
-        if self.reported_discarded:
-            return
+    def end_episodes(self, episodes: Sequence[Episode]) -> None:
+        """Tell callbacks of the episodes of this rank that have ended; not a collective call."""
+        for episode in episodes:
+            if episode.info:
+                self.infos.add(episode.info)
+            for callback in self.callbacks:
+                callback.on_episode(self.run, episode)
+
+    def exchange_notes(self) -> None:
+        """Warn once if the replay of some rank discarded transitions; find out if episodes report `is_success`."""
         acting = self.parts.acting
         with self.timer.during("comm"):
-            counts = self.comm.all_gather_object(acting.replay.discarded if acting else 0)
-        self.reported_discarded = any(counts)
-        if self.reported_discarded:
+            notes = self.comm.all_gather_object(
+                (acting.replay.discarded if acting else 0, self.infos.has_success)
+            )
+        counts, successes = zip(*notes, strict=True)
+        # Under `server`, ranks write their lines of metrics at different times, and must not wait for each other then.
+        if any(successes) and self.config.parallel.sync != "server":
+            self.infos.watch_success()
+        if any(counts) and not self.reported_discarded:
+            self.reported_discarded = True
             ranks = ", ".join(str(rank) for rank, count in enumerate(counts) if count)
             log.warning(
                 f"{sum(counts):,} transitions of rank {ranks} have a reward, an observation or a TD error that is not "
@@ -154,16 +189,27 @@ class Recorder:
 
     def save(self) -> None:
         """Write a checkpoint, unless there is one of this env step."""
-        if self.saved_at_env_steps != self.parts.clock.env_steps:
-            self.report_discarded()
-            self.write_checkpoint(contents(self.parts, self.comm, self.totals, self.progress))
-            self.saved_at_env_steps = self.parts.clock.env_steps
+        env_steps = self.parts.clock.env_steps
+        if self.saved_at_env_steps == env_steps:
+            return
+        self.exchange_notes()
+        state = contents(self.parts, self.comm, self.totals, self.progress)
+        saved = self.write_checkpoint({**state, **self.policy()})
+        self.saved_at_env_steps = env_steps
+        for callback in self.callbacks if saved else ():
+            callback.on_checkpoint(self.run, self.checkpoints.directory / f"{env_steps:012d}")
 
     def save_best(self, eval_return: float) -> bool:
         """Keep the weights of the best evaluation so far as `checkpoints/best`; return whether that worked."""
-        weights = {"learner": self.parts.learner.state(), "eval_return_mean": eval_return}
-        parts = {LEARNER: weights} if self.comm.rank == 0 else {}
-        return self.write_checkpoint(parts, best=True)
+        return self.write_checkpoint(self.policy(eval_return_mean=eval_return), best=True)
+
+    def policy(self, **more: float) -> dict[str, Any]:
+        """Return the policy file of a checkpoint, on rank 0, with more numbers in it."""
+        if self.comm.rank > 0:
+            return {}
+        learner, env_steps = self.parts.learner, self.parts.clock.env_steps
+        parameters = learner.by_name(learner.parameters)
+        return {POLICY: policy_part(parameters, self.config, self.parts.spaces, env_steps, **more)}
 
     def write_checkpoint(self, parts: Mapping[str, Any], best: bool = False) -> bool:
         """Write a checkpoint; return whether that worked. A disk that fails is counted and does not end the run.
@@ -185,24 +231,25 @@ class Recorder:
             )
         return not failure
 
-    def finish(self, stopped: bool, acted_env_steps: int) -> None:
+    def finish(self, stopped_by: str, acted_env_steps: int) -> None:
         """Write the summary, and log how the run ended and where everything is."""
-        self.report_discarded()
-        summary = summarize(
+        self.exchange_notes()
+        self.summary = summarize(
             self.config,
             self.comm,
             self.parts,
             self.totals,
             self.progress,
-            stopped,
+            stopped_by,
             acted_env_steps,
             self.seconds_before,
         )
-        self.metrics.show(self.parts.clock.env_steps, self.parts.clock.updates, last=True)
-        log_summary(self.run_dir, self.parts.clock.env_steps, stopped, summary["rank_env_steps_per_second"])
+        env_steps, speeds = self.parts.clock.env_steps, self.summary["rank_env_steps_per_second"]
+        self.metrics.show(env_steps, self.parts.clock.updates, last=True)
+        log_summary(self.run_dir, env_steps, stopped_by, speeds)
         if self.comm.rank == 0:
             try:
-                write_summary(self.run_dir, summary)
+                write_summary(self.run_dir, self.summary)
             except OSError as error:
                 log.warning(f"summary.json could not be written: {error}")
         self.metrics.close()

@@ -9,7 +9,8 @@ from typing import TypeVar
 
 import torch
 
-from hvdqn.checkpoint import Checkpoint, Checkpoints, find_checkpoint, reset_environments, restore
+from hvdqn.callbacks import Callback, load_callbacks
+from hvdqn.checkpoint import Checkpoint, Checkpoints, find_newest, reset_environments, restore
 from hvdqn.clock import Clock
 from hvdqn.comm import Comm
 from hvdqn.config import Config, check_engine, check_world
@@ -94,6 +95,15 @@ def make_trainer(config: Config, comm: Comm, stop: StopSignal, parts: Parts, rec
     return kind(config, comm, stop, parts, recorder)
 
 
+def named_callbacks(config: Config, comm: Comm) -> list[Callback]:
+    """Return the callbacks that the settings name; a collective call if there are any.
+
+    Raises:
+        UserError: on all ranks.
+    """
+    return raise_on_all_ranks(comm, lambda: load_callbacks(config)) if config.run.callback else []
+
+
 def start_run(
     config: Config,
     comm: Comm,
@@ -101,6 +111,7 @@ def start_run(
     stop: StopSignal,
     timer: PhaseTimer,
     make: Callable[[Config, Comm, StopSignal, Parts, Recorder], T],
+    callbacks: Sequence[Callback] = (),
 ) -> T:
     """Build all parts and the trainer, and begin the run or resume it from its newest checkpoint; a collective call.
 
@@ -111,18 +122,21 @@ def start_run(
         stop: whether this rank was asked to stop.
         timer: of this rank.
         make: makes the trainer, as `make_trainer` does.
+        callbacks: of the program; those of `--callback` are added.
 
     Raises:
         UserError: the input is wrong, on all ranks.
     """
+    callbacks = [*callbacks, *named_callbacks(config, comm)]
     checkpoints = Checkpoints(run_dir / "checkpoints", comm, config.run.checkpoint_keep, timer)
-    checkpoint, warnings = find_checkpoint(config, checkpoints, run_dir)
+    checkpoint, warnings = find_newest(config, checkpoints, run_dir)
     parts = build_parts(config, comm, timer, checkpoint.env_steps if checkpoint else 0)
     check_that_it_learns(config, parts.clock)
     # A run that is over is not trained with the new settings.
     if checkpoint is None or checkpoint.env_steps < config.run.total_env_steps:
         record_config(config, comm, run_dir, anew=checkpoint is None)
-    trainer = make(config, comm, stop, parts, Recorder(config, comm, run_dir, parts, checkpoints))
+    recorder = Recorder(config, comm, run_dir, parts, checkpoints, stop, callbacks)
+    trainer = make(config, comm, stop, parts, recorder)
     begin(trainer, checkpoint, [*warnings, *compare_cpus(config, comm, parts.device)])
     return trainer
 

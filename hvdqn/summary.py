@@ -60,7 +60,7 @@ def summarize(
     parts: Parts,
     totals: Totals,
     progress: Progress,
-    stopped: bool,
+    stopped_by: str,
     acted_env_steps: int,
     seconds_before: Mapping[str, float],
 ) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def summarize(
         parts: of this rank.
         totals: of the run.
         progress: of the run.
-        stopped: whether a signal ended it.
+        stopped_by: what ended it: "finished", "signal" or "callback".
         acted_env_steps: of this rank, since this attempt began.
         seconds_before: by phase, of earlier attempts.
     """
@@ -99,7 +99,7 @@ def summarize(
         "updates_per_second": clock.updates / wall_seconds,
         **{name: progress.evaluation.get(name) for name in EVALUATION},
         "param_sha256": parts.learner.sha256(),
-        "stopped_by": "signal" if stopped else "finished",
+        "stopped_by": stopped_by,
         "seconds": seconds,
         # Of each rank's own work, without waiting for others; 0 of a rank that does not act.
         "rank_env_steps_per_second": comm.all_gather_object(acted_env_steps / worked),
@@ -123,13 +123,13 @@ def _traffic(strategy: Strategy) -> dict[str, float]:
     }
 
 
-def log_summary(run_dir: Path, env_steps: int, stopped: bool, speeds: Sequence[float]) -> None:
+def log_summary(run_dir: Path, env_steps: int, stopped_by: str, speeds: Sequence[float]) -> None:
     """Log how the run ended, and where everything is.
 
     Args:
         run_dir: of the run.
         env_steps: global, at the end.
-        stopped: whether a signal ended it.
+        stopped_by: what ended it: "finished", "signal" or "callback".
         speeds: env steps per second of each rank's own work.
     """
     acting = [speed for speed in speeds if speed > 0]
@@ -140,8 +140,8 @@ def log_summary(run_dir: Path, env_steps: int, stopped: bool, speeds: Sequence[f
             f"rank {speeds.index(slowest)} is the slowest, {slowest:,.4g} env steps/s of its own work, and the "
             f"others {others}; the fastest, rank {speeds.index(fastest)}, makes {fastest:,.4g}"
         )
-    if stopped:
+    if stopped_by != "finished":
         log.info(
-            f"stopped by a signal at env step {env_steps:,}: start it again with --run-dir {run_dir} to resume"
+            f"stopped by a {stopped_by} at env step {env_steps:,}: start it again with --run-dir {run_dir} to resume"
         )
     log.info(f"run directory: {run_dir}   checkpoint: {run_dir / 'checkpoints' / 'latest'}")

@@ -49,6 +49,7 @@ class Trainer:
             self.acting = parts.acting
         self.acted_env_steps = 0  # of this rank, since it started
         self.stop_voted = False
+        self.stopped_by = "finished"
         self.target_due = False
         self.updating = False
         self.batch: Batch | None = None  # the minibatch of the update under way
@@ -61,9 +62,13 @@ class Trainer:
         self.accumulate(self.strategy.synchronize())
         self.update_target_if_due()
         self.stop.all_ranks_agreed = True
+        if self.stop_voted:
+            with self.timer.during("comm"):
+                signaled = any(self.comm.all_gather_object(bool(self.stop.name)))
+            self.stopped_by = "signal" if signaled else "callback"
         self.recorder.save()
         self.evaluate()
-        self.recorder.finish(self.stop_voted, self.acted_env_steps)
+        self.recorder.finish(self.stopped_by, self.acted_env_steps)
         self.close()
         with self.timer.during("comm"):
             self.comm.barrier()
@@ -152,7 +157,8 @@ class Trainer:
         episodes = self.acting.envs.pop_episodes()
         if not episodes:
             return (float(self.stop.requested), *NO_EPISODES)
-        returns, lengths, envs = map(np.array, zip(*episodes, strict=True))
+        self.recorder.end_episodes(episodes)
+        returns, lengths, envs = map(np.array, list(zip(*episodes, strict=True))[:3])
         greediest = self.parts.epsilons.greediest[envs]
         return (
             float(self.stop.requested),

@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from hvdqn.checkpoint.files import BrokenCheckpointError
 from hvdqn.comm import Comm
+from hvdqn.learner import Learner
 from hvdqn.rank import Parts
 from hvdqn.seeds import torch_state
 from hvdqn.sync import Totals
@@ -79,7 +81,7 @@ def load_shared_state(
 
 
 def check_learner(part: Any, path: object) -> None:
-    """Check the shapes in the part that all ranks share, or in that of `best`: a digest does not prove any.
+    """Check the shapes in the part that all ranks share: a digest does not prove any.
 
     Args:
         part: as it was read.
@@ -89,17 +91,25 @@ def check_learner(part: Any, path: object) -> None:
         BrokenCheckpointError: the networks are missing, or their tensors do not fit each other.
     """
     tensors = part.get("learner") if isinstance(part, dict) else None
-    online = tensors.get("online") if isinstance(tensors, dict) else None
-    if not isinstance(tensors, dict) or not isinstance(online, np.ndarray) or online.ndim != 1:
+    network = tensors.get("online", tensors.get("target")) if isinstance(tensors, dict) else None
+    shape = _shape(network)
+    if not isinstance(tensors, dict) or not shape or (isinstance(shape, tuple) and len(shape) != 1):
         raise BrokenCheckpointError(f"{path} holds no parameters of a network")
     for name, tensor in tensors.items():
-        if not isinstance(tensor, np.ndarray) or tensor.dtype.kind != "f":
+        found = _shape(tensor)
+        if found is None:
             raise BrokenCheckpointError(f"{path}: {name} is no array of floats")
-        is_scalar = tensor.shape == () or name == "sync.largest_weight"  # `--sync parameters` keeps that one
-        if not is_scalar and tensor.shape != online.shape:
-            raise BrokenCheckpointError(
-                f"{path}: {name} has shape {list(tensor.shape)}, where the network has {list(online.shape)}"
-            )
+        is_scalar = found == () or name == "sync.largest_weight"  # `--sync parameters` keeps that one
+        if not is_scalar and found != shape:
+            raise BrokenCheckpointError(f"{path}: {name} has shape {found}, where the network has {shape}")
+
+
+def _shape(tensor: Any) -> tuple[int, ...] | dict[str, Any] | None:
+    """Return the shape of an array of floats, or the shapes of arrays by name; None for anything else."""
+    if isinstance(tensor, dict):
+        shapes = {name: _shape(part) for name, part in tensor.items()}
+        return None if None in shapes.values() else shapes
+    return tensor.shape if isinstance(tensor, np.ndarray) and tensor.dtype.kind == "f" else None
 
 
 def contents(parts: Parts, comm: Comm, totals: Totals, progress: Progress) -> dict[str, Any]:
@@ -115,5 +125,38 @@ def contents(parts: Parts, comm: Comm, totals: Totals, progress: Progress) -> di
         }
     }
     if comm.rank == 0:
-        written[LEARNER] = shared_state(parts, totals, progress)
+        shared = shared_state(parts, totals, progress)
+        flat = shared["learner"].pop("online")  # a file of its own has it, see `policy_file`
+        for name, tensor in shared["learner"].items():
+            if tensor.shape == flat.shape:
+                shared["learner"][name] = parts.learner.by_name(tensor)
+        written[LEARNER] = shared
     return written
+
+
+def flat_learner(
+    tensors: Mapping[str, Any], parameters: Mapping[str, Any], learner: Learner
+) -> dict[str, Any]:
+    """Return the tensors of a checkpoint as `Learner.load_state` takes them.
+
+    Args:
+        tensors: of the part that all ranks share, by name of each parameter.
+        parameters: of the online network, by name.
+        learner: the learner that they are for.
+
+    Raises:
+        ValueError: its network has other parameters.
+    """
+    like = learner.by_name(learner.parameters)
+    named = {"online": parameters, **tensors}
+    return {
+        name: _flat(value, like, name) if isinstance(value, Mapping) else value
+        for name, value in named.items()
+    }
+
+
+def _flat(named: Mapping[str, Any], like: Mapping[str, Tensor], what: str) -> Tensor:
+    for name in [*like, *named]:
+        if name not in named or name not in like or named[name].shape != tuple(like[name].shape):
+            raise ValueError(f"{what} has other parameters: {name}")
+    return torch.cat([torch.as_tensor(named[name]).reshape(-1) for name in like])

@@ -25,16 +25,19 @@ from hvdqn.config.settings import (
     incidental_settings,
     preset_config,
     same_setting,
+    setting,
     settings_fixed_on_resume,
     settings_of_exact_resume,
     settings_of_same_curve,
 )
 from hvdqn.config.validation import (
+    check,
     check_engine,
     check_saved,
     check_world,
     unused_settings,
 )
+from hvdqn.config.values import value_of_data
 
 __all__ = [
     "ALGORITHMS",
@@ -49,6 +52,7 @@ __all__ = [
     "ReplayConfig",
     "RunConfig",
     "as_yaml",
+    "check",
     "check_engine",
     "check_saved",
     "check_world",
@@ -61,8 +65,10 @@ __all__ = [
     "preset_config",
     "print_completion",
     "same_setting",
+    "setting",
     "settings_fixed_on_resume",
     "settings_of_exact_resume",
     "settings_of_same_curve",
     "unused_settings",
+    "value_of_data",
 ]

@@ -132,6 +132,8 @@ class TensorBoard:
 def _tag(name: str) -> str:
     if name.startswith("eval_"):
         return "eval/" + name.removeprefix("eval_")
+    if name.startswith("info/"):
+        return name
     return ("time/" if "second" in name else "train/") + name
 
 

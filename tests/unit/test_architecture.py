@@ -19,12 +19,23 @@ PACKAGE = Path(__file__).parents[2] / "hvdqn"
 LAYERS = (
     {"errors", "hvdqn", "links", "paths", "step"},
     {"comm", "config", "logs"},
-    {"clock", "graphs", "losses", "optimizers", "role", "seeds"},
+    {"clock", "graphs", "losses", "optimizers", "role", "seeds", "trust"},
     {"envs", "faults", "metrics", "networks", "plot", "replay"},
     {"acting", "checkpoint", "learner", "process", "rank", "run_directory", "sync"},
     {"parts"},
-    {"evaluate", "export", "policy", "recorder", "startup", "summary", "trainer", "video"},
-    {"bench", "elastic", "launchers", "train"},
+    {
+        "api",
+        "callbacks",
+        "evaluate",
+        "export",
+        "policy",
+        "recorder",
+        "startup",
+        "summary",
+        "trainer",
+        "video",
+    },
+    {"bench", "elastic", "job", "launchers", "train"},
     {"__main__"},
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
