@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from hvdqn.acting import Actor, Epsilons
+from hvdqn.checkpoint import load_parameters, read_policy
 from hvdqn.clock import Clock, WorkerClock
 from hvdqn.comm import Comm
 from hvdqn.comm.gpus import assign_gpus, visible_gpus
@@ -22,6 +23,7 @@ from hvdqn.graphs import Record, Recorded, record_cuda_graph
 from hvdqn.learner import Learner
 from hvdqn.metrics import PhaseTimer
 from hvdqn.networks import QNetwork, make_network
+from hvdqn.paths import absolute
 from hvdqn.process import share_of_cores, use_threads
 from hvdqn.rank import Acting, Parts
 from hvdqn.replay import HOST_MEMORY, Importance, Memory, PrioritizedReplay, Replay
@@ -52,7 +54,7 @@ def build_parts(config: Config, comm: Comm, timer: PhaseTimer, env_steps: int = 
     )
     spaces = share_spaces(envs, comm, timer)
     torch.manual_seed(config.run.seed)
-    network = raise_on_all_ranks(comm, lambda: network_for(config, spaces), timer)
+    network = raise_on_all_ranks(comm, lambda: first_network(config, spaces, comm.rank, env_steps), timer)
     # Beside a GPU the host only makes small copies: threads of its own would take the cores from environments.
     use_threads(network, threads if device.type == "cpu" else 1)
     torch.manual_seed(seeds.noise)  # from here on ranks draw different numbers
@@ -111,6 +113,22 @@ def share_spaces(envs: Environments | None, comm: Comm, timer: PhaseTimer) -> Sp
     mine = envs.spaces if envs else None
     with timer.during("comm"):
         return next(spaces for spaces in comm.all_gather_object(mine) if spaces is not None)
+
+
+def first_network(config: Config, spaces: Spaces, rank: int, env_steps: int) -> QNetwork:
+    """Make the network of a run; rank 0 of a new run loads the weights of `--init-from`, which the others get from it.
+
+    Raises:
+        UserError: the weights cannot be read, or belong to another network.
+    """
+    network, source = network_for(config, spaces), config.run.init_from
+    if source and env_steps == 0 and rank == 0:
+        torso = config.run.init_torso_only
+        remedy = (
+            "give its settings of the torso" if torso else "give its network's settings, or --init-torso-only"
+        )
+        load_parameters(network, read_policy(absolute(source)), remedy, only="torso." if torso else "")
+    return network
 
 
 def network_for(config: Config, spaces: Spaces | Environments) -> QNetwork:

@@ -6,6 +6,7 @@ action = policy.act(observation)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,11 @@ class Policy:
         q = self._values(self._stacked(inputs, remember=False))
         return q[0] if alone else q
 
+    @property
+    def is_stacked(self) -> bool:
+        """Whether an input of the network has several frames."""
+        return self.config.environment.frame_stack > 1
+
     def reset(self, env_index: int | None = None) -> None:
         """Begin an episode: forget the frames of one environment of a batch, or of all.
 
@@ -153,9 +159,16 @@ def load(path: str | Path, trust: bool = False, device: str | torch.device = "cp
     Raises:
         UserError: there is no policy, or it is broken, or it names code that is not trusted.
     """
+    return load_trusted(Path(path), trust, (), "load it with trust=True if you trust whoever made it", device)
+
+
+def load_trusted(
+    path: Path, trust: bool, repeated: Sequence[str], remedy: str, device: str | torch.device = "cpu"
+) -> Policy:
+    """Do the same as `load`; also take code that the user names again, and tell a remedy. See `check_trust`."""
     saved = read_policy(absolute(path))
     found = code_to_import(saved.config, torso_only=saved.spaces is not None)
-    check_trust(Path(path), found, trust, (), "load it with trust if you trust whoever made it")
+    check_trust(path, found, trust, repeated, remedy)
     return make_policy(saved, torch.device(device))
 
 

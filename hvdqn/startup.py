@@ -18,6 +18,7 @@ from hvdqn.errors import UserError
 from hvdqn.faults import StopSignal, raise_on_all_ranks
 from hvdqn.metrics import PhaseTimer
 from hvdqn.parts import build_parts
+from hvdqn.prefill import prefill
 from hvdqn.rank import Parts
 from hvdqn.recorder import Recorder
 from hvdqn.role import assign_role
@@ -141,6 +142,20 @@ def start_run(
     return trainer
 
 
+def begin_with(config: Config, comm: Comm, parts: Parts) -> list[str]:
+    """Fill replay with the transitions of `--prefill`; return a line of text on each thing that a new run begins with.
+
+    Raises:
+        UserError: on all ranks, if they cannot be read or do not fit.
+    """
+    lines = [f"the weights are those of {config.run.init_from}"] if config.run.init_from else []
+    if config.run.prefill:
+        held = raise_on_all_ranks(comm, lambda: prefill(config, parts), parts.timer)
+        total = sum(comm.all_gather_object(held))
+        lines.append(f"replay begins with {total:,} transitions of {config.run.prefill}")
+    return lines
+
+
 def begin(trainer: Trainer, checkpoint: Checkpoint | None, warnings: Sequence[str]) -> None:
     """Begin the run, or resume it from a checkpoint, and log its header.
 
@@ -152,6 +167,7 @@ def begin(trainer: Trainer, checkpoint: Checkpoint | None, warnings: Sequence[st
     config, comm, parts, recorder = trainer.config, trainer.comm, trainer.parts, trainer.recorder
     changes: list[str] = []
     if checkpoint is None:
+        changes = begin_with(config, comm, parts)
         raise_on_all_ranks(comm, lambda: reset_environments(parts), parts.timer)
     else:
         recorder.progress, changes = restore(parts, checkpoint, config, comm, recorder.totals)

@@ -33,6 +33,8 @@ def check(config: Config) -> None:
         raise UserError(
             "--target-every 0 would never update the target network; give env steps or a --target-tau below 1"
         )
+    if config.run.init_torso_only and not config.run.init_from:
+        raise UserError("--init-torso-only needs --init-from, the run whose torso is taken")
     starts = config.replay.learning_starts
     if config.replay.replay_capacity <= starts:
         raise UserError(

@@ -21,7 +21,7 @@ LAYERS = (
     {"comm", "config", "logs"},
     {"clock", "graphs", "losses", "optimizers", "role", "seeds", "trust"},
     {"envs", "faults", "metrics", "networks", "plot", "replay"},
-    {"acting", "checkpoint", "learner", "process", "rank", "run_directory", "sync"},
+    {"acting", "checkpoint", "learner", "prefill", "process", "rank", "run_directory", "sync"},
     {"parts"},
     {
         "api",
@@ -59,6 +59,8 @@ ONLY: Mapping[str, set[str]] = {
     "minatar": {"envs/make.py"},
     "matplotlib": {"plot", "bench/scaling.py"},
     "scipy": {"plot"},
+    "onnxruntime": {"export.py"},
+    "minari": {"prefill.py"},
 }
 
 MOST_FILE_LINES = 400
@@ -68,7 +70,7 @@ LONG_FILES = {"config/settings.py"}
 
 # Files and rooms that write to standard error themselves; all others use `logging`. Commands other than training refuse
 # wrong input with a prefix of their own, as `hvdqn eval: error: `.
-MAY_PRINT_TO_STDERR = {"logs", "launchers", "__main__", "evaluate", "plot", "bench/report.py"}
+MAY_PRINT_TO_STDERR = {"logs", "launchers", "__main__", "evaluate", "export", "plot", "bench/report.py"}
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 PUBLIC_API = PACKAGE / "__init__.py"
