@@ -47,7 +47,7 @@ class Run:
     def stop(self) -> None:
         """Ask for the end of the run. All ranks stop together after a few more env steps; one that asks is enough.
 
-        The run ends as at its last env step: with a checkpoint and a summary.
+        The run ends with a checkpoint and a summary, without another evaluation.
         """
         self._stop.ask()
 

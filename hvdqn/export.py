@@ -83,7 +83,7 @@ class ExportedPolicy(nn.Module):
         return q, q.argmax(dim=1) + self.first_action
 
     def _flat(self, space: gym.Space[Any], part: Tensor, lead: int) -> Tensor:
-        """Return a part of the observation as numbers `[batch, (stack,) numbers]`, as `gymnasium.spaces.flatten` does."""
+        """Return a part of the observation as numbers `[batch, (stack,) numbers]`, as Gymnasium flattens it."""
         if isinstance(space, spaces.Discrete):
             return functional.one_hot(part - int(space.start), int(space.n)).to(self.dtype)
         if isinstance(space, spaces.MultiDiscrete):

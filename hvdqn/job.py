@@ -29,7 +29,7 @@ TOGETHER = (UserError, DriftError, NonFiniteError, StoppedError)
 """Exceptions that all ranks raise at once."""
 
 
-def fail(error: BaseException, comm: Comm, stop: StopSignal, timer: PhaseTimer, report: bool = True) -> int:
+def fail(error: BaseException, comm: Comm, stop: StopSignal, timer: PhaseTimer) -> int:
     """Report an exception and end the job; return the exit code only in a program of the user without other ranks."""
     ends_process = stop.own_process or comm.size > 1  # other ranks wait for this one
     if not ends_process:
@@ -39,8 +39,7 @@ def fail(error: BaseException, comm: Comm, stop: StopSignal, timer: PhaseTimer, 
     if isinstance(error, FoundAloneError):
         code = refuse_alone(str(error), stop)
     else:
-        if report:
-            report_failure(error, comm, timer)
+        report_failure(error, comm, timer)
         code = EXIT_FAILED
     if ends_process:
         comm.abort(code)

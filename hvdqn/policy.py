@@ -6,6 +6,7 @@ action = policy.act(observation)
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,9 @@ def load_trusted(
     saved = read_policy(absolute(path))
     found = code_to_import(saved.config, torso_only=saved.spaces is not None)
     check_trust(path, found, trust, repeated, remedy)
+    if saved.spaces is None:
+        message = f"'{path}' is of version 0.1: save() its policy to have a file that later versions read"
+        warnings.warn(message, DeprecationWarning, stacklevel=3)
     return make_policy(saved, torch.device(device))
 
 

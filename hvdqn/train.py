@@ -29,7 +29,7 @@ from hvdqn.api import Result, make_config
 from hvdqn.callbacks import Callback, check_callback
 from hvdqn.comm import Comm, connect, launcher_rank, launcher_size
 from hvdqn.config import Config, parse
-from hvdqn.envs import find_spec
+from hvdqn.envs import find_spec, kill_all_workers
 from hvdqn.errors import EXIT_FINISHED, EXIT_REQUEUE, FoundAloneError, LaunchError, UserError
 from hvdqn.faults import StopSignal, Watchdog
 from hvdqn.job import TOGETHER, Work, fail, leave, refuse_alone, run_and_leave
@@ -124,9 +124,11 @@ def train_here(
             leave(comm, timer)
             raise
         except BaseException as error:
-            if comm.size == 1 and isinstance(error, FoundAloneError):
+            if comm.size > 1:  # the other ranks wait for this one
+                fail(error, comm, stop, timer)
+            kill_all_workers()
+            if isinstance(error, FoundAloneError):
                 raise UserError(str(error)) from error
-            fail(error, comm, stop, timer, report=comm.size > 1)
             raise
         leave(comm, timer)
     return Result(recorder.run_dir, recorder.summary, recorder.returns)
