@@ -30,7 +30,7 @@ TOGETHER = (UserError, DriftError, NonFiniteError, StoppedError)
 
 
 def fail(error: BaseException, comm: Comm, stop: StopSignal, timer: PhaseTimer) -> int:
-    """Report an exception and end the job; return the exit code only in a program of the user without other ranks."""
+    """Report an exception and end all ranks; only return the exit code if a program of the user runs a single rank."""
     ends_process = stop.own_process or comm.size > 1  # other ranks wait for this one
     if not ends_process:
         kill_all_workers()
@@ -47,19 +47,19 @@ def fail(error: BaseException, comm: Comm, stop: StopSignal, timer: PhaseTimer) 
 
 
 def report_failure(error: BaseException, comm: Comm, timer: PhaseTimer) -> None:
-    """Report an exception with its traceback, or that other ranks do not answer: the rank that failed reports more."""
+    """Log an exception with its traceback; if it came while waiting for other ranks, only that they do not answer."""
     if timer.phase != "comm":
         log.error(f"rank {comm.rank} of {comm.size} failed: {''.join(traceback.format_exception(error))}")
         return
     reason = traceback.format_exception_only(error)[-1].splitlines()[0]
     log.error(f"rank {comm.rank} of {comm.size} failed: the other ranks do not answer: {reason}")
     if comm.size > 1:
-        # Launchers use the exit code of the rank that ends first: let that be the one that failed.
+        # Launchers use the exit code of the rank that ends first, so let the one that failed end first.
         time.sleep(1)
 
 
 def run_and_leave(work: Work, config: Config, comm: Comm, stop: StopSignal, timer: PhaseTimer) -> int:
-    """Do the work, or report what all ranks found wrong; leave the job together with all other ranks."""
+    """Call `work`, or log the error that all ranks raised; disconnect together with them, and return the exit code."""
     try:
         code = work(config, comm, stop, timer)
     except UserError as error:
@@ -71,14 +71,14 @@ def run_and_leave(work: Work, config: Config, comm: Comm, stop: StopSignal, time
 
 
 def leave(comm: Comm, timer: PhaseTimer) -> None:
-    """Leave the job together with all other ranks."""
+    """Disconnect together with all other ranks."""
     timer.start("comm")
     comm.barrier()
     comm.close()
 
 
 def refuse(message: str, rank: int, code: int = EXIT_USER_ERROR) -> int:
-    """Report once what every rank found wrong, and return the exit code; other ranks give rank 0 time for that."""
+    """Log, on rank 0 only, an error that every rank raised; return the exit code. Other ranks wait for rank 0."""
     if rank == 0:
         log.error(message)
     else:
@@ -87,19 +87,19 @@ def refuse(message: str, rank: int, code: int = EXIT_USER_ERROR) -> int:
 
 
 def refuse_alone(message: str, stop: StopSignal) -> int:
-    """Report what this rank found wrong before the ranks were connected, or while they train; return the exit code.
+    """Log an error that perhaps only this rank raised, since it cannot ask the others; return the exit code.
 
-    Mostly all ranks find the same, and rank 0 reports it for all. A rank that found something wrong alone waits until
-    rank 0 would have reported and ended the job, then reports it itself.
+    Usually all ranks raise the same, and rank 0 logs it for all. Another rank waits until rank 0 would have logged it
+    and ended the job, and then logs the error itself.
     """
     rank = launcher_rank()
     if rank == 0:
         log.error(message)
         if launcher_size() != 1:
-            # Until the others find it, too: srun returns the highest code, and that of a rank it ended is 143.
+            # Until other ranks raise it too: srun returns the highest exit code, and a rank that it ends has 143.
             time.sleep(3)
         return EXIT_USER_ERROR
-    # On a busy machine rank 0 may start seconds later, and then waits itself.
+    # On a busy machine rank 0 may start seconds later, and it waits 3 s after its message.
     deadline = time.monotonic() + 8.0
     while not stop.requested and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import gc
 
-gc.disable()  # imports leave nothing to collect, and looking for it would slow the start of every rank
+gc.disable()  # imports leave no garbage, and searching for it would slow the start of every rank
 
 import sys
 from collections.abc import Callable, Sequence
@@ -42,7 +42,7 @@ from hvdqn.run_directory import open_run_dir, sole_job
 from hvdqn.startup import check_ranks, make_trainer, start_run
 from hvdqn.trainer import Trainer
 
-gc.freeze()  # objects made by imports are never looked at again
+gc.freeze()  # the garbage collector never searches the objects that imports created
 gc.enable()
 
 
@@ -52,7 +52,7 @@ def train_on_ranks(
     """Train, evaluate and record; return the trainer, which is done.
 
     Raises:
-        UserError: the input is wrong, on all ranks.
+        UserError: on all ranks, if the user's input is wrong.
     """
     check_ranks(config, comm)
     run_dir = open_run_dir(config, comm)
@@ -63,12 +63,12 @@ def train_on_ranks(
             trainer = start_run(config, comm, run_dir, stop, timer, make_trainer, callbacks)
             try:
                 trainer.complete()
-            except UserError as error:  # perhaps only this rank has found it: the others do not know
+            except UserError as error:  # perhaps on this rank alone: the others would train on
                 raise FoundAloneError(str(error)) from error
             finally:
                 trainer.recorder.metrics.close()  # so that an error is printed below the progress bar
     except UserError:
-        # Removes the directory if it is empty: a run that was there before stays.
+        # This removes the directory only if it is empty, so an earlier run stays.
         with suppress(OSError):
             run_dir.rmdir()
         raise
@@ -137,30 +137,30 @@ def train_here(
 def main(argv: Sequence[str] | None = None, work: Work = train) -> int:
     """Run one rank in a program or notebook of the user; return its exit code.
 
-    Signal handlers and settings of the process are put back at the end. Off the main thread they are left alone, and
-    no signal stops the run.
+    This restores signal handlers and settings of the process at the end. Off the main thread it does not touch them, so
+    that no signal stops the run.
 
     Args:
-        argv: the flags; those of this process if None.
-        work: what the ranks do once they are connected.
+        argv: the flags; None: those of this process.
+        work: called with the configuration, the collectives, the stop signal and the timer once ranks are connected.
     """
     with borrowed_process(), closing(StopSignal(own_process=False)) as stop:
         return run(argv, work, stop)
 
 
 def command(argv: Sequence[str] | None = None, work: Work = train) -> int:
-    """Run one rank as the `hvdqn train` command does: as `main`, but this process belongs to it until it exits."""
+    """Run one rank as the `hvdqn train` command: as `main`, but never restore signal handlers and process settings."""
     tune_process()
     return run(argv, work, StopSignal())
 
 
 @folder_remembered()
 def run(argv: Sequence[str] | None, work: Work, stop: StopSignal) -> int:
-    """Connect the ranks and do the work; return the exit code."""
+    """Read the settings, connect the ranks and call `work`; return the exit code."""
     try:
         setup_logging(launcher_rank(), launcher_size())
         config = parse(sys.argv[1:] if argv is None else argv)
-        find_spec(config.environment.env)  # before connecting, which takes seconds
+        find_spec(config.environment.env)  # raises for an unknown id now: connecting takes seconds
         comm = connect(config.parallel.comm, device_kind(config), config.parallel.stall_timeout)
     except (UserError, LaunchError) as error:
         return refuse_alone(str(error), stop)
@@ -181,6 +181,7 @@ class _CallableModule(ModuleType):
 
 
 sys.modules[__name__].__class__ = _CallableModule
+
 
 if __name__ == "__main__":
     sys.exit(command())
