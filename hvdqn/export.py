@@ -128,14 +128,11 @@ def sample(policy: Policy, count: int, rng: np.random.Generator) -> list[NDArray
 def reference(
     policy: Policy, inputs: Sequence[NDArray[Any]]
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Return what the policy itself answers: Q-values `[batch, actions]` and actions `[batch]`."""
-    parts = (
-        iter(np.swapaxes(array, 0, 1) for array in inputs)
-        if policy.is_stacked
-        else iter(a[None] for a in inputs)
-    )
-    frames = list(zip(*parts, strict=True))
+    """Return what the policy itself answers to `sample`: Q-values `[batch, actions]` and actions `[batch]`."""
     policy.reset()
+    frames = [inputs]
+    if policy.is_stacked:
+        frames = [[array[:, index] for array in inputs] for index in range(inputs[0].shape[1])]
     for frame in frames[:-1]:
         policy.act(_joined(policy.observation_space, list(frame)))
     newest = _joined(policy.observation_space, list(frames[-1]))

@@ -273,10 +273,10 @@ class RunConfig:
     checkpoints will take."""
     log_every: Annotated[CountOrZero, SAME_CURVE] = 1_000
     """Env steps between lines of metrics.jsonl."""
-    log_info: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, INCIDENTAL, SAME_CURVE] = ()
+    log_info: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, SAME_CURVE] = ()
     """Name of a number in the info of an episode's last step; its mean over episodes is logged as `info/NAME`. May be
     repeated. `is_success` is found without it, at the first checkpoint or evaluation."""
-    callback: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, INCIDENTAL, SAME_CURVE] = ()
+    callback: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, SAME_CURVE] = ()
     """`module:attribute`, an `hvdqn.Callback` or a class of them. May be repeated."""
     init_from: Annotated[str, INCIDENTAL] = ""
     """Start with the weights of this run directory, checkpoint or policy file. A resumed run goes on with its own."""

@@ -291,7 +291,8 @@ def test_settings_that_an_exact_resume_must_keep():
 
 
 def test_settings_whose_change_a_resume_does_not_report():
-    assert set(incidental_settings()) == {"run_dir", "resume", "preset"}
+    beginning = {"init_from", "init_torso_only", "prefill"}
+    assert set(incidental_settings()) == {"run_dir", "resume", "preset", *beginning}
 
 
 def test_settings_in_which_runs_of_one_curve_may_differ():
