@@ -59,7 +59,9 @@ class Recorder:
         self.callbacks, self.run = callbacks, Run(config, comm, run_dir, parts.clock, stop)
         self.returns: tuple[float, ...] = ()
         self.summary: dict[str, Any] = {}
-        self.infos = InfoMeans(config.run.log_info)
+        # Under `server`, ranks write their lines of metrics at different times, and must not wait for each other then.
+        self.logs_infos = config.parallel.sync != "server"
+        self.infos = InfoMeans(config.run.log_info if self.logs_infos else ())
         self.timer = parts.timer
         self.evaluator = Evaluator(config, comm, parts.device, self.timer, parts.threads, recording(config))
         self.metrics = Metrics(run_dir if comm.rank == 0 else None, config.run.total_env_steps, self.timer)
@@ -178,8 +180,7 @@ class Recorder:
                 (acting.replay.discarded if acting else 0, self.infos.has_success)
             )
         counts, successes = zip(*notes, strict=True)
-        # Under `server`, ranks write their lines of metrics at different times, and must not wait for each other then.
-        if any(successes) and self.config.parallel.sync != "server":
+        if any(successes) and self.logs_infos:
             self.infos.watch_success()
         if any(counts) and not self.reported_discarded:
             self.reported_discarded = True

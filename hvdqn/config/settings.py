@@ -273,7 +273,9 @@ class RunConfig:
     checkpoints will take."""
     log_every: Annotated[CountOrZero, SAME_CURVE] = 1_000
     """Env steps between lines of metrics.jsonl."""
-    log_info: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, SAME_CURVE] = ()
+    log_info: Annotated[
+        tuple[str, ...], tyro.conf.UseAppendAction, Needs("sync", "gradients", "parameters"), SAME_CURVE
+    ] = ()
     """Name of a number in the info of an episode's last step; its mean over episodes is logged as `info/NAME`. May be
     repeated. `is_success` is found without it, at the first checkpoint or evaluation."""
     callback: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, SAME_CURVE] = ()
