@@ -33,16 +33,14 @@ def test_both_ranks_get_the_result_and_the_means_of_both(launcher: str, tmp_path
     for name in ("stopped_by", "env_steps", "returns", "distance", "success", "checkpoints"):
         assert one[name] == other[name], name
     assert (one["stopped_by"], one["env_steps"]) == ("finished", 2000)
-    assert one["episodes"] + other["episodes"] == 200
+    assert one["episodes"] == other["episodes"] == 2000 // 16 // 10 * 8
     assert one["distance"] == [2.5] * len(one["distance"])
     assert one["checkpoints"] == ["000000001000", "000000002000"]
     # From the first checkpoint on, the means are of the episodes of both ranks.
-    success = one["own_success"] + other["own_success"]
     assert one["success"]
     assert all(0 <= value <= 1 for value in one["success"])
     halves = [ranks["own_success"][len(ranks["own_success"]) * 3 // 5 :] for ranks in (one, other)]
     assert abs(one["success"][-1] - np.mean(halves)) < 0.5
-    assert len(success) == 200
 
 
 @pytest.mark.parametrize("flags", [(), ("comm=mpi", "sync=server")], ids=["gradients", "server"])

@@ -7,6 +7,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import torch
 from gymnasium import spaces
 
 import hvdqn
@@ -56,6 +57,33 @@ def make_cartpole(length: int = 500) -> gym.Env[Any, int]:
     return gym.make("CartPole-v1", max_episode_steps=length)
 
 
+class Flat(torch.nn.Linear):
+    """A torso of a user."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__(shape[0], 8)
+
+
+def make_minari_dataset(name: str, episodes: int) -> int:
+    """Create a dataset of CartPole in MINARI_DATASETS_PATH; return its transitions."""
+    import minari
+    from minari.data_collector import EpisodeBuffer
+
+    env, buffers = gym.make("CartPole-v1"), []
+    for seed in range(episodes):
+        observations, steps = [env.reset(seed=seed)[0]], []
+        while not steps or not any(steps[-1][1:3]):
+            observation, reward, terminated, truncated, _ = env.step(seed % 2)
+            observations.append(observation)
+            steps.append((reward, terminated, truncated))
+        rewards, terminations, truncations = map(list, zip(*steps, strict=True))
+        actions = np.full(len(steps), seed % 2)
+        buffers.append(
+            EpisodeBuffer(seed, None, np.array(observations), actions, rewards, terminations, truncations, {})
+        )
+    return int(minari.create_dataset_from_buffers(name, buffer=buffers, env=env).total_steps)
+
+
 class Recording(hvdqn.Callback):
     """Keeps what it is told."""
 
@@ -66,7 +94,7 @@ class Recording(hvdqn.Callback):
         self.episodes: list[Any] = []
 
     def on_log(self, run, values):
-        self.logs.append({"env_steps": run.env_steps, **values})
+        self.logs.append({"env_steps": run.env_steps, "episodes_seen": len(self.episodes), **values})
 
     def on_evaluation(self, run, evaluation):
         self.evaluations.append((run.env_steps, evaluation.mean))

@@ -8,13 +8,13 @@ import shlex
 import sys
 from pathlib import Path
 
-import gymnasium as gym
 import pytest
 
 import hvdqn
 from hvdqn import __main__, train
 from tests.launchers import REPOSITORY
 from tests.readme import command
+from tests.unit.library_envs import make_minari_dataset
 
 BLOCKS = re.findall(
     r"^```python\n(.*?)^```$", (REPOSITORY / "docs" / "api.md").read_text("utf-8"), re.M | re.S
@@ -42,7 +42,6 @@ TRAININGS = {
     "python -m hvdqn.train --env CartPole-v1 --prefill minari:cartpole/expert-v0": "replay begins with",
 }
 SOLVED = """
-import gymnasium as gym
 import hvdqn
 
 class StopWhenSolved(hvdqn.Callback):
@@ -101,7 +100,8 @@ def test_examples(number: int, here: Path) -> None:
 @pytest.mark.parametrize("line", TRAININGS)
 def test_trainings(line: str, here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     if "minari" in line:
-        make_dataset()
+        pytest.importorskip("minari")
+        make_minari_dataset("cartpole/expert-v0", 3)
     flags = shlex.split(command(line).removeprefix("python -m hvdqn.train"))
     flags += (
         SHORT_FLAGS.split()
@@ -110,13 +110,3 @@ def test_trainings(line: str, here: Path, capfd: pytest.CaptureFixture[str]) -> 
     )
     assert train.main(flags) == 0
     assert TRAININGS[line] in capfd.readouterr().out
-
-
-def make_dataset() -> None:
-    minari = pytest.importorskip("minari")
-    env = minari.DataCollector(gym.make("CartPole-v1"))
-    for seed in range(3):
-        env.reset(seed=seed)
-        while not any(env.step(seed % 2)[2:4]):
-            pass
-    env.create_dataset(dataset_id="cartpole/expert-v0")

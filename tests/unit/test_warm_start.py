@@ -20,6 +20,7 @@ from hvdqn.prefill import prefill
 from hvdqn.replay import PrioritizedReplay, Replay
 from hvdqn.replay.prefill import fill, make_transitions, share
 from hvdqn.replay.replay import TERMINATED, TRUNCATED
+from tests.unit.library_envs import make_minari_dataset
 
 SMALL: dict[str, Any] = {"preset": "smoke", "total_env_steps": 300, "eval_episodes": 0, "hidden": (16, 8)}
 
@@ -125,20 +126,13 @@ def test_a_run_begins_with_the_transitions_of_a_file(
 
 
 def test_a_minari_dataset_fills_replay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    minari = pytest.importorskip("minari")
+    pytest.importorskip("minari")
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    env = minari.DataCollector(gym.make("CartPole-v1"))
-    for seed in range(5):
-        env.reset(seed=seed)
-        while True:
-            _, _, terminated, truncated, _ = env.step(seed % 2)
-            if terminated or truncated:
-                break
-    dataset = env.create_dataset(dataset_id="cartpole/test-v0")
+    total = make_minari_dataset("cartpole/test-v0", 5)
     config = preset_config("smoke").replace(prefill="minari:cartpole/test-v0")
     parts = build_parts(config, LocalComm(), PhaseTimer())
     assert parts.acting is not None
-    assert prefill(config, parts) == dataset.total_steps == len(parts.acting.replay)
+    assert prefill(config, parts) == total == len(parts.acting.replay)
     parts.acting.envs.close()
     with pytest.raises(hvdqn.UserError, match="the datasets of this machine: cartpole/test-v0"):
         hvdqn.train(prefill="minari:other/one-v0", run_dir=tmp_path / "run", **SMALL)
