@@ -78,9 +78,9 @@ def make_minari_dataset(name: str, episodes: int) -> int:
             steps.append((reward, terminated, truncated))
         rewards, terminations, truncations = map(list, zip(*steps, strict=True))
         actions = np.full(len(steps), seed % 2)
-        buffers.append(
-            EpisodeBuffer(seed, None, np.array(observations), actions, rewards, terminations, truncations, {})
-        )
+        arrays = {"observations": np.array(observations), "actions": np.full(len(steps), seed % 2)}
+        ends = {"rewards": rewards, "terminations": terminations, "truncations": truncations}
+        buffers.append(EpisodeBuffer(id=seed, infos={}, **arrays, **ends))
     return int(minari.create_dataset_from_buffers(name, buffer=buffers, env=env).total_steps)
 
 
