@@ -77,7 +77,6 @@ def make_minari_dataset(name: str, episodes: int) -> int:
             observations.append(observation)
             steps.append((reward, terminated, truncated))
         rewards, terminations, truncations = map(list, zip(*steps, strict=True))
-        actions = np.full(len(steps), seed % 2)
         arrays = {"observations": np.array(observations), "actions": np.full(len(steps), seed % 2)}
         ends = {"rewards": rewards, "terminations": terminations, "truncations": truncations}
         buffers.append(EpisodeBuffer(id=seed, infos={}, **arrays, **ends))
