@@ -63,7 +63,8 @@ def make_env():
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("page")
     (path / "solved.py").write_text(SOLVED)
-    hvdqn.train(preset="smoke", total_env_steps=600, eval_episodes=2, run_dir=path / "RUN", hidden=(120, 84))
+    short = {"total_env_steps": 600, "learning_starts": 200, "replay_capacity": 2000, "eval_episodes": 2}
+    hvdqn.train(preset="cartpole", run_dir=path / "RUN", **short)
     return path
 
 
@@ -86,7 +87,7 @@ def test_exports(line: str, here: Path, capsys: pytest.CaptureFixture[str]) -> N
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
 def test_examples(number: int, here: Path) -> None:
     text = BLOCKS[number]
-    code = compile(text, f"example {number} of docs/api.md", "exec")
+    compile(text, f"example {number} of docs/api.md", "exec")
     for module in ("stable_baselines3", "ale_py"):
         needed = module in text or (module == "ale_py" and "ALE/" in text)
         if needed and importlib.util.find_spec(module) is None:
