@@ -42,6 +42,7 @@ CountOrZero = Annotated[int, at_least(0)]
 Share = Annotated[float, between(0, 1)]
 Positive = Annotated[float, above(0)]
 NEEDS_SCHEDULE = Needs("exploration", "linear", "softmax")
+NEEDS_LOCKSTEP = Needs("sync", "gradients", "parameters")
 NEEDS_ADAPTIVE = Needs("optimizer", "adam", "rmsprop")
 
 
@@ -273,9 +274,7 @@ class RunConfig:
     checkpoints will take."""
     log_every: Annotated[CountOrZero, SAME_CURVE] = 1_000
     """Env steps between lines of metrics.jsonl."""
-    log_info: Annotated[
-        tuple[str, ...], tyro.conf.UseAppendAction, Needs("sync", "gradients", "parameters"), SAME_CURVE
-    ] = ()
+    log_info: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, NEEDS_LOCKSTEP, SAME_CURVE] = ()
     """Name of a number in the info of an episode's last step; its mean over episodes is logged as `info/NAME`. May be
     repeated. `is_success` is found without it, at the first checkpoint or evaluation."""
     callback: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, SAME_CURVE] = ()
