@@ -42,12 +42,10 @@ class InfoMeans:
 
     def exchange(self, comm: Comm) -> dict[str, float]:
         """Return the means over all ranks since the last call, as `info/NAME`; a collective call if there are names."""
+        sums, counts, self._sums, self._counts = self._sums, self._counts, {}, {}
         if not self.names:
             return {}
-        numbers = torch.tensor(
-            [[self._sums.get(name, 0.0), self._counts.get(name, 0)] for name in self.names]
-        )
+        numbers = torch.tensor([[sums.get(name, 0.0), counts.get(name, 0)] for name in self.names])
         comm.allreduce_sum_async(numbers, name="infos").wait()
-        self._sums, self._counts = {}, {}
         means = zip(self.names, numbers.tolist(), strict=True)
         return {f"info/{name}": total / count for name, (total, count) in means if count}

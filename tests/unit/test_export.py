@@ -148,4 +148,4 @@ def test_a_torso_of_the_run_needs_trust(tmp_path: Path, capsys: pytest.CaptureFi
     assert code == 2
     assert "--trust" in output
     assert run(capsys, str(run_dir), "-o", file, "--torso", torso)[0] == 0
-    assert hvdqn.load(file, trust=True).env_steps == 300
+    assert hvdqn.load(file, trust=True).env_steps >= 300
