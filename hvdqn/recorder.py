@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,10 +15,12 @@ from hvdqn.comm import Comm
 from hvdqn.config import Config
 from hvdqn.envs import Episode
 from hvdqn.evaluate import Evaluator
-from hvdqn.faults import StopSignal, check_replicas
-from hvdqn.metrics import Metrics, WaitHint, write_summary
+from hvdqn.faults import StopSignal, check_replicas, raise_on_all_ranks
+from hvdqn.metrics import Metrics, WaitHint, Writer, open_tracker, write_summary
 from hvdqn.parts import recording
+from hvdqn.provenance import time_now
 from hvdqn.rank import Parts
+from hvdqn.run_directory import read_launches
 from hvdqn.summary import log_summary, summarize
 from hvdqn.sync import InfoMeans, Totals
 
@@ -64,7 +67,9 @@ class Recorder:
         self.infos = InfoMeans(config.run.log_info if self.logs_infos else ())
         self.timer = parts.timer
         self.evaluator = Evaluator(config, comm, parts.device, self.timer, parts.threads, recording(config))
-        self.metrics = Metrics(run_dir if comm.rank == 0 else None, config.run.total_env_steps, self.timer)
+        rank_0_dir = run_dir if comm.rank == 0 else None
+        trackers = self.open_trackers()
+        self.metrics = Metrics(rank_0_dir, config.run.total_env_steps, self.timer, trackers=trackers)
         self.hint = WaitHint(self.timer, comm.name, parts.learner.parameters.numel())
         self.best_eval_return = comm.broadcast_object(best_evaluation(run_dir) if comm.rank == 0 else 0.0)
         self.totals, self.progress = Totals(), Progress()
@@ -75,9 +80,24 @@ class Recorder:
         self.timer.when_alive = self.show_progress
         self.reported_discarded = False
 
+    def open_trackers(self) -> list[Writer]:
+        """Return the tracker of `--track` on rank 0, and none elsewhere; a collective call.
+
+        Raises:
+            UserError: on all ranks, if it cannot be opened.
+        """
+        name = self.config.run.track
+        if name == "none":
+            return []
+        return raise_on_all_ranks(
+            self.comm, lambda: [open_tracker(name, self.run_dir)] if self.comm.rank == 0 else [], self.timer
+        )
+
     def resume(self) -> None:
         """Continue the metrics from the clock's env step; drop lines that an earlier attempt wrote after it."""
         self.seconds_before = self.timer.seconds()
+        launches = read_launches(self.run_dir) if self.comm.rank == 0 else []
+        self.metrics.describe({**self.config.flat(), **(launches[-1] if launches else {})})
         self.metrics.resume(self.parts.clock.env_steps, self.parts.clock.updates)
 
     def decide_on_replay(self) -> None:
@@ -172,6 +192,11 @@ class Recorder:
             for callback in self.callbacks:
                 callback.on_episode(self.run, episode)
 
+    def return_reached(self) -> bool:
+        """Return whether the last evaluation reached the return at which the run stops."""
+        goal = self.config.run.stop_at_return
+        return goal is not None and self.progress.evaluation.get("eval_return_mean", -math.inf) >= goal
+
     def exchange_notes(self) -> None:
         """Warn once if the replay of some rank discarded transitions; find out if episodes report `is_success`."""
         acting = self.parts.acting
@@ -245,11 +270,11 @@ class Recorder:
         """Write `summary.json`, and log how the run ended and where its files are.
 
         Args:
-            stopped_by: what ended the run: "finished", "signal" or "callback".
+            stopped_by: what ended the run: "finished", "signal", "return" or "callback".
             acted_env_steps: env steps of this rank since this process started.
         """
         self.exchange_notes()
-        self.summary = summarize(
+        summary = summarize(
             self.config,
             self.comm,
             self.parts,
@@ -259,12 +284,17 @@ class Recorder:
             acted_env_steps,
             self.seconds_before,
         )
-        env_steps, speeds = self.parts.clock.env_steps, self.summary["rank_env_steps_per_second"]
-        self.metrics.show(env_steps, self.parts.clock.updates, last=True)
-        log_summary(self.run_dir, env_steps, stopped_by, speeds)
+        self.metrics.show(self.parts.clock.env_steps, self.parts.clock.updates, last=True)
+        log_summary(self.run_dir, summary)
         if self.comm.rank == 0:
+            launches = read_launches(self.run_dir)
+            if launches:
+                began = {"started_at": launches[0]["started_at"], "launches": len(launches)}
+                summary = {**summary, **launches[-1], **began, "ended_at": time_now()}
+            self.metrics.summarize(summary)
             try:
-                write_summary(self.run_dir, self.summary)
+                write_summary(self.run_dir, summary)
             except OSError as error:
                 log.warning(f"summary.json could not be written: {error}")
+        self.summary = self.comm.broadcast_object(summary)
         self.metrics.close()

@@ -75,7 +75,7 @@ def summarize(
         parts: this rank's parts.
         totals: sums of the ranks' statistics; this reads the skipped updates.
         progress: the last evaluation, and counts of failures.
-        stopped_by: what ended the run: "finished", "signal" or "callback".
+        stopped_by: what ended the run: "finished", "signal", "return" or "callback".
         acted_env_steps: env steps of this rank since this process started or resumed the run.
         seconds_before: this rank's seconds by phase before that.
     """
@@ -126,15 +126,15 @@ def _traffic(strategy: Strategy) -> dict[str, float]:
     }
 
 
-def log_summary(run_dir: Path, env_steps: int, stopped_by: str, speeds: Sequence[float]) -> None:
+def log_summary(run_dir: Path, summary: Mapping[str, Any]) -> None:
     """Log how the run ended, which rank was slow, and where the files are.
 
     Args:
         run_dir: the run directory.
-        env_steps: global env steps at the end.
-        stopped_by: what ended the run: "finished", "signal" or "callback".
-        speeds: for each rank, env steps per second of its own work; 0 if it does not act.
+        summary: what `summarize` returned.
     """
+    env_steps: int = summary["env_steps"]
+    speeds: Sequence[float] = summary["rank_env_steps_per_second"]  # of each rank's own work
     acting = [speed for speed in speeds if speed > 0]
     if acting and max(acting) > 2 * min(acting):
         slowest, fastest = min(acting), max(acting)
@@ -143,8 +143,13 @@ def log_summary(run_dir: Path, env_steps: int, stopped_by: str, speeds: Sequence
             f"rank {speeds.index(slowest)} is the slowest, {slowest:,.4g} env steps/s of its own work, and the "
             f"others {others}; the fastest, rank {speeds.index(fastest)}, makes {fastest:,.4g}"
         )
-    if stopped_by != "finished":
+    if summary["stopped_by"] == "return":
         log.info(
-            f"stopped by a {stopped_by} at env step {env_steps:,}: start it again with --run-dir {run_dir} to resume"
+            f"stopped at env step {env_steps:,}: the evaluation reached --stop-at-return "
+            f"({summary['eval_return_mean']:.2f})"
+        )
+    if (what := summary["stopped_by"]) in ("signal", "callback"):
+        log.info(
+            f"stopped by a {what} at env step {env_steps:,}: start it again with --run-dir {run_dir} to resume"
         )
     log.info(f"run directory: {run_dir}   checkpoint: {run_dir / 'checkpoints' / 'latest'}")

@@ -34,7 +34,7 @@ from hvdqn.errors import EXIT_FINISHED, EXIT_REQUEUE, FoundAloneError, LaunchErr
 from hvdqn.faults import StopSignal, Watchdog
 from hvdqn.job import TOGETHER, Work, fail, leave, refuse_alone, run_and_leave
 from hvdqn.logs import setup_logging
-from hvdqn.metrics import PhaseTimer
+from hvdqn.metrics import PhaseTimer, check_tracker
 from hvdqn.parts import device_kind
 from hvdqn.paths import folder_remembered
 from hvdqn.process import borrowed_process, tune_process
@@ -161,6 +161,7 @@ def run(argv: Sequence[str] | None, work: Work, stop: StopSignal) -> int:
         setup_logging(launcher_rank(), launcher_size())
         config = parse(sys.argv[1:] if argv is None else argv)
         find_spec(config.environment.env)  # raises for an unknown id now: connecting takes seconds
+        check_tracker(config.run.track)
         comm = connect(config.parallel.comm, device_kind(config), config.parallel.stall_timeout)
     except (UserError, LaunchError) as error:
         return refuse_alone(str(error), stop)

@@ -20,18 +20,20 @@ def code_to_import(config: Config, torso_only: bool = False) -> list[str]:
         config: settings of the run.
         torso_only: its environment is not made, so that only the torso would be imported.
     """
-    environment = config.environment
-    named = [("--env", environment.env), *(("--wrapper", path) for path in environment.wrapper)]
-    named = [*([] if torso_only else named), ("--torso", config.network.torso)]
+    environment, run = config.environment, config.run
+    named = [("--torso", config.network.torso)]
+    kwargs_of = []
+    if not torso_only:
+        wrappers = (("--wrapper", path) for path in environment.wrapper)
+        named = [("--env", environment.env), ("--eval-env", run.eval_env), *wrappers, *named]
+        kwargs_of = [("--env-kwargs", environment.env_kwargs), ("--eval-env-kwargs", run.eval_env_kwargs)]
     found = [f"{flag} {value!r}" for flag, value in named if ":" in value]
     # Some environments import what a keyword argument names, such as the compatibility layers for old Gym.
-    kwargs = environment.env_kwargs
-    with suppress(ValueError):
-        kwargs = json.dumps(
-            json.loads(kwargs), ensure_ascii=False
-        )  # without escapes, which would hide a name
-    if not torso_only and re.search(r'"[^\W\d][\w.]*:', kwargs):
-        found.append(f"--env-kwargs {kwargs!r}")
+    for flag, kwargs in kwargs_of:
+        with suppress(ValueError):  # without escapes, which would hide a name
+            kwargs = json.dumps(json.loads(kwargs), ensure_ascii=False)
+        if re.search(r'"[^\W\d][\w.]*:', kwargs):
+            found.append(f"{flag} {kwargs!r}")
     return found
 
 

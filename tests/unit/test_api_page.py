@@ -26,7 +26,7 @@ REPLACED = {
     r"total_env_steps=[\d_]+": SHORT,
     r"eval_every=[\d_]+": "eval_every=300",
     'render_mode="human"': 'render_mode="rgb_array"',
-    r'env="ALE/Pong-v5"': f'env="ALE/Pong-v5", env_kwargs={{"max_num_frames_per_episode": 400}}, {SHORT}',
+    r'env="ALE/Pong-v5"': f'env="ALE/Pong-v5", env_kwargs={{"max_num_frames_per_episode": 400}}, replay_ratio=0.1, {SHORT}',
 }
 EXPORTS = (
     "hvdqn export RUN -o model.onnx",
@@ -42,6 +42,7 @@ TRAININGS = {
     "python -m hvdqn.train --env CartPole-v1 --prefill minari:cartpole/expert-v0": "replay begins with",
 }
 SOLVED = """
+import gymnasium as gym
 import hvdqn
 
 class StopWhenSolved(hvdqn.Callback):

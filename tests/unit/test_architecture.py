@@ -21,7 +21,7 @@ LAYERS = (
     {"comm", "config", "logs"},
     {"clock", "graphs", "losses", "optimizers", "role", "seeds", "trust"},
     {"envs", "faults", "metrics", "networks", "plot", "replay"},
-    {"acting", "checkpoint", "learner", "prefill", "process", "rank", "run_directory", "sync"},
+    {"acting", "checkpoint", "learner", "prefill", "process", "provenance", "rank", "run_directory", "sync"},
     {"parts"},
     {
         "api",
@@ -35,7 +35,7 @@ LAYERS = (
         "trainer",
         "video",
     },
-    {"bench", "elastic", "job", "launchers", "train"},
+    {"bench", "elastic", "job", "launchers", "presets", "train", "tune"},
     {"__main__"},
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
@@ -61,6 +61,9 @@ ONLY: Mapping[str, set[str]] = {
     "scipy": {"plot"},
     "onnxruntime": {"export.py"},
     "minari": {"prefill.py"},
+    "wandb": {"metrics/tracking.py"},
+    "mlflow": {"metrics/tracking.py"},
+    "optuna": {"tune"},
 }
 
 MOST_FILE_LINES = 400
@@ -70,7 +73,17 @@ LONG_FILES = {"config/settings.py"}
 
 # Files and rooms that write to standard error themselves; all others use `logging`. Commands other than training refuse
 # wrong input with a prefix of their own, as `hvdqn eval: error: `.
-MAY_PRINT_TO_STDERR = {"logs", "launchers", "__main__", "evaluate", "export", "plot", "bench/report.py"}
+MAY_PRINT_TO_STDERR = {
+    "logs",
+    "launchers",
+    "__main__",
+    "evaluate",
+    "export",
+    "plot",
+    "presets",
+    "tune",
+    "bench/report.py",
+}
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 PUBLIC_API = PACKAGE / "__init__.py"
