@@ -21,12 +21,13 @@ BLOCKS = re.findall(
 )
 SHORT = "total_env_steps=600, learning_starts=200, replay_capacity=2000, eval_episodes=2"
 SHORT_FLAGS = "--total-env-steps 600 --learning-starts 200 --replay-capacity 2000 --eval-episodes 2"
+FEW_FRAMES = '{"max_num_frames_per_episode": 400}'
 # In an example: what makes it long or needs a screen, and what takes its place.
 REPLACED = {
     r"total_env_steps=[\d_]+": SHORT,
     r"eval_every=[\d_]+": "eval_every=300",
     'render_mode="human"': 'render_mode="rgb_array"',
-    r'env="ALE/Pong-v5"': f'env="ALE/Pong-v5", env_kwargs={{"max_num_frames_per_episode": 400}}, replay_ratio=0.1, {SHORT}',
+    r'env="ALE/Pong-v5"': f'env="ALE/Pong-v5", env_kwargs={FEW_FRAMES}, replay_ratio=0.1, {SHORT}',
 }
 EXPORTS = (
     "hvdqn export RUN -o model.onnx",
