@@ -22,6 +22,7 @@ from hvdqn import __version__
 COMMANDS = {
     "train": ("hvdqn.train:command", "train a network; under a launcher, on all its ranks"),
     "eval": ("hvdqn.evaluate", "play a trained network greedily"),
+    "export": ("hvdqn.export", "write a trained network as an ONNX model or a program of torch.export"),
     "bench": ("hvdqn.bench", "what training costs on this machine, and where the time goes"),
     "plot": ("hvdqn.plot", "draw learning curves of one or many runs"),
     "tune": ("hvdqn.tune", "search for good settings, with many processes at once"),
@@ -52,10 +53,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(COMMANDS)}"
         return refuse(f"unknown command '{words[0]}'; {hint}")
     # Modules in the current folder, such as a user's torso or wrapper, can be imported as with `python -m`. But `eval`
-    # reads run directories of others, which must not choose what is imported: it adds the folder once they are trusted.
-    # Not as "": an environment may change the current folder.
+    # and `export` read run directories of others, which must not choose what is imported: they add the folder once
+    # those are trusted. Not as "": an environment may change the current folder.
     with suppress(OSError):  # it was removed
-        if words[0] != "eval" and "" not in sys.path and (folder := str(Path.cwd())) not in sys.path:
+        if (
+            words[0] not in ("eval", "export")
+            and "" not in sys.path
+            and (folder := str(Path.cwd())) not in sys.path
+        ):
             sys.path.insert(0, folder)
     module, _, function = COMMANDS[words[0]][0].partition(":")
     code: int = getattr(importlib.import_module(module), function or "main")(words[1:])
@@ -103,6 +108,7 @@ def options_of_commands() -> Any:
     from hvdqn.bench import COMMANDS as BENCHMARKS
     from hvdqn.config import Config
     from hvdqn.evaluate import EvalOptions
+    from hvdqn.export import ExportOptions
     from hvdqn.plot import PlotOptions
     from hvdqn.presets import PresetsOptions
     from hvdqn.tune import TuneOptions
@@ -111,6 +117,7 @@ def options_of_commands() -> Any:
     options: dict[str, Any] = {
         "train": Config,
         "eval": EvalOptions,
+        "export": ExportOptions,
         "bench": benchmarks,
         "plot": PlotOptions,
         "tune": TuneOptions,

@@ -16,21 +16,20 @@ import torch
 import tyro
 
 from hvdqn.acting import Actor
-from hvdqn.checkpoint import LEARNER, BrokenCheckpointError, Checkpoint, check_learner, open_checkpoint
+from hvdqn.checkpoint import BrokenCheckpointError, Checkpoint, find_checkpoint, load_parameters, policy_of
 from hvdqn.comm import Comm
 from hvdqn.comm.local import LocalComm
 from hvdqn.config import Config, parse_flags
 from hvdqn.envs import Environments, as_exception, global_generators_kept, make_environments
 from hvdqn.errors import UserError
 from hvdqn.graphs import Record
-from hvdqn.links import follow_link
 from hvdqn.metrics import PhaseTimer, ProgressLine, finite
 from hvdqn.networks import QNetwork
 from hvdqn.parts import network_for
 from hvdqn.paths import absolute, folder_remembered
 from hvdqn.process import usable_cores, use_threads
 from hvdqn.seeds import eval_command_seed, rank_seeds
-from hvdqn.trust import code_to_import
+from hvdqn.trust import check_trust, code_to_import
 from hvdqn.video import check_video, record
 
 # The time limit of an environment without one of its own: the 108,000 frames of the Atari papers.
@@ -237,41 +236,18 @@ class EvalOptions:
     """Print one line of JSON, with the return of every episode."""
 
 
-def find_checkpoint(path: Path) -> Checkpoint:
-    """Open the checkpoint at a path, or the newest checkpoint of a run directory or of its folder of checkpoints.
-
-    Raises:
-        UserError: there is no checkpoint, or it is broken.
-    """
-    for place in (path, path / "latest", path / "checkpoints" / "latest"):
-        try:
-            if (follow_link(place) / "manifest.json").exists():
-                return open_checkpoint(place)
-        except (BrokenCheckpointError, OSError) as broken:
-            raise UserError(f"{broken}; choose another checkpoint") from None
-    raise UserError(f"'{path}' contains no checkpoint; give a run directory or one of its checkpoints")
-
-
 def load_network(checkpoint: Checkpoint, config: Config, envs: Environments) -> QNetwork:
     """Build the network of a configuration and load the online parameters of a checkpoint.
 
     Raises:
-        UserError: the file is broken, or its number of parameters differs.
+        UserError: the file is broken, or the network has other parameters.
     """
     network = network_for(config, envs)
     try:
-        part = checkpoint.read(LEARNER)
-        check_learner(part, checkpoint.path)
-        flat = torch.from_numpy(part["learner"]["online"])
+        saved = policy_of(checkpoint)
     except (BrokenCheckpointError, OSError) as broken:
         raise UserError(f"{broken}; choose another checkpoint") from None
-    expected = sum(parameter.numel() for parameter in network.parameters())
-    if flat.numel() != expected:
-        raise UserError(
-            f"'{checkpoint.path}' has {flat.numel():,} parameters, but its settings now make {expected:,}: the torso "
-            "or the environment has changed since"
-        )
-    torch.nn.utils.vector_to_parameters(flat, network.parameters())
+    load_parameters(network, saved, "the torso or the environment has changed since")
     return network
 
 
@@ -291,7 +267,7 @@ def check_options(options: EvalOptions) -> None:
         check_video(absolute(options.video))
 
 
-def check_trust(options: EvalOptions, config: Config) -> None:
+def trust_code(options: EvalOptions, config: Config) -> None:
     """Raise an error if a run names code to import and the user does not allow it with `--trust`.
 
     Only a trusted run finds modules in the current folder.
@@ -302,18 +278,8 @@ def check_trust(options: EvalOptions, config: Config) -> None:
     allowed = [("--env", options.env), ("--eval-env", options.eval_env), ("--torso", options.torso)]
     allowed += [("--wrapper", path) for path in options.wrapper]
     repeated = [f"{flag} {value!r}" for flag, value in allowed if value]
-    found = code_to_import(config)
-    if unknown := [flag for flag in repeated if flag not in found]:
-        raise UserError(f"'{options.path}' was not trained with {unknown[0]}; leave it out")
-    refused = [flag for flag in found if flag not in repeated]
-    if refused and not options.trust:
-        raise UserError(
-            f"'{options.path}' names code that would be imported: {', '.join(refused)}; give --trust if you trust "
-            "whoever made it, or repeat its --env, --wrapper and --torso"
-        )
-    folder = str(Path.cwd())
-    if found and not {"", folder} & set(sys.path):
-        sys.path.insert(0, folder)
+    remedy = "give --trust if you trust whoever made it, or repeat its --env, --wrapper and --torso"
+    check_trust(options.path, code_to_import(config), options.trust, repeated, remedy)
 
 
 def evaluate(options: EvalOptions) -> Iterator[str]:
@@ -326,7 +292,7 @@ def evaluate(options: EvalOptions) -> Iterator[str]:
     check_options(options)
     checkpoint = find_checkpoint(absolute(options.path))
     config = Config().replace(**checkpoint.manifest["config"])
-    check_trust(options, config)
+    trust_code(options, config)
     config = config.replace(eval_episodes=options.episodes, eval_epsilon=options.epsilon, seed=options.seed)
     environment = config.evaluation_environment()
     with closing(make_environments(environment, 1, options.seed, training=False)) as envs:

@@ -5,23 +5,25 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from hvdqn.acting import Actor, Epsilons
+from hvdqn.checkpoint import load_parameters, read_policy
 from hvdqn.clock import Clock, WorkerClock
 from hvdqn.comm import Comm
 from hvdqn.comm.gpus import assign_gpus, visible_gpus
 from hvdqn.config import Config
-from hvdqn.envs import Environments, make_environments
+from hvdqn.envs import Environments, Spaces, make_environments
 from hvdqn.errors import UserError
 from hvdqn.faults import raise_on_all_ranks
 from hvdqn.graphs import Record, Recorded, record_cuda_graph
 from hvdqn.learner import Learner
 from hvdqn.metrics import PhaseTimer
 from hvdqn.networks import Layout, QNetwork, make_network
+from hvdqn.paths import absolute
 from hvdqn.process import share_of_cores, use_threads
 from hvdqn.rank import Acting, Parts
 from hvdqn.replay import HOST_MEMORY, Importance, Memory, PrioritizedReplay, Replay
@@ -29,14 +31,6 @@ from hvdqn.replay.device import DeviceMemory, PinnedMemory
 from hvdqn.role import Role, assign_role
 from hvdqn.seeds import rank_seeds
 from hvdqn.sync import GroupNorm, RankGroup, make_strategy
-
-
-class Spaces(NamedTuple):
-    """What a network needs to know of its environments: the shape of observations and the number of actions."""
-
-    observation_shape: tuple[int, ...]
-    is_image: bool
-    num_actions: int
 
 
 def build_parts(config: Config, comm: Comm, timer: PhaseTimer, env_steps: int = 0) -> Parts:
@@ -61,7 +55,9 @@ def build_parts(config: Config, comm: Comm, timer: PhaseTimer, env_steps: int = 
     spaces = share_spaces(envs, comm, timer)
     group = make_group(config, comm, timer)
     torch.manual_seed(config.run.seed)
-    network = raise_on_all_ranks(comm, lambda: network_for(config, spaces, group), timer)
+    network = raise_on_all_ranks(
+        comm, lambda: first_network(config, spaces, comm.rank, env_steps, group), timer
+    )
     # If a GPU computes the network, more threads on the host would only take cores from the environments.
     use_threads(network, threads if device.type == "cpu" else 1)
     torch.manual_seed(noise_seed(config, comm, env_steps))  # from here on ranks draw different numbers
@@ -77,6 +73,7 @@ def build_parts(config: Config, comm: Comm, timer: PhaseTimer, env_steps: int = 
     overlap: Literal["exchange", "update"] = "exchange" if device.type == "cpu" else "update"
     return Parts(
         role=role,
+        spaces=spaces,
         clock=clock,
         learner=learner,
         strategy=strategy,
@@ -116,7 +113,7 @@ def make_own_replay(
 
 def share_spaces(envs: Environments | None, comm: Comm, timer: PhaseTimer) -> Spaces:
     """Return the spaces of the job's environments, also on a rank that has none. All ranks must call it together."""
-    mine = Spaces(envs.observation_shape, envs.is_image, envs.num_actions) if envs else None
+    mine = envs.spaces if envs else None
     with timer.during("comm"):
         return next(spaces for spaces in comm.all_gather_object(mine) if spaces is not None)
 
@@ -131,6 +128,24 @@ def noise_seed(config: Config, comm: Comm, env_steps: int) -> int:
     """Return the seed of torch's generator: ranks that hold one network draw the same numbers, all others do not."""
     first = comm.rank - comm.rank % config.parallel.model_parallel
     return rank_seeds(config.run.seed, first, env_steps).noise
+
+
+def first_network(
+    config: Config, spaces: Spaces, rank: int, env_steps: int, group: RankGroup | None = None
+) -> QNetwork:
+    """Make the network of a run; rank 0 of a new run loads the weights of `--init-from`, which the others get from it.
+
+    Raises:
+        UserError: the weights cannot be read, or belong to another network.
+    """
+    network, source = network_for(config, spaces, group), config.run.init_from
+    if source and env_steps == 0 and rank == 0:
+        torso = config.run.init_torso_only
+        remedy = (
+            "give its settings of the torso" if torso else "give its network's settings, or --init-torso-only"
+        )
+        load_parameters(network, read_policy(absolute(source)), remedy, only="torso." if torso else "")
+    return network
 
 
 def network_for(config: Config, spaces: Spaces | Environments, group: RankGroup | None = None) -> QNetwork:

@@ -9,7 +9,7 @@ import torch
 
 from hvdqn.acting import Actor, Epsilons
 from hvdqn.clock import Clock
-from hvdqn.envs import Environments
+from hvdqn.envs import Environments, Spaces
 from hvdqn.learner import Learner
 from hvdqn.metrics import PhaseTimer
 from hvdqn.replay import Replay
@@ -32,6 +32,7 @@ class Parts:
 
     Attributes:
         role: whether this rank acts in environments, and its number among those that do.
+        spaces: the spaces of the job's environments.
         clock: decides when updates and events are due.
         learner: computes and applies gradients.
         strategy: exchanges gradients or parameters with the other ranks.
@@ -45,6 +46,7 @@ class Parts:
     """
 
     role: Role
+    spaces: Spaces
     clock: Clock
     learner: Learner
     strategy: Strategy

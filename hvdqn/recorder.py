@@ -5,22 +5,24 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hvdqn.checkpoint import LEARNER, Checkpoints, Progress, best_evaluation, contents
+from hvdqn.callbacks import Callback, Run
+from hvdqn.checkpoint import POLICY, Checkpoints, Progress, best_evaluation, contents, policy_part
 from hvdqn.comm import Comm
 from hvdqn.config import Config
+from hvdqn.envs import Episode
 from hvdqn.evaluate import Evaluator
-from hvdqn.faults import check_replicas, raise_on_all_ranks
+from hvdqn.faults import StopSignal, check_replicas, raise_on_all_ranks
 from hvdqn.metrics import Metrics, WaitHint, Writer, open_tracker, write_summary
 from hvdqn.parts import recording
 from hvdqn.provenance import time_now
 from hvdqn.rank import Parts
 from hvdqn.run_directory import read_launches
 from hvdqn.summary import log_summary, summarize
-from hvdqn.sync import Totals
+from hvdqn.sync import InfoMeans, Totals
 
 log = logging.getLogger(__name__)
 
@@ -34,18 +36,35 @@ class Recorder:
         run_dir: the directory that the run is recorded in.
         parts: this rank's parts.
         checkpoints: reads and writes the checkpoints of the run.
+        stop: tells whether this rank was asked to stop; callbacks may ask for it.
+        callbacks: are called with what is recorded.
 
     Attributes:
         totals: sums of the ranks' statistics since the last line of metrics.
         progress: the results of the last evaluation, and other facts that a resumed run needs.
         activity: words for the progress display while the ranks do not train, such as "saving a checkpoint".
+        returns: of the episodes of the last evaluation, of all ranks.
+        summary: the content of summary.json, once the run has ended.
     """
 
     def __init__(
-        self, config: Config, comm: Comm, run_dir: Path, parts: Parts, checkpoints: Checkpoints
+        self,
+        config: Config,
+        comm: Comm,
+        run_dir: Path,
+        parts: Parts,
+        checkpoints: Checkpoints,
+        stop: StopSignal,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         self.config, self.comm, self.run_dir = config, comm, run_dir
         self.parts, self.checkpoints = parts, checkpoints
+        self.callbacks, self.run = callbacks, Run(config, comm, run_dir, parts.clock, stop)
+        self.returns: tuple[float, ...] = ()
+        self.summary: dict[str, Any] = {}
+        # Under `server`, ranks write their lines of metrics at different times, and must not wait for each other then.
+        self.logs_infos = config.parallel.sync != "server"
+        self.infos = InfoMeans(config.run.log_info if self.logs_infos else ())
         self.timer = parts.timer
         self.evaluator = Evaluator(config, comm, parts.device, self.timer, parts.threads, recording(config))
         rank_0_dir = run_dir if comm.rank == 0 else None
@@ -122,8 +141,11 @@ class Recorder:
             "lr": learner.lr,
             "grad_norm": learner.grad_norm,
             **self.parts.strategy.metrics(),
+            **self.infos.exchange(self.comm),
         }
-        self.metrics.log(clock.env_steps, clock.updates, values)
+        record = self.metrics.log(clock.env_steps, clock.updates, values)
+        for callback in self.callbacks:
+            callback.on_log(self.run, record.values)
         if hint := self.hint.due():
             log.info(hint)
 
@@ -146,8 +168,9 @@ class Recorder:
         self.activity = ""
         if evaluation is None:
             return False
-        self.report_discarded()
+        self.exchange_notes()
         progress.evaluated_at_env_steps = clock.env_steps
+        self.returns = evaluation.returns
         progress.evaluation = {
             "eval_return_mean": evaluation.mean,
             "eval_return_std": evaluation.std,
@@ -157,22 +180,35 @@ class Recorder:
             self.best_eval_return = evaluation.mean
         self.metrics.log(clock.env_steps, clock.updates, progress.evaluation)
         log.info(f"evaluation at env step {clock.env_steps:,}, {evaluation}")
+        for callback in self.callbacks:
+            callback.on_evaluation(self.run, evaluation)
         return True
+
+    def end_episodes(self, episodes: Sequence[Episode]) -> None:
+        """Tell callbacks of the episodes of this rank that have ended; not a collective call."""
+        for episode in episodes:
+            if episode.info:
+                self.infos.add(episode.info)
+            for callback in self.callbacks:
+                callback.on_episode(self.run, episode)
 
     def return_reached(self) -> bool:
         """Return whether the last evaluation reached the return at which the run stops."""
         goal = self.config.run.stop_at_return
         return goal is not None and self.progress.evaluation.get("eval_return_mean", -math.inf) >= goal
 
-    def report_discarded(self) -> None:
-        """Log a warning, once, if some rank's replay discarded transitions that are not finite."""
-        if self.reported_discarded:
-            return
+    def exchange_notes(self) -> None:
+        """Warn once if the replay of some rank discarded transitions; find out if episodes report `is_success`."""
         acting = self.parts.acting
         with self.timer.during("comm"):
-            counts = self.comm.all_gather_object(acting.replay.discarded if acting else 0)
-        self.reported_discarded = any(counts)
-        if self.reported_discarded:
+            notes = self.comm.all_gather_object(
+                (acting.replay.discarded if acting else 0, self.infos.has_success)
+            )
+        counts, successes = zip(*notes, strict=True)
+        if any(successes) and self.logs_infos:
+            self.infos.watch_success()
+        if any(counts) and not self.reported_discarded:
+            self.reported_discarded = True
             ranks = ", ".join(str(rank) for rank, count in enumerate(counts) if count)
             log.warning(
                 f"{sum(counts):,} transitions of rank {ranks} have a reward, an observation or a TD error that is not "
@@ -181,19 +217,31 @@ class Recorder:
 
     def save(self) -> None:
         """Write a checkpoint, unless one was already written at this env step."""
-        if self.saved_at_env_steps != self.parts.clock.env_steps:
-            self.report_discarded()
-            self.write_checkpoint(contents(self.parts, self.comm, self.totals, self.progress))
-            self.saved_at_env_steps = self.parts.clock.env_steps
+        env_steps = self.parts.clock.env_steps
+        if self.saved_at_env_steps == env_steps:
+            return
+        self.exchange_notes()
+        state = contents(self.parts, self.comm, self.totals, self.progress)
+        saved = self.write_checkpoint({**state, **self.policy()})
+        self.saved_at_env_steps = env_steps
+        for callback in self.callbacks if saved else ():
+            callback.on_checkpoint(self.run, self.checkpoints.directory / f"{env_steps:012d}")
 
     def save_best(self, eval_return: float) -> bool:
         """Save the weights as `checkpoints/best`; return False if that failed.
 
         `eval_return`: the mean return of their evaluation.
         """
-        weights = {"learner": self.parts.strategy.learner_state(), "eval_return_mean": eval_return}
-        parts = {LEARNER: weights} if self.comm.rank == 0 else {}
-        return self.write_checkpoint(parts, best=True)
+        return self.write_checkpoint(self.policy(eval_return_mean=eval_return), best=True)
+
+    def policy(self, **more: float) -> dict[str, Any]:
+        """Return the policy file of a checkpoint, on rank 0, with more numbers in it; a collective call."""
+        network = self.parts.strategy.whole_network()
+        if self.comm.rank > 0:
+            return {}
+        parameters = {name: parameter.detach() for name, parameter in network.named_parameters()}
+        env_steps = self.parts.clock.env_steps
+        return {POLICY: policy_part(parameters, self.config, self.parts.spaces, env_steps, **more)}
 
     def write_checkpoint(self, parts: Mapping[str, Any], best: bool = False) -> bool:
         """Write a checkpoint; return False if that failed, which is counted and logged but does not end the run.
@@ -223,10 +271,10 @@ class Recorder:
         """Write `summary.json`, and log how the run ended and where its files are.
 
         Args:
-            stopped_by: what ended the run: "finished", "signal" or "return".
+            stopped_by: what ended the run: "finished", "signal", "return" or "callback".
             acted_env_steps: env steps of this rank since this process started.
         """
-        self.report_discarded()
+        self.exchange_notes()
         summary = summarize(
             self.config,
             self.comm,
@@ -249,4 +297,5 @@ class Recorder:
                 write_summary(self.run_dir, summary)
             except OSError as error:
                 log.warning(f"summary.json could not be written: {error}")
+        self.summary = self.comm.broadcast_object(summary)
         self.metrics.close()

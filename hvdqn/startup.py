@@ -10,7 +10,8 @@ from typing import TypeVar
 
 import torch
 
-from hvdqn.checkpoint import Checkpoint, Checkpoints, find_checkpoint, reset_environments, restore
+from hvdqn.callbacks import Callback, load_callbacks
+from hvdqn.checkpoint import Checkpoint, Checkpoints, find_newest, reset_environments, restore
 from hvdqn.clock import Clock
 from hvdqn.comm import Comm
 from hvdqn.config import Config, check_engine, check_groups, check_world, fitting_preset
@@ -19,6 +20,7 @@ from hvdqn.errors import UserError
 from hvdqn.faults import StopSignal, raise_on_all_ranks
 from hvdqn.metrics import PhaseTimer
 from hvdqn.parts import build_parts
+from hvdqn.prefill import prefill
 from hvdqn.provenance import Launch
 from hvdqn.rank import Parts
 from hvdqn.recorder import Recorder
@@ -126,6 +128,15 @@ def make_trainer(config: Config, comm: Comm, stop: StopSignal, parts: Parts, rec
     return kind(config, comm, stop, parts, recorder)
 
 
+def named_callbacks(config: Config, comm: Comm) -> list[Callback]:
+    """Return the callbacks that the settings name; a collective call if there are any.
+
+    Raises:
+        UserError: on all ranks.
+    """
+    return raise_on_all_ranks(comm, lambda: load_callbacks(config)) if config.run.callback else []
+
+
 def start_run(
     config: Config,
     comm: Comm,
@@ -133,6 +144,7 @@ def start_run(
     stop: StopSignal,
     timer: PhaseTimer,
     make: Callable[[Config, Comm, StopSignal, Parts, Recorder], T],
+    callbacks: Sequence[Callback] = (),
 ) -> T:
     """Build this rank's parts and trainer, and begin the run or resume it from its newest checkpoint.
 
@@ -145,13 +157,15 @@ def start_run(
         stop: tells whether this rank received a signal to stop.
         timer: counts this rank's seconds by phase.
         make: creates the trainer, as `make_trainer` does.
+        callbacks: of the program; those of `--callback` are added.
 
     Raises:
         UserError: on all ranks, if the user's input is wrong.
     """
+    callbacks = [*callbacks, *named_callbacks(config, comm)]
     launch = Launch(comm)
     checkpoints = Checkpoints(run_dir / "checkpoints", comm, config.run.checkpoint_keep, timer)
-    checkpoint, warnings = find_checkpoint(config, checkpoints, run_dir)
+    checkpoint, warnings = find_newest(config, checkpoints, run_dir)
     parts = build_parts(config, comm, timer, checkpoint.env_steps if checkpoint else 0)
     check_that_it_learns(config, parts.clock)
     if config.evaluation_environment() is not config.environment:
@@ -159,9 +173,24 @@ def start_run(
     # A run that has already finished keeps its config.yaml, since it does not train with the new settings.
     if checkpoint is None or checkpoint.env_steps < config.run.total_env_steps:
         record_config(config, comm, run_dir, launch.describe(), anew=checkpoint is None)
-    trainer = make(config, comm, stop, parts, Recorder(config, comm, run_dir, parts, checkpoints))
+    recorder = Recorder(config, comm, run_dir, parts, checkpoints, stop, callbacks)
+    trainer = make(config, comm, stop, parts, recorder)
     begin(trainer, checkpoint, [*warnings, *compare_cpus(config, comm, parts.device)])
     return trainer
+
+
+def begin_with(config: Config, comm: Comm, parts: Parts) -> list[str]:
+    """Fill replay with the transitions of `--prefill`; return a line of text on each thing that a new run begins with.
+
+    Raises:
+        UserError: on all ranks, if they cannot be read or do not fit.
+    """
+    lines = [f"the weights are those of {config.run.init_from}"] if config.run.init_from else []
+    if config.run.prefill:
+        held = raise_on_all_ranks(comm, lambda: prefill(config, parts), parts.timer)
+        total = sum(comm.all_gather_object(held))
+        lines.append(f"replay begins with {total:,} transitions of {config.run.prefill}")
+    return lines
 
 
 def begin(trainer: Trainer, checkpoint: Checkpoint | None, warnings: Sequence[str]) -> None:
@@ -175,6 +204,7 @@ def begin(trainer: Trainer, checkpoint: Checkpoint | None, warnings: Sequence[st
     config, comm, parts, recorder = trainer.config, trainer.comm, trainer.parts, trainer.recorder
     changes: list[str] = []
     if checkpoint is None:
+        changes = begin_with(config, comm, parts)
         raise_on_all_ranks(comm, lambda: reset_environments(parts), parts.timer)
         preset = fitting_preset(config.environment.env)
         if not config.preset and preset:

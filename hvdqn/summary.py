@@ -77,7 +77,7 @@ def summarize(
         parts: this rank's parts.
         totals: sums of the ranks' statistics; this reads the skipped updates.
         progress: the last evaluation, and counts of failures.
-        stopped_by: what ended the run: "finished", "signal" or "return".
+        stopped_by: what ended the run: "finished", "signal", "return" or "callback".
         acted_env_steps: env steps of this rank since this process started or resumed the run.
         seconds_before: this rank's seconds by phase before that.
     """
@@ -150,8 +150,8 @@ def log_summary(run_dir: Path, summary: Mapping[str, Any]) -> None:
             f"stopped at env step {env_steps:,}: the evaluation reached --stop-at-return "
             f"({summary['eval_return_mean']:.2f})"
         )
-    if summary["stopped_by"] == "signal":
+    if (what := summary["stopped_by"]) in ("signal", "callback"):
         log.info(
-            f"stopped by a signal at env step {env_steps:,}: start it again with --run-dir {run_dir} to resume"
+            f"stopped by a {what} at env step {env_steps:,}: start it again with --run-dir {run_dir} to resume"
         )
     log.info(f"run directory: {run_dir}   checkpoint: {run_dir / 'checkpoints' / 'latest'}")

@@ -7,8 +7,9 @@
     torchrun --nproc-per-node 8 -m hvdqn.train --preset atari      torch.distributed, no Horovod needed
 
 Every rank runs this file. It connects the ranks, opens the run directory, builds the trainer and trains; the loop is in
-`hvdqn/trainer.py`. Settings and their flags: `hvdqn/config/settings.py`, or `--help`. Exit codes: 0 finished, 2 wrong
-input, 75 stopped by a signal after a checkpoint (start it again with the same run directory to resume), 1 otherwise.
+`hvdqn/trainer.py`. A program calls `hvdqn.train(...)`, which is `train_here`. Settings and their flags:
+`hvdqn/config/settings.py`, or `--help`. Exit codes: 0 finished, 2 wrong input, 75 stopped by a signal after a
+checkpoint (start it again with the same run directory to resume), 1 otherwise.
 """
 
 from __future__ import annotations
@@ -17,29 +18,21 @@ import gc
 
 gc.disable()  # imports leave no garbage, and searching for it would slow the start of every rank
 
-import logging
 import sys
-import time
-import traceback
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
+from hvdqn.api import Result, make_config
+from hvdqn.callbacks import Callback, check_callback
 from hvdqn.comm import Comm, connect, launcher_rank, launcher_size
 from hvdqn.config import Config, parse
 from hvdqn.envs import find_spec, kill_all_workers
-from hvdqn.errors import (
-    EXIT_FAILED,
-    EXIT_FINISHED,
-    EXIT_REQUEUE,
-    EXIT_USER_ERROR,
-    DriftError,
-    FoundAloneError,
-    LaunchError,
-    NonFiniteError,
-    StoppedError,
-    UserError,
-)
+from hvdqn.errors import EXIT_FINISHED, EXIT_REQUEUE, FoundAloneError, LaunchError, UserError
 from hvdqn.faults import StopSignal, Watchdog
+from hvdqn.job import TOGETHER, Work, fail, leave, refuse_alone, run_and_leave
 from hvdqn.logs import setup_logging
 from hvdqn.metrics import PhaseTimer, check_tracker
 from hvdqn.parts import engine_settings
@@ -47,17 +40,16 @@ from hvdqn.paths import folder_remembered
 from hvdqn.process import borrowed_process, tune_process
 from hvdqn.run_directory import open_run_dir, sole_job
 from hvdqn.startup import check_ranks, make_trainer, start_run
+from hvdqn.trainer import Trainer
 
 gc.freeze()  # the garbage collector never searches the objects that imports created
 gc.enable()
 
-log = logging.getLogger(__name__)
 
-Work = Callable[[Config, Comm, StopSignal, PhaseTimer], int]
-
-
-def train(config: Config, comm: Comm, stop: StopSignal, timer: PhaseTimer) -> int:
-    """Open the run directory, train to the end or to a vote to stop, and return the exit code.
+def train_on_ranks(
+    config: Config, comm: Comm, stop: StopSignal, timer: PhaseTimer, callbacks: Sequence[Callback] = ()
+) -> Trainer:
+    """Train, evaluate and record; return the trainer, which is done.
 
     Raises:
         UserError: on all ranks, if the user's input is wrong.
@@ -68,7 +60,7 @@ def train(config: Config, comm: Comm, stop: StopSignal, timer: PhaseTimer) -> in
         seconds = config.parallel.stall_timeout
         heartbeats = run_dir / "heartbeats"
         with sole_job(run_dir, comm), closing(Watchdog(heartbeats, comm, timer, seconds, stop=stop)):
-            trainer = start_run(config, comm, run_dir, stop, timer, make_trainer)
+            trainer = start_run(config, comm, run_dir, stop, timer, make_trainer, callbacks)
             try:
                 trainer.complete()
             except UserError as error:  # perhaps on this rank alone: the others would train on
@@ -80,7 +72,66 @@ def train(config: Config, comm: Comm, stop: StopSignal, timer: PhaseTimer) -> in
         with suppress(OSError):
             run_dir.rmdir()
         raise
+    return trainer
+
+
+def train(config: Config, comm: Comm, stop: StopSignal, timer: PhaseTimer) -> int:
+    """Train, evaluate and record; return the exit code.
+
+    Raises:
+        UserError: the input is wrong, on all ranks.
+    """
+    trainer = train_on_ranks(config, comm, stop, timer)
     return EXIT_REQUEUE if trainer.stopped_by == "signal" else EXIT_FINISHED
+
+
+@folder_remembered()
+def train_here(
+    config: Config | str | Path | None = None,
+    *,
+    env: str | Callable[..., Any] | None = None,
+    callbacks: Sequence[Callback] = (),
+    signals: bool = False,
+    **settings: Any,
+) -> Result:
+    """Train in this process, which may be a notebook, a thread, or one rank under a launcher; call it on every rank.
+
+    Args:
+        config: settings, or a YAML file of them. By default those of `preset`, if it is among `settings`.
+        env: id of the environment, or a function of a module that makes one.
+        callbacks: are told of episodes, logs, evaluations and checkpoints.
+        signals: let SIGINT, SIGTERM and SIGUSR2 stop the run after a checkpoint. Only on the main thread.
+        **settings: by name, as the keys of a YAML file: `total_env_steps=20_000`.
+
+    Raises:
+        UserError: the input is wrong.
+        LaunchError: the ranks cannot be connected.
+        NonFiniteError, DriftError: training failed on all ranks.
+        Exception: what the environment or a callback raised. With several ranks it ends the job instead.
+    """
+    setup_logging(launcher_rank(), launcher_size())
+    made = make_config(config, env, settings)
+    for callback in callbacks:
+        check_callback(callback, "an entry of callbacks")
+    find_spec(made.environment.env)
+    with borrowed_process(), closing(StopSignal(own_process=False, listen=signals)) as stop:
+        comm = connect(*engine_settings(made))
+        setup_logging(comm.rank, comm.size)
+        timer = PhaseTimer()
+        try:
+            recorder = train_on_ranks(made, comm, stop, timer, callbacks).recorder
+        except TOGETHER:
+            leave(comm, timer)
+            raise
+        except BaseException as error:
+            if comm.size > 1:  # the other ranks wait for this one
+                fail(error, comm, stop, timer)
+            kill_all_workers()
+            if isinstance(error, FoundAloneError):
+                raise UserError(str(error)) from error
+            raise
+        leave(comm, timer)
+    return Result(recorder.run_dir, recorder.summary, recorder.returns)
 
 
 def main(argv: Sequence[str] | None = None, work: Work = train) -> int:
@@ -122,78 +173,15 @@ def run(argv: Sequence[str] | None, work: Work, stop: StopSignal) -> int:
         return fail(error, comm, stop, timer)
 
 
-def fail(error: BaseException, comm: Comm, stop: StopSignal, timer: PhaseTimer) -> int:
-    """Report an exception and end all ranks; only return the exit code if a program of the user runs a single rank."""
-    ends_process = stop.own_process or comm.size > 1  # other ranks wait for this one
-    if not ends_process:
-        kill_all_workers()
-        if isinstance(error, KeyboardInterrupt):
-            raise error
-    if isinstance(error, FoundAloneError):
-        code = refuse_alone(str(error), stop)
-    else:
-        report_failure(error, comm, timer)
-        code = EXIT_FAILED
-    if ends_process:
-        comm.abort(code)
-    return code
+class _CallableModule(ModuleType):
+    """This module, which can be called: `hvdqn.train(...)` trains, and `hvdqn.train.main(flags)` is still there."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Result:
+        """See `train_here`."""
+        return train_here(*args, **kwargs)
 
 
-def report_failure(error: BaseException, comm: Comm, timer: PhaseTimer) -> None:
-    """Log an exception with its traceback; if it came while waiting for other ranks, only that they do not answer."""
-    if timer.phase != "comm":
-        log.error(f"rank {comm.rank} of {comm.size} failed: {''.join(traceback.format_exception(error))}")
-        return
-    reason = traceback.format_exception_only(error)[-1].splitlines()[0]
-    log.error(f"rank {comm.rank} of {comm.size} failed: the other ranks do not answer: {reason}")
-    if comm.size > 1:
-        # Launchers use the exit code of the rank that ends first, so let the one that failed end first.
-        time.sleep(1)
-
-
-def run_and_leave(work: Work, config: Config, comm: Comm, stop: StopSignal, timer: PhaseTimer) -> int:
-    """Call `work`, or log the error that all ranks raised; disconnect together with them, and return the exit code."""
-    try:
-        code = work(config, comm, stop, timer)
-    except UserError as error:
-        code = refuse(str(error), comm.rank)
-    except (DriftError, NonFiniteError, StoppedError) as error:
-        code = refuse(str(error), comm.rank, EXIT_FAILED)
-    timer.start("comm")
-    comm.barrier()
-    comm.close()
-    return code
-
-
-def refuse(message: str, rank: int, code: int = EXIT_USER_ERROR) -> int:
-    """Log, on rank 0 only, an error that every rank raised; return the exit code. Other ranks wait for rank 0."""
-    if rank == 0:
-        log.error(message)
-    else:
-        time.sleep(3)
-    return code
-
-
-def refuse_alone(message: str, stop: StopSignal) -> int:
-    """Log an error that perhaps only this rank raised, since it cannot ask the others; return the exit code.
-
-    Usually all ranks raise the same, and rank 0 logs it for all. Another rank waits until rank 0 would have logged it
-    and ended the job, and then logs the error itself.
-    """
-    rank = launcher_rank()
-    if rank == 0:
-        log.error(message)
-        if launcher_size() != 1:
-            # Until other ranks raise it too: srun returns the highest exit code, and a rank that it ends has 143.
-            time.sleep(3)
-        return EXIT_USER_ERROR
-    # On a busy machine rank 0 may start seconds later, and it waits 3 s after its message.
-    deadline = time.monotonic() + 8.0
-    while not stop.requested and time.monotonic() < deadline:
-        time.sleep(0.1)
-    if not stop.requested:
-        log.error(f"rank {rank} alone: {message}")
-    return EXIT_USER_ERROR
+sys.modules[__name__].__class__ = _CallableModule
 
 
 if __name__ == "__main__":

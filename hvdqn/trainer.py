@@ -48,7 +48,7 @@ class Trainer:
         if parts.acting is not None:
             self.acting = parts.acting
         self.acted_env_steps = 0  # env steps of this rank since this process started
-        self.stopped_by = ""  # what ends the run early: "signal" or "return"
+        self.stopped_by = ""  # what ends the run early: "signal", "return" or "callback"
         self.target_due = False
         self.updating = False
         self.batch: Batch | None = None  # the minibatch of the update in progress
@@ -63,6 +63,10 @@ class Trainer:
         self.stop.all_ranks_agreed = True
         self.recorder.save()
         self.evaluate()
+        if self.stopped_by == "signal":
+            with self.timer.during("comm"):
+                signaled = any(self.comm.all_gather_object(bool(self.stop.name)))
+            self.stopped_by = "signal" if signaled else "callback"
         self.recorder.finish(self.stopped_by or "finished", self.acted_env_steps)
         self.close()
         with self.timer.during("comm"):
@@ -155,7 +159,8 @@ class Trainer:
         episodes = self.acting.envs.pop_episodes()
         if not episodes:
             return (float(self.stop.requested), *NO_EPISODES)
-        returns, lengths, envs = map(np.array, zip(*episodes, strict=True))
+        self.recorder.end_episodes(episodes)
+        returns, lengths, envs = map(np.array, list(zip(*episodes, strict=True))[:3])
         greediest = self.parts.epsilons.greediest[envs]
         return (
             float(self.stop.requested),

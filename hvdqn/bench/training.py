@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hvdqn import train
 from hvdqn.acting import Epsilons
 from hvdqn.bench.report import Parser
 from hvdqn.comm import Comm, connect, launcher_rank, launcher_size
@@ -24,6 +23,7 @@ from hvdqn.config import Config, check_engine, check_world
 from hvdqn.errors import EXIT_FINISHED, StoppedError, UserError
 from hvdqn.evaluate import Evaluation
 from hvdqn.faults import StopSignal
+from hvdqn.job import refuse_alone
 from hvdqn.logs import setup_logging
 from hvdqn.metrics import PhaseTimer
 from hvdqn.parts import build_parts
@@ -32,6 +32,7 @@ from hvdqn.replay import Batch
 from hvdqn.role import assign_role
 from hvdqn.startup import check_same_config, make_trainer, start_run
 from hvdqn.sync.statistics import REPORTED, STATISTICS, Outcome, Trailer
+from hvdqn.train import command
 from hvdqn.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -83,13 +84,13 @@ def run_on_all_ranks(
         if before_connecting is not None:
             before_connecting(options)
     except UserError as error:
-        return train.refuse_alone(str(error), StopSignal())
+        return refuse_alone(str(error), StopSignal())
 
     def work(config: Config, comm: Comm, stop: StopSignal, timer: PhaseTimer) -> int:
         benchmark(options, flags, Job(config, comm, stop, timer))
         return EXIT_FINISHED
 
-    return train.command(flags, work)
+    return command(flags, work)
 
 
 def check_config(config: Config, comm: Comm, steps_together: bool = False) -> None:

@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from hvdqn.checkpoint.files import BrokenCheckpointError
 from hvdqn.comm import Comm
+from hvdqn.networks import QNetwork
 from hvdqn.rank import Parts
 from hvdqn.seeds import torch_state
 from hvdqn.sync import Totals
@@ -95,17 +97,25 @@ def check_learner(part: Any, path: object) -> None:
         BrokenCheckpointError: the network's parameters are missing, or the tensors do not fit each other.
     """
     tensors = part.get("learner") if isinstance(part, dict) else None
-    online = tensors.get("online") if isinstance(tensors, dict) else None
-    if not isinstance(tensors, dict) or not isinstance(online, np.ndarray) or online.ndim != 1:
+    network = tensors.get("online", tensors.get("target")) if isinstance(tensors, dict) else None
+    shape = _shape(network)
+    if not isinstance(tensors, dict) or not shape or (isinstance(shape, tuple) and len(shape) != 1):
         raise BrokenCheckpointError(f"{path} holds no parameters of a network")
     for name, tensor in tensors.items():
-        if not isinstance(tensor, np.ndarray) or tensor.dtype.kind != "f":
+        found = _shape(tensor)
+        if found is None:
             raise BrokenCheckpointError(f"{path}: {name} is no array of floats")
-        is_scalar = tensor.shape == () or name == "sync.largest_weight"  # `--sync parameters` keeps it
-        if not is_scalar and tensor.shape != online.shape:
-            raise BrokenCheckpointError(
-                f"{path}: {name} has shape {list(tensor.shape)}, where the network has {list(online.shape)}"
-            )
+        is_scalar = found == () or name == "sync.largest_weight"  # `--sync parameters` keeps that one
+        if not is_scalar and found != shape:
+            raise BrokenCheckpointError(f"{path}: {name} has shape {found}, where the network has {shape}")
+
+
+def _shape(tensor: Any) -> tuple[int, ...] | dict[str, Any] | None:
+    """Return the shape of an array of floats, or the shapes of arrays by name; None for anything else."""
+    if isinstance(tensor, dict):
+        shapes = {name: _shape(part) for name, part in tensor.items()}
+        return None if None in shapes.values() else shapes
+    return tensor.shape if isinstance(tensor, np.ndarray) and tensor.dtype.kind == "f" else None
 
 
 def contents(parts: Parts, comm: Comm, totals: Totals, progress: Progress) -> dict[str, Any]:
@@ -121,4 +131,38 @@ def contents(parts: Parts, comm: Comm, totals: Totals, progress: Progress) -> di
         }
     }
     shared = shared_state(parts, totals, progress)
-    return {**written, LEARNER: shared} if comm.rank == 0 else written
+    if comm.rank == 0:
+        flat = shared["learner"].pop("online")  # a file of its own has it, see `policy_file`
+        for name, tensor in shared["learner"].items():
+            if tensor.shape == flat.shape:
+                shared["learner"][name] = parts.learner.online.by_name(tensor)
+        written[LEARNER] = shared
+    return written
+
+
+def flat_learner(
+    tensors: Mapping[str, Any], parameters: Mapping[str, Any], network: QNetwork
+) -> dict[str, Any]:
+    """Return the tensors of a checkpoint as `load_shared_state` takes them.
+
+    Args:
+        tensors: the learner's tensors in the part that all ranks share, by name of each parameter.
+        parameters: the parameters of the online network, by name.
+        network: the network that they are for.
+
+    Raises:
+        ValueError: the network has other parameters.
+    """
+    shapes = network.whole_shapes()
+    named = {"online": parameters, **tensors}
+    return {
+        name: _flat(value, shapes, name) if isinstance(value, Mapping) else value
+        for name, value in named.items()
+    }
+
+
+def _flat(named: Mapping[str, Any], shapes: Mapping[str, torch.Size], what: str) -> Tensor:
+    for name in [*shapes, *named]:
+        if name not in named or name not in shapes or named[name].shape != tuple(shapes[name]):
+            raise ValueError(f"{what} has other parameters: {name}")
+    return torch.cat([torch.as_tensor(named[name]).reshape(-1) for name in shapes])

@@ -1,6 +1,7 @@
 """Write and read one file of a checkpoint: nested dicts and lists of numbers, text and arrays, as safetensors.
 
-The arrays are the tensors of the safetensors file. Everything else is JSON in the file's metadata, in which
+The arrays are the tensors of the safetensors file: those directly in the outermost dict under their key, which other
+programs then find, all others numbered. Everything else is JSON in the file's metadata, in which
 `{"__array__": NAME}` takes the place of an array. Reading a file never executes anything in it.
 """
 
@@ -27,6 +28,7 @@ _DTYPES = {
     "<i8": "I64", "<u8": "U64", "<f2": "F16", "<f4": "F32", "<f8": "F64",
 }  # fmt: skip
 _ARRAY, _DTYPE = "__array__", "__dtype__"
+_ARRAYS = (np.ndarray, torch.Tensor, StreamedArray)
 _BLOCK_BYTES = 1 << 24
 MAX_HEADER_BYTES = 100_000_000
 """The longest header that the safetensors library reads."""
@@ -121,7 +123,7 @@ def _header(data: Any, arrays: Mapping[str, NDArray[Any] | StreamedArray]) -> by
     Raises:
         ValueError: the header is longer than the safetensors library reads.
     """
-    header: dict[str, Any] = {"__metadata__": {"data": json.dumps(data)}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", "data": json.dumps(data)}}
     offset = 0
     for name, array in arrays.items():
         header[name] = {
@@ -160,13 +162,17 @@ class Arrays:
             TypeError: the content holds an object that `write_part` does not accept.
             ValueError: the content is nested too deeply.
         """
+        if isinstance(content, Mapping):
+            for key, value in content.items():
+                if isinstance(value, _ARRAYS) and not str(key).isdigit() and id(value) not in self._entries:
+                    self._entries[id(value)] = value, self._add(value, str(key))
         try:
             return self._extract(content)
         except RecursionError:
             raise ValueError("the state is nested too deeply to be written") from None
 
     def _extract(self, content: Any) -> Any:
-        if isinstance(content, (np.ndarray, torch.Tensor, StreamedArray)):
+        if isinstance(content, _ARRAYS):
             if id(content) not in self._entries:
                 self._entries[id(content)] = content, self._add(content)
             return self._entries[id(content)][1]
@@ -182,13 +188,13 @@ class Arrays:
             return content
         raise TypeError(f"{type(content).__name__} is not plain data")
 
-    def _add(self, array: NDArray[Any] | torch.Tensor | StreamedArray) -> dict[str, str]:
-        """Add an array to `by_name`; return the dict that replaces it in the JSON data."""
+    def _add(self, array: NDArray[Any] | torch.Tensor | StreamedArray, name: str = "") -> dict[str, str]:
+        """Add an array to `by_name`, by default under a number; return the dict that replaces it in the JSON data."""
         if isinstance(array, torch.Tensor):
             array = array.detach().cpu().numpy()
         if array.dtype.kind not in "biufcSU":
             raise TypeError(f"an array of {array.dtype} is not plain data")
-        name, dtype = str(len(self.by_name)), array.dtype.str
+        name, dtype = name or str(len(self.by_name)), array.dtype.str
         if isinstance(array, np.ndarray):
             # `ascontiguousarray` copies only strided arrays, and replay has none. It also gives scalars one axis, which
             # `reshape` takes away again.

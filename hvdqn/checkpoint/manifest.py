@@ -20,10 +20,11 @@ from hvdqn.config import check_saved
 from hvdqn.errors import UserError
 from hvdqn.links import follow_link
 
-FORMAT = 2
+FORMAT = 3
+OLDEST_FORMAT = 2  # without parameters by name
 MANIFEST = "manifest.json"
 
-_FILE_NAME = re.compile(r"(learner|rank-\d{5,9})\.safetensors")
+_FILE_NAME = re.compile(r"(learner|policy|rank-\d{5,9})\.safetensors")
 # These errors mean that a file is missing, so the checkpoint is broken. Other OSErrors may be temporary failures of the
 # file system, such as a stale handle; after those the checkpoint may still be intact.
 _MISSING = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
@@ -57,6 +58,11 @@ class Checkpoint:
     def env_steps(self) -> int:
         """The global env steps at which the checkpoint was written."""
         return int(self.manifest["env_steps"])
+
+    @property
+    def has_names(self) -> bool:
+        """Whether it holds parameters by name, in a policy file of their own."""
+        return int(self.manifest["format"]) > OLDEST_FORMAT
 
     @property
     def world_size(self) -> int:
@@ -120,8 +126,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise BrokenCheckpointError(f"{path / MANIFEST} is missing or damaged") from None
     if not intact:
         raise BrokenCheckpointError(f"{path / MANIFEST} is not what was written (sha256 differs)")
-    if version != FORMAT:
-        raise OtherFormatError(f"{path} has format {version}, this version reads {FORMAT}")
+    if type(version) is not int or not OLDEST_FORMAT <= version <= FORMAT:
+        raise OtherFormatError(f"{path} has format {version}, this version reads {OLDEST_FORMAT} to {FORMAT}")
     if problem := _problem_of(manifest):
         raise BrokenCheckpointError(f"{path / MANIFEST} is not a checkpoint's: {problem}")
     return Checkpoint(path, manifest)

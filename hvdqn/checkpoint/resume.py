@@ -8,7 +8,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from hvdqn.checkpoint.contents import LEARNER, Progress, check_learner, load_shared_state, rank_part
+from hvdqn.checkpoint.contents import (
+    LEARNER,
+    Progress,
+    check_learner,
+    flat_learner,
+    load_shared_state,
+    rank_part,
+)
 from hvdqn.checkpoint.directory import Checkpoints
 from hvdqn.checkpoint.files import BrokenCheckpointError, read_part
 from hvdqn.checkpoint.manifest import (
@@ -17,6 +24,7 @@ from hvdqn.checkpoint.manifest import (
     UnreadablePartError,
     open_checkpoint,
 )
+from hvdqn.checkpoint.policy_file import POLICY, check_policy
 from hvdqn.clock import Clock
 from hvdqn.comm import Comm
 from hvdqn.config import (
@@ -36,7 +44,7 @@ from hvdqn.seeds import load_torch_state
 from hvdqn.sync import Totals
 
 
-def find_checkpoint(
+def find_newest(
     config: Config, checkpoints: Checkpoints, run_dir: Path
 ) -> tuple[Checkpoint | None, list[str]]:
     """Return the checkpoint that the run resumes from, or None, and a line of text for each warning.
@@ -82,14 +90,18 @@ def check_parts(checkpoint: Checkpoint, files: Sequence[str]) -> None:
     """
     path, ranks = checkpoint.path, checkpoint.world_size
     names = checkpoint.manifest["files"].keys()
-    if len(names) != ranks + 1 or names != {
-        f"{part}.safetensors" for part in (LEARNER, *map(rank_part, range(ranks)))
+    shared = (LEARNER, POLICY) if checkpoint.has_names else (LEARNER,)
+    if len(names) != ranks + len(shared) or names != {
+        f"{part}.safetensors" for part in (*shared, *map(rank_part, range(ranks)))
     }:
         raise BrokenCheckpointError(f"{path} does not have the parts of {ranks} ranks")
     for file in files:
         part = file.removesuffix(".safetensors")
         if part == LEARNER:
             _check_shared(read_part(path / file), path)
+            continue
+        if part == POLICY:
+            check_policy(read_part(path / file), path / file)
             continue
         try:
             state = read_part(path / file)
@@ -149,7 +161,9 @@ def _check_fixed(before: Mapping[str, Any], now: Mapping[str, Any], run_dir: Pat
 def best_evaluation(run_dir: Path) -> float:
     """Return the mean return of the best evaluation so far, from `checkpoints/best`; -inf if there is none."""
     try:
-        return float(open_checkpoint(run_dir / "checkpoints" / "best").read(LEARNER)["eval_return_mean"])
+        best = open_checkpoint(run_dir / "checkpoints" / "best")
+        about = best.read(POLICY)[POLICY] if best.has_names else best.read(LEARNER)
+        return float(about["eval_return_mean"])
     except (BrokenCheckpointError, OSError, KeyError, TypeError, ValueError):
         return -math.inf
 
@@ -205,10 +219,7 @@ def _load(
         UserError: the checkpoint does not fit these settings.
     """
     try:
-        shared = checkpoint.read(LEARNER)
-        _check_parameters(
-            shared["learner"]["online"].size, parts.learner.online.num_parameters, checkpoint.path
-        )
+        shared = _read_shared(parts, checkpoint)
         has_replay = bool(shared["progress"]["keeps_replay"]) and not checkpoint.unreadable
         progress = load_shared_state(shared, parts, totals, refill=not has_replay)
         if checkpoint.unreadable:
@@ -240,12 +251,28 @@ def _load(
         ) from error
 
 
-def _check_parameters(before: int, now: int, path: Path) -> None:
+def _read_shared(parts: Parts, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the part that all ranks share, with flat tensors.
+
+    Raises:
+        UserError: the network of the checkpoint is another one.
+    """
+    shared: dict[str, Any] = checkpoint.read(LEARNER)
+    named = (
+        {name: array for name, array in checkpoint.read(POLICY).items() if name != POLICY}
+        if checkpoint.has_names
+        else {}
+    )
+    before = sum(array.size for array in named.values()) if named else shared["learner"]["online"].size
+    now = parts.learner.online.num_parameters
     if before != now:
         raise UserError(
-            f"'{path}' holds {before:,} parameters, these settings make {now:,}; keep the network's settings, or "
-            f"choose another --run-dir"
+            f"'{checkpoint.path}' holds {before:,} parameters, these settings make {now:,}; keep the network's "
+            "settings, or choose another --run-dir"
         )
+    if named:
+        shared["learner"] = flat_learner(shared["learner"], named, parts.learner.online)
+    return shared
 
 
 def _same_shapes(checkpoint: Checkpoint, config: Config, comm: Comm) -> bool:

@@ -32,13 +32,14 @@ from hvdqn.config.settings import (
     settings_of_same_curve,
 )
 from hvdqn.config.validation import (
+    check,
     check_engine,
     check_groups,
     check_saved,
     check_world,
     unused_settings,
 )
-from hvdqn.config.values import json_object, value_of_words
+from hvdqn.config.values import json_object, value_of_data, value_of_words
 
 __all__ = [
     "ALGORITHMS",
@@ -55,6 +56,7 @@ __all__ = [
     "ReplayConfig",
     "RunConfig",
     "as_yaml",
+    "check",
     "check_engine",
     "check_groups",
     "check_saved",
@@ -79,5 +81,6 @@ __all__ = [
     "settings_of_exact_resume",
     "settings_of_same_curve",
     "unused_settings",
+    "value_of_data",
     "value_of_words",
 ]

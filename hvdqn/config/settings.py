@@ -43,6 +43,7 @@ CountOrZero = Annotated[int, at_least(0)]
 Share = Annotated[float, between(0, 1)]
 Positive = Annotated[float, above(0)]
 NEEDS_SCHEDULE = Needs("exploration", "linear", "softmax")
+NEEDS_LOCKSTEP = Needs("sync", "gradients", "parameters")
 NEEDS_ADAPTIVE = Needs("optimizer", "adam", "rmsprop")
 
 
@@ -51,7 +52,8 @@ class EnvironmentConfig:
     """The environment, and how many copies of it a rank steps."""
 
     env: Annotated[str, FIXED] = "CartPole-v1"
-    """A Gymnasium id with a Discrete action space, or `module:id` (the module is imported first)."""
+    """A Gymnasium id with a Discrete action space, or `module:id` (the module is imported first), or `module:name` of a
+    function or class that makes the environment."""
     env_kwargs: Annotated[str, JSON_TEXT, FIXED] = "{}"
     """JSON object of keyword arguments for the environment's constructor."""
     wrapper: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, FIXED] = ()
@@ -286,6 +288,17 @@ class RunConfig:
     checkpoints will take."""
     log_every: Annotated[CountOrZero, SAME_CURVE] = 1_000
     """Env steps between lines of metrics.jsonl."""
+    log_info: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, NEEDS_LOCKSTEP, SAME_CURVE] = ()
+    """Name of a number in the info of an episode's last step; its mean over episodes is logged as `info/NAME`. May be
+    repeated. `is_success` is found without it, at the first checkpoint or evaluation."""
+    callback: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, SAME_CURVE] = ()
+    """`module:attribute`, an `hvdqn.Callback` or a class of them. May be repeated."""
+    init_from: Annotated[str, INCIDENTAL] = ""
+    """Start with the weights of this run directory, checkpoint or policy file. A resumed run goes on with its own."""
+    init_torso_only: Annotated[bool, INCIDENTAL] = False
+    """Take only the torso from `init_from`, for another number of actions or another head."""
+    prefill: Annotated[str, INCIDENTAL] = ""
+    """Fill replay before the first env step, with transitions in an .npz file or in a local dataset, `minari:ID`."""
     track: Annotated[Literal["none", "wandb", "mlflow"], INCIDENTAL, SAME_CURVE] = "none"
     """Also send metrics to Weights & Biases or MLflow, which their own environment variables configure."""
 

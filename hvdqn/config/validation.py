@@ -36,6 +36,8 @@ def check(config: Config) -> None:
         raise UserError(
             "--target-every 0 would never update the target network; give env steps or a --target-tau below 1"
         )
+    if config.run.init_torso_only and not config.run.init_from:
+        raise UserError("--init-torso-only needs --init-from, the run whose torso is taken")
     starts = config.replay.learning_starts
     if config.replay.replay_capacity <= starts:
         raise UserError(
@@ -121,6 +123,7 @@ def _check_model_parallel(config: Config) -> None:
         "--precision bf16": parallel.precision != "fp32",
         "--head iqn": network.head == "iqn",
         "--noisy": network.noisy,
+        "--init-from": bool(config.run.init_from),
     }
     for flag, given in refused.items():
         if given:

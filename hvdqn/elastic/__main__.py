@@ -33,10 +33,10 @@ from hvdqn.errors import (
     UserError,
 )
 from hvdqn.faults import StopSignal
+from hvdqn.job import refuse, refuse_alone
 from hvdqn.logs import setup_logging
 from hvdqn.paths import folder_remembered
 from hvdqn.process import tune_process
-from hvdqn.train import refuse, refuse_alone
 
 log = logging.getLogger(__name__)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from hvdqn.acting import Epsilons
+from hvdqn.callbacks import load_callbacks
 from hvdqn.checkpoint import Checkpoints, reset_environments
 from hvdqn.comm import Comm, kill_descendants
 from hvdqn.comm.local import LocalComm
@@ -138,7 +139,8 @@ class ElasticWorker:
         checkpoints = Checkpoints(run_dir / "checkpoints", comm, config.run.checkpoint_keep, self.timer)
         if before is None:
             self.timer.load(state["seconds"])
-        recorder = Recorder(config, comm, run_dir, parts, checkpoints)
+        callbacks = before.recorder.callbacks if before else load_callbacks(config)
+        recorder = Recorder(config, comm, run_dir, parts, checkpoints, self.stop, callbacks)
         trainer = ElasticTrainer(self.world, config, comm, self.stop, parts, recorder)
         trainer.load_shared_state(state)
         if before is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from hvdqn.envs.global_random import global_generators_kept
 from hvdqn.envs.make import describe_missing_library, find_spec, make_environments
 from hvdqn.envs.single import as_exception
+from hvdqn.envs.spaces import Spaces, make_space, to_inputs
 from hvdqn.envs.vector import Environments, Episode
 from hvdqn.envs.workers import kill_all_workers
 from hvdqn.step import Step
@@ -16,6 +17,7 @@ from hvdqn.step import Step
 __all__ = [
     "Environments",
     "Episode",
+    "Spaces",
     "Step",
     "as_exception",
     "describe_missing_library",
@@ -23,4 +25,6 @@ __all__ = [
     "global_generators_kept",
     "kill_all_workers",
     "make_environments",
+    "make_space",
+    "to_inputs",
 ]

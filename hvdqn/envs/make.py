@@ -16,7 +16,6 @@ import gymnasium as gym
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
-from gymnasium.wrappers import FlattenObservation
 
 from hvdqn.config import EnvironmentConfig, import_attribute, import_module, json_object
 from hvdqn.envs.atari import AtariGame, AtariVector, game_settings, is_atari
@@ -31,6 +30,7 @@ from hvdqn.envs.contract import (
 )
 from hvdqn.envs.rehearsal import continues_exactly
 from hvdqn.envs.single import SingleEnvironment, as_exception
+from hvdqn.envs.spaces import flatten_observations
 from hvdqn.envs.vector import Environments
 from hvdqn.envs.workers import WorkerVector
 from hvdqn.errors import UserError
@@ -84,16 +84,20 @@ def make_environments(
 def find_spec(env: str) -> EnvSpec:
     """Return the Gymnasium spec of an id or `module:id`; import the module, or the package that the id needs.
 
+    `module:name` may also be a function or class of the module that makes the environment.
+
     Raises:
         UserError: the id is not registered; the message suggests similar ids.
     """
     module, _, env_id = env.rpartition(":")
     if module:
-        import_module(module, f"--env '{env}'")
+        imported = import_module(module, f"--env '{env}'")
     family = env_id.split("/")[0]
     if family in _FAMILIES and not _register(family):
         extra = _FAMILIES[family][1]
         raise UserError(f"'{env_id}' needs the {extra} extra; pip install 'hvdqn[{extra}]'")
+    if module and env_id not in gym.registry and callable(make := getattr(imported, env_id, None)):
+        return EnvSpec(env_id, entry_point=make)
     if env_id not in gym.registry:
         for other in _FAMILIES:  # old Atari ids have no namespace, and any family may have similar ids
             _register(other)
@@ -260,7 +264,7 @@ def _make_wrapped(build: _Build) -> gym.Env[Any, Any]:
     if not isinstance(env.observation_space, spaces.Box):
         check_flattened_size(env.observation_space, config.env)
         check_first_calls(env, config.env)
-        env = FlattenObservation(env)
+        env = flatten_observations(env)
     else:
         check_first_calls(env, config.env)
     return env

@@ -10,6 +10,7 @@ import numpy as np
 from hvdqn.envs import snapshot
 from hvdqn.envs.atari_variant import LIFE_LOST
 from hvdqn.envs.contract import ACTION_MASK, one_line, to_number, warn_once
+from hvdqn.envs.episode_info import EPISODE_INFO, plain_info
 from hvdqn.envs.global_random import seed_global_generators
 
 
@@ -41,7 +42,7 @@ class SingleEnvironment(gym.Wrapper[Any, Any, Any, Any]):
         return observation, {ACTION_MASK: True} if masked else {}
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        """See `gym.Env`. When an episode ends, the info says whether it ended by a lost life; else it is empty."""
+        """See `gym.Env`. The info of an episode's last step is kept as `EPISODE_INFO`, with a mark of a lost life."""
         try:
             observation, reward, terminated, truncated, info = self.env.step(action)
         except BaseException as error:
@@ -52,7 +53,8 @@ class SingleEnvironment(gym.Wrapper[Any, Any, Any, Any]):
             return observation, reward, False, False, {}
         # Copy, because the reset that follows may write to the same buffer.
         final = np.array(observation)
-        return final, reward, bool(terminated), bool(truncated), {LIFE_LOST: bool(info.get(LIFE_LOST))}
+        last = {LIFE_LOST: bool(info.get(LIFE_LOST)), EPISODE_INFO: (plain_info(info),)}
+        return final, reward, bool(terminated), bool(truncated), last
 
     def close(self) -> None:
         """Close the environment. One that fails to close must not end a run whose training is over."""

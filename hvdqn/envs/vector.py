@@ -16,7 +16,9 @@ from hvdqn.envs import snapshot
 from hvdqn.envs.atari import AtariVector
 from hvdqn.envs.atari_variant import LIFE_LOST
 from hvdqn.envs.contract import ACTION_MASK, warn_once
+from hvdqn.envs.episode_info import info_of
 from hvdqn.envs.global_random import seed_global_generators
+from hvdqn.envs.spaces import Spaces, describe_space, source_of
 from hvdqn.faults import reinstall_handlers
 from hvdqn.step import Bools, Observation, Step
 
@@ -27,11 +29,16 @@ MAX_TEXT_BYTES = 50_000_000
 
 
 class Episode(NamedTuple):
-    """An episode that has ended: its undiscounted, unclipped return, its length in env steps, and its env's index."""
+    """An episode that has ended."""
 
     episode_return: float
+    """Undiscounted and unclipped."""
     length: int
+    """In env steps."""
     env: int
+    """Index of the environment in its rank."""
+    info: dict[str, Any]
+    """Numbers, text and arrays of numbers in the info of the last step."""
 
 
 class Environments:
@@ -88,6 +95,18 @@ class Environments:
         self._shape = (self.num_envs, *self.observation_shape)
         self._observation: Observation = np.zeros(self._shape, self.observation_dtype)
         self._clear()
+
+    @property
+    def spaces(self) -> Spaces:
+        """What a policy must know of these environments."""
+        return Spaces(
+            self.observation_shape,
+            self.is_image,
+            self.num_actions,
+            str(self.observation_dtype),
+            describe_space(source_of(self._vector.single_observation_space)),
+            self._first_action,
+        )
 
     def reset(self, seed: int | None = None) -> Observation:
         """Start a new episode in every env and return the first observations, `[envs, *observation_shape]`.
@@ -221,7 +240,8 @@ class Environments:
         self._done = state["done"].copy()
         self._returns = state["returns"].copy()
         self._lengths = state["lengths"].copy()
-        self._episodes = [Episode(*episode) for episode in state["finished"]]
+        # Version 0.1 saved no infos.
+        self._episodes = [Episode(*(*episode, {})[:4]) for episode in state["finished"]]
 
     def _save(self) -> dict[str, Any] | None:
         """Return the state without testing whether it is complete, or None if it is not plain data."""
@@ -263,7 +283,7 @@ class Environments:
         return stored if stored.shape == self._shape else stored.reshape(self._shape)
 
     def _step_next_step(
-        self, observation: Observation, reward: NDArray[Any], terminated: Bools, truncated: Bools, _: Any
+        self, observation: Observation, reward: NDArray[Any], terminated: Bools, truncated: Bools, infos: Any
     ) -> Step:
         """Build the Step, with rewards not clipped yet, in NEXT_STEP mode.
 
@@ -273,7 +293,7 @@ class Environments:
         valid = ~fresh if np.count_nonzero(fresh) else self._all
         self._done = done
         self._lengths += valid
-        self._count(reward, done)
+        self._count(reward, done, infos)
         return Step(reward, terminated, truncated, observation, observation, fresh, valid)
 
     def _step_same_step(
@@ -293,17 +313,17 @@ class Environments:
         next_observation = observation.copy()
         for env in np.flatnonzero(done):
             next_observation[env] = np.reshape(infos["final_obs"][env], self.observation_shape)
-        life_lost = infos.get("final_info", {}).get(LIFE_LOST, False)
-        self._count(reward, done & ~np.asarray(life_lost))
+        last = infos.get("final_info", {})
+        self._count(reward, done & ~np.asarray(last.get(LIFE_LOST, False)), last)
         return Step(reward, terminated, truncated, next_observation, observation, done, self._all)
 
     def _step_disabled(
-        self, observation: Observation, reward: NDArray[Any], terminated: Bools, truncated: Bools, _: Any
+        self, observation: Observation, reward: NDArray[Any], terminated: Bools, truncated: Bools, infos: Any
     ) -> Step:
         """Build the Step, with rewards not clipped yet, in DISABLED mode: reset the envs whose episode ended."""
         self._lengths += 1
         next_observation, done = observation, terminated | truncated
-        self._count(reward, done)
+        self._count(reward, done, infos)
         if np.count_nonzero(done):
             next_observation = observation.copy()
             first, _ = self._vector.reset(options={"reset_mask": done.copy()})
@@ -319,12 +339,16 @@ class Environments:
             self._all,
         )
 
-    def _count(self, reward: NDArray[Any], ended: Bools) -> None:
-        """Add unclipped rewards `[envs]` to the running returns, and record the episodes where `ended` `[envs]`."""
+    def _count(self, reward: NDArray[Any], ended: Bools, infos: Any) -> None:
+        """Add unclipped rewards `[envs]` to the running returns, and record the episodes where `ended` `[envs]`.
+
+        `infos`: of the vector, of the last step of those episodes.
+        """
         self._returns += reward
         if np.count_nonzero(ended):
             for env in np.flatnonzero(ended).tolist():
-                self._episodes.append(Episode(float(self._returns[env]), int(self._lengths[env]), env))
+                info = info_of(infos, env)
+                self._episodes.append(Episode(float(self._returns[env]), int(self._lengths[env]), env, info))
             self._returns[ended] = 0.0
             self._lengths[ended] = 0
 

@@ -34,6 +34,7 @@ class StopSignal:
     Args:
         own_process: True for a process that does nothing but train. In a notebook (False) a second SIGINT raises
             KeyboardInterrupt, and `close` puts everything back.
+        listen: False to leave signals alone.
 
     Attributes:
         requested: whether this rank was asked to stop.
@@ -42,13 +43,13 @@ class StopSignal:
             gives a silent rank the whole `--stall-timeout`, because it may be writing a checkpoint.
     """
 
-    def __init__(self, own_process: bool = True) -> None:
+    def __init__(self, own_process: bool = True, listen: bool = True) -> None:
         self.requested = False
         self.name = ""
         self.all_ranks_agreed = False
         self.own_process = own_process
         self._interrupted = self._warned = False
-        self._installed = threading.current_thread() is threading.main_thread()
+        self._installed = listen and threading.current_thread() is threading.main_thread()
         if self._installed:
             self._install()
             if own_process:
@@ -75,6 +76,10 @@ class StopSignal:
         _active = self._outer
         os.write(self._writer, b"\0")  # ends the thread
         os.close(self._writer)
+
+    def ask(self) -> None:
+        """Ask this rank to stop without a signal, for a callback of the user."""
+        self.requested = True
 
     def note(self, number: int) -> None:
         """Record a signal that Python's handler received.

@@ -77,14 +77,19 @@ class Metrics:
         for writer in self._writers:
             self._attempt(writer.resume, env_steps)
 
-    def log(self, env_steps: int, updates: int, values: Mapping[str, float]) -> None:
-        """Write global counters and named values, with the rates since the last record that had new env steps."""
+    def log(self, env_steps: int, updates: int, values: Mapping[str, float]) -> Record:
+        """Write global counters and named values, with the rates since the last record that had new env steps.
+
+        Returns:
+            What was written, on every rank.
+        """
         wall_seconds = self._timer.total_seconds()
         numbers = {name: v if isinstance(v, int) else float(v) for name, v in values.items()}
         rates = self._rates(env_steps, updates, wall_seconds)
         record = Record(env_steps, updates, wall_seconds, {**rates, **numbers})
         for writer in self._writers:
             self._attempt(writer.write, record)
+        return record
 
     def show(self, env_steps: int, updates: int, activity: str = "", last: bool = False) -> None:
         """Redraw the console with these counters, unless it was redrawn a moment ago.

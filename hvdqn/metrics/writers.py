@@ -174,6 +174,8 @@ def tag_of(name: str) -> str:
     """Return the tag of a value, such as `train/loss`, `eval/return_mean` and `time/env_steps_per_second`."""
     if name.startswith("eval_"):
         return "eval/" + name.removeprefix("eval_")
+    if name.startswith("info/"):
+        return name
     return ("time/" if "second" in name else "train/") + name
 
 

@@ -61,6 +61,18 @@ class QNetwork(nn.Module):
         whole.group = None
         return whole
 
+    def whole_shapes(self) -> dict[str, torch.Size]:
+        """Return the shape of each parameter by name; of a network that is split over ranks, that of the whole."""
+        if self.group is None:
+            return {name: parameter.shape for name, parameter in self.named_parameters()}
+        return Layout(self, self.group).whole_shapes
+
+    def by_name(self, flat: Tensor) -> dict[str, Tensor]:
+        """Return views of a flat tensor of the whole network's parameters, each with its name and shape."""
+        shapes = self.whole_shapes()
+        parts = flat.split([shape.numel() for shape in shapes.values()])
+        return {name: part.view(shapes[name]) for name, part in zip(shapes, parts, strict=True)}
+
     def target_copy(self) -> QNetwork:
         """Return the target network: a copy with parameters of its own, which need no gradients."""
         target = copy.deepcopy(self).requires_grad_(False)

@@ -229,6 +229,7 @@ class Layout:
     Attributes:
         split_numel: numbers of split parameters in this rank's flat tensor.
         full_numel: numbers of the whole network.
+        whole_shapes: the shape of each parameter of the whole network, by name.
     """
 
     def __init__(self, network: nn.Module, group: Group) -> None:
@@ -241,6 +242,11 @@ class Layout:
         self.full_numel = sum(
             n * (1 if d is None else self.size) for n, d in zip(self._numels, self._dims, strict=True)
         )
+
+        self.whole_shapes = {
+            name: torch.Size(n * self.size if axis == dim else n for axis, n in enumerate(p.shape))
+            for (name, p), dim in zip(network.named_parameters(), self._dims, strict=True)
+        }
 
     def extract(self, full: Tensor) -> Tensor:
         """Return this rank's flat tensor, given that of the whole network `[full_numel]`."""

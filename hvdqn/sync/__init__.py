@@ -15,6 +15,7 @@ from hvdqn.graphs import Record
 from hvdqn.learner import Learner
 from hvdqn.metrics import PhaseTimer
 from hvdqn.sync.gradients import Gradients
+from hvdqn.sync.infos import InfoMeans
 from hvdqn.sync.parameters import Parameters
 from hvdqn.sync.recorded import RecordedGradients
 from hvdqn.sync.server import Server
@@ -23,7 +24,7 @@ from hvdqn.sync.statistics import Outcome, Totals
 from hvdqn.sync.strategy import Strategy
 from hvdqn.sync.worker import Worker
 
-__all__ = ["GroupNorm", "Outcome", "RankGroup", "Strategy", "Totals", "make_strategy"]
+__all__ = ["GroupNorm", "InfoMeans", "Outcome", "RankGroup", "Strategy", "Totals", "make_strategy"]
 
 
 def make_strategy(

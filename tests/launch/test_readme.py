@@ -113,6 +113,17 @@ RUN_HERE = {line: result_case(line) for line in commands() if re.fullmatch(RESUL
 
 # The tests of these files run these commands, and name them word for word.
 RUN_BY_OTHER_TESTS = {
+    "tests/unit/test_api_page.py": (
+        "python -m hvdqn.train --preset cartpole --callback solved:StopWhenSolved",
+        "python -m hvdqn.train --env solved:make_env --log-info distance --log-info is_success",
+        "hvdqn export RUN -o model.onnx",
+        "hvdqn export RUN -o model.pt2",
+        "hvdqn export RUN -o policy.safetensors",
+        "python -m hvdqn.train --preset cartpole --init-from RUN",
+        "python -m hvdqn.train --preset cartpole --init-from RUN --init-torso-only --head qr",
+        "python -m hvdqn.train --preset cartpole --prefill transitions.npz --learning-starts 100",
+        "python -m hvdqn.train --env CartPole-v1 --prefill minari:cartpole/expert-v0",
+    ),
     "tests/distributed/test_bench.py": (
         "hvdqn bench --preset cartpole",
         "hvdqn bench scaling --np 1,2,4 --preset atari",
@@ -160,6 +171,7 @@ RUN_BY_OTHER_TESTS = {
 }
 
 CHECKED_ONLY = {
+    "pip install 'hvdqn[minari]'": "it would change the environment of this test; setup.sh installs all extras",
     "./launch/test.sh": "it runs this test",
     "./launch/test.sh tests/launch/test_container.py": "it runs those tests",
     "apt install g++ python3-dev python3-venv": "it changes the machine",

@@ -501,6 +501,8 @@ def test_contents_have_the_names_that_earlier_versions_wrote():
         written = contents(parts, LocalComm(), Totals(), Progress(keeps_replay=True))
         assert written.keys() == {"learner", "rank-00000"}
         assert written["learner"].keys() == {"learner", "counters", "clock", "progress"}
+        names = [name for name, _ in parts.learner.online.named_parameters()]
+        assert list(written["learner"]["learner"]["target"]) == names
         assert written["rank-00000"].keys() == {"actor", "clock", "replay", "seconds", "torch"}
         without = contents(parts, LocalComm(), Totals(), Progress(keeps_replay=False))
         assert without["rank-00000"]["replay"] is None

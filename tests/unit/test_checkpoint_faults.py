@@ -129,24 +129,39 @@ def test_the_settings_that_runs_save_pass_the_check() -> None:
         check_saved(json.loads(json.dumps(parse(["--preset", preset]).flat())))
 
 
-LEARNERS: dict[str, Callable[[Any], object]] = {
-    "target": lambda part: part["learner"].update(target=np.zeros(1, np.float32)),
-    "moment": lambda part: part["learner"].update({"optimizer.exp_avg": np.zeros(1, np.float32)}),
-    "integers": lambda part: part["learner"].update(online=part["learner"]["online"].astype(np.int64)),
-    "matrix": lambda part: part["learner"].update(online=part["learner"]["online"][None]),
-    "no network": lambda part: part["learner"].pop("online"),
-    "no learner": lambda part: part.pop("learner"),
-    "no clock": lambda part: part.pop("clock"),
-    "clock of text": lambda part: part["clock"].update(env_steps="400"),
-    "progress is a list": lambda part: part.update(progress=[]),
+def first_weight(part: Any) -> Any:
+    return part["learner"]["target"]
+
+
+LEARNERS: dict[str, tuple[str, Callable[[Any], object]]] = {
+    "target": ("learner", lambda part: first_weight(part).update({"torso.0.bias": np.zeros(1, np.float32)})),
+    "moment": (
+        "learner",
+        lambda part: part["learner"].update({"optimizer.exp_avg": np.zeros(1, np.float32)}),
+    ),
+    "integers": ("learner", lambda part: first_weight(part).update({"torso.0.bias": np.zeros(1, np.int64)})),
+    "no network": ("learner", lambda part: part["learner"].pop("target")),
+    "text": ("learner", lambda part: part["learner"].update(target="weights")),
+    "no learner": ("learner", lambda part: part.pop("learner")),
+    "no clock": ("learner", lambda part: part.pop("clock")),
+    "clock of text": ("learner", lambda part: part["clock"].update(env_steps="400")),
+    "progress is a list": ("learner", lambda part: part.update(progress=[])),
+    "policy of integers": ("policy", lambda part: part.update({"torso.0.bias": np.zeros(1, np.int64)})),
+    "nothing about the policy": ("policy", lambda part: part.pop("policy")),
+    "no spaces": ("policy", lambda part: part["policy"].pop("spaces")),
+    "an unknown space": (
+        "policy",
+        lambda part: part["policy"]["spaces"].update(observation_space={"kind": "X"}),
+    ),
+    "settings of the policy": ("policy", lambda part: part["policy"]["config"].update(lr=-1.0)),
 }
 
 
-@pytest.mark.parametrize("change", LEARNERS.values(), ids=LEARNERS)
+@pytest.mark.parametrize(("part", "change"), LEARNERS.values(), ids=LEARNERS)
 def test_a_part_with_a_valid_digest_and_wrong_shapes_is_set_aside(
-    change: Callable[[Any], object], run_dir: Path, capsys: pytest.CaptureFixture[str]
+    part: str, change: Callable[[Any], object], run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    change_part(run_dir / "checkpoints" / NEWEST, "learner", change)
+    change_part(run_dir / "checkpoints" / NEWEST, part, change)
     code, output = resume(run_dir, capsys)
     assert code == 0, output
     assert output.count(f"checkpoint {NEWEST} is set aside") == 1
@@ -154,7 +169,8 @@ def test_a_part_with_a_valid_digest_and_wrong_shapes_is_set_aside(
 
 
 OTHERS: dict[str, tuple[str, Callable[[Any], object]]] = {
-    "no target": ("learner", lambda part: part["learner"].pop("target")),
+    "no moments": ("learner", lambda part: part["learner"].pop("optimizer.exp_avg")),
+    "another name": ("policy", lambda part: part.update({"torso.9.bias": part.pop("torso.0.bias")})),
     "no updates": ("learner", lambda part: part["clock"].pop("updates")),
     "other progress": ("learner", lambda part: part["progress"].update(color="red")),
     "no replay field": ("rank-00000", lambda part: part["replay"].pop("0/action")),
@@ -177,9 +193,9 @@ def test_a_part_that_does_not_fit_the_run_is_refused_in_one_line(
 
 def test_a_best_of_the_wrong_shape_does_not_end_the_run(run_dir: Path) -> None:
     best = (run_dir / "checkpoints" / "best").resolve()
-    change_part(best, "learner", lambda part: part.pop("eval_return_mean"))
+    change_part(best, "policy", lambda part: part["policy"].pop("eval_return_mean"))
     assert best_evaluation(run_dir) == -math.inf
-    change_part(best, "learner", lambda part: part.update(eval_return_mean=[1, 2]))
+    change_part(best, "policy", lambda part: part["policy"].update(eval_return_mean=[1, 2]))
     assert best_evaluation(run_dir) == -math.inf
 
 
@@ -311,9 +327,59 @@ def test_a_trading_environment_resumes_exactly_from_small_checkpoints(tmp_path: 
     assert prices < 4 * scripted_envs.Trader.BARS * 8
 
 
+def make_format_2(checkpoint: Path) -> None:
+    """Rewrite a checkpoint as version 0.1 wrote it: flat tensors, without names, all in one part."""
+    policy = read_part(checkpoint / "policy.safetensors")
+    about = policy.pop("policy")
+    online = np.concatenate([array.ravel() for array in policy.values()])
+
+    def flatten(part: Any) -> None:
+        for name, value in part.setdefault("learner", {}).items():
+            if isinstance(value, dict):
+                part["learner"][name] = np.concatenate([value[key].ravel() for key in policy])
+        part["learner"]["online"] = online
+        if "eval_return_mean" in about:  # `best` held everything in the learner's part
+            part["learner"]["target"] = online
+            part["eval_return_mean"] = about["eval_return_mean"]
+
+    if not (checkpoint / "learner.safetensors").exists():
+        write_part(checkpoint / "learner.safetensors", {})
+    change_part(checkpoint, "learner", flatten)
+    (checkpoint / "policy.safetensors").unlink()
+    change_manifest(checkpoint, lambda manifest: manifest["files"].pop("policy.safetensors"))
+    change_manifest(checkpoint, lambda manifest: manifest.update(format=2))
+
+
+def test_a_run_of_version_0_1_is_resumed_and_played(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(run_dir, tmp_path / "copy", symlinks=True)
+    best = best_evaluation(run_dir)
+    assert math.isfinite(best)
+    for checkpoint in sorted((run_dir / "checkpoints").iterdir()):
+        if not checkpoint.is_symlink():
+            make_format_2(checkpoint)
+    assert best_evaluation(run_dir) == best
+    shas = set()
+    for path in (run_dir, copy):
+        assert __main__.main(["eval", str(path), "--episodes", "1"]) == 0
+        code, output = resume(path, capsys)
+        assert code == 0, output
+        assert "at env step 400" in output
+        shas.add(json.loads((path / "summary.json").read_text())["param_sha256"])
+        assert open_checkpoint(path / "checkpoints" / "latest").has_names
+    assert len(shas) == 1
+
+
 def test_the_state_of_averaged_parameters_is_accepted() -> None:
     online = np.zeros(5, dtype=np.float32)
     learner = {"online": online, "target": online, "optimizer.step": np.array(3, dtype=np.float32)}
     check_learner({"learner": {**learner, "sync.largest_weight": np.ones(1)}}, "run")
     with pytest.raises(BrokenCheckpointError, match="target has shape"):
         check_learner({"learner": {**learner, "target": np.ones(1)}}, "run")
+    with pytest.raises(BrokenCheckpointError, match="holds no parameters"):
+        check_learner({"learner": {**learner, "online": online[None]}}, "run")
+    named = {"target": {"a": online}, "optimizer.exp_avg": {"a": online}, "optimizer.step": np.ones(())}
+    check_learner({"learner": {**named, "sync.largest_weight": np.ones(1)}}, "run")
+    with pytest.raises(BrokenCheckpointError, match="exp_avg has shape"):
+        check_learner({"learner": {**named, "optimizer.exp_avg": {"b": online}}}, "run")

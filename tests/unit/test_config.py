@@ -293,14 +293,15 @@ def test_settings_that_an_exact_resume_must_keep():
 
 
 def test_settings_whose_change_a_resume_does_not_report():
-    assert set(incidental_settings()) == {"run_dir", "resume", "preset", "track"}
+    beginning = {"init_from", "init_torso_only", "prefill"}
+    assert set(incidental_settings()) == {"run_dir", "resume", "preset", "track", *beginning}
 
 
 def test_settings_in_which_runs_of_one_curve_may_differ():
     assert set(settings_of_same_curve()) == {
-        "seed", "run_dir", "resume", "device", "comm", "threads_per_rank", "log_every", "checkpoint_every",
+        "seed", "run_dir", "resume", "device", "comm", "threads_per_rank", "log_every", "checkpoint_every", "log_info",
         "checkpoint_keep", "checkpoint_replay", "eval_every", "eval_episodes", "stall_timeout", "replay_device",
-        "cuda_graphs", "model_parallel", "stop_at_return", "track",
+        "cuda_graphs", "model_parallel", "callback", "stop_at_return", "track",
     }  # fmt: skip
 
 

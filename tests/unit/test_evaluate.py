@@ -294,12 +294,12 @@ def test_eval_refuses_weights_of_another_network(run_dir, capsys, monkeypatch):
     monkeypatch.setattr(evaluate, "network_for", lambda config, envs: make(config.replace(hidden=(7,)), envs))
     assert __main__.main(["eval", str(run_dir)]) == 2
     output = capsys.readouterr().err
-    assert "parameters, but its settings now make" in output
+    assert "and the network has [7, 4]; the torso or the environment has changed since" in output
     assert output.count("\n") == 1
 
 
 def test_eval_refuses_altered_weights(run_dir, capsys):
-    weights = run_dir / "checkpoints" / "best" / "learner.safetensors"
+    weights = run_dir / "checkpoints" / "best" / "policy.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
