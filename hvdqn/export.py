@@ -28,7 +28,7 @@ from torch.nn import functional
 
 from hvdqn.config import parse_flags
 from hvdqn.errors import EXIT_FAILED, EXIT_USER_ERROR, UserError
-from hvdqn.networks.layers import WideLinear
+from hvdqn.networks.wide import WideLinear
 from hvdqn.paths import absolute, folder_remembered
 from hvdqn.policy import Policy, load_trusted
 

@@ -70,7 +70,7 @@ class QNetwork(nn.Module):
     def by_name(self, flat: Tensor) -> dict[str, Tensor]:
         """Return views of a flat tensor of the whole network's parameters, each with its name and shape."""
         shapes = self.whole_shapes()
-        parts = flat.split([shape.numel() for shape in shapes.values()])
+        parts = torch.split(flat, [shape.numel() for shape in shapes.values()])
         return {name: part.view(shapes[name]) for name, part in zip(shapes, parts, strict=True)}
 
     def target_copy(self) -> QNetwork:
