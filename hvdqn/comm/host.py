@@ -6,7 +6,8 @@ its stores and the reader acquires it before its loads, so the reader sees the w
 where stores of one core may reach others in another order (ARM, POWER). Nothing else orders memory here: no counter in
 shared memory is polled, because Python has no load or store with such a promise.
 
-Everything lies in /dev/shm and is removed as soon as all ranks have opened it, so that a killed job leaves nothing.
+Everything lies in /dev/shm and is removed as soon as all ranks have opened it: a job that is killed later leaves
+nothing.
 """
 
 from __future__ import annotations

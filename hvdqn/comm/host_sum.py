@@ -177,6 +177,7 @@ class HostSumComm(Comm):
         # Between hosts sums take long: they go on while environments step.
         self._thread = ThreadPoolExecutor(1, "host-sum") if leaders and leaders.works_in_threads else None
         self._numbers: dict[str, int] = {}
+        self._path = ""  # of shared memory that not all ranks have opened yet
         self._box: mmap.mmap | None = None  # for broadcasts
         self._has_box = leaders is None
         self._objects: mmap.mmap | None = None
@@ -200,7 +201,7 @@ class HostSumComm(Comm):
         path, failure, memory = "", "", None
         try:
             if self._signals.index == 0:
-                path = str(make_memory(nbytes))
+                path = self._path = str(make_memory(nbytes))
         except OSError as error:
             failure = str(error.strerror)
         path_on_host = self.all_gather_object(path)[self._ranks[0]]
@@ -210,7 +211,8 @@ class HostSumComm(Comm):
             failure = failure or str(error.strerror)
         failures = [one for one in self.all_gather_object(failure) if one]
         if path:
-            Path(path).unlink()
+            Path(path).unlink(missing_ok=True)
+            self._path = ""
         if failures and self.rank == 0:
             log.warning(
                 f"{self.title} carries {name}: {nbytes:,} bytes of shared memory cannot be had in {SHARED_MEMORY} "
@@ -309,6 +311,8 @@ class HostSumComm(Comm):
         return with_host_sum(self._engine.split(color), "auto", several_hosts=False)
 
     def _end_peers(self, code: int) -> None:
+        if self._path:  # some rank never came to open it
+            Path(self._path).unlink(missing_ok=True)
         self._engine._end_peers(code)
 
     def close(self) -> None:
