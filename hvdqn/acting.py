@@ -198,9 +198,9 @@ class Actor:
         """Act with this network from now on; also to be called if its parameters moved to other memory."""
         self.passes = make_passes(network)
 
-    def start(self) -> NDArray[np.generic]:
-        """Reset every environment; return the first observations."""
-        first = self.envs.reset()
+    def start(self, seed: int | None = None) -> NDArray[np.generic]:
+        """Reset every environment, with new seeds if one is given; return the first observations."""
+        first = self.envs.reset(seed)
         self.frames = self._stack(first)
         self.random.interrupt(np.ones(self.envs.num_envs, np.bool_))
         return first

@@ -22,6 +22,7 @@ from hvdqn.comm import Comm
 from hvdqn.comm.local import LocalComm
 from hvdqn.config import Config, parse_flags
 from hvdqn.envs import Environments, as_exception, global_generators_kept, make_environments
+from hvdqn.envs.contract import one_line, warn_once
 from hvdqn.errors import UserError
 from hvdqn.graphs import Record
 from hvdqn.links import follow_link
@@ -75,6 +76,10 @@ class Evaluator:
         threads: number of threads of an Atari vector; 0: one per core.
         record: records CUDA graphs of the network's forward passes, as in `Actor`.
         seed: of the environments and of random actions; by default that of this rank's evaluations in a training run.
+        others: environments of this rank to play in if more cannot be made, as in a process that can hold only one.
+
+    Attributes:
+        borrowed: whether the last evaluation played in `others`, which have to be reset then.
     """
 
     def __init__(
@@ -86,9 +91,10 @@ class Evaluator:
         threads: int = 0,
         record: Record | None = None,
         seed: int | None = None,
+        others: Environments | None = None,
     ) -> None:
         self.config, self.comm, self.device, self.timer = config, comm, device, timer
-        self.threads, self.record = threads, record
+        self.threads, self.record, self.others, self.borrowed = threads, record, others, False
         self.seed = rank_seeds(config.run.seed, comm.rank).evaluation if seed is None else seed
         episodes = config.run.eval_episodes
         self.share = episodes // comm.size + (comm.rank < episodes % comm.size)
@@ -127,7 +133,7 @@ class Evaluator:
                 show(finished)
         finally:
             network.train()
-            if player is not None:
+            if player is not None and not self.borrowed:
                 player.envs.close()
         if stopped:
             return None
@@ -136,21 +142,23 @@ class Evaluator:
         return Evaluation(tuple(itertools.chain.from_iterable(returns)))
 
     def _make_player(self, network: QNetwork) -> _Player:
-        environment, run = self.config.environment, self.config.run
-        num_envs = min(self.share, MOST_ENVS_PER_RANK)
+        envs = self._make_envs(min(self.share, MOST_ENVS_PER_RANK))
+        rng, stack = np.random.default_rng(self.seed), self.config.environment.frame_stack
+        actor = Actor(envs, network, stack, rng, self.device, record=self.record)
+        return _Player(envs, actor, self.config.run.eval_epsilon, self.share, self.timer)
+
+    def _make_envs(self, num_envs: int) -> Environments:
+        """Make environments; if that fails, take those at hand, or make only one."""
+        self.borrowed = False
         try:
-            envs = make_environments(environment, num_envs, self.seed, False, self.threads)
-        except UserError:
-            raise
+            return make_environments(self.config.environment, num_envs, self.seed, False, self.threads)
         except Exception as error:
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            raise UserError(
-                f"'{environment.env}' cannot be made for the evaluation ({reason}); if a process can hold only one, "
-                "use --vectorization async"
-            ) from error
-        rng = np.random.default_rng(self.seed)
-        actor = Actor(envs, network, environment.frame_stack, rng, self.device, record=self.record)
-        return _Player(envs, actor, run.eval_epsilon, self.share, self.timer)
+            if self.others is None and num_envs == 1:
+                raise
+            what = "those at hand, and cuts their episodes off" if self.others else "one environment"
+            warn_once(f"the evaluation plays in {what}, because no more can be made: {one_line(error)}")
+        self.borrowed = self.others is not None
+        return self.others.with_raw_rewards(self.seed) if self.others else self._make_envs(1)
 
     def _exchange(self, playing: bool, stop: bool, finished: int) -> tuple[bool, bool, int]:
         """Return whether any rank still plays, whether any wants to stop, and how many episodes all have finished."""
@@ -296,9 +304,8 @@ def code_to_import(config: Config) -> list[str]:
     # Some environments import what a keyword argument names, such as the compatibility layers for old Gym.
     kwargs = environment.env_kwargs
     with suppress(ValueError):
-        kwargs = json.dumps(
-            json.loads(kwargs), ensure_ascii=False
-        )  # without escapes, which would hide a name
+        # Without escapes, which would hide a name.
+        kwargs = json.dumps(json.loads(kwargs), ensure_ascii=False)
     if re.search(r'"[^\W\d][\w.]*:', kwargs):
         found.append(f"--env-kwargs {kwargs!r}")
     return found
@@ -339,15 +346,15 @@ def evaluate(options: EvalOptions) -> Iterator[str]:
     config = Config().replace(**checkpoint.manifest["config"])
     check_trust(options, config)
     config = config.replace(eval_episodes=options.episodes, eval_epsilon=options.epsilon, seed=options.seed)
+    threads, seed = usable_cores(), eval_command_seed(options.seed)
+    playing = f"playing {config.environment.env}: {{}} of {options.episodes} episodes".format
     with closing(make_environments(config.environment, 1, options.seed, training=False)) as envs:
         network = load_network(checkpoint, config, envs)
-    threads = usable_cores()
-    use_threads(network, min(threads, torch.get_num_threads()))
-    seed = eval_command_seed(options.seed)
-    evaluator = Evaluator(config, LocalComm(), torch.device("cpu"), PhaseTimer(), threads, seed=seed)
-    playing = f"playing {config.environment.env}: {{}} of {options.episodes} episodes".format
-    with closing(ProgressLine(sys.stderr)) as line:
-        evaluation = evaluator.run(network, show=lambda finished: line.show(playing(finished)))
+        use_threads(network, min(threads, torch.get_num_threads()))
+        comm, cpu, timer = LocalComm(), torch.device("cpu"), PhaseTimer()
+        evaluator = Evaluator(config, comm, cpu, timer, threads, seed=seed, others=envs)
+        with closing(ProgressLine(sys.stderr)) as line:
+            evaluation = evaluator.run(network, show=lambda finished: line.show(playing(finished)))
     assert evaluation is not None  # only `stop` makes it None
     yield as_json(options, checkpoint, evaluation) if options.json else f"{options.path}: {evaluation}"
     if options.video is not None:

@@ -8,7 +8,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hvdqn.checkpoint import LEARNER, Checkpoints, Progress, best_evaluation, contents
+from hvdqn.checkpoint import (
+    LEARNER,
+    Checkpoints,
+    Progress,
+    best_evaluation,
+    contents,
+    reset_environments,
+)
 from hvdqn.comm import Comm
 from hvdqn.config import Config
 from hvdqn.evaluate import Evaluator
@@ -16,6 +23,7 @@ from hvdqn.faults import check_replicas
 from hvdqn.metrics import Metrics, WaitHint, write_summary
 from hvdqn.parts import recording
 from hvdqn.rank import Parts
+from hvdqn.seeds import rank_seeds
 from hvdqn.summary import log_summary, summarize
 from hvdqn.sync import Totals
 
@@ -44,7 +52,10 @@ class Recorder:
         self.config, self.comm, self.run_dir = config, comm, run_dir
         self.parts, self.checkpoints = parts, checkpoints
         self.timer = parts.timer
-        self.evaluator = Evaluator(config, comm, parts.device, self.timer, parts.threads, recording(config))
+        envs = parts.acting.envs if parts.acting else None
+        self.evaluator = Evaluator(
+            config, comm, parts.device, self.timer, parts.threads, recording(config), others=envs
+        )
         self.metrics = Metrics(run_dir if comm.rank == 0 else None, config.run.total_env_steps, self.timer)
         self.hint = WaitHint(self.timer, comm.name, parts.learner.parameters.numel())
         self.best_eval_return = comm.broadcast_object(best_evaluation(run_dir) if comm.rank == 0 else 0.0)
@@ -122,6 +133,9 @@ class Recorder:
             return True
         evaluation = self.evaluator.run(self.parts.learner.online, stop, self.show_evaluation)
         self.activity = ""
+        if self.evaluator.borrowed:
+            seeds = rank_seeds(self.config.run.seed, self.comm.rank, clock.env_steps)
+            reset_environments(self.parts, seeds.environments)
         if evaluation is None:
             return False
         self.report_discarded()

@@ -150,10 +150,15 @@ def best_evaluation(run_dir: Path) -> float:
         return -math.inf
 
 
-def reset_environments(parts: Parts) -> None:
-    """Reset the environments and add their first observations to replay, on a rank that acts."""
+def reset_environments(parts: Parts, seed: int | None = None) -> None:
+    """Reset the environments and add their first observations to replay, on a rank that acts.
+
+    Args:
+        parts: of this rank.
+        seed: of the environments; without it they go on with their random streams.
+    """
     if parts.acting is not None:
-        parts.acting.replay.start(parts.acting.actor.start())
+        parts.acting.replay.start(parts.acting.actor.start(seed))
 
 
 def restore(

@@ -9,7 +9,7 @@ import importlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,12 +30,13 @@ from hvdqn.envs.contract import (
     check_spaces,
     one_line,
 )
+from hvdqn.envs.process_settings import process_settings_kept
 from hvdqn.envs.rehearsal import continues_exactly
 from hvdqn.envs.single import SingleEnvironment, as_exception
 from hvdqn.envs.vector import Environments
-from hvdqn.envs.workers import WorkerVector
+from hvdqn.envs.workers import WorkerVector, call_in_child
 from hvdqn.errors import UserError
-from hvdqn.faults import leave_signals_to_rank, reinstall_handlers
+from hvdqn.faults import leave_signals_to_rank
 
 # Namespaces of optional environments: the module that registers them, and the extra that installs it.
 _FAMILIES = {"ALE": ("ale_py", "atari"), "MinAtar": ("minatar.gym", "minatar")}
@@ -64,8 +65,8 @@ def make_environments(
     if config.episodic_life and not is_atari(spec):
         raise UserError(f"--episodic-life needs an Atari environment such as ALE/Pong-v5, not '{config.env}'")
     build = _Build(config, spec, _read_kwargs(config, spec), training and config.episodic_life)
-    vector, kind = _make_vector(build, num_envs, threads)
-    reinstall_handlers()
+    with process_settings_kept():
+        vector, kind = _make_vector(build, num_envs, threads)
     try:
         _check_actions(vector.single_action_space, config.env)
     except UserError:
@@ -82,6 +83,7 @@ def make_environments(
     )
 
 
+@process_settings_kept()
 def find_spec(env: str) -> EnvSpec:
     """Return the Gymnasium spec of an id or `module:id`; import the module, or the package that the id needs.
 
@@ -189,7 +191,25 @@ def _make_vector(build: _Build, num_envs: int, threads: int) -> tuple[VectorEnv[
     makers = [functools.partial(_make_single, build, index, os.getpid()) for index in range(num_envs)]
     if requested == "async":
         return WorkerVector(makers), "async"
-    return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP), "sync"
+    return _make_sync(makers), "sync"
+
+
+def _make_sync(makers: Sequence[Callable[[], gym.Env[Any, Any]]]) -> SyncVectorEnv:
+    """Return a vector of environments in this process; if one cannot be made, close those that were made."""
+    made: list[gym.Env[Any, Any]] = []
+    try:
+        for maker in makers:
+            made.append(maker())
+    except BaseException:
+        for env in made:
+            env.close()
+        raise
+    makers = [functools.partial(_same, env) for env in made]
+    return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
+
+
+def _same(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
+    return env
 
 
 def _make_native(build: _Build, num_envs: int, threads: int) -> VectorEnv[Any, Any, Any]:
@@ -201,13 +221,13 @@ def _make_native(build: _Build, num_envs: int, threads: int) -> VectorEnv[Any, A
 
 
 def _make_single(build: _Build, index: int, rank_pid: int) -> gym.Env[Any, Any]:
-    """Build one environment. An async vector calls it in its worker process, and once in the rank's for the spaces."""
+    """Build one environment. An async vector calls it in its worker processes, and in the rank's for the spaces."""
     own_process = os.getpid() != rank_pid
+    if not own_process and build.config.vectorization == "async":
+        return _known_spaces(build)
     if own_process:
         leave_signals_to_rank()
     try:
-        if not own_process and build.config.vectorization == "async":
-            return _read_spaces(build)
         return SingleEnvironment(_make_wrapped(build), index, build.config.env, own_process)
     except BaseException as raised:
         error = as_exception(raised)
@@ -227,20 +247,25 @@ class _Spaces(gym.Env[Any, Any]):
         self.metadata, self.render_mode = env.metadata, env.render_mode
 
 
-_known_spaces: dict[str, _Spaces] = {}
+_spaces: dict[str, _Spaces] = {}
 
 
-def _read_spaces(build: _Build) -> _Spaces:
+def _known_spaces(build: _Build) -> _Spaces:
     """Return the spaces of an environment whose workers have processes of their own.
 
-    It is built once in the rank's process: some simulators cannot be started there a second time.
+    It is never built in the rank's process: what a simulator opens there once, each worker would inherit.
     """
     key = repr(build)
-    if key not in _known_spaces:
-        env = SingleEnvironment(_make_wrapped(build), 0, build.config.env, own_process=False)
-        _known_spaces[key] = _Spaces(env)
-        env.close()
-    return _known_spaces[key]
+    if key not in _spaces:
+        _spaces[key] = call_in_child(functools.partial(_read_spaces, build, os.getpid()))
+    return _spaces[key]
+
+
+def _read_spaces(build: _Build, rank_pid: int) -> _Spaces:
+    env = _make_single(build, 0, rank_pid)
+    spaces_of_env = _Spaces(env)
+    env.close()
+    return spaces_of_env
 
 
 def _make_wrapped(build: _Build) -> gym.Env[Any, Any]:
