@@ -257,15 +257,20 @@ def _known_spaces(build: _Build) -> _Spaces:
     """
     key = repr(build)
     if key not in _spaces:
-        _spaces[key] = call_in_child(functools.partial(_read_spaces, build, os.getpid()))
+        _spaces[key] = call_in_child(functools.partial(_read_spaces, build))
     return _spaces[key]
 
 
-def _read_spaces(build: _Build, rank_pid: int) -> _Spaces:
-    env = _make_single(build, 0, rank_pid)
-    spaces_of_env = _Spaces(env)
+def _read_spaces(build: _Build) -> _Spaces:
+    """Return the spaces of an environment that is built for them alone, in a process of its own."""
+    leave_signals_to_rank()
+    try:
+        env = SingleEnvironment(_make_wrapped(build), 0, build.config.env, own_process=False)
+    except BaseException as error:
+        raise as_exception(error)  # noqa: B904 - the same error, or one with its traceback
+    found = _Spaces(env)
     env.close()
-    return spaces_of_env
+    return found
 
 
 def _make_wrapped(build: _Build) -> gym.Env[Any, Any]:
