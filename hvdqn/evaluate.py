@@ -43,7 +43,7 @@ STEPS_BETWEEN_VOTES = 8
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The undiscounted, unclipped returns of the evaluation episodes of all ranks."""
+    """Hold the undiscounted, unclipped returns of the evaluation episodes of all ranks."""
 
     returns: tuple[float, ...]
 
@@ -63,7 +63,7 @@ class Evaluation:
 
 
 class Evaluator:
-    """Plays this rank's share of the `eval_episodes`.
+    """Play this rank's share of the `eval_episodes`.
 
     Each call of `run` makes new environments with the same seed, so all evaluations of a training run begin alike.
     The environments are those of training, but with raw rewards and without `episodic_life`.
@@ -75,7 +75,8 @@ class Evaluator:
         timer: counts the seconds that this rank waits for others as communication.
         threads: number of threads of an Atari vector; 0: one per core.
         record: records CUDA graphs of the network's forward passes, as in `Actor`.
-        seed: of the environments and of random actions; by default that of this rank's evaluations in a training run.
+        seed: the seed of environments and random actions. By default a stream of its own, so that evaluations play
+            other episodes than training does, and the same ones after a resume.
         others: environments of this rank to play in if more cannot be made, as in a process that can hold only one.
 
     Attributes:
@@ -99,6 +100,7 @@ class Evaluator:
         episodes = config.run.eval_episodes
         self.share = episodes // comm.size + (comm.rank < episodes % comm.size)
 
+    @global_generators_kept()
     def run(
         self,
         network: QNetwork,
@@ -111,17 +113,11 @@ class Evaluator:
         the same episodes each time, and those of training go on as if there had been no evaluation.
 
         Args:
-            network: plays.
-            stop: whether this rank wants to stop.
+            network: chooses the actions.
+            stop: returns True if this rank wants to stop.
             show: called every few steps with the number of episodes that all ranks have finished.
         """
         show(0)
-        with global_generators_kept():
-            return self._run(network, stop, show)
-
-    def _run(
-        self, network: QNetwork, stop: Callable[[], bool], show: Callable[[int], None]
-    ) -> Evaluation | None:
         player = self._make_player(network) if self.share else None
         network.eval()  # a noisy network acts without noise
         try:
@@ -169,7 +165,7 @@ class Evaluator:
 
 
 class _Player:
-    """Plays a fixed number of episodes in each environment, so that short episodes are not favored.
+    """Play a fixed number of episodes in each environment, so that short episodes are not favored.
 
     Args:
         envs: this rank's environments, not reset yet.
@@ -312,7 +308,9 @@ def code_to_import(config: Config) -> list[str]:
 
 
 def check_trust(options: EvalOptions, config: Config) -> None:
-    """Refuse to import what a run names, unless the user allows it. Only then modules of the current folder are found.
+    """Raise an error if a run names code to import and the user does not allow it with `--trust`.
+
+    Only a trusted run finds modules in the current folder.
 
     Raises:
         UserError: it is not allowed.
