@@ -76,6 +76,19 @@ def test_without_a_compiler_horovod_says_so_and_exits_3(bare_venv: Path, tmp_pat
     assert not (bare_venv / ".hvdqn-horovod").exists()
 
 
+def test_a_space_in_the_path_of_mpi_is_named_where_horovod_must_be_built(
+    bare_venv: Path, tmp_path: Path
+) -> None:
+    """CMake splits what `mpicxx` prints at spaces. A wheel that was built elsewhere can be installed."""
+    venv = bare_venv.rename(tmp_path / "my venv")
+    wrapper = venv / "bin" / "mpicxx"
+    wrapper.write_text(f"#!/bin/sh\necho 'c++ -I{venv}/include -L{venv}/lib -lmpi'\n")
+    wrapper.chmod(0o755)
+    result = run("install_horovod.sh", HVDQN_VENV=str(venv), XDG_CACHE_HOME=str(tmp_path))
+    assert result.returncode == 3, result.stdout + result.stderr
+    assert f"whose path has a space: {venv}; move the environment" in one_line(result.stderr)
+
+
 def test_a_compiler_that_is_too_old_is_named(bare_venv: Path, tmp_path: Path) -> None:
     old = tmp_path / "old-c++"
     old.write_text("#!/bin/sh\necho \"error: unrecognized option '-std=c++20'\" >&2\nexit 1\n")
