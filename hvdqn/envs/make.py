@@ -29,10 +29,11 @@ from hvdqn.envs.contract import (
     check_observations,
     check_spaces,
     one_line,
+    warn_once,
 )
 from hvdqn.envs.process_settings import process_settings_kept
 from hvdqn.envs.rehearsal import continues_exactly
-from hvdqn.envs.single import SingleEnvironment, as_exception
+from hvdqn.envs.single import SingleEnvironment, as_exception, describe_close_failure
 from hvdqn.envs.vector import Environments
 from hvdqn.envs.workers import WorkerVector, call_in_child
 from hvdqn.errors import UserError
@@ -252,6 +253,7 @@ class _Spaces(gym.Env[Any, Any]):
     def __init__(self, env: gym.Env[Any, Any]):
         self.observation_space, self.action_space = env.observation_space, env.action_space
         self.metadata, self.render_mode = env.metadata, env.render_mode
+        self.close_failure = ""
 
 
 _spaces: dict[str, _Spaces] = {}
@@ -265,6 +267,8 @@ def _known_spaces(build: _Build) -> _Spaces:
     key = repr(build)
     if key not in _spaces:
         _spaces[key] = call_in_child(functools.partial(_read_spaces, build))
+        if _spaces[key].close_failure:
+            warn_once(_spaces[key].close_failure)
     return _spaces[key]
 
 
@@ -272,11 +276,14 @@ def _read_spaces(build: _Build) -> _Spaces:
     """Return the spaces of an environment that is built for them alone, in a process of its own."""
     leave_signals_to_rank()
     try:
-        env = SingleEnvironment(_make_wrapped(build), 0, build.config.env, own_process=False)
+        env = _make_wrapped(build)
     except BaseException as error:
         raise as_exception(error)  # noqa: B904 - the same error, or one with its traceback
     found = _Spaces(env)
-    env.close()
+    try:
+        env.close()
+    except BaseException as error:
+        found.close_failure = describe_close_failure(build.config.env, error)
     return found
 
 
