@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -32,6 +31,7 @@ from hvdqn.parts import network_for
 from hvdqn.paths import absolute, folder_remembered
 from hvdqn.process import usable_cores, use_threads
 from hvdqn.seeds import eval_command_seed, rank_seeds
+from hvdqn.trust import code_to_import
 from hvdqn.video import check_video, record
 
 # The time limit of an environment without one of its own: the 108,000 frames of the Atari papers.
@@ -66,7 +66,7 @@ class Evaluator:
     """Play this rank's share of the `eval_episodes`.
 
     Each call of `run` makes new environments with the same seed, so all evaluations of a training run begin alike.
-    The environments are those of training, but with raw rewards and without `episodic_life`.
+    The environments are those of training, but with raw rewards and without `episodic_life`, or the run's `eval_env`.
 
     Args:
         config: the configuration of the run.
@@ -95,6 +95,7 @@ class Evaluator:
         others: Environments | None = None,
     ) -> None:
         self.config, self.comm, self.device, self.timer = config, comm, device, timer
+        self.environment = config.evaluation_environment()
         self.threads, self.record, self.others, self.borrowed = threads, record, others, False
         self.seed = rank_seeds(config.run.seed, comm.rank).evaluation if seed is None else seed
         episodes = config.run.eval_episodes
@@ -139,7 +140,7 @@ class Evaluator:
 
     def _make_player(self, network: QNetwork) -> _Player:
         envs = self._make_envs(min(self.share, MOST_ENVS_PER_RANK))
-        rng, stack = np.random.default_rng(self.seed), self.config.environment.frame_stack
+        rng, stack = np.random.default_rng(self.seed), self.environment.frame_stack
         actor = Actor(envs, network, stack, rng, self.device, record=self.record)
         return _Player(envs, actor, self.config.run.eval_epsilon, self.share, self.timer)
 
@@ -147,14 +148,20 @@ class Evaluator:
         """Make environments; if that fails, take those at hand, or make only one."""
         self.borrowed = False
         try:
-            return make_environments(self.config.environment, num_envs, self.seed, False, self.threads)
+            return make_environments(self.environment, num_envs, self.seed, False, self.threads)
         except Exception as error:
             if self.others is None and num_envs == 1:
-                raise
-            what = "those at hand, and cuts their episodes off" if self.others else "one environment"
+                if isinstance(error, UserError):
+                    raise
+                raise UserError(
+                    f"'{self.environment.env}' cannot be made for the evaluation ({one_line(error)}); if a process can "
+                    "hold only one, use --vectorization async"
+                ) from error
+            envs = self.others.with_raw_rewards(self.seed) if self.others else self._make_envs(1)
+            self.borrowed = self.others is not None
+            what = "those at hand, and cuts their episodes off" if self.borrowed else "one environment"
             warn_once(f"the evaluation plays in {what}, because no more can be made: {one_line(error)}")
-        self.borrowed = self.others is not None
-        return self.others.with_raw_rewards(self.seed) if self.others else self._make_envs(1)
+            return envs
 
     def _exchange(self, playing: bool, stop: bool, finished: int) -> tuple[bool, bool, int]:
         """Return whether any rank still plays, whether any wants to stop, and how many episodes all have finished."""
@@ -229,6 +236,8 @@ class EvalOptions:
     a run directory of a stranger could name any code."""
     env: str = ""
     """Allows to import the run's `--env module:id`, if it is this one."""
+    eval_env: str = ""
+    """Allows to import the run's `--eval-env module:id`, if it is this one."""
     wrapper: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Allows to import the run's `--wrapper module:attribute`, if it is this one. May be repeated."""
     torso: str = ""
@@ -291,22 +300,6 @@ def check_options(options: EvalOptions) -> None:
         check_video(absolute(options.video))
 
 
-def code_to_import(config: Config) -> list[str]:
-    """Return the settings of a run that name code, as flags: `--torso 'module:attribute'`."""
-    environment = config.environment
-    named = [("--env", environment.env), *(("--wrapper", path) for path in environment.wrapper)]
-    named.append(("--torso", config.network.torso))
-    found = [f"{flag} {value!r}" for flag, value in named if ":" in value]
-    # Some environments import what a keyword argument names, such as the compatibility layers for old Gym.
-    kwargs = environment.env_kwargs
-    with suppress(ValueError):
-        # Without escapes, which would hide a name.
-        kwargs = json.dumps(json.loads(kwargs), ensure_ascii=False)
-    if re.search(r'"[^\W\d][\w.]*:', kwargs):
-        found.append(f"--env-kwargs {kwargs!r}")
-    return found
-
-
 def check_trust(options: EvalOptions, config: Config) -> None:
     """Raise an error if a run names code to import and the user does not allow it with `--trust`.
 
@@ -315,8 +308,8 @@ def check_trust(options: EvalOptions, config: Config) -> None:
     Raises:
         UserError: it is not allowed.
     """
-    allowed = [("--env", options.env), *(("--wrapper", path) for path in options.wrapper)]
-    allowed.append(("--torso", options.torso))
+    allowed = [("--env", options.env), ("--eval-env", options.eval_env), ("--torso", options.torso)]
+    allowed += [("--wrapper", path) for path in options.wrapper]
     repeated = [f"{flag} {value!r}" for flag, value in allowed if value]
     found = code_to_import(config)
     if unknown := [flag for flag in repeated if flag not in found]:
@@ -345,8 +338,9 @@ def evaluate(options: EvalOptions) -> Iterator[str]:
     check_trust(options, config)
     config = config.replace(eval_episodes=options.episodes, eval_epsilon=options.epsilon, seed=options.seed)
     threads, seed = usable_cores(), eval_command_seed(options.seed)
-    playing = f"playing {config.environment.env}: {{}} of {options.episodes} episodes".format
-    with closing(make_environments(config.environment, 1, options.seed, training=False)) as envs:
+    environment = config.evaluation_environment()
+    playing = f"playing {environment.env}: {{}} of {options.episodes} episodes".format
+    with closing(make_environments(environment, 1, options.seed, training=False)) as envs:
         network = load_network(checkpoint, config, envs)
         use_threads(network, min(threads, torch.get_num_threads()))
         comm, cpu, timer = LocalComm(), torch.device("cpu"), PhaseTimer()
@@ -354,20 +348,24 @@ def evaluate(options: EvalOptions) -> Iterator[str]:
         with closing(ProgressLine(sys.stderr)) as line:
             evaluation = evaluator.run(network, show=lambda finished: line.show(playing(finished)))
     assert evaluation is not None  # only `stop` makes it None
-    yield as_json(options, checkpoint, evaluation) if options.json else f"{options.path}: {evaluation}"
+    yield (
+        as_json(options, environment.env, checkpoint, evaluation)
+        if options.json
+        else f"{options.path}: {evaluation}"
+    )
     if options.video is not None:
         with closing(ProgressLine(sys.stderr)) as line:
             line.show(f"recording one episode in {options.video}")
-            record(network, config.environment, absolute(options.video), options.seed, options.epsilon)
+            record(network, environment, absolute(options.video), options.seed, options.epsilon)
         if not options.json:
             yield f"video of one episode: {options.video}"
 
 
-def as_json(options: EvalOptions, checkpoint: Checkpoint, evaluation: Evaluation) -> str:
+def as_json(options: EvalOptions, env: str, checkpoint: Checkpoint, evaluation: Evaluation) -> str:
     """Return the result as one line of JSON, with null for numbers that are not finite."""
     result = {
         "checkpoint": str(checkpoint.path),
-        "env": checkpoint.manifest["config"]["env"],
+        "env": env,
         "env_steps": checkpoint.env_steps,
         "seed": options.seed,
         "epsilon": options.epsilon,
