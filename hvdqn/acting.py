@@ -199,9 +199,13 @@ class Actor:
         """Act with this network from now on. Call it also when the network's parameters moved to other memory."""
         self.passes = make_passes(network)
 
-    def start(self) -> NDArray[np.generic]:
-        """Reset every environment; return the first observations `[envs, *shape]`, without frame stack."""
-        first = self.envs.reset()
+    def start(self, seed: int | None = None) -> NDArray[np.generic]:
+        """Reset every environment, with new seeds if one is given.
+
+        Returns:
+            The first observations `[envs, *shape]`, without frame stack.
+        """
+        first = self.envs.reset(seed)
         self.frames = self._stack(first)
         self.random.interrupt(np.ones(self.envs.num_envs, np.bool_))
         return first

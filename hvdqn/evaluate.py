@@ -21,6 +21,7 @@ from hvdqn.comm import Comm
 from hvdqn.comm.local import LocalComm
 from hvdqn.config import Config, parse_flags
 from hvdqn.envs import Environments, as_exception, global_generators_kept, make_environments
+from hvdqn.envs.contract import one_line, warn_once
 from hvdqn.errors import UserError
 from hvdqn.graphs import Record
 from hvdqn.metrics import PhaseTimer, ProgressLine, finite
@@ -75,6 +76,10 @@ class Evaluator:
         record: records CUDA graphs of the network's forward passes, as in `Actor`.
         seed: the seed of environments and random actions. By default a stream of its own, so that evaluations play
             other episodes than training does, and the same ones after a resume.
+        others: environments of this rank to play in if more cannot be made, as in a process that can hold only one.
+
+    Attributes:
+        borrowed: whether the last evaluation played in `others`, which have to be reset then.
     """
 
     def __init__(
@@ -86,14 +91,16 @@ class Evaluator:
         threads: int = 0,
         record: Record | None = None,
         seed: int | None = None,
+        others: Environments | None = None,
     ) -> None:
         self.config, self.comm, self.device, self.timer = config, comm, device, timer
         self.environment = config.evaluation_environment()
-        self.threads, self.record = threads, record
+        self.threads, self.record, self.others, self.borrowed = threads, record, others, False
         self.seed = rank_seeds(config.run.seed, comm.rank).evaluation if seed is None else seed
         episodes = config.run.eval_episodes
         self.share = episodes // comm.size + (comm.rank < episodes % comm.size)
 
+    @global_generators_kept()
     def run(
         self,
         network: QNetwork,
@@ -111,12 +118,6 @@ class Evaluator:
             show: called every few steps with the number of episodes that all ranks have finished.
         """
         show(0)
-        with global_generators_kept():
-            return self._run(network, stop, show)
-
-    def _run(
-        self, network: QNetwork, stop: Callable[[], bool], show: Callable[[int], None]
-    ) -> Evaluation | None:
         player = self._make_player(network) if self.share else None
         network.eval()  # a noisy network acts without noise
         try:
@@ -128,7 +129,7 @@ class Evaluator:
                 show(finished)
         finally:
             network.train()
-            if player is not None:
+            if player is not None and not self.borrowed:
                 player.envs.close()
         if stopped:
             return None
@@ -137,21 +138,29 @@ class Evaluator:
         return Evaluation(tuple(itertools.chain.from_iterable(returns)))
 
     def _make_player(self, network: QNetwork) -> _Player:
-        environment, run = self.environment, self.config.run
-        num_envs = min(self.share, MOST_ENVS_PER_RANK)
+        envs = self._make_envs(min(self.share, MOST_ENVS_PER_RANK))
+        rng, stack = np.random.default_rng(self.seed), self.environment.frame_stack
+        actor = Actor(envs, network, stack, rng, self.device, record=self.record)
+        return _Player(envs, actor, self.config.run.eval_epsilon, self.share, self.timer)
+
+    def _make_envs(self, num_envs: int) -> Environments:
+        """Make environments; if that fails, take those at hand, or make only one."""
+        self.borrowed = False
         try:
-            envs = make_environments(environment, num_envs, self.seed, False, self.threads)
-        except UserError:
-            raise
+            return make_environments(self.environment, num_envs, self.seed, False, self.threads)
         except Exception as error:
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            raise UserError(
-                f"'{environment.env}' cannot be made for the evaluation ({reason}); if a process can hold only one, "
-                "use --vectorization async"
-            ) from error
-        rng = np.random.default_rng(self.seed)
-        actor = Actor(envs, network, environment.frame_stack, rng, self.device, record=self.record)
-        return _Player(envs, actor, run.eval_epsilon, self.share, self.timer)
+            if self.others is None and num_envs == 1:
+                if isinstance(error, UserError):
+                    raise
+                raise UserError(
+                    f"'{self.environment.env}' cannot be made for the evaluation ({one_line(error)}); if a process can "
+                    "hold only one, use --vectorization async"
+                ) from error
+            envs = self.others.with_raw_rewards(self.seed) if self.others else self._make_envs(1)
+            self.borrowed = self.others is not None
+            what = "those at hand, and cuts their episodes off" if self.borrowed else "one environment"
+            warn_once(f"the evaluation plays in {what}, because no more can be made: {one_line(error)}")
+            return envs
 
     def _exchange(self, playing: bool, stop: bool, finished: int) -> tuple[bool, bool, int]:
         """Return whether any rank still plays, whether any wants to stop, and how many episodes all have finished."""
@@ -294,16 +303,16 @@ def evaluate(options: EvalOptions) -> Iterator[str]:
     config = Config().replace(**checkpoint.manifest["config"])
     trust_code(options, config)
     config = config.replace(eval_episodes=options.episodes, eval_epsilon=options.epsilon, seed=options.seed)
+    threads, seed = usable_cores(), eval_command_seed(options.seed)
     environment = config.evaluation_environment()
+    playing = f"playing {environment.env}: {{}} of {options.episodes} episodes".format
     with closing(make_environments(environment, 1, options.seed, training=False)) as envs:
         network = load_network(checkpoint, config, envs)
-    threads = usable_cores()
-    use_threads(network, min(threads, torch.get_num_threads()))
-    seed = eval_command_seed(options.seed)
-    evaluator = Evaluator(config, LocalComm(), torch.device("cpu"), PhaseTimer(), threads, seed=seed)
-    playing = f"playing {environment.env}: {{}} of {options.episodes} episodes".format
-    with closing(ProgressLine(sys.stderr)) as line:
-        evaluation = evaluator.run(network, show=lambda finished: line.show(playing(finished)))
+        use_threads(network, min(threads, torch.get_num_threads()))
+        comm, cpu, timer = LocalComm(), torch.device("cpu"), PhaseTimer()
+        evaluator = Evaluator(config, comm, cpu, timer, threads, seed=seed, others=envs)
+        with closing(ProgressLine(sys.stderr)) as line:
+            evaluation = evaluator.run(network, show=lambda finished: line.show(playing(finished)))
     assert evaluation is not None  # only `stop` makes it None
     yield (
         as_json(options, environment.env, checkpoint, evaluation)

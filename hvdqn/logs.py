@@ -8,6 +8,7 @@ HVDQN_LOG_LEVEL changes the level; with DEBUG every rank shows everything. Code 
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -126,15 +127,31 @@ def setup_logging(rank: int, size: int) -> None:
         raise UserError(f"{LEVEL_VARIABLE} is '{wanted}'; set it to one of {', '.join(LEVELS)}")
 
 
-def replace_closed_streams() -> None:
-    """Open the null device for each standard stream that is closed, as after `>&-`.
+class KeptStream(io.TextIOWrapper):
+    """A standard stream that code of an environment cannot close."""
 
-    Python sets such a stream to None. Without this, the next file that is opened, perhaps a file of the run, would get
-    the stream's descriptor, and libraries would print into it.
+    def close(self) -> None:
+        """Write what is buffered."""
+        self.flush()
+
+
+def replace_closed_streams() -> list[str]:
+    """Open the standard streams again that are closed; return the names of those that Python code has closed.
+
+    A stream that was closed before the process began, as after `>&-`, is None. The null device takes its place. Else
+    the next file that is opened, perhaps a file of the run, would get the stream's descriptor, and libraries would
+    print into it.
     """
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
+    closed = []
+    for descriptor, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        stream = getattr(sys, name)
+        if stream is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115
+        elif mode == "w" and getattr(stream, "closed", False):
+            closed.append(f"sys.{name}")
+            binary = io.BufferedWriter(io.FileIO(descriptor, mode, closefd=False))
+            setattr(sys, name, KeptStream(binary, encoding="utf-8", line_buffering=True))
+    return closed
 
 
 def open_display(display: Display) -> None:

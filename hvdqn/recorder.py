@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from hvdqn.callbacks import Callback, Run
-from hvdqn.checkpoint import POLICY, Checkpoints, Progress, best_evaluation, contents, policy_part
+from hvdqn.checkpoint import (
+    POLICY,
+    Checkpoints,
+    Progress,
+    best_evaluation,
+    contents,
+    policy_part,
+    reset_environments,
+)
 from hvdqn.comm import Comm
 from hvdqn.config import Config
 from hvdqn.envs import Episode
@@ -21,6 +29,7 @@ from hvdqn.parts import recording
 from hvdqn.provenance import time_now
 from hvdqn.rank import Parts
 from hvdqn.run_directory import read_launches
+from hvdqn.seeds import rank_seeds
 from hvdqn.summary import log_summary, summarize
 from hvdqn.sync import InfoMeans, Totals
 
@@ -66,7 +75,10 @@ class Recorder:
         self.logs_infos = config.parallel.sync != "server"
         self.infos = InfoMeans(config.run.log_info if self.logs_infos else ())
         self.timer = parts.timer
-        self.evaluator = Evaluator(config, comm, parts.device, self.timer, parts.threads, recording(config))
+        same = config.evaluation_environment() == config.environment
+        envs = parts.acting.envs if parts.acting and same else None
+        record = recording(config)
+        self.evaluator = Evaluator(config, comm, parts.device, self.timer, parts.threads, record, others=envs)
         rank_0_dir = run_dir if comm.rank == 0 else None
         trackers = self.open_trackers()
         self.metrics = Metrics(rank_0_dir, config.run.total_env_steps, self.timer, trackers=trackers)
@@ -166,6 +178,9 @@ class Recorder:
             return True
         evaluation = self.evaluator.run(self.parts.strategy.whole_network(), stop, self.show_evaluation)
         self.activity = ""
+        if self.evaluator.borrowed:
+            seeds = rank_seeds(self.config.run.seed, self.comm.rank, clock.env_steps)
+            reset_environments(self.parts, seeds.environments)
         if evaluation is None:
             return False
         self.exchange_notes()

@@ -89,7 +89,7 @@ run_module() { # run_module MODULE ARGUMENT...
 }
 
 find_mpi() {
-    local program about word
+    local program about show word
     for program in mpicxx mpirun; do
         command -v "$program" >/dev/null ||
             die 2 "no $program found; run launch/setup.sh (it installs Open MPI as a wheel), or load your site's MPI module"
@@ -104,8 +104,10 @@ find_mpi() {
     [[ ! $about =~ [0-9]+(\.[0-9]+)+ ]] || mpi+=${BASH_REMATCH[0]}
     # The folders of the MPI are part of the key, since two builds of MPI may have the same version.
     mpi_folders=
-    for word in $(mpicxx -show); do
-        if [[ $word == -L/* && $word != -L$venv/* && ";$mpi_folders;" != *";${word#-L};"* ]]; then
+    show=$(mpicxx -show)
+    mpi_in_venv=$([[ $show != *"$venv"* ]] || printf 1)
+    for word in ${show//"$venv"/VENV}; do # its path may contain spaces
+        if [[ $word == -L/* && ";$mpi_folders;" != *";${word#-L};"* ]]; then
             mpi_folders+=";${word#-L}"
         fi
     done
@@ -245,6 +247,8 @@ gpu_settings() {
 
 build_wheel() {
     local jobs
+    [[ -z $mpi_in_venv || ! $venv =~ [[:space:]] ]] ||
+        die 3 "CMake cannot build with an MPI whose path has a space: $venv; move the environment (HVDQN_VENV), or use torchrun or mpirun --comm mpi"
     jobs=$(env -u OMP_NUM_THREADS nproc) # nproc would print OMP_NUM_THREADS if it is set
     ((jobs <= 16)) || jobs=16            # each compiler needs about 1 GB of a login node's memory
     work=$(mktemp -d "${TMPDIR:-/tmp}/hvdqn-horovod.XXXXXX")

@@ -168,10 +168,15 @@ def best_evaluation(run_dir: Path) -> float:
         return -math.inf
 
 
-def reset_environments(parts: Parts) -> None:
-    """Reset the environments and store their first observations in replay, if this rank has environments."""
+def reset_environments(parts: Parts, seed: int | None = None) -> None:
+    """Reset the environments and store their first observations in replay, if this rank has environments.
+
+    Args:
+        parts: of this rank.
+        seed: of the environments; without it they continue their random streams.
+    """
     if parts.acting is not None:
-        parts.acting.replay.start(parts.acting.actor.start())
+        parts.acting.replay.start(parts.acting.actor.start(seed))
 
 
 def restore(

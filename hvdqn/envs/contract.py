@@ -15,6 +15,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import numpy.typing as npt
 from gymnasium import spaces
 from gymnasium.vector import VectorEnv, VectorWrapper
 from gymnasium.wrappers import OrderEnforcing, TimeLimit
@@ -183,10 +184,22 @@ class _FirstCalls:
         elif not np.can_cast(array.dtype, space.dtype, "same_kind"):
             what = f"dtype {array.dtype}, its observation_space has {space.dtype}"
         else:
+            self._check_overflow(method, array)
             return
         raise self._broken(
             method, f"returned an observation of {what}; correct one of them, or use a --wrapper"
         )
+
+    def _check_overflow(self, method: str, array: npt.NDArray[Any]) -> None:
+        largest = np.abs(array, where=np.isfinite(array), out=np.zeros(array.shape, np.float64)).max(
+            initial=0.0
+        )
+        if largest > np.finfo(np.float32).max:
+            raise UserError(
+                f"'{self.name}': {self._layer_class()}.{method}() returned an observation with numbers up to "
+                f"{largest:.3g}; networks compute in float32, which holds up to 3.4e+38: use a --wrapper that makes "
+                "them smaller"
+            )
 
     def _check_flags(self, **flags: Any) -> None:
         for flag, value in flags.items():
@@ -203,10 +216,13 @@ class _FirstCalls:
             )
 
     def _broken(self, method: str, rule: str) -> UserError:
+        return UserError(f"'{self.name}' breaks a rule of Gymnasium: {self._layer_class()}.{method}() {rule}")
+
+    def _layer_class(self) -> str:
         layer = self.layer
         while isinstance(layer, PASS_ON):
             layer = layer.env
-        return UserError(f"'{self.name}' breaks a rule of Gymnasium: {_class_of(layer)}.{method}() {rule}")
+        return _class_of(layer)
 
     def _remove(self, method: str) -> None:
         """Give the layer its own `reset` or `step` back."""

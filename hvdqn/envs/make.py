@@ -8,7 +8,7 @@ import functools
 import importlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,14 +27,16 @@ from hvdqn.envs.contract import (
     check_observations,
     check_spaces,
     one_line,
+    warn_once,
 )
+from hvdqn.envs.process_settings import process_settings_kept
 from hvdqn.envs.rehearsal import continues_exactly
-from hvdqn.envs.single import SingleEnvironment, as_exception
+from hvdqn.envs.single import SingleEnvironment, as_exception, describe_close_failure
 from hvdqn.envs.spaces import flatten_observations
 from hvdqn.envs.vector import Environments
-from hvdqn.envs.workers import WorkerVector
+from hvdqn.envs.workers import WorkerVector, call_in_child
 from hvdqn.errors import UserError
-from hvdqn.faults import leave_signals_to_rank, reinstall_handlers
+from hvdqn.faults import leave_signals_to_rank
 
 # For each namespace of optional environments: the module that registers its ids, and the extra that installs it.
 _FAMILIES = {"ALE": ("ale_py", "atari"), "MinAtar": ("minatar.gym", "minatar")}
@@ -63,8 +65,8 @@ def make_environments(
     if config.episodic_life and not is_atari(spec):
         raise UserError(f"--episodic-life needs an Atari environment such as ALE/Pong-v5, not '{config.env}'")
     build = _Build(config, spec, _read_kwargs(config, spec), training and config.episodic_life)
-    vector, kind = _make_vector(build, num_envs, threads)
-    reinstall_handlers()
+    with process_settings_kept():
+        vector, kind = _make_vector(build, num_envs, threads)
     try:
         _check_actions(vector.single_action_space, config.env)
     except UserError:
@@ -81,6 +83,7 @@ def make_environments(
     )
 
 
+@process_settings_kept()
 def find_spec(env: str) -> EnvSpec:
     """Return the Gymnasium spec of an id or `module:id`; import the module, or the package that the id needs.
 
@@ -189,7 +192,25 @@ def _make_vector(build: _Build, num_envs: int, threads: int) -> tuple[VectorEnv[
     makers = [functools.partial(_make_single, build, index, os.getpid()) for index in range(num_envs)]
     if requested == "async":
         return WorkerVector(makers), "async"
-    return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP), "sync"
+    return _make_sync(makers), "sync"
+
+
+def _make_sync(makers: Sequence[Callable[[], gym.Env[Any, Any]]]) -> SyncVectorEnv:
+    """Return a vector of environments in this process; if one cannot be made, close those that were made."""
+    made: list[gym.Env[Any, Any]] = []
+    try:
+        for maker in makers:
+            made.append(maker())
+    except BaseException:
+        for env in made:
+            env.close()
+        raise
+    makers = [functools.partial(_same, env) for env in made]
+    return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
+
+
+def _same(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
+    return env
 
 
 def _make_native(build: _Build, num_envs: int, threads: int) -> VectorEnv[Any, Any, Any]:
@@ -203,14 +224,14 @@ def _make_native(build: _Build, num_envs: int, threads: int) -> VectorEnv[Any, A
 def _make_single(build: _Build, index: int, rank_pid: int) -> gym.Env[Any, Any]:
     """Build one environment of a sync or async vector.
 
-    An async vector calls this in each worker process, and once in the rank's, `rank_pid`, to learn the spaces.
+    An async vector calls this in each worker process, and in the rank's, `rank_pid`, to learn the spaces.
     """
     own_process = os.getpid() != rank_pid
+    if not own_process and build.config.vectorization == "async":
+        return _known_spaces(build)
     if own_process:
         leave_signals_to_rank()
     try:
-        if not own_process and build.config.vectorization == "async":
-            return _read_spaces(build)
         return SingleEnvironment(_make_wrapped(build), index, build.config.env, own_process)
     except BaseException as raised:
         error = as_exception(raised)
@@ -228,23 +249,38 @@ class _Spaces(gym.Env[Any, Any]):
     def __init__(self, env: gym.Env[Any, Any]):
         self.observation_space, self.action_space = env.observation_space, env.action_space
         self.metadata, self.render_mode = env.metadata, env.render_mode
+        self.close_failure = ""
 
 
-_known_spaces: dict[str, _Spaces] = {}
+_spaces: dict[str, _Spaces] = {}
+
+
+def _known_spaces(build: _Build) -> _Spaces:
+    """Return the spaces of an environment whose workers have processes of their own.
+
+    It is never built in the rank's process: what a simulator opens there once, each worker would inherit.
+    """
+    key = repr(build)
+    if key not in _spaces:
+        _spaces[key] = call_in_child(functools.partial(_read_spaces, build))
+        if _spaces[key].close_failure:
+            warn_once(_spaces[key].close_failure)
+    return _spaces[key]
 
 
 def _read_spaces(build: _Build) -> _Spaces:
-    """Return the spaces of an environment that will run in worker processes.
-
-    The first call builds the environment in the rank's process and closes it. Later calls return the same spaces,
-    because some simulators cannot be started a second time in a process.
-    """
-    key = repr(build)
-    if key not in _known_spaces:
-        env = SingleEnvironment(_make_wrapped(build), 0, build.config.env, own_process=False)
-        _known_spaces[key] = _Spaces(env)
+    """Return the spaces of an environment that is built for them alone, in a process of its own."""
+    leave_signals_to_rank()
+    try:
+        env = _make_wrapped(build)
+    except BaseException as error:
+        raise as_exception(error)  # noqa: B904 - the same error, or one with its traceback
+    found = _Spaces(env)
+    try:
         env.close()
-    return _known_spaces[key]
+    except BaseException as error:
+        found.close_failure = describe_close_failure(build.config.env, error)
+    return found
 
 
 def _make_wrapped(build: _Build) -> gym.Env[Any, Any]:

@@ -62,10 +62,9 @@ class SingleEnvironment(gym.Wrapper[Any, Any, Any, Any]):
             super().close()
         except KeyboardInterrupt:
             raise
-        except BaseException as raised:
-            error = as_exception(raised)
+        except BaseException as error:
             if not self._own_process:
-                warn_once(f"'{self._name}' could not be closed: {type(error).__name__}: {one_line(error)}")
+                warn_once(describe_close_failure(self._name, error))
 
     def save_state(self) -> dict[str, Any] | None:
         """Return the environment's state as `snapshot.save` does, or None if it cannot be saved."""
@@ -96,3 +95,9 @@ def as_exception(error: BaseException) -> BaseException:
     replaced = RuntimeError(f"the environment raised {what}").with_traceback(error.__traceback__)
     replaced.__suppress_context__ = True
     return replaced
+
+
+def describe_close_failure(name: str, error: BaseException) -> str:
+    """Return a warning that this environment raised an error in `close`."""
+    error = as_exception(error)
+    return f"'{name}' could not be closed: {type(error).__name__}: {one_line(error)}"

@@ -18,8 +18,8 @@ from hvdqn.envs.atari_variant import LIFE_LOST
 from hvdqn.envs.contract import ACTION_MASK, warn_once
 from hvdqn.envs.episode_info import info_of
 from hvdqn.envs.global_random import seed_global_generators
+from hvdqn.envs.process_settings import process_settings_kept
 from hvdqn.envs.spaces import Spaces, describe_space, source_of
-from hvdqn.faults import reinstall_handlers
 from hvdqn.step import Bools, Observation, Step
 
 log = logging.getLogger(__name__)
@@ -122,8 +122,8 @@ class Environments:
         takes_list = isinstance(self._vector, (SyncVectorEnv, AsyncVectorEnv, AtariVector))
         if seeds is not None and not isinstance(self._vector, AsyncVectorEnv):
             seed_global_generators(seeds[0], own_process=False)
-        observation, infos = self._vector.reset(seed=seeds if takes_list or seeds is None else seeds[0])  # type: ignore[arg-type]
-        reinstall_handlers()
+        with process_settings_kept():
+            observation, infos = self._vector.reset(seed=seeds if takes_list or seeds is None else seeds[0])  # type: ignore[arg-type]
         if infos and ACTION_MASK in infos:
             warn_once(
                 f"the environment's infos hold an {ACTION_MASK}, which hvdqn does not read yet: impossible actions are "
@@ -168,6 +168,10 @@ class Environments:
         """Return the episodes that ended since the last call; a lost life does not end an episode here."""
         episodes, self._episodes = self._episodes, []
         return episodes
+
+    def with_raw_rewards(self, seed: int) -> Environments:
+        """Return environments that step the same vector, for an evaluation. This object must be reset afterwards."""
+        return Environments(self._vector, seed, description=self.description)
 
     @property
     def observation(self) -> Observation:

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import atexit
+import multiprocessing
 import os
 import signal
 import time
+import traceback
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar, cast
 
 import gymnasium as gym
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 from gymnasium.vector.async_vector_env import AsyncState, _async_worker
+from gymnasium.vector.utils import CloudpickleWrapper
 
 from hvdqn.errors import UserError
 
 # How long to wait for a worker process to end after its pipe has closed.
 _SECONDS_TO_END = 2.0
+
+T = TypeVar("T")
+
 _vectors: weakref.WeakSet[WorkerVector] = weakref.WeakSet()
 
 
@@ -98,7 +104,10 @@ class WorkerVector(AsyncVectorEnv):
         deadline = time.monotonic() + _SECONDS_TO_END
         while all(process.is_alive() for process in processes) and time.monotonic() < deadline:
             time.sleep(0.01)
-        ends = [_describe_end(index, process.exitcode) for index, process in enumerate(processes)]
+        ends = [
+            _describe_end(f"the worker process of env {index}", process.exitcode)
+            for index, process in enumerate(processes)
+        ]
         self._state = AsyncState.DEFAULT
         self.kill()
         raise RuntimeError(
@@ -126,6 +135,44 @@ class WorkerVector(AsyncVectorEnv):
         raise RuntimeError(f"in env {reports[0][0]}{others}: {reports[0][3].strip()}")
 
 
+def call_in_child(function: Callable[[], T]) -> T:
+    """Return what a function returns in a process of its own.
+
+    Raises:
+        UserError: the function raised it.
+        RuntimeError: the function raised another exception, whose traceback the message holds, or the process ended.
+    """
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.Process(target=_send_result, args=(CloudpickleWrapper(function), theirs))
+    process.start()
+    theirs.close()
+    try:
+        kind, result, trace = ours.recv().fn
+    except EOFError:
+        process.join()
+        end = _describe_end("the process that reads the environment's spaces", process.exitcode)
+        raise RuntimeError(end) from None
+    finally:
+        ours.close()
+        process.join()
+    if kind is UserError:
+        raise UserError(result)
+    if kind is RuntimeError:
+        raise RuntimeError(f"in a process that reads the environment's spaces: {trace.strip()}")
+    return cast(T, result)
+
+
+def _send_result(function: Callable[[], Any], pipe: Any) -> None:
+    """Send what the function returns or raises as `(exception class or None, result or message, traceback)`."""
+    report: tuple[type[Exception] | None, Any, str]
+    try:
+        report = None, function(), ""
+    except BaseException as error:
+        kind = UserError if isinstance(error, UserError) else RuntimeError
+        report = kind, str(error), traceback.format_exc()
+    pipe.send(CloudpickleWrapper(report))  # type: ignore[arg-type]
+
+
 def kill_all_workers() -> None:
     """Kill the worker processes of all async vectors of this process that have not been closed."""
     for vector in list(_vectors):
@@ -133,19 +180,18 @@ def kill_all_workers() -> None:
             vector.kill()
 
 
-def _describe_end(index: int, code: int | None) -> str:
-    """Return a sentence on how the worker process of environment `index` ended; "" if it still runs.
+def _describe_end(process: str, code: int | None) -> str:
+    """Return a sentence on how a process ended; "" if it still runs.
 
     `code` is its exit code, negative for a signal, None while it runs.
     """
-    worker = f"the worker process of env {index}"
     if code is None:
         return ""
     if code >= 0:
-        return f"{worker} ended with exit code {code}"
+        return f"{process} ended with exit code {code}"
     name = signal.Signals(-code).name
     hint = "; the machine may have run out of memory" if name == "SIGKILL" else ""
-    return f"{worker} was killed by {name}{hint}"
+    return f"{process} was killed by {name}{hint}"
 
 
 class _Errors:

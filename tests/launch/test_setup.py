@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -72,6 +74,19 @@ def test_without_a_compiler_horovod_says_so_and_exits_3(bare_venv: Path, tmp_pat
     assert "no C++ compiler found" in message
     assert "torchrun" in message
     assert not (bare_venv / ".hvdqn-horovod").exists()
+
+
+def test_a_space_in_the_path_of_mpi_is_named_where_horovod_must_be_built(
+    bare_venv: Path, tmp_path: Path
+) -> None:
+    """CMake splits what `mpicxx` prints at spaces. A wheel that was built elsewhere can be installed."""
+    venv = bare_venv.rename(tmp_path / "my venv")
+    wrapper = venv / "bin" / "mpicxx"
+    wrapper.write_text(f"#!/bin/sh\necho 'c++ -I{venv}/include -L{venv}/lib -lmpi'\n")
+    wrapper.chmod(0o755)
+    result = run("install_horovod.sh", HVDQN_VENV=str(venv), XDG_CACHE_HOME=str(tmp_path))
+    assert result.returncode == 3, result.stdout + result.stderr
+    assert f"whose path has a space: {venv}; move the environment" in one_line(result.stderr)
 
 
 def test_a_compiler_that_is_too_old_is_named(bare_venv: Path, tmp_path: Path) -> None:
@@ -205,8 +220,10 @@ def test_a_moved_environment_is_refused(tmp_path: Path) -> None:
 
 
 def require_set_up() -> None:
-    if not (VENV / ".hvdqn-all,test").is_file():
-        pytest.skip(f"{VENV} was not made by launch/setup.sh --test: run launch/test.sh")
+    """Skip without an environment that is this clone's own: set-up would point that of another clone to this one."""
+    installed = json.loads(metadata.distribution("hvdqn").read_text("direct_url.json") or "{}")
+    if not (VENV / ".hvdqn-all,test").is_file() or installed.get("url") != REPO.as_uri():
+        pytest.skip(f"{VENV} was not made by launch/setup.sh --test of this clone: run launch/test.sh")
 
 
 def test_a_second_set_up_changes_nothing() -> None:

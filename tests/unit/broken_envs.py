@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import os
 import random
 import sys
 import tempfile
+from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import torch
 from gymnasium import spaces
 from gymnasium.vector import VectorEnv
 from gymnasium.vector.utils import batch_space
@@ -174,19 +177,73 @@ class ChangesFolder(Plain):
 
 
 class Single(Plain):
-    """A simulator of which a process may open one, or, with `ever`, one in its whole life."""
+    """A simulator of which a process may open one, or, with `ever`, one in its whole life.
 
-    open_in: list[int] = []  # noqa: RUF012 - shared on purpose
+    A forked process inherits what is open.
+    """
 
-    def __init__(self, ever: bool = False) -> None:
-        if os.getpid() in self.open_in:
+    metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012 - Gymnasium's convention
+    open_now = built = 0
+    seeds: list[int] = []  # noqa: RUF012 - shared on purpose
+
+    def __init__(self, ever: bool = False, render_mode: str | None = None) -> None:
+        if self.open_now:
             raise RuntimeError("a simulation is already running in this process")
-        self.open_in.append(os.getpid())
-        self.ever = ever
+        Single.open_now += 1
+        Single.built += 1
+        self.ever, self.render_mode = ever, render_mode
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        if seed is not None:
+            self.seeds.append(seed)
+        return super().reset(seed=seed)
+
+    def reward(self) -> Any:
+        return 3.0
+
+    def render(self) -> Any:
+        return np.zeros((8, 8, 3), np.uint8)
 
     def close(self) -> None:
         if not self.ever:
-            self.open_in.remove(os.getpid())
+            Single.open_now = 0
+
+
+class Changes(Plain):
+    """Changes settings of the whole process, as the modules of simulators do."""
+
+    def __init__(self, what: str) -> None:
+        CHANGES[what]()
+
+
+CHANGES: dict[str, Callable[[], object]] = {
+    "recursion limit": lambda: sys.setrecursionlimit(300),
+    "sys.stdout": lambda: setattr(sys, "stdout", io.StringIO()),
+    "umask": lambda: os.umask(0o777),
+    "floating-point errors": lambda: np.seterr(all="raise"),
+    "default dtype": lambda: torch.set_default_dtype(torch.float64),
+    "default device": lambda: torch.set_default_device("meta"),
+    "gradient mode": lambda: torch.set_grad_enabled(False),
+    "anomaly detection": lambda: torch.autograd.set_detect_anomaly(True),
+    "deterministic mode": lambda: torch.use_deterministic_algorithms(True),
+    "number of threads": lambda: torch.set_num_threads(torch.get_num_threads() + 1),
+}
+
+
+class ClosesOutput(Plain):
+    """Closes standard output, each time that one is made."""
+
+    def __init__(self) -> None:
+        sys.stdout.close()
+
+
+class Large(Plain):
+    """Observes numbers that float32 does not hold."""
+
+    observation_space = spaces.Box(-1e300, 1e300, (2,), np.float64)
+
+    def observe(self) -> Any:
+        return np.array([1e300, np.nan])
 
 
 class RaisesInClose(Plain):
@@ -244,6 +301,9 @@ for _class in (
     Global,
     ChangesFolder,
     Single,
+    Changes,
+    ClosesOutput,
+    Large,
     RaisesInClose,
 ):
     gym.register(f"Broken{_class.__name__}-v0", _class)

@@ -250,65 +250,80 @@ def flags(tmp_path: Path, name: str, **kwargs: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("ever", [False, True])
-def test_a_simulator_of_which_a_process_may_hold_one_is_trained_in_workers(
-    ever: bool, tmp_path: Path
-) -> None:
-    """Neither evaluations nor the test of exact resume build it in the rank's process again."""
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            IN_A_PROCESS,
-            *flags(tmp_path, "Single", ever=ever),
-            "--vectorization",
-            "async",
-        ],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        env=clean_environment(),
-        check=False,
-    )
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_a_simulator_of_which_a_process_may_hold_one(ever: bool, vectorization: str, tmp_path: Path) -> None:
+    """It is trained, evaluated, resumed and played again, and is never built a second time while it is open."""
+    words = [*flags(tmp_path, "Single", ever=ever), "--eval-every", "100", "--vectorization", vectorization]
+    envs = ["--envs-per-rank", "1" if vectorization == "sync" else "2"]
+    for more in ([], ["--total-env-steps", "400"]):
+        done = in_a_process("hvdqn.train", [*words, *envs, *more])
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert f"built here: {int(vectorization == 'sync')}\n" in done.stdout
+        assert done.stdout.count("the evaluation plays in those at hand") == (vectorization == "sync")
+    assert "resumed from" in done.stdout
+    assert (
+        json.loads((tmp_path / "summary.json").read_text())["eval_return_mean"] == 12.0
+    )  # raw, 4 steps of 3
+    video = [] if ever else ["--video", str(tmp_path / "video.gif")]
+    done = in_a_process("hvdqn.evaluate", [str(tmp_path), "--episodes", "20", "--trust", *video])
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "built here: 1" in done.stdout
+    assert "20 episodes: mean 12.00, std 0.00" in done.stdout
 
 
 IN_A_PROCESS = """
-import os, sys
+import importlib, sys
 import tests.unit.broken_envs as envs
-from hvdqn import __main__, train
-built, plain = [], envs.Single.__init__
-def counting(self, *args, **kwargs):
-    built.append(os.getpid())
-    if kwargs.get("ever") and os.getpid() != rank:
-        envs.Single.open_in.clear()  # a process that was forked has not started its simulator yet
-    plain(self, *args, **kwargs)
-envs.Single.__init__ = counting
-rank = os.getpid()
-code = train.main(sys.argv[1:])
-print("built here:", built.count(rank))
+code = importlib.import_module(sys.argv[1]).main(sys.argv[2:])
+print("built here:", envs.Single.built)
 sys.exit(code)
 """
+
+
+def in_a_process(module: str, words: list[str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", IN_A_PROCESS, module, *words]
+    env = clean_environment()
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, env=env, check=False)
 
 
 def test_the_remedy_is_named_where_a_process_may_hold_one_environment(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    broken_envs.Single.open_in.clear()
-    assert train.main(flags(tmp_path, "Single")) == 2
-    error = capsys.readouterr().err
-    assert "no second one (RuntimeError: a simulation is already running" in error
-    assert error.count("\n") == 1
-    assert "--vectorization async" in error
-    broken_envs.Single.open_in.clear()
+    for _ in range(2):  # the first one is closed when there is no second one
+        assert train.main(flags(tmp_path, "Single")) == 2
+        error = capsys.readouterr().err
+        assert "no second one (RuntimeError: a simulation is already running" in error
+        assert error.count("\n") == 1
+        assert "--vectorization async" in error
+
+
+def test_an_evaluation_in_the_environments_of_training_has_raw_rewards() -> None:
+    config = Config().replace(env=f"{HERE}:BrokenSingle-v0", eval_episodes=3)
+    with closing(make("Single", 1, clip_rewards=True)) as training:
+        training.reset()
+        evaluator = Evaluator(config, LocalComm(), torch.device("cpu"), PhaseTimer(), others=training)
+        evaluation = evaluator.run(network_for(config, training))
+        assert evaluation is not None
+        assert evaluation.returns == (12.0, 12.0, 12.0)
+        assert evaluator.borrowed
+        training.reset(seed=2)
+        assert training.step(np.zeros(1, np.int64)).reward == [1.0]
+
+
+def test_training_goes_on_with_other_seeds_after_an_evaluation_in_its_environments(tmp_path: Path) -> None:
+    broken_envs.Single.seeds.clear()
+    words = [*flags(tmp_path, "Single"), "--envs-per-rank", "1", "--eval-every", "100"]
+    assert train.main(words) == 0
+    trained, played = broken_envs.Single.seeds[::2], broken_envs.Single.seeds[1::2]
+    assert len(played) == 3
+    assert len(set(played)) == 1
+    assert len(set(trained + played)) == len(trained) + 1
 
 
 def test_an_exception_in_the_test_of_exact_resume_means_that_it_is_not_exact() -> None:
-    broken_envs.Single.open_in.clear()
     with closing(make("Single", 1)) as environments:
         environments.reset()
         assert environments.state() is None
-        assert environments.step(np.zeros(1, np.int64)).reward == [1.0]
+        assert environments.step(np.zeros(1, np.int64)).reward == [3.0]
 
 
 @pytest.mark.parametrize("vectorization", ["sync", "async"])
@@ -323,6 +338,45 @@ def test_an_environment_that_cannot_be_closed_does_not_lose_the_run(
     out = capsys.readouterr().out
     assert out.count("BrokenRaisesInClose-v0' could not be closed") == 1
     assert not multiprocessing.active_children()
+
+
+# --- Environments that change what the whole process shares ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", broken_envs.CHANGES)
+def test_settings_of_the_process_are_put_back(what: str, caplog: pytest.LogCaptureFixture) -> None:
+    warn_once.cache_clear()
+    with closing(make("Changes", kwargs={"what": what})) as environments:
+        assert what in caplog.text
+        assert "--vectorization async" in caplog.text
+        list(play(environments))
+        # What would differ, or fail, with any of the settings.
+        assert torch.ones(1, requires_grad=True).mul(2.0).requires_grad
+        assert (torch.ones(1).dtype, torch.ones(1).device) == (torch.float32, torch.device("cpu"))
+        assert sys.getrecursionlimit() > 300
+
+
+def test_workers_may_change_what_their_process_shares(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*flags(tmp_path, "Changes", what="default device"), "--vectorization", "async"]
+    assert train.main(words) == 0
+    assert "has changed" not in capsys.readouterr().out
+
+
+def test_a_closed_standard_output_is_opened_again(tmp_path: Path) -> None:
+    done = in_a_process("hvdqn.train", flags(tmp_path, "ClosesOutput"))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("the environment has closed sys.stdout, which is opened again") == 1
+    assert done.stdout.count("run directory: ") == 2
+
+
+def test_numbers_that_float32_does_not_hold_are_refused() -> None:
+    with (
+        pytest.raises(UserError, match=r"Large\.reset\(\) .* up to 1e\+300; .* float32"),
+        closing(make("Large")) as envs,
+    ):
+        envs.reset()
 
 
 # --- Environments that change the current folder --------------------------------------------------------------------

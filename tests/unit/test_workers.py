@@ -56,8 +56,13 @@ def test_the_error_says_how_a_worker_ended(how: str, message: str) -> None:
 
 
 def test_an_environment_that_cannot_be_made_here_is_not_taken_for_a_lost_worker() -> None:
-    with pytest.raises(FileNotFoundError, match=r"no such level: maze\.dat"):
+    with pytest.raises(RuntimeError, match=r"FileNotFoundError: no such level: maze\.dat"):
         make("no file")
+
+
+def test_a_process_that_dies_while_it_reads_the_spaces_is_named() -> None:
+    with pytest.raises(RuntimeError, match=r"process that reads .* spaces was killed by SIGKILL"):
+        make("killed when made")
 
 
 ABORTS = """

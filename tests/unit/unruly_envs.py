@@ -145,6 +145,8 @@ class Losing(Counting):
         super().__init__()
         if how == "no file":
             raise FileNotFoundError("no such level: maze.dat")
+        if how == "killed when made":
+            os.kill(os.getpid(), signal.SIGKILL)
         self.how = how
 
     def step(self, action: int):
