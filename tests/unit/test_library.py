@@ -246,7 +246,7 @@ def test_a_factory_with_arguments_works_in_worker_processes_and_is_resumed_by_it
         ({"callback": ["tests.unit.library_envs:missing"]}, "has no 'missing'"),
         ({"init_torso_only": True}, "needs --init-from"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),  # processes must agree on names
 )
 def test_wrong_use_raises_one_line(arguments: dict[str, Any], words: str, tmp_path: Path) -> None:
     with pytest.raises(hvdqn.UserError) as raised:
