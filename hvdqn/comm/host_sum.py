@@ -24,7 +24,7 @@ import numpy as np
 from torch import Tensor
 
 from hvdqn.comm.base import Comm, Handle
-from hvdqn.comm.host import SHARED_MEMORY, Signals, make_memory, map_memory
+from hvdqn.comm.host import SHARED_MEMORY, Signals, make_memory, map_memory, place_of
 from hvdqn.comm.tensors import as_bytes, check_reducible
 from hvdqn.errors import LaunchError
 
@@ -197,20 +197,21 @@ class HostSumComm(Comm):
 
     def _share_memory(self, nbytes: int, name: str) -> mmap.mmap | None:
         """Return new memory that the ranks of each host share, None if a rank cannot have it. A collective call."""
-        path, failure, memory = "", "", None
+        descriptor, place, failure, memory = -1, None, "", None
         try:
             if self._signals.index == 0:
-                path = str(make_memory(nbytes))
+                descriptor = make_memory(nbytes)
+                place = place_of(descriptor)
         except OSError as error:
             failure = str(error.strerror)
-        path_on_host = self.all_gather_object(path)[self._ranks[0]]
+        place = self.all_gather_object(place)[self._ranks[0]]
         try:
-            memory = map_memory(path_on_host)
+            memory = map_memory(place) if place else None
         except OSError as error:
-            failure = failure or str(error.strerror)
+            failure = str(error.strerror)
         failures = [one for one in self.all_gather_object(failure) if one]
-        if path:
-            Path(path).unlink()
+        if descriptor >= 0:
+            os.close(descriptor)
         if failures and self.rank == 0:
             log.warning(
                 f"{self.title} carries {name}: {nbytes:,} bytes of shared memory cannot be had in {SHARED_MEMORY} "

@@ -199,7 +199,7 @@ def one_rank_has_no_memory_to_share(comm: Comm) -> None:
     """Then no rank uses shared memory."""
     from hvdqn.comm import host_sum
 
-    def fail(path: str) -> None:
+    def fail(place: object) -> None:
         raise OSError(28, "No space left on device")
 
     map_memory = host_sum.map_memory
@@ -285,4 +285,4 @@ def main(mode: str, choice: str, host_sum: str = "auto") -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(*sys.argv[1:4])  # launch scripts are given more

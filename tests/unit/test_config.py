@@ -300,7 +300,7 @@ def test_settings_in_which_runs_of_one_curve_may_differ():
     assert set(settings_of_same_curve()) == {
         "seed", "run_dir", "resume", "device", "comm", "threads_per_rank", "log_every", "checkpoint_every",
         "checkpoint_keep", "checkpoint_replay", "eval_every", "eval_episodes", "stall_timeout", "replay_device",
-        "cuda_graphs", "model_parallel", "stop_at_return", "track",
+        "cuda_graphs", "model_parallel", "host_sum", "stop_at_return", "track",
     }  # fmt: skip
 
 
