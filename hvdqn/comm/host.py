@@ -6,13 +6,14 @@ its stores and the reader acquires it before its loads, so the reader sees the w
 where stores of one core may reach others in another order (ARM, POWER). Nothing else orders memory here: no counter in
 shared memory is polled, because Python has no load or store with such a promise.
 
-Everything lies in /dev/shm and is removed as soon as all ranks have opened it: a job that is killed later leaves
-nothing.
+The pipes lie in /dev/shm and are removed as soon as all ranks have opened them; memory has no name there. So a job
+that is killed leaves nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import mmap
 import os
@@ -20,6 +21,7 @@ import select
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from hvdqn.errors import PeerLostError
 
@@ -126,32 +128,45 @@ class Signals:
         self._pipes_from, self._pipes_to, self._locks = {}, {}, -1
 
 
-def make_memory(nbytes: int) -> Path:
-    """Make a file of shared memory; return its path.
+class Place(NamedTuple):
+    """Where other processes of this host find memory that `make_memory` made."""
+
+    path: str
+    device: int
+    inode: int
+
+
+def make_memory(nbytes: int) -> int:
+    """Return a descriptor of new memory in /dev/shm without a name: it is gone when its last user is.
 
     Raises:
-        OSError: there is not enough memory in /dev/shm.
+        OSError: there is not enough memory.
     """
-    path = SHARED_MEMORY / f"hvdqn-{os.getpid()}-{time.monotonic_ns()}"
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    descriptor = os.open(SHARED_MEMORY, os.O_RDWR | os.O_TMPFILE, 0o600)
     try:
         os.posix_fallocate(descriptor, 0, nbytes)  # without it, a write into missing memory kills the process
     except OSError:
-        path.unlink()
-        raise
-    finally:
         os.close(descriptor)
-    return path
+        raise
+    return descriptor
 
 
-def map_memory(path: str) -> mmap.mmap:
-    """Map a file that `make_memory` made.
+def place_of(descriptor: int) -> Place:
+    """Return where other processes find this memory while the descriptor is open."""
+    status = os.fstat(descriptor)
+    return Place(f"/proc/{os.getpid()}/fd/{descriptor}", status.st_dev, status.st_ino)
+
+
+def map_memory(place: Place) -> mmap.mmap:
+    """Map the memory at a place.
 
     Raises:
-        OSError: this rank does not see it.
+        OSError: this rank does not see it, because it is in a container with processes of its own.
     """
-    descriptor = os.open(path, os.O_RDWR)
+    descriptor = os.open(place.path, os.O_RDWR)
     try:
+        if place_of(descriptor)[1:] != place[1:]:
+            raise FileNotFoundError(errno.ENOENT, "not shared", place.path)
         return mmap.mmap(descriptor, 0)
     finally:
         os.close(descriptor)

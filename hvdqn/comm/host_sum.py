@@ -24,7 +24,7 @@ import numpy as np
 from torch import Tensor
 
 from hvdqn.comm.base import Comm, Handle
-from hvdqn.comm.host import SHARED_MEMORY, Signals, make_memory, map_memory
+from hvdqn.comm.host import SHARED_MEMORY, Signals, make_memory, map_memory, place_of
 from hvdqn.comm.tensors import as_bytes, check_reducible
 from hvdqn.errors import LaunchError
 
@@ -177,7 +177,6 @@ class HostSumComm(Comm):
         # Between hosts sums take long: they go on while environments step.
         self._thread = ThreadPoolExecutor(1, "host-sum") if leaders and leaders.works_in_threads else None
         self._numbers: dict[str, int] = {}
-        self._path = ""  # of shared memory that not all ranks have opened yet
         self._box: mmap.mmap | None = None  # for broadcasts
         self._has_box = leaders is None
         self._objects: mmap.mmap | None = None
@@ -198,21 +197,21 @@ class HostSumComm(Comm):
 
     def _share_memory(self, nbytes: int, name: str) -> mmap.mmap | None:
         """Return new memory that the ranks of each host share, None if a rank cannot have it. A collective call."""
-        path, failure, memory = "", "", None
+        descriptor, place, failure, memory = -1, None, "", None
         try:
             if self._signals.index == 0:
-                path = self._path = str(make_memory(nbytes))
+                descriptor = make_memory(nbytes)
+                place = place_of(descriptor)
         except OSError as error:
             failure = str(error.strerror)
-        path_on_host = self.all_gather_object(path)[self._ranks[0]]
+        place = self.all_gather_object(place)[self._ranks[0]]
         try:
-            memory = map_memory(path_on_host)
+            memory = map_memory(place) if place else None
         except OSError as error:
-            failure = failure or str(error.strerror)
+            failure = str(error.strerror)
         failures = [one for one in self.all_gather_object(failure) if one]
-        if path:
-            Path(path).unlink(missing_ok=True)
-            self._path = ""
+        if descriptor >= 0:
+            os.close(descriptor)
         if failures and self.rank == 0:
             log.warning(
                 f"{self.title} carries {name}: {nbytes:,} bytes of shared memory cannot be had in {SHARED_MEMORY} "
@@ -311,8 +310,6 @@ class HostSumComm(Comm):
         return with_host_sum(self._engine.split(color), "auto", several_hosts=False)
 
     def _end_peers(self, code: int) -> None:
-        if self._path:  # some rank never came to open it
-            Path(self._path).unlink(missing_ok=True)
         self._engine._end_peers(code)
 
     def close(self) -> None:

@@ -199,7 +199,7 @@ def one_rank_has_no_memory_to_share(comm: Comm) -> None:
     """Then no rank uses shared memory."""
     from hvdqn.comm import host_sum
 
-    def fail(path: str) -> None:
+    def fail(place: object) -> None:
         raise OSError(28, "No space left on device")
 
     map_memory = host_sum.map_memory

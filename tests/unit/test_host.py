@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from hvdqn.comm import host
-from hvdqn.comm.host import Signals, make_memory, map_memory
+from hvdqn.comm.host import Place, Signals, make_memory, map_memory, place_of
 from hvdqn.errors import PeerLostError
 
 
@@ -76,21 +76,26 @@ def test_a_rank_that_does_not_see_the_folder_says_so(tmp_path: Path) -> None:
     assert set(Path("/dev/fd").iterdir()) == before
 
 
-def test_memory_that_is_not_there_is_refused_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_that_is_not_there_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "SHARED_MEMORY", tmp_path)
+    before = set(Path("/dev/fd").iterdir())
     with pytest.raises(OSError, match=r"large|space"):
         make_memory(1 << 60)
-    assert list(tmp_path.iterdir()) == []
+    assert set(Path("/dev/fd").iterdir()) == before
     with pytest.raises(FileNotFoundError):
-        map_memory(str(tmp_path / "none"))
+        map_memory(Place(str(tmp_path / "none"), 0, 0))
 
 
-def test_memory_is_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_shared_and_has_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "SHARED_MEMORY", tmp_path)
-    path = make_memory(100)
-    first, second = map_memory(str(path)), map_memory(str(path))
-    path.unlink()
+    descriptor = make_memory(100)
+    place = place_of(descriptor)
+    first, second = map_memory(place), map_memory(place)
+    assert list(tmp_path.iterdir()) == []
     first[7] = 42
     assert (len(second), second[7]) == (100, 42)
+    other = make_memory(100)
+    with pytest.raises(FileNotFoundError, match="not shared"):  # another process may have that number
+        map_memory(place._replace(path=place_of(other).path))
+    os.close(descriptor)
+    os.close(other)
