@@ -191,5 +191,6 @@ def check_skipped(skipped_in_a_row: int, ranks: Sequence[int], limit: int) -> No
         began = ", ".join(map(str, ranks)) or "none alone: only the average is not finite"
         raise NonFiniteError(
             f"{skipped_in_a_row} updates in a row had a gradient that is not finite; it began on rank "
-            f"{began}. Look for NaN or Inf in that rank's rewards and observations, or lower --lr"
+            f"{began}. Look for NaN or Inf in that rank's rewards and observations (or numbers above 3.4e+38, which "
+            "are Inf in float32), or lower --lr"
         )
