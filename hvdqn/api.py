@@ -86,7 +86,8 @@ def settings_of_factory(factory: Callable[..., Any], env_kwargs: Any) -> dict[st
     """
     kwargs = dict(env_kwargs or {})
     while isinstance(factory, functools.partial) and not factory.args:
-        factory, kwargs = factory.func, {**factory.keywords, **kwargs}
+        kwargs = {**factory.keywords, **kwargs}
+        factory = factory.func
     name = f"{getattr(factory, '__module__', '')}:{getattr(factory, '__qualname__', '')}"
     try:
         found = import_attribute(name, "env")

@@ -66,7 +66,7 @@ class ExportedPolicy(nn.Module):
         self.network = copy.deepcopy(policy.network).cpu()
         for module in self.network.modules():
             if isinstance(module, WideLinear):  # oneDNN's tensors exist on CPUs only, and not in a model
-                module.__class__ = nn.Linear
+                module.__class__ = nn.Linear  # type: ignore[assignment]
         self.leaves = [space for _, space in leaves(policy.observation_space)]
         self.is_box = isinstance(policy.observation_space, spaces.Box)
         self.stacked = int(policy.config.environment.frame_stack > 1)

@@ -120,7 +120,7 @@ def to_inputs(known: Spaces, space: gym.Space[Any], observation: Any) -> tuple[N
                 raise ValueError(f"shape {rows.shape[1:]} and dtype {rows.dtype}")
         else:
             batch = [observation] if count is None else [_row(space, observation, i) for i in range(count)]
-            rows = np.stack([spaces.flatten(space, one) for one in batch])
+            rows = np.stack([np.asarray(spaces.flatten(space, one)) for one in batch])
         inputs = rows.astype(known.observation_dtype, copy=False)
         return inputs.reshape(len(inputs), *known.observation_shape), count is None
     except (KeyError, IndexError, TypeError, ValueError, AssertionError) as error:
