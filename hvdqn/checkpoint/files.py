@@ -28,6 +28,7 @@ _DTYPES = {
     "<i8": "I64", "<u8": "U64", "<f2": "F16", "<f4": "F32", "<f8": "F64",
 }  # fmt: skip
 _ARRAY, _DTYPE = "__array__", "__dtype__"
+_SCALARS = (type(None), str, bool, int, float)  # these and not NumPy's, of which some are subclasses
 _ARRAYS = (np.ndarray, torch.Tensor, StreamedArray)
 _BLOCK_BYTES = 1 << 24
 MAX_HEADER_BYTES = 100_000_000
@@ -181,7 +182,10 @@ class Arrays:
         if isinstance(content, Mapping):
             if _ARRAY in content:
                 raise ValueError(f"the name {_ARRAY} is reserved")
-            return {str(key): self._extract(value) for key, value in content.items()}
+            return {
+                str(key): value if type(value) in _SCALARS else self._extract(value)
+                for key, value in content.items()
+            }
         if isinstance(content, (list, tuple)):
             return [self._extract(value) for value in content]
         if content is None or isinstance(content, (str, int, float)):
@@ -221,7 +225,10 @@ def _insert_arrays(data: Any, file: Any, arrays: dict[str, NDArray[Any]]) -> Any
             if name not in arrays:
                 arrays[name] = file.get_tensor(name).numpy()
             return arrays[name].view(data[_DTYPE])[..., 0] if _DTYPE in data else arrays[name]
-        return {key: _insert_arrays(value, file, arrays) for key, value in data.items()}
+        return {
+            key: value if type(value) in _SCALARS else _insert_arrays(value, file, arrays)
+            for key, value in data.items()
+        }
     if isinstance(data, list):
         return [_insert_arrays(value, file, arrays) for value in data]
     return data

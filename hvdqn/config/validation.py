@@ -60,7 +60,7 @@ def check_saved(settings: Mapping[str, Any]) -> None:
     known = {
         name: value_of_data(SETTINGS[name], value)
         for name, value in settings.items()
-        if name in SETTINGS and value is not None
+        if name in SETTINGS and not (value is None and SETTINGS[name].default is None)
     }
     _check_ranges({name: list(value) if isinstance(value, tuple) else value for name, value in known.items()})
 

@@ -45,7 +45,8 @@ class InfoMeans:
         sums, counts, self._sums, self._counts = self._sums, self._counts, {}, {}
         if not self.names:
             return {}
-        numbers = torch.tensor([[sums.get(name, 0.0), counts.get(name, 0)] for name in self.names])
-        comm.allreduce_sum_async(numbers, name="infos").wait()
-        means = zip(self.names, numbers.tolist(), strict=True)
+        numbers = [value for name in self.names for value in (sums.get(name, 0.0), counts.get(name, 0))]
+        total = torch.tensor(numbers, dtype=torch.float32)
+        comm.allreduce_sum_async(total, name="infos").wait()
+        means = zip(self.names, total.view(-1, 2).tolist(), strict=True)
         return {f"info/{name}": total / count for name, (total, count) in means if count}

@@ -102,7 +102,8 @@ def test_episodes_report_raw_returns_and_lengths_in_every_mode(mode: AutoresetMo
     assert max(step.reward.max() for step in rewards) == 1.0
     assert min(step.reward.min() for step in rewards) == -1.0
     episodes = environments.pop_episodes()
-    assert [tuple(e) for e in episodes[:4]] == [(6.0, 3, 0), (6.0, 3, 1), (-3.5, 2, 0), (-3.5, 2, 1)]
+    assert [e[:3] for e in episodes[:4]] == [(6.0, 3, 0), (6.0, 3, 1), (-3.5, 2, 0), (-3.5, 2, 1)]
+    assert [e.info for e in episodes[:4]] == [{"noise": 2.0}] * 4
     assert environments.pop_episodes() == []
 
 
@@ -271,7 +272,7 @@ def test_cartpole_is_truncated_after_500_steps_with_return_500(vectorization: st
         observation = step.observation
     assert step.truncated.all()
     assert not step.terminated.any()
-    assert [tuple(e) for e in environments.pop_episodes()] == [(500.0, 500, env) for env in range(4)]
+    assert environments.pop_episodes() == [(500.0, 500, env, {}) for env in range(4)]
 
 
 @pytest.mark.parametrize(
