@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from hvdqn.config import LearningConfig
+from hvdqn.dense_update import DenseUpdate
 from hvdqn.losses import expectation, munchausen_bonus, select, soft_policy
-from hvdqn.networks import QNetwork, make_passes
+from hvdqn.networks import AutogradPasses, QNetwork
 from hvdqn.optimizers import SGD, Adam, Optimizer, RMSProp
 from hvdqn.replay import Batch
 
@@ -112,6 +113,7 @@ class Learner:
         self.optimizer = make_optimizer(config, self.parameters, batch_factor)
         # With k times fewer updates the target must still follow as fast per env step.
         self.target_tau = 1.0 - (1.0 - config.target_tau) ** batch_factor
+        self.passes, self.target_passes = (AutogradPasses(each, autocast) for each in (network, self.target))
         self.move = partial(Tensor.to, device=device, non_blocking=True)
         self.td_errors = torch.empty(0)
         self.lr = learning_rate(config, batch_factor, 0.0)
@@ -134,8 +136,9 @@ class Learner:
         online = list(self.online.parameters())
         for parameter, view in zip(online, _views(message, online), strict=True):
             parameter.grad = view
-        self.passes = make_passes(self.online, self.autocast)
-        self.target_passes = make_passes(self.target, self.autocast)
+        # Autocast would cast weights to bf16, which the update by hand does not do.
+        networks = self.online, self.target
+        self.dense = None if self.autocast else DenseUpdate.of(*networks, self.config, self.gradient, scale)
         return message
 
     def compute_gradient(self, batch: Batch) -> Tensor:
@@ -147,6 +150,9 @@ class Learner:
             The loss, the mean of `td_errors`, the mean Q-value, and a number that is finite only if loss and gradient
             are: `[4]`, on the device.
         """
+        if self.dense is not None:
+            statistics, self.td_errors = self.dense.differentiate(batch)
+            return statistics
         arrays = (
             batch.observation,
             batch.action,
@@ -155,7 +161,6 @@ class Learner:
             batch.discount,
             batch.weight,
         )
-        # Not made in inference mode, because some heads use autograd.
         tensors = list(map(torch.as_tensor, arrays))
         if self.dtype != torch.float32:
             for index in (2, 4, 5):
@@ -171,7 +176,7 @@ class Learner:
         Args:
             tensors: observation, action, reward, next observation, discount, weight; on any device.
         """
-        with self.passes.no_grad():
+        with torch.no_grad():
             moved = map(self.move, tensors)
             observation, action, reward, next_observation, discount, weight = moved
             target = self.td_target(observation, action, reward, next_observation, discount)
@@ -217,7 +222,7 @@ class Learner:
         Returns:
             Whether the step was taken.
         """
-        with self.passes.no_grad():
+        with torch.no_grad():
             if scale != 1.0:
                 self.gradient.mul_(scale)
             norm = float(torch.linalg.vector_norm(self.gradient)) / largest_weight

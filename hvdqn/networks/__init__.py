@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hvdqn.networks.heads import Head
 from hvdqn.networks.network import QNetwork, make_network
-from hvdqn.networks.passes import Passes, make_passes
+from hvdqn.networks.passes import AutogradPasses, Passes, make_passes
 from hvdqn.networks.torsos import Images
 
-__all__ = ["Head", "Images", "Passes", "QNetwork", "make_network", "make_passes"]
+__all__ = ["AutogradPasses", "Head", "Images", "Passes", "QNetwork", "make_network", "make_passes"]

@@ -1,8 +1,9 @@
-"""Forward and backward passes of small fully connected networks, written out by hand.
+"""Forward and backward passes of small fully connected networks, written out by hand in memory allocated once.
 
-Autograd spends more time on bookkeeping than on the arithmetic of a small MLP. This module computes the same
-passes with NumPy's matrix products and a few torch kernels, on the CPU and without autograd. It covers networks of
-`nn.Linear`, `nn.LayerNorm` and ReLU in a row, with or without dueling streams; all others use `AutogradPasses`.
+Autograd spends more time on bookkeeping than on the arithmetic of a small MLP. This module computes the same passes on
+the CPU, with NumPy's matrix products and torch's element-wise kernels, whichever is faster for small matrices; both see
+the same memory. It covers networks of `nn.Linear`, `nn.LayerNorm` and ReLU in a row, with or without dueling streams.
+`hvdqn/dense_update.py` learns with these passes, and `Actor` acts with them; all other networks use autograd.
 """
 
 from __future__ import annotations
@@ -16,14 +17,29 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hvdqn.networks.layers import Dueling
+from hvdqn.networks.layers import Dueling, dueling
 from hvdqn.networks.network import QNetwork, scale_observation
+
+Array: TypeAlias = NDArray[Any]
+Shared: TypeAlias = tuple[Array, Tensor]
+"""The same memory, as an array for NumPy and as a tensor for torch."""
 
 # The learner checks gradients for NaN and Inf itself, and `np.errstate` takes as long as a small product.
 warnings.filterwarnings("ignore", ".* encountered in matmul", RuntimeWarning, r"hvdqn\.networks\.dense")
 
-# For each layer: its input, its output before norm and ReLU, the norm's mean and 1 / deviation, and its output.
-Tape: TypeAlias = list[tuple[Tensor, Tensor, tuple[Tensor, ...], Tensor]]
+_relu_backward = torch.ops.aten.threshold_backward.grad_input
+_norm_backward = torch.ops.aten.native_layer_norm_backward.default
+
+
+class Norm(NamedTuple):
+    """The tensors of a layer norm with weight and bias. The gradients are None where its parameters have none."""
+
+    shape: tuple[int, ...]
+    weight: Tensor
+    bias: Tensor
+    eps: float
+    weight_grad: Tensor | None
+    bias_grad: Tensor | None
 
 
 class Layer(NamedTuple):
@@ -32,18 +48,36 @@ class Layer(NamedTuple):
     The gradients are the buffers that `backward` overwrites; None where a parameter has no `.grad`.
     """
 
-    weight: NDArray[Any]
+    weight: Array
     bias: Tensor
-    norm: nn.LayerNorm | None
+    norm: Norm | None
     relu: bool
-    weight_grad: NDArray[Any] | None
+    weight_grad: Array | None
     bias_grad: Tensor | None
+
+
+class Trace(NamedTuple):
+    """What one layer's forward pass leaves for its backward pass."""
+
+    inputs: Array
+    z: Tensor
+    """W h + b `[rows, units]`, before norm and ReLU."""
+    moments: tuple[Tensor, ...]
+    """Of a norm: the mean and 1 / deviation of each row `[rows, 1]`."""
+    output: Tensor
+
+    def first(self, rows: int) -> Trace:
+        """Return the trace of the first rows alone."""
+        moments = tuple(each[:rows] for each in self.moments)
+        return Trace(self.inputs[:rows], self.z[:rows], moments, self.output[:rows])
 
 
 class Stack:
     """Fully connected layers in a row, each with or without layer norm and ReLU.
 
         z_l = W_l h_{l-1} + b_l,   h_l = relu(g_l (z_l - mean z_l) / deviation z_l + c_l)
+
+    What a pass returns is overwritten by the next pass over as many rows.
 
     Args:
         layers: in order.
@@ -52,6 +86,9 @@ class Stack:
 
     def __init__(self, layers: Sequence[Layer], shape: Sequence[int] = ()) -> None:
         self.layers, self.shape = list(layers), tuple(shape)
+        # Of each layer, by the number of rows.
+        self._outputs: dict[int, list[Shared]] = {}
+        self._slopes: dict[int, list[Shared]] = {}
 
     @classmethod
     def of(cls, *modules: nn.Module) -> Stack | None:
@@ -63,7 +100,7 @@ class Stack:
             if type(module) is nn.Linear and module.bias is not None and not shape:
                 layers.append(_layer(module))
             elif _is_affine_norm(module) and last and last.norm is None and not last.relu:
-                layers[-1] = last._replace(norm=module)
+                layers[-1] = last._replace(norm=_norm(module))
             elif type(module) is nn.ReLU and last and not last.relu:
                 layers[-1] = last._replace(relu=True)
             elif type(module) is nn.Unflatten and last and not shape:
@@ -72,24 +109,26 @@ class Stack:
                 return None
         return cls(layers, shape)
 
-    def forward(self, inputs: Tensor) -> tuple[Tensor, Tape]:
-        """Map `[rows, units]` to `[rows, *shape]`; also return the tape that `backward` needs."""
-        h, tape = inputs, []
-        for weight, bias, norm, relu, _, _ in self.layers:
-            out = z = torch.from_numpy(np.matmul(h.numpy(), weight.T)).add_(bias)
+    def forward(self, inputs: Array) -> tuple[Array, list[Trace]]:
+        """Map `[rows, units]` to `[rows, *shape]`; also return the traces that `backward` needs."""
+        rows = len(inputs)
+        if rows not in self._outputs:
+            self._outputs[rows] = [_shared(layer.bias, rows, len(layer.weight)) for layer in self.layers]
+        h, traces = inputs, []
+        for layer, (product, z) in zip(self.layers, self._outputs[rows], strict=True):
+            np.matmul(h, layer.weight.T, out=product)
+            output = z.add_(layer.bias)
             moments: tuple[Tensor, ...] = ()
-            if norm is not None:
-                out, *found = torch.native_layer_norm(
-                    z, norm.normalized_shape, norm.weight, norm.bias, norm.eps
-                )
+            if layer.norm is not None:
+                output, *found = torch.native_layer_norm(z, *layer.norm[:4])
                 moments = tuple(found)
-            if relu:
-                out.relu_()
-            tape.append((h, z, moments, out))
-            h = out
-        return h.view(-1, *self.shape) if self.shape else h, tape
+            if layer.relu:
+                output.relu_()
+            traces.append(Trace(h, z, moments, output))
+            h = product if layer.norm is None else output.numpy()
+        return h.reshape(-1, *self.shape) if self.shape else h, traces
 
-    def backward(self, tape: Tape, slope: Tensor, input_gradient: bool = False) -> Tensor:
+    def backward(self, traces: Sequence[Trace], slope: Array, input_slope: bool = False) -> Array:
         """Overwrite every parameter's `.grad` by backpropagation (Rumelhart et al. 1986).
 
             dloss/dW_l = d_l^T h_{l-1},   dloss/db_l = sum over rows of d_l,   dloss/dh_{l-1} = d_l W_l
@@ -97,32 +136,38 @@ class Stack:
         where d_l = dloss/dz_l.
 
         Args:
-            tape: from `forward`.
+            traces: from `forward`.
             slope: gradient of the loss with respect to the output `[rows, *shape]`.
-            input_gradient: whether to compute the gradient with respect to the inputs.
+            input_slope: whether to compute the gradient with respect to the inputs.
 
         Returns:
             The gradient with respect to the inputs `[rows, units]`, if asked for.
         """
-        slope = slope.flatten(1) if self.shape else slope
+        rows = len(slope)
+        if rows not in self._slopes:
+            inputs = (layer.weight.shape[1] for layer in self.layers)
+            self._slopes[rows] = [
+                _shared(layer.bias, rows, units) for layer, units in zip(self.layers, inputs, strict=True)
+            ]
+        slope = slope.reshape(rows, -1)
+        d = torch.from_numpy(slope)
         for index in range(len(self.layers) - 1, -1, -1):
-            weight, _, norm, relu, weight_grad, bias_grad = self.layers[index]
-            h, z, moments, out = tape[index]
-            if relu:
-                slope = slope * out.sign()  # the output of ReLU is never negative
-            if norm is not None:
-                slope = _layer_norm_backward(slope, z, moments, norm)
-            slopes = slope.numpy()
-            assert weight_grad is not None
-            np.matmul(slopes.T, h.numpy(), out=weight_grad)
-            torch.sum(slope, 0, out=bias_grad)
-            if index or input_gradient:
-                slope = torch.from_numpy(np.matmul(slopes, weight))
+            layer, trace = self.layers[index], traces[index]
+            if layer.relu:
+                _relu_backward(d, trace.output, 0, grad_input=d)
+            if layer.norm is not None:
+                d = _layer_norm_backward(d, trace, layer.norm)
+                slope = d.numpy()
+            np.matmul(slope.T, trace.inputs, out=layer.weight_grad)
+            torch.sum(d, 0, out=layer.bias_grad)
+            if index or input_slope:
+                before, d = self._slopes[rows][index]
+                slope = np.matmul(slope, layer.weight, out=before)
         return slope
 
 
-class DensePasses:
-    """`Passes` of a small fully connected network (see `networks.passes`).
+class DenseNetwork:
+    """A small fully connected Q-network on the CPU, computed without autograd.
 
     Parameters and gradients are looked up when this is made: make it anew where they move to other memory.
 
@@ -132,8 +177,6 @@ class DensePasses:
         streams: the advantage and value streams of `layers.Dueling`.
     """
 
-    # Inference mode makes every operation a little shorter.
-    no_grad = torch.inference_mode
     pinned_inputs = False
 
     def __init__(self, network: QNetwork, trunk: Stack, streams: tuple[Stack, Stack] | None = None) -> None:
@@ -141,9 +184,10 @@ class DensePasses:
         self.trunk, self.streams = trunk, streams
 
     @classmethod
-    def of(cls, network: QNetwork) -> DensePasses | None:
-        """Return the passes of a network on the CPU, or None if it has other layers."""
-        if not network.head.is_streams:
+    def of(cls, network: QNetwork) -> DenseNetwork | None:
+        """Return a network in this form, or None if it is not on the CPU or has other layers."""
+        on_cpu = next(network.parameters()).device.type == "cpu"
+        if not on_cpu or not network.head.is_streams:
             return None
         modules = (network.torso, network.head.streams)
         leaves = list(_leaves(modules))
@@ -158,53 +202,81 @@ class DensePasses:
             return None
         return cls(network, trunk, (advantage, value))
 
-    def output(self, observation: Tensor) -> Tensor:
-        """Return the head's output `[batch, actions, ...]` for raw observations `[batch, ...]`."""
-        return self.forward(observation)[0]
-
     def q_values(self, observation: Tensor) -> Tensor:
         """Return the Q-values `[batch, actions]` for raw observations `[batch, ...]`."""
-        return self.head.q_values(self.forward(observation)[0])
+        scaled = scale_observation(observation, self.dtype)
+        output, _ = self.forward(scaled.numpy().reshape(len(scaled), -1))
+        return self.head.q_values(torch.from_numpy(output))
 
-    def forward(self, observation: Tensor) -> tuple[Tensor, list[Tape]]:
-        """Return the same as `output`, and the tapes that `backward` needs."""
-        if observation.dtype != self.dtype:
-            observation = scale_observation(observation, self.dtype)
-        h, tape = self.trunk.forward(observation if observation.ndim == 2 else observation.flatten(1))
+    def forward(self, inputs: Array) -> tuple[Array, list[list[Trace]]]:
+        """Map scaled, flat observations `[rows, inputs]` to the head's output; also return what `backward` needs.
+
+        Returns:
+            The output `[rows, actions, ...]`, which the next pass over as many rows overwrites, and the traces.
+        """
+        h, traces = self.trunk.forward(inputs)
         if self.streams is None:
-            return h, [tape]
-        (advantage, advantage_tape), (value, value_tape) = (stack.forward(h) for stack in self.streams)
-        return value + advantage - advantage.mean(dim=1, keepdim=True), [tape, advantage_tape, value_tape]
+            return h, [traces]
+        (advantage, advantage_traces), (value, value_traces) = (stack.forward(h) for stack in self.streams)
+        output = dueling(torch.from_numpy(value), torch.from_numpy(advantage))
+        return output.numpy(), [traces, advantage_traces, value_traces]
 
-    def backward(self, tapes: list[Tape], slope: Tensor) -> None:
-        """Overwrite every parameter's `.grad`, given the gradient of the loss with respect to the output."""
-        if self.streams is not None:
-            has_trunk = bool(self.trunk.layers)
-            slopes = slope - slope.mean(dim=1, keepdim=True), slope.sum(dim=1, keepdim=True)
-            advantage, value = (
-                stack.backward(tape, stream_slope, has_trunk)
-                for stack, tape, stream_slope in zip(self.streams, tapes[1:], slopes, strict=True)
-            )
-            if not has_trunk:
-                return
-            slope = advantage.add_(value)
-        self.trunk.backward(tapes[0], slope)
+    def backward(self, traces: Sequence[Sequence[Trace]], slope: Array) -> None:
+        """Overwrite every parameter's `.grad`.
+
+        Args:
+            traces: from `forward`.
+            slope: gradient of the loss with respect to the output of the first rows of that pass; overwritten.
+        """
+        if len(slope) < len(traces[-1][-1].output):
+            traces = [[trace.first(len(slope)) for trace in stack] for stack in traces]
+        if self.streams is None:
+            self.trunk.backward(traces[0], slope)
+            return
+        has_trunk = bool(self.trunk.layers)
+        total = slope.sum(axis=1, keepdims=True)
+        slopes = slope - total * (1.0 / slope.shape[1]), total
+        advantage, value = (
+            stack.backward(each, stream_slope, has_trunk)
+            for stack, each, stream_slope in zip(self.streams, traces[1:], slopes, strict=True)
+        )
+        if has_trunk:
+            advantage += value
+            self.trunk.backward(traces[0], advantage)
+
+
+def _shared(like: Tensor, rows: int, units: int) -> Shared:
+    tensor = like.new_empty(rows, units)
+    return tensor.numpy(), tensor
 
 
 def _layer(linear: nn.Linear) -> Layer:
     weight_grad = None if linear.weight.grad is None else linear.weight.grad.numpy()
-    return Layer(linear.weight.detach().numpy(), linear.bias, None, False, weight_grad, linear.bias.grad)
-
-
-def _layer_norm_backward(slope: Tensor, z: Tensor, moments: Sequence[Tensor], norm: nn.LayerNorm) -> Tensor:
-    """Return the gradient with respect to `z`; overwrite the gradients of the norm's own parameters."""
-    slope, weight, bias = torch.ops.aten.native_layer_norm_backward(
-        slope, z, norm.normalized_shape, *moments, norm.weight, norm.bias, (True, True, True)
+    return Layer(
+        linear.weight.detach().numpy(), linear.bias.detach(), None, False, weight_grad, linear.bias.grad
     )
-    assert norm.weight.grad is not None
-    assert norm.bias.grad is not None
-    norm.weight.grad.copy_(weight)
-    norm.bias.grad.copy_(bias)
+
+
+def _norm(norm: nn.LayerNorm) -> Norm:
+    return Norm(
+        norm.normalized_shape,
+        norm.weight.detach(),
+        norm.bias.detach(),
+        norm.eps,
+        norm.weight.grad,
+        norm.bias.grad,
+    )
+
+
+def _layer_norm_backward(slope: Tensor, trace: Trace, norm: Norm) -> Tensor:
+    """Return the gradient with respect to `z`; overwrite the gradients of the norm's own parameters."""
+    slope, weight, bias = _norm_backward(
+        slope, trace.z, norm.shape, *trace.moments, norm.weight, norm.bias, (True, True, True)
+    )
+    assert norm.weight_grad is not None
+    assert norm.bias_grad is not None
+    norm.weight_grad.copy_(weight)
+    norm.bias_grad.copy_(bias)
     return slope
 
 

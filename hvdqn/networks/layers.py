@@ -108,12 +108,7 @@ def make_streams(
 
 
 class Dueling(nn.Module):
-    """Separate streams for the state's value and the actions' advantages (Wang et al. 2016, eq. 9).
-
-        q(s, a) = v(s) + adv(s, a) - mean_a' adv(s, a')
-
-    With several outputs per action, such as atoms, this holds for each of them (Hessel et al. 2018).
-    """
+    """Separate streams for the state's value and the actions' advantages: see `dueling`."""
 
     def __init__(self, advantage: nn.Module, value: nn.Module) -> None:
         super().__init__()
@@ -122,6 +117,14 @@ class Dueling(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Map `[rows, features]` to `[rows, actions, ...]`."""
-        advantage: Tensor = self.advantage(features)
-        value: Tensor = self.value(features)
-        return value + advantage - advantage.mean(dim=1, keepdim=True)
+        return dueling(self.value(features), self.advantage(features))
+
+
+def dueling(value: Tensor, advantage: Tensor) -> Tensor:
+    """Join a state's value `[rows, 1, ...]` with its actions' advantages `[rows, actions, ...]` (Wang et al. 2016, eq. 9).
+
+        q(s, a) = v(s) + adv(s, a) - mean_a' adv(s, a')
+
+    With several outputs per action, such as atoms, this holds for each of them (Hessel et al. 2018).
+    """
+    return value + advantage - advantage.mean(dim=1, keepdim=True)

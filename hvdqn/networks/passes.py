@@ -1,48 +1,26 @@
-"""Forward and backward passes of a Q-network, by autograd or by hand.
-
-The learner and the actor compute through this interface and do not know which implementation answers.
-"""
+"""Forward and backward passes of a Q-network by autograd, and which passes act."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from hvdqn.networks.dense import DensePasses
+from hvdqn.networks.dense import DenseNetwork
 from hvdqn.networks.network import QNetwork
 
 
 class Passes(Protocol):
-    """Computes a network's outputs and gradients. Observations are raw, `[batch, ...]`, on the network's device."""
-
-    @property
-    def no_grad(self) -> Callable[[], AbstractContextManager[None]]:
-        """The context that the caller computes in; `forward` records what `backward` needs all the same."""
+    """Computes the Q-values that actions are chosen from."""
 
     @property
     def pinned_inputs(self) -> bool:
         """Whether inputs in pinned host memory reach the network's device faster."""
 
-    def output(self, observation: Tensor) -> Tensor:
-        """Return the head's output, `[batch, actions, ...]`."""
-
     def q_values(self, observation: Tensor) -> Tensor:
-        """Return the Q-values, `[batch, actions]`."""
-
-    def forward(self, observation: Tensor) -> tuple[Tensor, Any]:
-        """Return the same as `output`, and a tape for `backward`."""
-
-    def backward(self, tape: Any, slope: Tensor) -> None:
-        """Overwrite every parameter's `.grad`.
-
-        Args:
-            tape: from `forward`.
-            slope: gradient of the loss with respect to the output.
-        """
+        """Return the Q-values `[batch, actions]` of raw observations `[batch, ...]` on the network's device."""
 
 
 class AutogradPasses:
@@ -52,8 +30,6 @@ class AutogradPasses:
         network: on its device.
         autocast: compute in bf16 what autocast can; the output stays in the parameters' dtype.
     """
-
-    no_grad = torch.no_grad
 
     def __init__(self, network: QNetwork, autocast: bool = False) -> None:
         self.network, self.parameters = network, list(network.parameters())
@@ -86,9 +62,6 @@ class AutogradPasses:
         torch._foreach_copy_([p.grad for p in self.parameters if p.grad is not None], gradients)
 
 
-def make_passes(network: QNetwork, autocast: bool = False) -> Passes:
-    """Return the fastest passes that this network can use on the device of its parameters."""
-    on_cpu = next(network.parameters()).device.type == "cpu"
-    # Autocast would cast weights to bf16, which the passes by hand do not do.
-    by_hand = DensePasses.of(network) if on_cpu and not autocast else None
-    return by_hand or AutogradPasses(network, autocast)
+def make_passes(network: QNetwork) -> Passes:
+    """Return the fastest passes to act with, on the device of the network's parameters."""
+    return DenseNetwork.of(network) or AutogradPasses(network)

@@ -14,7 +14,7 @@ from hvdqn.config import Config, LearningConfig, NetworkConfig
 from hvdqn.learner import Learner, learning_rate
 from hvdqn.losses import select
 from hvdqn.networks import make_network
-from hvdqn.networks.dense import DensePasses
+from hvdqn.networks.dense import DenseNetwork
 from hvdqn.networks.passes import AutogradPasses
 from hvdqn.parts import batch_factor
 from hvdqn.replay import Batch
