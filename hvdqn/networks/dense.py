@@ -1,9 +1,12 @@
-"""Forward and backward passes of small fully connected networks, written out by hand in memory allocated once.
+"""Compute the forward and backward passes of small fully connected networks without autograd.
 
 Autograd spends more time on bookkeeping than on the arithmetic of a small MLP. This module computes the same passes on
-the CPU, with NumPy's matrix products and torch's element-wise kernels, whichever is faster for small matrices; both see
-the same memory. It covers networks of `nn.Linear`, `nn.LayerNorm` and ReLU in a row, with or without dueling streams.
-`hvdqn/dense_update.py` learns with these passes, and `Actor` acts with them; all other networks use autograd.
+the CPU, in memory that is allocated once, with NumPy's matrix products and torch's element-wise operations: for small
+matrices each is the faster of the two. It covers sequences of `nn.Linear`, `nn.LayerNorm` and ReLU, also where they
+end in separate layers for value and advantages (dueling networks). `hvdqn/dense_update.py` learns with these passes
+and `Actor` acts with them; all other networks use `AutogradPasses`.
+
+Call the passes in `torch.inference_mode`, which makes every operation of torch a little shorter.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ _norm_backward = torch.ops.aten.native_layer_norm_backward.default
 
 
 class Norm(NamedTuple):
-    """The tensors of a layer norm with weight and bias. The gradients are None where its parameters have none."""
+    """The tensors of a layer norm. `backward` overwrites the gradients, which are None where there are none."""
 
     shape: tuple[int, ...]
     weight: Tensor
@@ -43,9 +46,9 @@ class Norm(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """A fully connected layer whose tensors are looked up once: looking up a module's attributes is slow.
+    """The tensors of one fully connected layer, kept here because looking up a module's attributes is slow.
 
-    The gradients are the buffers that `backward` overwrites; None where a parameter has no `.grad`.
+    `weight_grad` and `bias_grad` are the parameters' `.grad`, which `backward` overwrites; None where there is none.
     """
 
     weight: Array
@@ -57,7 +60,7 @@ class Layer(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """What one layer's forward pass leaves for its backward pass."""
+    """What the backward pass of one layer needs of its forward pass."""
 
     inputs: Array
     z: Tensor
@@ -73,15 +76,15 @@ class Trace(NamedTuple):
 
 
 class Stack:
-    """Fully connected layers in a row, each with or without layer norm and ReLU.
+    """Computes a sequence of fully connected layers, each with or without layer norm and ReLU.
 
         z_l = W_l h_{l-1} + b_l,   h_l = relu(g_l (z_l - mean z_l) / deviation z_l + c_l)
 
-    What a pass returns is overwritten by the next pass over as many rows.
+    The next pass with the same number of rows overwrites what a pass returned.
 
     Args:
-        layers: in order.
-        shape: shape of the output of one row, where it is not flat.
+        layers: the layers, from input to output.
+        shape: shape that the output of each row is viewed as; (): it stays flat, `[units]`.
     """
 
     def __init__(self, layers: Sequence[Layer], shape: Sequence[int] = ()) -> None:
@@ -92,7 +95,7 @@ class Stack:
 
     @classmethod
     def of(cls, *modules: nn.Module) -> Stack | None:
-        """Return these modules as a stack, or None if they hold anything else than such layers."""
+        """Return a stack that computes these modules in order, or None if one is of a kind that it cannot compute."""
         layers: list[Layer] = []
         shape: tuple[int, ...] = ()
         for module in _leaves(modules):
@@ -110,7 +113,7 @@ class Stack:
         return cls(layers, shape)
 
     def forward(self, inputs: Array) -> tuple[Array, list[Trace]]:
-        """Map `[rows, units]` to `[rows, *shape]`; also return the traces that `backward` needs."""
+        """Map inputs `[rows, units]` to outputs `[rows, *shape]`; also return what `backward` needs of this pass."""
         rows = len(inputs)
         if rows not in self._outputs:
             self._outputs[rows] = [_shared(layer.bias, rows, len(layer.weight)) for layer in self.layers]
@@ -136,12 +139,12 @@ class Stack:
         where d_l = dloss/dz_l.
 
         Args:
-            traces: from `forward`.
-            slope: gradient of the loss with respect to the output `[rows, *shape]`.
-            input_slope: whether to compute the gradient with respect to the inputs.
+            traces: what `forward` returned beside its output.
+            slope: gradient of the loss with respect to the output `[rows, *shape]`; it may be overwritten.
+            input_slope: whether to compute also the gradient with respect to the inputs.
 
         Returns:
-            The gradient with respect to the inputs `[rows, units]`, if asked for.
+            The gradient with respect to the inputs `[rows, units]` if `input_slope`, else an array to ignore.
         """
         rows = len(slope)
         if rows not in self._slopes:
@@ -167,14 +170,14 @@ class Stack:
 
 
 class DenseNetwork:
-    """A small fully connected Q-network on the CPU, computed without autograd.
+    """Computes the passes of a small fully connected network on the CPU.
 
-    Parameters and gradients are looked up when this is made: make it anew where they move to other memory.
+    The constructor keeps references to parameters and gradients. Create a new object when they move to other memory.
 
     Args:
-        network: whose head is applied to the output.
-        trunk: the shared layers, or all layers there are.
-        streams: the advantage and value streams of `layers.Dueling`.
+        network: the Q-network; its head turns outputs into Q-values.
+        trunk: the layers that value and advantages share; all layers of a network that is not dueling.
+        streams: the layers for the advantages and those for the value, if the network is dueling (`layers.Dueling`).
     """
 
     pinned_inputs = False
@@ -185,7 +188,7 @@ class DenseNetwork:
 
     @classmethod
     def of(cls, network: QNetwork) -> DenseNetwork | None:
-        """Return a network in this form, or None if it is not on the CPU or has other layers."""
+        """Return the passes of a network, or None if it is on a GPU or has layers that only autograd can handle."""
         on_cpu = next(network.parameters()).device.type == "cpu"
         if not on_cpu or not network.head.is_streams:
             return None
@@ -203,16 +206,17 @@ class DenseNetwork:
         return cls(network, trunk, (advantage, value))
 
     def q_values(self, observation: Tensor) -> Tensor:
-        """Return the Q-values `[batch, actions]` for raw observations `[batch, ...]`."""
+        """Return the Q-values `[batch, actions]` for observations `[batch, ...]` of the environments."""
         scaled = scale_observation(observation, self.dtype)
         output, _ = self.forward(scaled.numpy().reshape(len(scaled), -1))
         return self.head.q_values(torch.from_numpy(output))
 
     def forward(self, inputs: Array) -> tuple[Array, list[list[Trace]]]:
-        """Map scaled, flat observations `[rows, inputs]` to the head's output; also return what `backward` needs.
+        """Return the head's output for flat observations in the network's dtype `[rows, inputs]`.
 
         Returns:
-            The output `[rows, actions, ...]`, which the next pass over as many rows overwrites, and the traces.
+            The output `[rows, actions, ...]`, which the next pass with as many rows overwrites, and what `backward`
+            needs of this pass.
         """
         h, traces = self.trunk.forward(inputs)
         if self.streams is None:
@@ -222,11 +226,12 @@ class DenseNetwork:
         return output.numpy(), [traces, advantage_traces, value_traces]
 
     def backward(self, traces: Sequence[Sequence[Trace]], slope: Array) -> None:
-        """Overwrite every parameter's `.grad`.
+        """Overwrite every parameter's `.grad` by backpropagation from the output.
 
         Args:
-            traces: from `forward`.
-            slope: gradient of the loss with respect to the output of the first rows of that pass; overwritten.
+            traces: what `forward` returned beside the output.
+            slope: gradient of the loss with respect to the output of the first rows of that pass `[first rows, actions,
+                ...]`; it may be overwritten.
         """
         if len(slope) < len(traces[-1][-1].output):
             traces = [[trace.first(len(slope)) for trace in stack] for stack in traces]
@@ -269,7 +274,13 @@ def _norm(norm: nn.LayerNorm) -> Norm:
 
 
 def _layer_norm_backward(slope: Tensor, trace: Trace, norm: Norm) -> Tensor:
-    """Return the gradient with respect to `z`; overwrite the gradients of the norm's own parameters."""
+    """Return the gradient with respect to the norm's input; overwrite the `.grad` of its weight and bias.
+
+    Args:
+        slope: gradient of the loss with respect to the norm's output `[rows, units]`.
+        trace: of the forward pass.
+        norm: the layer norm.
+    """
     slope, weight, bias = _norm_backward(
         slope, trace.z, norm.shape, *trace.moments, norm.weight, norm.bias, (True, True, True)
     )
@@ -281,18 +292,18 @@ def _layer_norm_backward(slope: Tensor, trace: Trace, norm: Norm) -> Tensor:
 
 
 def _is_affine_norm(module: nn.Module) -> TypeGuard[nn.LayerNorm]:
-    """Return whether the module is a layer norm with weight and bias; either may be left out of one."""
+    """Return whether the module is a layer norm that has both a weight and a bias (PyTorch allows norms without)."""
     return type(module) is nn.LayerNorm and module.weight is not None and module.bias is not None
 
 
 def _share_parameters(modules: Sequence[nn.Module]) -> bool:
-    """Return whether modules share a parameter: its gradient is a sum, of which `backward` would keep one term."""
+    """Return whether two modules share a parameter; `backward` would keep only one of its two gradients."""
     each = [id(p) for module in modules for _, p in module.named_parameters(remove_duplicate=False)]
     return len(set(each)) < len(each)
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    """Return whether hooks add to the layers' computation, as those of `torch.nn.utils.spectral_norm` do."""
+    """Return whether the module has hooks, as `torch.nn.utils.spectral_norm` adds, which these passes would not run."""
     kinds = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
     return any(getattr(part, kind) for part in module.modules() for kind in kinds)
 

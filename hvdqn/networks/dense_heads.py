@@ -54,7 +54,8 @@ class DenseScalar:
 
     def target(self, next_value: Array, reward: Array, discount: Array) -> Array:
         """Return r + discount * Q(s', a'), `[batch]`."""
-        return reward + discount * next_value
+        target: Array = reward + discount * next_value
+        return target
 
     def losses(self, value: Array, target: Array) -> Losses:
         """Return the losses of the TD error d = Q(s, a) - target."""
@@ -117,7 +118,8 @@ class DenseQuantile:
 
     def target(self, next_value: Array, reward: Array, discount: Array) -> Array:
         """Return the target quantiles, `[batch, quantiles]`."""
-        return reward[:, None] + discount[:, None] * next_value
+        target: Array = reward[:, None] + discount[:, None] * next_value
+        return target
 
     def losses(self, value: Array, target: Array) -> Losses:
         """Return the quantile losses and their derivative.

@@ -1,4 +1,7 @@
-"""Forward and backward passes of a Q-network by autograd, and which passes act."""
+"""Compute the forward and backward passes of a Q-network by autograd, and choose the passes that the actor takes.
+
+`hvdqn/networks/dense.py` has the passes of small networks without autograd.
+"""
 
 from __future__ import annotations
 
@@ -13,22 +16,22 @@ from hvdqn.networks.network import QNetwork
 
 
 class Passes(Protocol):
-    """Computes the Q-values that actions are chosen from."""
+    """Computes the Q-values from which actions are chosen; call it in `torch.inference_mode`."""
 
     @property
     def pinned_inputs(self) -> bool:
-        """Whether inputs in pinned host memory reach the network's device faster."""
+        """Whether to keep observations in pinned host memory, from which they are copied to a GPU faster."""
 
     def q_values(self, observation: Tensor) -> Tensor:
-        """Return the Q-values `[batch, actions]` of raw observations `[batch, ...]` on the network's device."""
+        """Return the Q-values `[batch, actions]` for observations `[batch, ...]` as environments return them."""
 
 
 class AutogradPasses:
-    """Passes of any network, by autograd.
+    """Computes the passes of any network by autograd.
 
     Args:
-        network: on its device.
-        autocast: compute in bf16 what autocast can; the output stays in the parameters' dtype.
+        network: the Q-network, already on its device.
+        autocast: whether to compute under bf16 autocast; the output stays in the parameters' dtype.
     """
 
     def __init__(self, network: QNetwork, autocast: bool = False) -> None:
@@ -39,7 +42,7 @@ class AutogradPasses:
         self.autocast = torch.autocast(device, dtype=torch.bfloat16) if autocast else nullcontext()
 
     def output(self, observation: Tensor) -> Tensor:
-        """Return the head's output, `[batch, actions, ...]`."""
+        """Return the head's output for each action, `[batch, actions, ...]`."""
         with self.autocast:
             output: Tensor = self.network(observation)
         return output
@@ -50,14 +53,19 @@ class AutogradPasses:
             return self.network.q_values(observation)
 
     def forward(self, observation: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the same as `output`, and that output with its graph."""
+        """Return what `output` returns, detached, and the same tensor with its autograd graph for `backward`."""
         with torch.enable_grad():
             output = self.output(observation)
         return output.detach(), output
 
     def backward(self, tape: Tensor, slope: Tensor) -> None:
-        """Overwrite every parameter's `.grad`, given the gradient of the loss with respect to the output."""
-        # `Tensor.backward` would add to `.grad`, which then had to be set to zero before: two more passes over memory.
+        """Overwrite every parameter's `.grad` by backpropagation from the output.
+
+        Args:
+            tape: the output with its autograd graph, from `forward`.
+            slope: gradient of the loss with respect to the output `[batch, actions, ...]`.
+        """
+        # `Tensor.backward` adds to `.grad`, so it would have to be zeroed first: two more passes over memory.
         gradients = torch.autograd.grad(tape, self.parameters, slope, materialize_grads=True)
         torch._foreach_copy_([p.grad for p in self.parameters if p.grad is not None], gradients)
 
