@@ -94,7 +94,8 @@ class DenseUpdate:
             loss = np.dot(mean_weight, losses)
             # Huber's gradient is clipped, so that an infinite reward shows in the loss alone.
             finite = float(self.gradient.sum()) + loss
-        statistics = np.array([loss, priorities.mean(), q[:size].mean(), finite], self.dtype)
+            q_mean = q[:size].sum() / q[:size].size
+        statistics = np.array([loss, priorities.sum() / size, q_mean, finite], self.dtype)
         return torch.from_numpy(statistics), torch.from_numpy(priorities)
 
     def load_observations(self, batch: Batch) -> None:

@@ -21,7 +21,7 @@ LAYERS = (
     {"comm", "config", "logs"},
     {"clock", "graphs", "losses", "optimizers", "role", "seeds"},
     {"envs", "faults", "metrics", "networks", "plot", "replay"},
-    {"acting", "checkpoint", "learner", "process", "rank", "run_directory", "sync"},
+    {"acting", "checkpoint", "dense_update", "learner", "process", "rank", "run_directory", "sync"},
     {"parts"},
     {"evaluate", "export", "policy", "recorder", "startup", "summary", "trainer", "video"},
     {"bench", "elastic", "launchers", "train"},
