@@ -189,7 +189,7 @@ class DenseNetwork:
     @classmethod
     def of(cls, network: QNetwork) -> DenseNetwork | None:
         """Return the passes of a network, or None if it is on a GPU or has layers that only autograd can handle."""
-        on_cpu = next(network.parameters()).device.type == "cpu"
+        on_cpu = all(parameter.device.type == "cpu" for parameter in network.parameters())
         if not on_cpu or not network.head.is_streams:
             return None
         modules = (network.torso, network.head.streams)
