@@ -67,7 +67,7 @@ def test_comparisons_without_their_peer_are_left_out(
 
 def test_an_unknown_comparison_is_refused(capsys: pytest.CaptureFixture[str]):
     assert bench.main(["peers", "w3"]) == 2
-    assert "w1, w2" in capsys.readouterr().err
+    assert "w1, w1-sbx, w1-64" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["scaling", "peers w1-ranks", "peers w2-ranks", "peers solve"])
@@ -380,7 +380,7 @@ def test_kernels_of_a_network_that_learns_by_autograd(capsys: pytest.CaptureFixt
 )
 def test_the_products_of_an_update(target, forward_rows):
     """Four inputs, 6 shared units, 3 units of each stream, 2 actions: five layers."""
-    flags = "--preset smoke --hidden 6,3 --dueling"
+    flags = "--preset smoke --hidden 6 3 --dueling"
     config = parse([*flags.split(), *target.split()])
     parts = build_filled_parts(config, 20)
     acting_parts(parts).envs.close()

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from threadpoolctl import threadpool_limits
 
 from hvdqn.config import NetworkConfig
 from hvdqn.networks import make_network
@@ -25,6 +26,16 @@ TARGETS = {
         "munchausen_clip": -0.3,
     },
 }
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Use one thread, as training does for small networks; more would wait for each other on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with threadpool_limits(1, user_api="blas"):
+        yield
+    torch.set_num_threads(threads)
 
 
 def by_autograd(learner):
@@ -85,7 +96,7 @@ def test_after_100_updates_parameters_equal_those_of_autograd(head, target):
     before = pair[0].parameters.clone()
     for seed in range(100):
         for learner in pair:
-            update(learner, make_batch(64, seed=seed))
+            update(learner, make_batch(32, seed=seed))
     moved = (pair[1].parameters - before).norm()
     assert (pair[0].parameters - pair[1].parameters).norm() < 1e-4 * moved
     torch.testing.assert_close(pair[0].target_parameters, pair[1].target_parameters, rtol=1e-4, atol=1e-5)
