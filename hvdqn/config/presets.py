@@ -294,6 +294,9 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 }  # fmt: skip
 
 # Presets of algorithms. Joined with an environment's preset, they win.
+# Presets for all environments whose ids begin with these words and a slash.
+FAMILIES: Mapping[str, str] = {"ALE": "atari", "MinAtar": "minatar"}
+
 ALGORITHMS = ("dqn", "double-dueling", "rainbow", "iqn", "m-iqn")
 
 # Settings of an environment and an algorithm together: the best learning rate of an algorithm depends on both.
@@ -348,6 +351,17 @@ def preset_names(text: str) -> list[str]:
                 f"unknown preset '{name}'{did_you_mean(name, PRESETS)}; there are {', '.join(PRESETS)}"
             )
     return names
+
+
+def fitting_preset(env: str) -> str:
+    """Return the preset for an environment, or "" if there is none.
+
+    A preset of one environment comes before that of a family, such as `minatar`.
+    """
+    environments = [name for name in PRESETS if name not in ALGORITHMS and not name.startswith("bench-")]
+    envs = {name: str(PRESETS[name].get("env", "")) for name in environments}
+    exact = [name for name, own in envs.items() if own == env and own.split("/")[0] not in FAMILIES]
+    return exact[0] if exact else FAMILIES.get(env.partition("/")[0], "")
 
 
 def preset_settings(text: str) -> dict[str, Any]:
