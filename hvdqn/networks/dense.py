@@ -65,14 +65,15 @@ class Trace(NamedTuple):
     inputs: Array
     z: Tensor
     """W h + b `[rows, units]`, before norm and ReLU."""
-    moments: tuple[Tensor, ...]
-    """Of a norm: the mean and 1 / deviation of each row `[rows, 1]`."""
+    mean: Tensor
+    """Of each row, with a norm `[rows, 1]`; of no use without one, as the next."""
+    inverse_deviation: Tensor
     output: Tensor
 
     def first(self, rows: int) -> Trace:
         """Return the trace of the first rows alone."""
-        moments = tuple(each[:rows] for each in self.moments)
-        return Trace(self.inputs[:rows], self.z[:rows], moments, self.output[:rows])
+        inputs, z, mean, inverse_deviation, output = self
+        return Trace(inputs[:rows], z[:rows], mean[:rows], inverse_deviation[:rows], output[:rows])
 
 
 class Stack:
@@ -120,14 +121,12 @@ class Stack:
         h, traces = inputs, []
         for layer, (product, z) in zip(self.layers, self._outputs[rows], strict=True):
             np.matmul(h, layer.weight.T, out=product)
-            output = z.add_(layer.bias)
-            moments: tuple[Tensor, ...] = ()
+            output = mean = inverse_deviation = z.add_(layer.bias)
             if layer.norm is not None:
-                output, *found = torch.native_layer_norm(z, *layer.norm[:4])
-                moments = tuple(found)
+                output, mean, inverse_deviation = torch.native_layer_norm(z, *layer.norm[:4])
             if layer.relu:
                 output.relu_()
-            traces.append(Trace(h, z, moments, output))
+            traces.append(Trace(h, z, mean, inverse_deviation, output))
             h = product if layer.norm is None else output.numpy()
         return h.reshape(-1, *self.shape) if self.shape else h, traces
 
@@ -140,7 +139,8 @@ class Stack:
 
         Args:
             traces: what `forward` returned beside its output.
-            slope: gradient of the loss with respect to the output `[rows, *shape]`; it may be overwritten.
+            slope: gradient of the loss with respect to the output `[rows, *shape]`, of all rows of that pass or of the
+                first; it may be overwritten.
             input_slope: whether to compute also the gradient with respect to the inputs.
 
         Returns:
@@ -156,6 +156,8 @@ class Stack:
         d = torch.from_numpy(slope)
         for index in range(len(self.layers) - 1, -1, -1):
             layer, trace = self.layers[index], traces[index]
+            if rows < len(trace.inputs):
+                trace = trace.first(rows)
             if layer.relu:
                 _relu_backward(d, trace.output, 0, grad_input=d)
             if layer.norm is not None:
@@ -221,7 +223,8 @@ class DenseNetwork:
         h, traces = self.trunk.forward(inputs)
         if self.streams is None:
             return h, [traces]
-        (advantage, advantage_traces), (value, value_traces) = (stack.forward(h) for stack in self.streams)
+        advantage, advantage_traces = self.streams[0].forward(h)
+        value, value_traces = self.streams[1].forward(h)
         output = dueling(torch.from_numpy(value), torch.from_numpy(advantage))
         return output.numpy(), [traces, advantage_traces, value_traces]
 
@@ -233,18 +236,14 @@ class DenseNetwork:
             slope: gradient of the loss with respect to the output of the first rows of that pass `[first rows, actions,
                 ...]`; it may be overwritten.
         """
-        if len(slope) < len(traces[-1][-1].output):
-            traces = [[trace.first(len(slope)) for trace in stack] for stack in traces]
         if self.streams is None:
             self.trunk.backward(traces[0], slope)
             return
         has_trunk = bool(self.trunk.layers)
         total = slope.sum(axis=1, keepdims=True)
-        slopes = slope - total * (1.0 / slope.shape[1]), total
-        advantage, value = (
-            stack.backward(each, stream_slope, has_trunk)
-            for stack, each, stream_slope in zip(self.streams, traces[1:], slopes, strict=True)
-        )
+        advantage = slope - total * (1.0 / slope.shape[1])
+        advantage = self.streams[0].backward(traces[1], advantage, has_trunk)
+        value = self.streams[1].backward(traces[2], total, has_trunk)
         if has_trunk:
             advantage += value
             self.trunk.backward(traces[0], advantage)
@@ -282,7 +281,14 @@ def _layer_norm_backward(slope: Tensor, trace: Trace, norm: Norm) -> Tensor:
         norm: the layer norm.
     """
     slope, weight, bias = _norm_backward(
-        slope, trace.z, norm.shape, *trace.moments, norm.weight, norm.bias, (True, True, True)
+        slope,
+        trace.z,
+        norm.shape,
+        trace.mean,
+        trace.inverse_deviation,
+        norm.weight,
+        norm.bias,
+        (True, True, True),
     )
     assert norm.weight_grad is not None
     assert norm.bias_grad is not None

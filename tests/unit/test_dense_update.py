@@ -11,8 +11,8 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from hvdqn.config import NetworkConfig
+from hvdqn.dense_update import DenseCategorical, DenseQuantile, DenseScalar
 from hvdqn.networks import make_network
-from hvdqn.networks.dense_heads import DenseCategorical, DenseQuantile, DenseScalar
 from hvdqn.networks.heads import CategoricalHead, QuantileHead, ScalarHead
 from tests.unit.test_learner import SMALL_HEADS, make_batch, make_learner, update
 
