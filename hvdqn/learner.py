@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from hvdqn.config import LearningConfig
+from hvdqn.dense_update import DenseUpdate
 from hvdqn.losses import expectation, munchausen_bonus, select, soft_policy
-from hvdqn.networks import QNetwork, make_passes, split_first
+from hvdqn.networks import QNetwork, autograd_passes, split_first
 from hvdqn.optimizers import SGD, Adam, Optimizer, RMSProp
 from hvdqn.replay import Batch
 
@@ -120,6 +121,7 @@ class Learner:
         self.optimizer = make_optimizer(config, self.parameters, batch_factor)
         # A k times larger batch means k times fewer updates. The target must still follow as fast per env step.
         self.target_tau = 1.0 - (1.0 - config.target_tau) ** batch_factor
+        self.passes, self.target_passes = (autograd_passes(each, autocast) for each in (network, self.target))
         self.move = partial(Tensor.to, device=device, non_blocking=True)
         self.td_errors = torch.empty(0)
         self.lr = learning_rate(config, batch_factor, 0.0)
@@ -142,8 +144,9 @@ class Learner:
         online = split_first(self.online)
         for parameter, view in zip(online, _views(message, online), strict=True):
             parameter.grad = view
-        self.passes = make_passes(self.online, self.autocast)
-        self.target_passes = make_passes(self.target, self.autocast)
+        # Under autocast, layers compute with weights in bf16, which `DenseUpdate` does not.
+        networks = self.online, self.target
+        self.dense = None if self.autocast else DenseUpdate.of(*networks, self.config, self.gradient, scale)
         return message
 
     def compute_gradient(self, batch: Batch) -> Tensor:
@@ -155,6 +158,9 @@ class Learner:
             Four numbers on the device `[4]`: the loss, the mean of `td_errors`, the mean Q-value, and a number that is
             finite only if loss and gradient are.
         """
+        if self.dense is not None:
+            statistics, self.td_errors = self.dense.differentiate(batch)
+            return statistics
         arrays = (
             batch.observation,
             batch.action,
@@ -163,7 +169,6 @@ class Learner:
             batch.discount,
             batch.weight,
         )
-        # Outside of inference mode, because autograd, which some heads use, refuses tensors created within.
         tensors = list(map(torch.as_tensor, arrays))
         if self.dtype != torch.float32:
             for index in (2, 4, 5):
@@ -180,7 +185,7 @@ class Learner:
             tensors: the fields of `Batch` as tensors, on any device: observation, action, reward, next observation,
                 discount, weight.
         """
-        with self.passes.no_grad():
+        with torch.no_grad():
             moved = map(self.move, tensors)
             observation, action, reward, next_observation, discount, weight = moved
             target = self.td_target(observation, action, reward, next_observation, discount)
@@ -229,7 +234,7 @@ class Learner:
         Returns:
             True if the step was taken, False if the gradient was not finite.
         """
-        with self.passes.no_grad():
+        with torch.no_grad():
             if scale != 1.0:
                 self.gradient.mul_(scale)
             norm = float(self.norm(self.gradient)) / largest_weight

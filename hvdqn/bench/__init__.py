@@ -2,9 +2,10 @@
 
     hvdqn bench [TRAIN FLAGS]               rates, seconds by phase, memory, allreduce of every engine
     hvdqn bench scaling --np 1,2,4 [...]    weak and strong scaling, projected to more ranks
-    hvdqn bench peers [...]                 comparison with Stable-Baselines3
+    hvdqn bench peers [...]                 comparison with Stable-Baselines3, SBX and CleanRL
     hvdqn bench solve [...]                 seconds until the greedy policy reaches a return
     hvdqn bench loop | allreduce [...]      one measurement by itself; under a launcher, of all its ranks
+    hvdqn bench kernels [...]               an update of a small network over its bare matrix products
     hvdqn bench replay | startup [...]      speed of a large replay; seconds until the first env step
     hvdqn bench gpu [...]                   speed and accuracy of a GPU
 
@@ -22,7 +23,7 @@ from hvdqn.config import did_you_mean
 from hvdqn.errors import EXIT_USER_ERROR, UserError
 from hvdqn.paths import folder_remembered
 
-COMMANDS = ("allreduce", "gpu", "loop", "peers", "replay", "scaling", "solve", "startup")
+COMMANDS = ("allreduce", "gpu", "kernels", "loop", "peers", "replay", "scaling", "solve", "startup")
 
 
 @folder_remembered()

@@ -1,17 +1,22 @@
-"""`hvdqn bench peers`: compare hvdqn with Stable-Baselines3 on the same work, and with its own goals.
+"""`hvdqn bench peers`: compare hvdqn with other libraries on the same work, and with its own goals.
 
     hvdqn bench peers w1 w2 solve --peer-python /path/to/venv/bin/python      where Stable-Baselines3 is installed
+    hvdqn bench peers w1-sbx w1-64 --peer-python /path/to/venv/bin/python     where SBX is (pip install sbx-rl)
+    hvdqn bench peers w1-cleanrl --peer-python ... --cleanrl cleanrl/dqn.py   CleanRL's script, and what it imports
     hvdqn bench peers w1-ranks w2-ranks replay startup                        these need no peer
 
-Each row is a ratio of measurements that alternate on the same cores, because other work on a shared machine changes
-absolute times. The table shows the median over rounds, the spread and the goal.
+Without names it makes every comparison whose peer is there. Each row is a ratio of measurements that alternate on the
+same cores, because other work on a shared machine changes absolute times. The table shows the median over rounds, the
+spread and the goal.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +24,25 @@ from typing import Any
 
 from hvdqn.bench.jobs import available_engines, run_bench_job, run_command
 from hvdqn.bench.loop import LoopTiming, from_json
-from hvdqn.bench.report import Parser, Row, above_zero, has_bf16, one_or_more, print_goals, write_json
+from hvdqn.bench.report import (
+    Parser,
+    Row,
+    above_zero,
+    has_bf16,
+    one_or_more,
+    print_goals,
+    print_message,
+    write_json,
+)
 from hvdqn.errors import UserError
 
 PROG = "hvdqn bench peers"
-PEER_SCRIPT = Path(__file__).with_name("peer_sb3.py")
+PEER_SCRIPTS = {name: Path(__file__).with_name(f"peer_{name}.py") for name in ("sb3", "sbx")}
+# The work of the preset bench-cartpole with the one environment that CleanRL's dqn.py allows: an update every 8 steps.
+CLEANRL_FLAGS = (
+    "--total-timesteps=40000", "--learning-rate=2.5e-4", "--buffer-size=10000", "--learning-starts=1000",
+    "--batch-size=128", "--train-frequency=8", "--target-network-frequency=500",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -31,6 +50,8 @@ class Setting:
     """The options that all comparisons share."""
 
     peer_python: str
+    cleanrl: Path | None
+    """CleanRL's dqn.py."""
     rounds: int
     seconds: float
     """Duration of one measurement of the loop."""
@@ -38,8 +59,37 @@ class Setting:
 
     def run_peer(self, workload: str, seed: int, cores: Sequence[int]) -> dict[str, Any]:
         """Run Stable-Baselines3 once, with one thread for each of these cores."""
-        args = [workload, "--seed", str(seed), "--threads", str(len(cores))]
-        output = run_command([self.peer_python, str(PEER_SCRIPT), *args], cores)
+        return self._run_script("sb3", [workload, "--seed", str(seed), "--threads", str(len(cores))], cores)
+
+    def run_sbx(self, workload: str, seed: int) -> float:
+        """Run SBX once on one core; return its env steps per second."""
+        result = self._run_script("sbx", [workload, "--seed", str(seed)], self.cores[:1])
+        return float(result["env_steps_per_second"])
+
+    def run_cleanrl(self, seed: int) -> float:
+        """Run CleanRL's dqn.py once on one core; return its env steps per second.
+
+        Raises:
+            UserError: it failed, or printed no speed.
+        """
+        with tempfile.TemporaryDirectory(prefix="hvdqn-bench-") as folder:  # it writes to the current folder
+            command = [
+                "env",
+                "-C",
+                folder,
+                self.peer_python,
+                str(self.cleanrl),
+                *CLEANRL_FLAGS,
+                f"--seed={seed}",
+            ]
+            output = run_command(command, self.cores[:1])
+        speeds = re.findall(r"SPS: (\d+)", output)
+        if not speeds:
+            raise UserError(f"{self.cleanrl} printed no line with SPS; is it CleanRL's dqn.py?")
+        return float(speeds[-1])
+
+    def _run_script(self, peer: str, args: Sequence[str], cores: Sequence[int]) -> dict[str, Any]:
+        output = run_command([self.peer_python, str(PEER_SCRIPTS[peer]), *args], cores)
         result: dict[str, Any] = json.loads(output.splitlines()[-1])
         return result
 
@@ -55,7 +105,39 @@ def compare_cartpole(setting: Setting) -> Iterator[Row]:
         peer = setting.run_peer("cartpole", seed, setting.cores[:1])["env_steps_per_second"]
         timing = setting.time_whole_run("--preset", "bench-cartpole", "--seed", str(seed))
         ratios.append(timing.env_steps_per_second / peer)
-    yield Row("W1, one core, fp32, over Stable-Baselines3", "x", tuple(ratios), 2.5)
+    yield Row("W1, one core, fp32, over Stable-Baselines3", "x", tuple(ratios), 3.5)
+
+
+def compare_with_sbx(setting: Setting) -> Iterator[Row]:
+    """Compare W1 with SBX."""
+    yield ratio_over_sbx(setting, "W1, one core, fp32, over SBX", "cartpole", None)
+
+
+def compare_64_with_sbx(setting: Setting) -> Iterator[Row]:
+    """Compare W1 with SBX, both with 64 environments and 8 updates for each step of all of them."""
+    what = "W1 with 64 environments, one core, fp32, over SBX"
+    yield ratio_over_sbx(setting, what, "cartpole-64", 2.0, "--envs-per-rank", "64")
+
+
+def ratio_over_sbx(setting: Setting, what: str, workload: str, goal: float | None, *flags: str) -> Row:
+    """Return the ratio of the rates of hvdqn and SBX on one of SBX's workloads."""
+    ratios = []
+    for seed in range(setting.rounds):
+        peer = setting.run_sbx(workload, seed)
+        timing = setting.time_whole_run("--preset", "bench-cartpole", "--seed", str(seed), *flags)
+        ratios.append(timing.env_steps_per_second / peer)
+    return Row(what, "x", tuple(ratios), goal)
+
+
+def compare_with_cleanrl(setting: Setting) -> Iterator[Row]:
+    """Compare W1 with CleanRL, both with one environment."""
+    ratios = []
+    for seed in range(setting.rounds):
+        peer = setting.run_cleanrl(seed)
+        flags = ("--envs-per-rank", "1", "--loss", "mse", "--max-grad-norm", "0")
+        timing = setting.time_whole_run("--preset", "bench-cartpole", "--seed", str(seed), *flags)
+        ratios.append(timing.env_steps_per_second / peer)
+    yield Row("W1 with one environment, one core, fp32, over CleanRL", "x", tuple(ratios))
 
 
 def compare_pong(setting: Setting) -> Iterator[Row]:
@@ -155,6 +237,9 @@ def compare_startup(setting: Setting) -> Iterator[Row]:
 
 COMPARISONS: Mapping[str, Callable[[Setting], Iterator[Row]]] = {
     "w1": compare_cartpole,
+    "w1-sbx": compare_with_sbx,
+    "w1-64": compare_64_with_sbx,
+    "w1-cleanrl": compare_with_cleanrl,
     "w2": compare_pong,
     "w1-ranks": scale_cartpole,
     "w2-ranks": scale_pong,
@@ -162,24 +247,47 @@ COMPARISONS: Mapping[str, Callable[[Setting], Iterator[Row]]] = {
     "replay": compare_replay_sizes,
     "startup": compare_startup,
 }
-NEED_PEER = {"w1", "w2", "solve"}
+# The module that a comparison needs in the peers' Python.
+NEEDS = {
+    **dict.fromkeys(("w1", "w2", "solve"), "stable_baselines3"),
+    **dict.fromkeys(("w1-sbx", "w1-64"), "sbx"),
+    "w1-cleanrl": "torch",
+}
+
+
+def missing_peer(name: str, setting: Setting) -> str:
+    """Return what a comparison needs and does not have, as a message; "" if nothing is missing."""
+    if name == "w1-cleanrl" and setting.cleanrl is None:
+        return "w1-cleanrl needs CleanRL's script; give the path of its dqn.py with --cleanrl"
+    if name in NEEDS:
+        try:
+            run_command([setting.peer_python, "-c", f"import {NEEDS[name]}"])
+        except UserError:
+            return (
+                f"{setting.peer_python} has no {NEEDS[name]}, which {name} needs; "
+                "give a Python that has it with --peer-python"
+            )
+    return ""
 
 
 def compare(names: Sequence[str], setting: Setting, file: Path) -> None:
     """Make the comparisons one after the other; print and write the results after each.
 
+    Args:
+        names: of the comparisons; none: all whose peer is there.
+        setting: the options.
+        file: for the results.
+
     Raises:
         UserError: a run failed, the peer is missing, or the file cannot be written.
     """
-    if NEED_PEER & set(names):
-        try:
-            run_command([setting.peer_python, "-c", "import stable_baselines3"])
-        except UserError:
-            raise UserError(
-                f"{setting.peer_python} has no stable_baselines3; give a Python that has it with --peer-python"
-            ) from None
+    missing = {name: missing_peer(name, setting) for name in names or COMPARISONS}
+    for message in filter(None, missing.values()):
+        if names:
+            raise UserError(message)
+        print_message(f"left out: {message}")
     rows: list[Row] = []
-    for name in names:
+    for name in (name for name, message in missing.items() if not message):
         new = list(COMPARISONS[name](setting))
         rows += new
         print_goals(f"{name}, {setting.rounds} rounds", new)
@@ -195,8 +303,9 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(PROG, __doc__, "bench-peers.json", trains=False)
     parser.add_argument("comparisons", nargs="*", metavar="|".join(COMPARISONS), help="default: all")
     parser.add_argument(
-        "--peer-python", default=sys.executable, metavar="PATH", help="a Python with Stable-Baselines3"
+        "--peer-python", default=sys.executable, metavar="PATH", help="a Python with the peers"
     )
+    parser.add_argument("--cleanrl", type=Path, metavar="FILE", help="CleanRL's dqn.py")
     parser.add_argument("--rounds", type=one_or_more, default=3, help="number of rounds")
     parser.add_argument(
         "--seconds", type=above_zero, default=8.0, help="duration of one measurement of the loop"
@@ -207,6 +316,7 @@ def main(argv: Sequence[str]) -> int:
             f"unknown comparison {', '.join(sorted(unknown))}; choose from {', '.join(COMPARISONS)}"
         )
     cores = tuple(sorted(os.sched_getaffinity(0)))
-    setting = Setting(options.peer_python, options.rounds, options.seconds, cores)
-    compare(options.comparisons or list(COMPARISONS), setting, options.json)
+    cleanrl = options.cleanrl.absolute() if options.cleanrl else None
+    setting = Setting(options.peer_python, cleanrl, options.rounds, options.seconds, cores)
+    compare(options.comparisons, setting, options.json)
     return 0

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from hvdqn.networks.heads import Head
 from hvdqn.networks.network import QNetwork, make_network
-from hvdqn.networks.passes import Passes, make_passes
+from hvdqn.networks.passes import AutogradPasses, Passes, autograd_passes, make_passes
 from hvdqn.networks.sharded import Group, Layout, split_first
 from hvdqn.networks.torsos import Images
 
 __all__ = [
+    "AutogradPasses",
     "Group",
     "Head",
     "Images",
     "Layout",
     "Passes",
     "QNetwork",
+    "autograd_passes",
     "make_network",
     "make_passes",
     "split_first",

@@ -1,9 +1,12 @@
 """Compute the forward and backward passes of small fully connected networks without autograd.
 
-Autograd spends more time on bookkeeping than on the arithmetic of a small MLP. This module computes the same
-passes with NumPy's matrix products and a few torch kernels, on the CPU. It covers sequences of `nn.Linear`,
-`nn.LayerNorm` and ReLU, also where they end in separate layers for value and advantages (dueling networks). All other
-networks use `AutogradPasses`.
+Autograd spends more time on bookkeeping than on the arithmetic of a small MLP. This module computes the same passes on
+the CPU, in memory that is allocated once, with NumPy's matrix products and torch's element-wise operations: for small
+matrices each is the faster of the two. It covers sequences of `nn.Linear`, `nn.LayerNorm` and ReLU, also where they
+end in separate layers for value and advantages (dueling networks). `hvdqn/dense_update.py` learns with these passes
+and `Actor` acts with them; all other networks use `AutogradPasses`.
+
+Call the passes in `torch.inference_mode`, which makes every operation of torch a little shorter.
 """
 
 from __future__ import annotations
@@ -17,15 +20,29 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hvdqn.networks.layers import Dueling
+from hvdqn.networks.layers import Dueling, dueling
 from hvdqn.networks.network import QNetwork, scale_observation
+
+Array: TypeAlias = NDArray[Any]
+Shared: TypeAlias = tuple[Array, Tensor]
+"""The same memory, as an array for NumPy and as a tensor for torch."""
 
 # The learner checks gradients for NaN and Inf itself, and `np.errstate` takes as long as a small product.
 warnings.filterwarnings("ignore", ".* encountered in matmul", RuntimeWarning, r"hvdqn\.networks\.dense")
 
-# What `backward` needs of the forward pass. For each layer: its input, the output of its linear part, the mean and
-# 1 / deviation that its layer norm computed, and its output.
-Tape: TypeAlias = list[tuple[Tensor, Tensor, tuple[Tensor, ...], Tensor]]
+_relu_backward = torch.ops.aten.threshold_backward.grad_input
+_norm_backward = torch.ops.aten.native_layer_norm_backward.default
+
+
+class Norm(NamedTuple):
+    """The tensors of a layer norm. `backward` overwrites the gradients, which are None where there are none."""
+
+    shape: tuple[int, ...]
+    weight: Tensor
+    bias: Tensor
+    eps: float
+    weight_grad: Tensor | None
+    bias_grad: Tensor | None
 
 
 class Layer(NamedTuple):
@@ -34,18 +51,37 @@ class Layer(NamedTuple):
     `weight_grad` and `bias_grad` are the parameters' `.grad`, which `backward` overwrites; None where there is none.
     """
 
-    weight: NDArray[Any]
+    weight: Array
     bias: Tensor
-    norm: nn.LayerNorm | None
+    norm: Norm | None
     relu: bool
-    weight_grad: NDArray[Any] | None
+    weight_grad: Array | None
     bias_grad: Tensor | None
+
+
+class Trace(NamedTuple):
+    """What the backward pass of one layer needs of its forward pass."""
+
+    inputs: Array
+    z: Tensor
+    """W h + b `[rows, units]`, before norm and ReLU."""
+    mean: Tensor
+    """Of each row, with a norm `[rows, 1]`; of no use without one, as the next."""
+    inverse_deviation: Tensor
+    output: Tensor
+
+    def first(self, rows: int) -> Trace:
+        """Return the trace of the first rows alone."""
+        inputs, z, mean, inverse_deviation, output = self
+        return Trace(inputs[:rows], z[:rows], mean[:rows], inverse_deviation[:rows], output[:rows])
 
 
 class Stack:
     """Computes a sequence of fully connected layers, each with or without layer norm and ReLU.
 
         z_l = W_l h_{l-1} + b_l,   h_l = relu(g_l (z_l - mean z_l) / deviation z_l + c_l)
+
+    The next pass with the same number of rows overwrites what a pass returned.
 
     Args:
         layers: the layers, from input to output.
@@ -54,6 +90,9 @@ class Stack:
 
     def __init__(self, layers: Sequence[Layer], shape: Sequence[int] = ()) -> None:
         self.layers, self.shape = list(layers), tuple(shape)
+        # Of each layer, by the number of rows.
+        self._outputs: dict[int, list[Shared]] = {}
+        self._slopes: dict[int, list[Shared]] = {}
 
     @classmethod
     def of(cls, *modules: nn.Module) -> Stack | None:
@@ -65,7 +104,7 @@ class Stack:
             if type(module) is nn.Linear and module.bias is not None and not shape:
                 layers.append(_layer(module))
             elif _is_affine_norm(module) and last and last.norm is None and not last.relu:
-                layers[-1] = last._replace(norm=module)
+                layers[-1] = last._replace(norm=_norm(module))
             elif type(module) is nn.ReLU and last and not last.relu:
                 layers[-1] = last._replace(relu=True)
             elif type(module) is nn.Unflatten and last and not shape:
@@ -74,24 +113,24 @@ class Stack:
                 return None
         return cls(layers, shape)
 
-    def forward(self, inputs: Tensor) -> tuple[Tensor, Tape]:
+    def forward(self, inputs: Array) -> tuple[Array, list[Trace]]:
         """Map inputs `[rows, units]` to outputs `[rows, *shape]`; also return what `backward` needs of this pass."""
-        h, tape = inputs, []
-        for weight, bias, norm, relu, _, _ in self.layers:
-            out = z = torch.from_numpy(np.matmul(h.numpy(), weight.T)).add_(bias)
-            moments: tuple[Tensor, ...] = ()
-            if norm is not None:
-                out, *found = torch.native_layer_norm(
-                    z, norm.normalized_shape, norm.weight, norm.bias, norm.eps
-                )
-                moments = tuple(found)
-            if relu:
-                out.relu_()
-            tape.append((h, z, moments, out))
-            h = out
-        return h.view(-1, *self.shape) if self.shape else h, tape
+        rows = len(inputs)
+        if rows not in self._outputs:
+            self._outputs[rows] = [_shared(layer.bias, rows, len(layer.weight)) for layer in self.layers]
+        h, traces = inputs, []
+        for layer, (product, z) in zip(self.layers, self._outputs[rows], strict=True):
+            np.matmul(h, layer.weight.T, out=product)
+            output = mean = inverse_deviation = z.add_(layer.bias)
+            if layer.norm is not None:
+                output, mean, inverse_deviation = torch.native_layer_norm(z, *layer.norm[:4])
+            if layer.relu:
+                output.relu_()
+            traces.append(Trace(h, z, mean, inverse_deviation, output))
+            h = product if layer.norm is None else output.numpy()
+        return h.reshape(-1, *self.shape) if self.shape else h, traces
 
-    def backward(self, tape: Tape, slope: Tensor, input_gradient: bool = False) -> Tensor:
+    def backward(self, traces: Sequence[Trace], slope: Array, input_slope: bool = False) -> Array:
         """Overwrite every parameter's `.grad` by backpropagation (Rumelhart et al. 1986).
 
             dloss/dW_l = d_l^T h_{l-1},   dloss/db_l = sum over rows of d_l,   dloss/dh_{l-1} = d_l W_l
@@ -99,32 +138,41 @@ class Stack:
         where d_l = dloss/dz_l.
 
         Args:
-            tape: what `forward` returned beside its output.
-            slope: gradient of the loss with respect to the output `[rows, *shape]`.
-            input_gradient: whether to compute also the gradient with respect to the inputs.
+            traces: what `forward` returned beside its output.
+            slope: gradient of the loss with respect to the output `[rows, *shape]`, of all rows of that pass or of the
+                first; it may be overwritten.
+            input_slope: whether to compute also the gradient with respect to the inputs.
 
         Returns:
-            The gradient with respect to the inputs `[rows, units]` if `input_gradient`, else a tensor to ignore.
+            The gradient with respect to the inputs `[rows, units]` if `input_slope`, else an array to ignore.
         """
-        slope = slope.flatten(1) if self.shape else slope
+        rows = len(slope)
+        if rows not in self._slopes:
+            inputs = (layer.weight.shape[1] for layer in self.layers)
+            self._slopes[rows] = [
+                _shared(layer.bias, rows, units) for layer, units in zip(self.layers, inputs, strict=True)
+            ]
+        slope = slope.reshape(rows, -1)
+        d = torch.from_numpy(slope)
         for index in range(len(self.layers) - 1, -1, -1):
-            weight, _, norm, relu, weight_grad, bias_grad = self.layers[index]
-            h, z, moments, out = tape[index]
-            if relu:
-                slope = slope * out.sign()  # the output of ReLU is never negative
-            if norm is not None:
-                slope = _layer_norm_backward(slope, z, moments, norm)
-            slopes = slope.numpy()
-            assert weight_grad is not None
-            np.matmul(slopes.T, h.numpy(), out=weight_grad)
-            torch.sum(slope, 0, out=bias_grad)
-            if index or input_gradient:
-                slope = torch.from_numpy(np.matmul(slopes, weight))
+            layer, trace = self.layers[index], traces[index]
+            if rows < len(trace.inputs):
+                trace = trace.first(rows)
+            if layer.relu:
+                _relu_backward(d, trace.output, 0, grad_input=d)
+            if layer.norm is not None:
+                d = _layer_norm_backward(d, trace, layer.norm)
+                slope = d.numpy()
+            np.matmul(slope.T, trace.inputs, out=layer.weight_grad)
+            torch.sum(d, 0, out=layer.bias_grad)
+            if index or input_slope:
+                before, d = self._slopes[rows][index]
+                slope = np.matmul(slope, layer.weight, out=before)
         return slope
 
 
-class DensePasses:
-    """Computes the passes of a small fully connected network; implements `Passes` of `networks.passes`.
+class DenseNetwork:
+    """Computes the passes of a small fully connected network on the CPU.
 
     The constructor keeps references to parameters and gradients. Create a new object when they move to other memory.
 
@@ -134,8 +182,6 @@ class DensePasses:
         streams: the layers for the advantages and those for the value, if the network is dueling (`layers.Dueling`).
     """
 
-    # Inference mode makes every operation a little shorter.
-    no_grad = torch.inference_mode
     pinned_inputs = False
 
     def __init__(self, network: QNetwork, trunk: Stack, streams: tuple[Stack, Stack] | None = None) -> None:
@@ -143,9 +189,10 @@ class DensePasses:
         self.trunk, self.streams = trunk, streams
 
     @classmethod
-    def of(cls, network: QNetwork) -> DensePasses | None:
-        """Return the passes of a network on the CPU, or None if it has layers that only autograd can handle."""
-        if not network.head.is_streams:
+    def of(cls, network: QNetwork) -> DenseNetwork | None:
+        """Return the passes of a network, or None if it is on a GPU, split over ranks, or has layers of another kind."""
+        on_cpu = all(parameter.device.type == "cpu" for parameter in network.parameters())
+        if not on_cpu or network.group is not None or not network.head.is_streams:
             return None
         modules = (network.torso, network.head.streams)
         leaves = list(_leaves(modules))
@@ -160,65 +207,93 @@ class DensePasses:
             return None
         return cls(network, trunk, (advantage, value))
 
-    def output(self, observation: Tensor) -> Tensor:
-        """Return the head's output `[batch, actions, ...]` for observations `[batch, ...]` of the environments."""
-        return self.forward(observation)[0]
-
     def q_values(self, observation: Tensor) -> Tensor:
         """Return the Q-values `[batch, actions]` for observations `[batch, ...]` of the environments."""
-        return self.head.q_values(self.forward(observation)[0])
+        scaled = scale_observation(observation, self.dtype)
+        output, _ = self.forward(scaled.numpy().reshape(len(scaled), -1))
+        return self.head.q_values(torch.from_numpy(output))
 
-    def forward(self, observation: Tensor) -> tuple[Tensor, list[Tape]]:
-        """Return what `output` returns, and the intermediate results that `backward` needs."""
-        if observation.dtype != self.dtype:
-            observation = scale_observation(observation, self.dtype)
-        h, tape = self.trunk.forward(observation if observation.ndim == 2 else observation.flatten(1))
+    def forward(self, inputs: Array) -> tuple[Array, list[list[Trace]]]:
+        """Return the head's output for flat observations in the network's dtype `[rows, inputs]`.
+
+        Returns:
+            The output `[rows, actions, ...]`, which the next pass with as many rows overwrites, and what `backward`
+            needs of this pass.
+        """
+        h, traces = self.trunk.forward(inputs)
         if self.streams is None:
-            return h, [tape]
-        (advantage, advantage_tape), (value, value_tape) = (stack.forward(h) for stack in self.streams)
-        return value + advantage - advantage.mean(dim=1, keepdim=True), [tape, advantage_tape, value_tape]
+            return h, [traces]
+        advantage, advantage_traces = self.streams[0].forward(h)
+        value, value_traces = self.streams[1].forward(h)
+        output = dueling(torch.from_numpy(value), torch.from_numpy(advantage))
+        return output.numpy(), [traces, advantage_traces, value_traces]
 
-    def backward(self, tapes: list[Tape], slope: Tensor) -> None:
+    def backward(self, traces: Sequence[Sequence[Trace]], slope: Array) -> None:
         """Overwrite every parameter's `.grad` by backpropagation from the output.
 
         Args:
-            tapes: what `forward` returned beside the output.
-            slope: gradient of the loss with respect to the output `[batch, actions, ...]`.
+            traces: what `forward` returned beside the output.
+            slope: gradient of the loss with respect to the output of the first rows of that pass `[first rows, actions,
+                ...]`; it may be overwritten.
         """
-        if self.streams is not None:
-            has_trunk = bool(self.trunk.layers)
-            slopes = slope - slope.mean(dim=1, keepdim=True), slope.sum(dim=1, keepdim=True)
-            advantage, value = (
-                stack.backward(tape, stream_slope, has_trunk)
-                for stack, tape, stream_slope in zip(self.streams, tapes[1:], slopes, strict=True)
-            )
-            if not has_trunk:
-                return
-            slope = advantage.add_(value)
-        self.trunk.backward(tapes[0], slope)
+        if self.streams is None:
+            self.trunk.backward(traces[0], slope)
+            return
+        has_trunk = bool(self.trunk.layers)
+        total = slope.sum(axis=1, keepdims=True)
+        advantage = slope - total * (1.0 / slope.shape[1])
+        advantage = self.streams[0].backward(traces[1], advantage, has_trunk)
+        value = self.streams[1].backward(traces[2], total, has_trunk)
+        if has_trunk:
+            advantage += value
+            self.trunk.backward(traces[0], advantage)
+
+
+def _shared(like: Tensor, rows: int, units: int) -> Shared:
+    tensor = like.new_empty(rows, units)
+    return tensor.numpy(), tensor
 
 
 def _layer(linear: nn.Linear) -> Layer:
     weight_grad = None if linear.weight.grad is None else linear.weight.grad.numpy()
-    return Layer(linear.weight.detach().numpy(), linear.bias, None, False, weight_grad, linear.bias.grad)
+    return Layer(
+        linear.weight.detach().numpy(), linear.bias.detach(), None, False, weight_grad, linear.bias.grad
+    )
 
 
-def _layer_norm_backward(slope: Tensor, z: Tensor, moments: Sequence[Tensor], norm: nn.LayerNorm) -> Tensor:
-    """Return the gradient with respect to the norm's input `z`; overwrite the `.grad` of its weight and bias.
+def _norm(norm: nn.LayerNorm) -> Norm:
+    return Norm(
+        norm.normalized_shape,
+        norm.weight.detach(),
+        norm.bias.detach(),
+        norm.eps,
+        norm.weight.grad,
+        norm.bias.grad,
+    )
+
+
+def _layer_norm_backward(slope: Tensor, trace: Trace, norm: Norm) -> Tensor:
+    """Return the gradient with respect to the norm's input; overwrite the `.grad` of its weight and bias.
 
     Args:
         slope: gradient of the loss with respect to the norm's output `[rows, units]`.
-        z: the norm's input `[rows, units]`.
-        moments: the mean and 1 / deviation of each row.
+        trace: of the forward pass.
         norm: the layer norm.
     """
-    slope, weight, bias = torch.ops.aten.native_layer_norm_backward(
-        slope, z, norm.normalized_shape, *moments, norm.weight, norm.bias, (True, True, True)
+    slope, weight, bias = _norm_backward(
+        slope,
+        trace.z,
+        norm.shape,
+        trace.mean,
+        trace.inverse_deviation,
+        norm.weight,
+        norm.bias,
+        (True, True, True),
     )
-    assert norm.weight.grad is not None
-    assert norm.bias.grad is not None
-    norm.weight.grad.copy_(weight)
-    norm.bias.grad.copy_(bias)
+    assert norm.weight_grad is not None
+    assert norm.bias_grad is not None
+    norm.weight_grad.copy_(weight)
+    norm.bias_grad.copy_(bias)
     return slope
 
 
@@ -234,7 +309,7 @@ def _share_parameters(modules: Sequence[nn.Module]) -> bool:
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    """Return whether the module has hooks, as `torch.nn.utils.spectral_norm` adds; `DensePasses` would not run them."""
+    """Return whether the module has hooks, as `torch.nn.utils.spectral_norm` adds, which these passes would not run."""
     kinds = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
     return any(getattr(part, kind) for part in module.modules() for kind in kinds)
 

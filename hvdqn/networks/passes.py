@@ -1,52 +1,30 @@
-"""Compute the forward and backward passes of a Q-network: by autograd, or by hand where that is faster.
+"""Compute the forward and backward passes of a Q-network by autograd, and choose the passes that the actor takes.
 
-The learner and the actor call the interface `Passes`, and need not know which implementation it is.
+`hvdqn/networks/dense.py` has the passes of small networks without autograd.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from hvdqn.networks.dense import DensePasses
+from hvdqn.networks.dense import DenseNetwork
 from hvdqn.networks.network import QNetwork
 from hvdqn.networks.sharded import Group
 
 
 class Passes(Protocol):
-    """Computes a network's outputs and gradients.
-
-    Observations `[batch, ...]` are as environments return them, on the network's device.
-    """
-
-    @property
-    def no_grad(self) -> Callable[[], AbstractContextManager[None]]:
-        """Returns a context without autograd, for the caller's computations; `forward` works within it too."""
+    """Computes the Q-values from which actions are chosen; call it in `torch.inference_mode`."""
 
     @property
     def pinned_inputs(self) -> bool:
         """Whether to keep observations in pinned host memory, from which they are copied to a GPU faster."""
 
-    def output(self, observation: Tensor) -> Tensor:
-        """Return the head's output for each action, `[batch, actions, ...]`."""
-
     def q_values(self, observation: Tensor) -> Tensor:
-        """Return the Q-values, `[batch, actions]`."""
-
-    def forward(self, observation: Tensor) -> tuple[Tensor, Any]:
-        """Return what `output` returns, and a record of this pass, the tape, for `backward`."""
-
-    def backward(self, tape: Any, slope: Tensor) -> None:
-        """Overwrite every parameter's `.grad` by backpropagation from the output.
-
-        Args:
-            tape: what `forward` returned beside the output.
-            slope: gradient of the loss with respect to the output `[batch, actions, ...]`.
-        """
+        """Return the Q-values `[batch, actions]` for observations `[batch, ...]` as environments return them."""
 
 
 class AutogradPasses:
@@ -56,8 +34,6 @@ class AutogradPasses:
         network: the Q-network, already on its device.
         autocast: whether to compute under bf16 autocast; the output stays in the parameters' dtype.
     """
-
-    no_grad = torch.no_grad
 
     def __init__(self, network: QNetwork, autocast: bool = False) -> None:
         self.network, self.parameters = network, list(network.parameters())
@@ -133,11 +109,13 @@ class GroupPasses(AutogradPasses):
         return rows.chunk(self.group.size)[self.group.index]
 
 
-def make_passes(network: QNetwork, autocast: bool = False) -> Passes:
-    """Return the fastest passes that this network can use on the device of its parameters."""
+def autograd_passes(network: QNetwork, autocast: bool = False) -> AutogradPasses:
+    """Return the passes to learn with, by autograd."""
     if network.group is not None:
         return GroupPasses(network, network.group)
-    on_cpu = next(network.parameters()).device.type == "cpu"
-    # Under autocast, layers compute with weights in bf16, which `DensePasses` does not.
-    by_hand = DensePasses.of(network) if on_cpu and not autocast else None
-    return by_hand or AutogradPasses(network, autocast)
+    return AutogradPasses(network, autocast)
+
+
+def make_passes(network: QNetwork) -> Passes:
+    """Return the fastest passes to act with, on the device of the network's parameters."""
+    return DenseNetwork.of(network) or autograd_passes(network)

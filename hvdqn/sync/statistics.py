@@ -85,12 +85,14 @@ class Trailer:
         numbers[self._end] = float(absent)
         for place, value in zip(self._places, slots, strict=False):
             numbers[place] = value
+        if learned is not None and not self.tensor.is_cuda:
+            *numbers[len(REPORTED) : self._end], numbers[self._places[-1]] = learned.tolist()
         self._numbers[:] = numbers
         if self.tensor.is_cuda:
             self.tensor.copy_(self._host, non_blocking=True)
-        if learned is not None:
-            self._learned.copy_(learned[:-1])
-            self._last_slot.copy_(learned[-1])
+            if learned is not None:
+                self._learned.copy_(learned[:-1])
+                self._last_slot.copy_(learned[-1])
 
     def unpack(self) -> Received:
         """Return the sums over ranks after an exchange. If the message is on a GPU, the host waits for it here."""

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from hvdqn import bench
-from hvdqn.bench import allreduce, costs, gpu, jobs, loop, peers, scaling, solve
+from hvdqn.bench import allreduce, costs, gpu, jobs, kernels, loop, peers, scaling, solve
 from hvdqn.bench.allreduce import AllreduceTiming
 from hvdqn.bench.report import Row, write_json
-from hvdqn.bench.training import Job, start_training
+from hvdqn.bench.training import Job, acting_parts, build_filled_parts, start_training
 from hvdqn.comm.local import LocalComm
 from hvdqn.config import parse
 from hvdqn.errors import StoppedError, UserError
@@ -48,9 +48,26 @@ def test_a_missing_peer_is_refused_before_anything_runs(capsys: pytest.CaptureFi
     assert "--peer-python" in error
 
 
+def test_cleanrl_needs_its_script(capsys: pytest.CaptureFixture[str]):
+    assert bench.main(["peers", "w1-cleanrl"]) == 2
+    assert "--cleanrl" in capsys.readouterr().err
+
+
+def test_comparisons_without_their_peer_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Only where no comparison is named."""
+    monkeypatch.setattr(peers, "COMPARISONS", {"w1-sbx": peers.compare_with_sbx, "replay": lambda _: ()})
+    assert bench.main(["peers", "--peer-python", "/bin/false", "--json", str(tmp_path / "rows.json")]) == 0
+    output = capsys.readouterr()
+    assert "left out: /bin/false has no sbx, which w1-sbx needs" in output.err
+    assert "replay" in output.out
+    assert "w1-sbx" not in output.out
+
+
 def test_an_unknown_comparison_is_refused(capsys: pytest.CaptureFixture[str]):
     assert bench.main(["peers", "w3"]) == 2
-    assert "w1, w2" in capsys.readouterr().err
+    assert "w1, w1-sbx, w1-64" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["scaling", "peers w1-ranks", "peers w2-ranks", "peers solve"])
@@ -69,14 +86,16 @@ def test_ratios_over_a_peer_that_is_half_as_fast(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     peer = tmp_path / "python"
-    peer.write_text("#!/bin/sh\necho '{\"env_steps_per_second\": 500}'\n")
+    peer.write_text("#!/bin/sh\necho SPS: 250\necho '{\"env_steps_per_second\": 500}'\n")
     peer.chmod(0o755)
+    cleanrl = tmp_path / "dqn.py"
     monkeypatch.setattr(peers, "has_bf16", lambda: True)
     monkeypatch.setattr(peers, "run_bench_job", lambda *_, **__: loop.as_json(make_timing(rate=1000.0)))
     file = tmp_path / "peers.json"
-    assert bench.main(["peers", "w1", "w2", "--peer-python", str(peer), "--json", str(file)]) == 0
+    names, options = ["w1", "w1-sbx", "w1-64", "w1-cleanrl", "w2"], ["--cleanrl", str(cleanrl)]
+    assert bench.main(["peers", *names, "--peer-python", str(peer), *options, "--json", str(file)]) == 0
     medians = {row["what"]: row["median"] for row in json.loads(file.read_text())["rows"]}
-    assert list(medians.values()) == [2.0, 2.0, 2.0, 0.03]
+    assert list(medians.values()) == [2.0, 2.0, 2.0, 4.0, 2.0, 2.0, 0.03]
     assert "W1, one core, fp32" in capsys.readouterr().out
 
 
@@ -339,3 +358,40 @@ def test_replay(tmp_path: Path):
     assert bench.main(args) == 0
     found = json.loads(file.read_text())
     assert found["ratio"] == pytest.approx(found["seconds"]["800"] / found["seconds"]["400"])
+
+
+def test_kernels(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    file = tmp_path / "kernels.json"
+    assert bench.main(["kernels", "--preset", "smoke", "--calls", "3", "--json", str(file)]) == 0
+    content = json.loads(file.read_text())
+    assert content["seconds"].keys() == {"update", "gradient", "products"}
+    assert content["ratio"] == content["seconds"]["update"] / content["seconds"]["products"]
+    assert "Update over its matrix products" in capsys.readouterr().out
+
+
+def test_kernels_of_a_network_that_learns_by_autograd(capsys: pytest.CaptureFixture[str]):
+    assert bench.main(["kernels", "--preset", "smoke", "--noisy"]) == 2
+    assert "by autograd" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("target", "forward_rows"),
+    [("--no-double", [5, 5]), ("--double", [10, 5]), ("--no-double --munchausen", [5, 10])],
+)
+def test_the_products_of_an_update(target, forward_rows):
+    """Four inputs, 6 shared units, 3 units of each stream, 2 actions: five layers."""
+    flags = "--preset smoke --hidden 6 3 --dueling"
+    config = parse([*flags.split(), *target.split()])
+    parts = build_filled_parts(config, 20)
+    acting_parts(parts).envs.close()
+    assert parts.learner.dense is not None
+    products = kernels.products_of(parts.learner.dense, 5)
+    shapes = [(left.shape, right.shape) for left, right, _ in products]
+    layers = [(4, 6), (6, 3), (3, 2), (6, 3), (3, 1)]
+    expected = [((rows, i), (i, o)) for rows in forward_rows for i, o in layers]
+    for index, (i, o) in enumerate(layers):
+        expected.append(((o, 5), (5, i)))
+        if index:
+            expected.append(((5, o), (o, i)))
+    assert shapes == expected
+    assert all(np.matmul(left, right).shape == result.shape for left, right, result in products)

@@ -53,7 +53,7 @@ LR = 2.0**-10  # exact in float32, in which a graph gets it
 @pytest.mark.parametrize("settings", LEARNERS.values(), ids=LEARNERS)
 def test_recorded_updates_equal_other_updates(settings):
     """The state of a checkpoint, TD errors and statistics, bit for bit over 100 updates; two of them are skipped."""
-    eager, recorded = (Rank(lr=LR, **settings, record=record) for record in (None, call_again))
+    eager, recorded = (Rank(lr=LR, **settings, record=record, autograd=True) for record in (None, call_again))
     assert isinstance(recorded.learner.differentiate, Recorded)
     assert isinstance(recorded.strategy, RecordedGradients)
     assert isinstance(recorded.strategy.step, Recorded)
@@ -79,7 +79,7 @@ def test_recorded_updates_equal_other_updates(settings):
 
 
 def test_too_many_recorded_updates_that_are_not_finite_end_the_run():
-    rank = Rank(record=call_again, max_skipped_updates=2)
+    rank = Rank(record=call_again, max_skipped_updates=2, autograd=True)
     batch = make_batch()
     batch.reward[3] = np.nan
     rank.update(batch)
@@ -91,7 +91,7 @@ def test_a_rank_without_a_minibatch_is_left_out_of_recorded_updates():
     batches = (make_batch(), None, weighted(make_batch(seed=1), 7.0))
     states, values = [], []
     for record in (None, call_again):
-        ranks = make_ranks(3, lr=LR, record=record)
+        ranks = make_ranks(3, lr=LR, record=record, autograd=True)
         for _ in range(2):
             for rank, batch in zip(ranks, batches, strict=True):
                 rank.launch(batch)

@@ -14,8 +14,6 @@ from hvdqn.config import Config, LearningConfig, NetworkConfig
 from hvdqn.learner import Learner, learning_rate
 from hvdqn.losses import select
 from hvdqn.networks import make_network
-from hvdqn.networks.dense import DensePasses
-from hvdqn.networks.passes import AutogradPasses
 from hvdqn.parts import batch_factor
 from hvdqn.replay import Batch
 
@@ -243,8 +241,6 @@ def test_double_chooses_by_the_online_network_and_evaluates_by_the_target(head):
     best = target.head.q_values(next_output).argmax(dim=1)
     assert 0 < (chosen != best).sum() < 64
     for one, action in ((learner, chosen), (plain, best)):
-        # The same kernels as above, so that the targets are equal bit for bit.
-        one.passes, one.target_passes = AutogradPasses(one.online), AutogradPasses(one.target)
         torch.manual_seed(1)
         found = one.td_target(*tensors)
         assert torch.equal(found, target.head.target(select(next_output, action), reward, discount))
@@ -334,27 +330,6 @@ def test_a_step_uses_the_learning_rate_at_this_progress():
     assert learner.apply_gradient(progress=0.5)
     assert learner.lr == pytest.approx(0.55)
     torch.testing.assert_close(learner.parameters, before - 0.55 * learner.gradient)
-
-
-@pytest.mark.parametrize("hidden", [(), (32, 16)])
-@pytest.mark.parametrize("head", ["scalar", "c51", "qr"])
-@pytest.mark.parametrize("munchausen", [False, True])
-def test_gradients_by_hand_equal_those_of_autograd(head, hidden, munchausen):
-    settings = {
-        "network": NetworkConfig(hidden=hidden, head=head, **SMALL_HEADS),
-        "munchausen": munchausen,
-        "double": not munchausen,
-    }
-    by_hand, by_autograd = make_learner(torch.float64, **settings), make_learner(torch.float64, **settings)
-    assert isinstance(by_hand.passes, DensePasses)
-    by_autograd.passes = AutogradPasses(by_autograd.online)
-    by_autograd.target_passes = AutogradPasses(by_autograd.target)
-    batch = weighted(make_batch(), 0.7)
-    found, expected = by_hand.compute_gradient(batch), by_autograd.compute_gradient(batch)
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(by_hand.td_errors, by_autograd.td_errors)
-    torch.testing.assert_close(by_hand.gradient, by_autograd.gradient)
-    update(by_hand, batch)
 
 
 @pytest.mark.parametrize("network", [{}, {"dueling": True}, {"noisy": True}, {"head": "iqn"}])

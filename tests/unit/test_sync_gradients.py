@@ -50,10 +50,11 @@ class Rank:
         comm: of this rank; by default it is the only one.
         record: how to record functions, as CUDA graphs are; None: not at all.
         max_skipped_updates: as the setting.
+        autograd: compute the gradient as on a GPU, where functions are recorded.
         made: arguments of `make_learner`.
     """
 
-    def __init__(self, comm=None, record=None, max_skipped_updates=10, **made):
+    def __init__(self, comm=None, record=None, max_skipped_updates=10, autograd=False, **made):
         comm = comm or LocalComm()
         config = Config().replace(
             batch_per_rank=16,
@@ -65,6 +66,8 @@ class Rank:
             learner.differentiate = Recorded(learner.differentiate, record, learner.device)
         clock = Clock(1, 16, 1.0, 0)
         self.strategy = make_strategy(config, learner, comm, PhaseTimer(), clock, record)
+        if autograd:
+            learner.dense = None
         self.totals = Totals()
 
     def launch(self, batch, reported=REPORT):
