@@ -55,9 +55,10 @@ def build_parts(config: Config, comm: Comm, timer: PhaseTimer, env_steps: int = 
     spaces = share_spaces(envs, comm, timer)
     group = make_group(config, comm, timer)
     torch.manual_seed(config.run.seed)
-    network = raise_on_all_ranks(
-        comm, lambda: first_network(config, spaces, comm.rank, env_steps, group), timer
-    )
+    weights = (
+        config.run.init_from if env_steps == 0 and comm.rank == 0 else ""
+    )  # the others get them from rank 0
+    network = raise_on_all_ranks(comm, lambda: first_network(config, spaces, weights, group), timer)
     # If a GPU computes the network, more threads on the host would only take cores from the environments.
     use_threads(network, threads if device.type == "cpu" else 1)
     torch.manual_seed(noise_seed(config, comm, env_steps))  # from here on ranks draw different numbers
@@ -130,16 +131,14 @@ def noise_seed(config: Config, comm: Comm, env_steps: int) -> int:
     return rank_seeds(config.run.seed, first, env_steps).noise
 
 
-def first_network(
-    config: Config, spaces: Spaces, rank: int, env_steps: int, group: RankGroup | None = None
-) -> QNetwork:
-    """Make the network of a run; rank 0 of a new run loads the weights of `--init-from`, which the others get from it.
+def first_network(config: Config, spaces: Spaces, source: str, group: RankGroup | None = None) -> QNetwork:
+    """Make the network of a run, and load the weights of the run or checkpoint `source`, if there is one.
 
     Raises:
         UserError: the weights cannot be read, or belong to another network.
     """
-    network, source = network_for(config, spaces, group), config.run.init_from
-    if source and env_steps == 0 and rank == 0:
+    network = network_for(config, spaces, group)
+    if source:
         torso = config.run.init_torso_only
         remedy = (
             "give its settings of the torso" if torso else "give its network's settings, or --init-torso-only"

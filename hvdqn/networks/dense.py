@@ -190,7 +190,7 @@ class DenseNetwork:
 
     @classmethod
     def of(cls, network: QNetwork) -> DenseNetwork | None:
-        """Return the passes of a network, or None if it is on a GPU, split over ranks, or has layers of another kind."""
+        """Return the passes of a network; None if it is on a GPU, split over ranks, or has layers of another kind."""
         on_cpu = all(parameter.device.type == "cpu" for parameter in network.parameters())
         if not on_cpu or network.group is not None or not network.head.is_streams:
             return None
