@@ -49,9 +49,7 @@ def build_parts(config: Config, comm: Comm, timer: PhaseTimer, env_steps: int = 
     seeds = rank_seeds(config.run.seed, comm.rank, env_steps)
     device, sharing = choose_device(config, comm, timer)
     threads = share_of_cores(config, comm)
-    envs = raise_on_all_ranks(
-        comm, lambda: make_own_environments(config, role, seeds.environments, threads), timer
-    )
+    envs = raise_on_all_ranks(comm, lambda: make_own_envs(config, role, seeds.environments, threads), timer)
     spaces = share_spaces(envs, comm, timer)
     group = make_group(config, comm, timer)
     torch.manual_seed(config.run.seed)
@@ -87,7 +85,7 @@ def build_parts(config: Config, comm: Comm, timer: PhaseTimer, env_steps: int = 
     )
 
 
-def make_own_environments(config: Config, role: Role, seed: int, threads: int) -> Environments | None:
+def make_own_envs(config: Config, role: Role, seed: int, threads: int) -> Environments | None:
     """Create this rank's environments; return None on a rank that does not act.
 
     Raises:
