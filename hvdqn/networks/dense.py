@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hvdqn.networks.layers import Dueling, dueling
+from hvdqn.networks.layers import Dueling
 from hvdqn.networks.network import QNetwork, scale_observation
 
 Array: TypeAlias = NDArray[Any]
@@ -225,8 +225,8 @@ class DenseNetwork:
             return h, [traces]
         advantage, advantage_traces = self.streams[0].forward(h)
         value, value_traces = self.streams[1].forward(h)
-        output = dueling(torch.from_numpy(value), torch.from_numpy(advantage))
-        return output.numpy(), [traces, advantage_traces, value_traces]
+        mean = advantage.sum(axis=1, keepdims=True) * (1.0 / advantage.shape[1])
+        return value + advantage - mean, [traces, advantage_traces, value_traces]
 
     def backward(self, traces: Sequence[Sequence[Trace]], slope: Array) -> None:
         """Overwrite every parameter's `.grad` by backpropagation from the output.

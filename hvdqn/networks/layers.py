@@ -121,7 +121,11 @@ def make_streams(
 
 
 class Dueling(nn.Module):
-    """Combines two streams of layers, for the state's value and the actions' advantages, as `dueling` does.
+    """Combines two streams of layers, for the state's value and the actions' advantages (Wang et al. 2016, eq. 9).
+
+        q(s, a) = v(s) + adv(s, a) - mean_a' adv(s, a')
+
+    With several outputs per action, such as C51's atoms, this holds for each of them (Hessel et al. 2018).
 
     Args:
         advantage: maps `[rows, features]` to `[rows, actions, ...]`.
@@ -135,18 +139,6 @@ class Dueling(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Map features `[rows, features]` to outputs of each action `[rows, actions, ...]`."""
-        return dueling(self.value(features), self.advantage(features))
-
-
-def dueling(value: Tensor, advantage: Tensor) -> Tensor:
-    """Return the outputs of each action `[rows, actions, ...]` of a dueling network (Wang et al. 2016, eq. 9).
-
-        q(s, a) = v(s) + adv(s, a) - mean_a' adv(s, a')
-
-    With several outputs per action, such as C51's atoms, this holds for each of them (Hessel et al. 2018).
-
-    Args:
-        value: v `[rows, 1, ...]`.
-        advantage: adv `[rows, actions, ...]`.
-    """
-    return value + advantage - advantage.mean(dim=1, keepdim=True)
+        advantage: Tensor = self.advantage(features)
+        value: Tensor = self.value(features)
+        return value + advantage - advantage.mean(dim=1, keepdim=True)
