@@ -177,7 +177,7 @@ def test_the_best_weights_are_written_at_the_next_evaluation_as_good_where_a_dis
     assert len(attempts) == 2
     assert summary["failed_checkpoints"] == 1
     kept = open_checkpoint(tmp_path / "checkpoints" / "best")
-    assert (kept.env_steps, kept.read("learner")["eval_return_mean"]) == (attempts[1], 5.0)
+    assert (kept.env_steps, kept.read("policy")["policy"]["eval_return_mean"]) == (attempts[1], 5.0)
 
 
 def test_a_second_job_in_one_directory_is_refused(
