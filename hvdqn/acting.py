@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hvdqn.config import ExplorationConfig
-from hvdqn.envs import Environments, Step
+from hvdqn.envs import Environments, Step, draw_actions
 from hvdqn.graphs import Record, Recorded
 from hvdqn.networks import QNetwork, make_passes
+from hvdqn.step import Bools
 
 
 def linear_epsilon(config: ExplorationConfig, env_steps: int) -> float:
@@ -106,13 +107,28 @@ class FrameStack:
         return self.frames if self.depth > 1 else self.frames[:, 0]
 
 
-def softmax_actions(q: NDArray[Any], temperature: float, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Draw an action for each environment from softmax(q / temperature): q `[envs, actions]` gives `[envs]`."""
-    # The argmax of q / temperature + Gumbel noise is such a draw, and needs no exponential of large numbers.
-    actions: NDArray[np.int64] = (q.astype(np.float64) / temperature + rng.gumbel(size=q.shape)).argmax(
-        axis=1
-    )
+def greedy_actions(q: NDArray[Any], mask: Bools | None = None) -> NDArray[np.int64]:
+    """Return the best legal action of each environment, `[envs]`.
+
+    Args:
+        q: `[envs, actions]`.
+        mask: legal actions, of the same shape; None: all are legal.
+    """
+    actions: NDArray[np.int64] = (q if mask is None else _legal(q, mask)).argmax(axis=-1)
     return actions
+
+
+def softmax_actions(
+    q: NDArray[Any], temperature: float, rng: np.random.Generator, mask: Bools | None = None
+) -> NDArray[np.int64]:
+    """Draw a legal action for each environment from softmax(q / temperature); shapes as in `greedy_actions`."""
+    # The argmax of q / temperature + Gumbel noise is such a draw, and needs no exponential of large numbers.
+    return greedy_actions(q.astype(np.float64) / temperature + rng.gumbel(size=q.shape), mask)
+
+
+def _legal(q: NDArray[Any], mask: Bools) -> NDArray[Any]:
+    """Return q with -inf at illegal actions. A legal action that has -inf itself is lifted above them."""
+    return np.where(mask, np.maximum(q, np.finfo(q.dtype).min), -np.inf)
 
 
 class RandomActions:
@@ -121,6 +137,8 @@ class RandomActions:
     With `repeat` this is ez-greedy (Dabney et al. 2021, "Temporally-Extended Epsilon-Greedy Exploration"): each random
     action is taken n times, n from a zeta distribution, p(n) ~ n ** -repeat, or until its episode ends. It explores
     further where single random actions cancel out, as in MountainCar.
+
+    A random action is one of the legal ones, and is not repeated where it is illegal.
 
     Args:
         envs: environments of this rank.
@@ -135,12 +153,25 @@ class RandomActions:
         self.left: NDArray[np.int64] = np.zeros(envs, np.int64)
         """How many more times the random `action` of each environment will be taken. [envs]."""
 
-    def replace(self, greedy: NDArray[np.int64], epsilon: float | NDArray[np.float64]) -> NDArray[np.int64]:
-        """Return `greedy` actions `[envs]`, some replaced by random ones; epsilon is a number or `[envs]`."""
+    def replace(
+        self,
+        greedy: NDArray[np.int64],
+        epsilon: float | NDArray[np.float64],
+        mask: Bools | None = None,
+    ) -> NDArray[np.int64]:
+        """Return `greedy` actions, some replaced by random ones.
+
+        Args:
+            greedy: `[envs]`.
+            epsilon: probability of a random action; a number or `[envs]`.
+            mask: legal actions `[envs, actions]`; None: all are legal.
+        """
         begun = self.rng.random(len(greedy)) < epsilon
-        drawn = self.rng.integers(self.actions, size=len(greedy))
+        drawn = draw_actions(self.rng, greedy.shape, self.actions, mask)
         if self.repeat == 0:
             return np.where(begun, drawn, greedy)
+        if mask is not None:
+            self.left[~_are_legal(self.action, mask)] = 0
         begun &= self.left == 0
         lengths = self.rng.zipf(self.repeat, len(greedy))
         self.action, self.left = np.where(begun, drawn, self.action), np.where(begun, lengths, self.left)
@@ -161,6 +192,12 @@ class RandomActions:
         """Load what `state` returned."""
         self.rng.bit_generator.state = state["rng"]
         self.action, self.left = state["action"].copy(), state["left"].copy()
+
+
+def _are_legal(actions: NDArray[np.int64], mask: Bools) -> Bools:
+    """Return True where an environment's action is legal: `[envs]` and `[envs, actions]` give `[envs]`."""
+    legal: Bools = np.take_along_axis(mask, actions[..., None], axis=-1)[..., 0]
+    return legal
 
 
 class Actor:
@@ -209,8 +246,12 @@ class Actor:
         """Return the actions of all environments `[envs]`; epsilon is a number or `[envs]`."""
         (q_values,) = self.q_values(torch.from_numpy(self.frames.observation))
         q: NDArray[Any] = q_values.cpu().numpy()  # the host waits for a GPU here
-        chosen = softmax_actions(q, self.temperature, self.rng) if self.temperature > 0 else q.argmax(axis=1)
-        return self.random.replace(chosen, epsilon)
+        mask = self.envs.action_mask
+        if self.temperature > 0:
+            chosen = softmax_actions(q, self.temperature, self.rng, mask)
+        else:
+            chosen = greedy_actions(q, mask)
+        return self.random.replace(chosen, epsilon, mask)
 
     def step(self, actions: NDArray[np.int64]) -> Step:
         """Take one env step in every environment."""

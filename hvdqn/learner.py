@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hvdqn.config import LearningConfig
-from hvdqn.losses import expectation, munchausen_bonus, select, soft_policy
+from hvdqn.losses import expectation, mask_q, munchausen_bonus, select, soft_policy
 from hvdqn.networks import QNetwork, make_passes
 from hvdqn.optimizers import SGD, Adam, Optimizer, RMSProp
 from hvdqn.replay import Batch
@@ -147,14 +147,16 @@ class Learner:
             The loss, the mean of `td_errors`, the mean Q-value, and a number that is finite only if loss and gradient
             are: `[4]`, on the device.
         """
-        arrays = (
+        arrays = [
             batch.observation,
             batch.action,
             batch.reward,
             batch.next_observation,
             batch.discount,
             batch.weight,
-        )
+        ]
+        if batch.action_mask is not None and batch.next_action_mask is not None:
+            arrays += [batch.action_mask, batch.next_action_mask]
         # Not made in inference mode, because some heads use autograd.
         tensors = list(map(torch.as_tensor, arrays))
         if self.dtype != torch.float32:
@@ -169,12 +171,13 @@ class Learner:
         Nothing here reads a tensor's content on the host, so that `graphs` can record it.
 
         Args:
-            tensors: observation, action, reward, next observation, discount, weight; on any device.
+            tensors: observation, action, reward, next observation, discount, weight, and if the environments give
+                masks, those of the observation and of the next one; on any device.
         """
         with self.passes.no_grad():
             moved = map(self.move, tensors)
-            observation, action, reward, next_observation, discount, weight = moved
-            target = self.td_target(observation, action, reward, next_observation, discount)
+            observation, action, reward, next_observation, discount, weight, *masks = moved
+            target = self.td_target(observation, action, reward, next_observation, discount, *masks)
             output, tape = self.passes.forward(observation)
             head = self.online.head
             loss, td_errors, slope = head.loss_and_gradient(output, action, target, weight)
@@ -186,24 +189,33 @@ class Learner:
         return statistics, td_errors
 
     def td_target(
-        self, observation: Tensor, action: Tensor, reward: Tensor, next_observation: Tensor, discount: Tensor
+        self,
+        observation: Tensor,
+        action: Tensor,
+        reward: Tensor,
+        next_observation: Tensor,
+        discount: Tensor,
+        mask: Tensor | None = None,
+        next_mask: Tensor | None = None,
     ) -> Tensor:
         """Return the target of the head's output for the actions taken, `[batch, ...]`.
 
-        DQN (Mnih et al. 2015), Double DQN (van Hasselt et al. 2016) or Munchausen (Vieillard et al. 2020, eq. 1).
+        DQN (Mnih et al. 2015), Double DQN (van Hasselt et al. 2016) or Munchausen (Vieillard et al. 2020, eq. 1). Only
+        legal actions enter, where `mask` and `next_mask` `[batch, actions]` give them.
         """
         config, head = self.config, self.target.head
         next_output = self.target_passes.output(next_observation)
         if not config.munchausen:
             if not config.double:
-                return head.target(head.greedy(next_output), reward, discount)
-            next_action = self.passes.q_values(next_observation).argmax(dim=1)
+                return head.target(head.greedy(next_output, next_mask), reward, discount)
+            next_q = self.passes.q_values(next_observation)
+            next_action = mask_q(next_q, next_mask).argmax(dim=1)
             return head.target(select(next_output, next_action), reward, discount)
         # With n steps only the first action's log-policy enters: the others' observations are not at hand.
-        q = self.target_passes.q_values(observation)
+        q = mask_q(self.target_passes.q_values(observation), mask)
         temperature = config.munchausen_temperature
         bonus = munchausen_bonus(q, action, config.munchausen_alpha, temperature, config.munchausen_clip)
-        policy, entropy = soft_policy(head.q_values(next_output), temperature)
+        policy, entropy = soft_policy(mask_q(head.q_values(next_output), next_mask), temperature)
         return head.target(expectation(next_output, policy), reward + bonus + discount * entropy, discount)
 
     def apply_gradient(self, progress: float, largest_weight: float = 1.0, scale: float = 1.0) -> bool:

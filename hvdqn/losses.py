@@ -8,6 +8,7 @@ To add a loss of the scalar TD error, write it and its derivative here and add b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -21,6 +22,11 @@ def select(values: Tensor, action: Tensor) -> Tensor:
     assert values.shape[0] == action.shape[0]
     index = action.view(-1, *[1] * (values.ndim - 1)).expand(-1, 1, *values.shape[2:])
     return values.gather(1, index).squeeze(1)
+
+
+def mask_q(q: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the Q-values with -inf for illegal actions; q itself without a mask. Both `[batch, actions]`."""
+    return q if mask is None else q.masked_fill(~mask, -math.inf)
 
 
 def expectation(values: Tensor, policy: Tensor) -> Tensor:
@@ -184,4 +190,5 @@ def soft_policy(q: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """
     log_policy = scaled_log_policy(q, temperature)
     policy = functional.softmax(q / temperature, dim=1)
-    return policy, -(policy * log_policy).sum(dim=1)
+    finite = log_policy.clamp_min(torch.finfo(q.dtype).min)  # the log-policy of an illegal action is -inf
+    return policy, -(policy * finite).sum(dim=1)

@@ -251,6 +251,7 @@ def make_replay(
         "n_step": config.replay.n_step,
         "gamma": config.learning.gamma,
         "memory": memory,
+        "actions": envs.num_actions,
     }
     try:
         if config.replay.replay == "prioritized":

@@ -31,3 +31,7 @@ class Step:
     """`observation` begins a new episode [envs]."""
     valid: Bools
     """False where this step only reset the environment (NEXT_STEP autoreset): there is no transition [envs]."""
+    action_mask: Bools | None = None
+    """Legal actions at `observation` [envs, *action_shape, actions]; None if all are legal everywhere."""
+    next_action_mask: Bools | None = None
+    """Legal actions at `next_observation`; all of them where it is terminal."""

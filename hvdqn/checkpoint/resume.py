@@ -153,7 +153,8 @@ def best_evaluation(run_dir: Path) -> float:
 def reset_environments(parts: Parts) -> None:
     """Reset the environments and add their first observations to replay, on a rank that acts."""
     if parts.acting is not None:
-        parts.acting.replay.start(parts.acting.actor.start())
+        first = parts.acting.actor.start()
+        parts.acting.replay.start(first, parts.acting.envs.action_mask)
 
 
 def restore(

@@ -20,6 +20,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.wrappers import FlattenObservation
 
 from hvdqn.config import EnvironmentConfig, import_attribute, import_module
+from hvdqn.envs.actions import Actions
 from hvdqn.envs.atari import AtariGame, AtariVector, game_settings, is_atari
 from hvdqn.envs.atari_variant import AtariVariant, is_variant
 from hvdqn.envs.contract import (
@@ -30,6 +31,7 @@ from hvdqn.envs.contract import (
     check_spaces,
     one_line,
 )
+from hvdqn.envs.masks import MaskFromObservation
 from hvdqn.envs.rehearsal import continues_exactly
 from hvdqn.envs.single import SingleEnvironment, as_exception
 from hvdqn.envs.vector import Environments
@@ -67,13 +69,14 @@ def make_environments(
     vector, kind = _make_vector(build, num_envs, threads)
     reinstall_handlers()
     try:
-        _check_actions(vector.single_action_space, config.env)
+        actions = Actions(vector.single_action_space, config.env)
     except UserError:
         vector.close()
         raise
     return Environments(
         vector,
         seed,
+        actions=actions,
         description=_describe(build, vector, kind),
         clip_rewards=training and config.clip_rewards,
         continues_exactly=functools.partial(
@@ -255,6 +258,8 @@ def _make_wrapped(build: _Build) -> gym.Env[Any, Any]:
             env = gym.make(build.spec, disable_env_checker=True, **build.kwargs)
     for path in config.wrapper:
         env = _wrap(env, path)
+    if MaskFromObservation.applies_to(env.observation_space):
+        env = MaskFromObservation(env)
     check_spaces(env, config.env)
     check_observations(env.observation_space, config.env)
     if not isinstance(env.observation_space, spaces.Box):
@@ -319,14 +324,6 @@ def _wrap(env: gym.Env[Any, Any], path: str) -> gym.Env[Any, Any]:
             f"--wrapper '{path}' returned a {type(wrapped).__name__}; it must return a gymnasium.Env"
         )
     return wrapped
-
-
-def _check_actions(space: gym.Space[Any], env: str) -> None:
-    if not isinstance(space, spaces.Discrete):
-        raise UserError(
-            f"'{env}' has the action space {one_line(space)}; DQN needs Discrete actions: "
-            "choose another environment, or use a --wrapper that makes them Discrete"
-        )
 
 
 def _describe(build: _Build, vector: VectorEnv[Any, Any, Any], kind: str) -> str:

@@ -19,6 +19,7 @@ from hvdqn.losses import (
     TD_LOSSES,
     categorical_loss,
     categorical_projection,
+    mask_q,
     pairwise_td_error,
     q_learning_target,
     quantile_huber_loss,
@@ -46,9 +47,14 @@ class Head(nn.Module, ABC):
     def q_values(self, output: Tensor) -> Tensor:
         """Return the expected return of each action, `[batch, actions]`, given an output."""
 
-    def greedy(self, output: Tensor) -> Tensor:
-        """Return the entry of each row's best action, `[batch, ...]`."""
-        return select(output, self.q_values(output).argmax(dim=1))
+    def greedy(self, output: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return the entry of each row's best legal action, `[batch, ...]`.
+
+        Args:
+            output: `[batch, actions, ...]`.
+            mask: legal actions `[batch, actions]`; None: all are legal.
+        """
+        return select(output, mask_q(self.q_values(output), mask).argmax(dim=1))
 
     @abstractmethod
     def target(self, next_output: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
@@ -123,9 +129,10 @@ class ScalarHead(Head):
         """Return the output itself."""
         return output
 
-    def greedy(self, output: Tensor) -> Tensor:
-        """Return the largest Q-value of each row, `[batch]`."""
-        return output.amax(dim=1)
+    def greedy(self, output: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return the largest Q-value of each row's legal actions, `[batch]`."""
+        # Not the largest masked value: in a terminal state perhaps no action is legal, and -inf times 0 is NaN.
+        return output.amax(dim=1) if mask is None else super().greedy(output, mask)
 
     def target(self, next_output: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
         """Return the Q-learning target, `[batch]`."""

@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from hvdqn.step import Bools
+
 Floats: TypeAlias = npt.NDArray[np.float32]
 Rows: TypeAlias = npt.NDArray[np.int64]
 ObservationBatch: TypeAlias = npt.NDArray[Any] | Tensor
@@ -32,6 +34,10 @@ class Batch:
     """Importance weights [batch]. Not normalized: the learner divides them by the maximum over all ranks."""
     row_ids: Rows
     """Identify the transitions in `update_priorities` [batch]."""
+    action_mask: Bools | None = None
+    """Legal actions at `observation` [batch, actions]; None if all are legal everywhere."""
+    next_action_mask: Bools | None = None
+    """Legal actions at `next_observation`, among which the bootstrap value is found; same shape."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,9 +42,9 @@ class PrioritizedReplay(Replay):
         # The rows whose n-step returns contain a row.
         self._return_offsets = np.arange(1 - self.n_step, 1, dtype=np.int64)
 
-    def start(self, observation: Observation) -> None:
-        """Begin an episode in every environment. `observation`: reset observations [envs, *shape]."""
-        super().start(observation)
+    def start(self, observation: Observation, action_mask: Bools | None = None) -> None:
+        """Begin an episode in every environment: see `Replay.start`."""
+        super().start(observation, action_mask)
         self._refresh_priorities(self.current_row, self._affected_offsets)
 
     def add(self, action: npt.NDArray[np.integer[Any]], step: Step) -> None:

@@ -18,9 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from hvdqn.replay.batch import NO_CORRECTION, Batch, Importance, ObservationBatch, Rows
+from hvdqn.replay.bits import BitRows
 from hvdqn.replay.finite import FiniteCheck
-from hvdqn.replay.memory import HOST_MEMORY, Array, Memory, ObservationArray
-from hvdqn.replay.streamed import StreamedArray, pieces
+from hvdqn.replay.memory import HOST_MEMORY, Array, Memory, ObservationArray, check_sizes
+from hvdqn.replay.streamed import StreamedArray, pieces, view_rows
 from hvdqn.step import Bools, Observation, Step
 
 State: TypeAlias = dict[str, Array | StreamedArray]
@@ -53,6 +54,7 @@ class Replay:
         observation_dtype: its dtype.
         rng: source of all random draws.
         frame_stack: consecutive frames that make one network input; 1: the observation itself.
+        actions: number of actions; needed only for masks.
         n_step: rewards summed before bootstrapping.
         gamma: discount of one step.
         memory: allocates the arrays.
@@ -78,8 +80,9 @@ class Replay:
         n_step: int = 1,
         gamma: float = 0.99,
         memory: Memory = HOST_MEMORY,
+        actions: int = 0,
     ) -> None:
-        _check_sizes(envs, capacity, frame_stack, n_step)
+        check_sizes(envs, capacity, frame_stack, n_step)
         self.envs, self.rows_per_env = envs, capacity // envs + 1
         self.frame_stack, self.n_step, self.gamma = frame_stack, n_step, gamma
         self.memory = memory
@@ -100,6 +103,9 @@ class Replay:
             "kind": self.outcome,
             "reach": self.previous_frames,
         }
+        self.illegal: BitRows | None = None
+        """The illegal actions of each row; None if all actions are legal everywhere."""
+        self._mask_shape = (actions,)
         # The rows of an environment have serial numbers 0, 1, 2... in the order written; number s is in slot
         # s % rows_per_env.
         self._newest_serial: Rows = np.full(envs, -1, np.int64)
@@ -129,13 +135,16 @@ class Replay:
         """How much memory replay takes and where, for the log."""
         return f"replay {self.nbytes / 1e6:,.3g} MB when full{self.memory.note}"
 
-    def start(self, observation: Observation) -> None:
+    def start(self, observation: Observation, action_mask: Bools | None = None) -> None:
         """Begin an episode in every environment: at the start of a run, or after a resume that reset them.
 
         Args:
             observation: reset observations [envs, *shape].
+            action_mask: their legal actions [envs, actions]; None if all are legal everywhere.
         """
-        self._append(_ALL, observation, first=True)
+        if action_mask is not None:
+            self._store_masks()
+        self._append(_ALL, observation, action_mask, first=True)
         self._finite.start(observation)
 
     def add(self, action: npt.NDArray[np.integer[Any]], step: Step) -> None:
@@ -153,13 +162,18 @@ class Replay:
             outcome[bad] = NO_TRANSITION
             self.discarded += int(np.count_nonzero(bad))
         self.outcome[rows] = outcome[envs]
-        self._append(envs, step.next_observation[envs], first=False)
+        self._append(envs, step.next_observation[envs], step.next_action_mask, first=False)
         if np.count_nonzero(step.fresh):
             fresh = np.flatnonzero(step.fresh)
-            self._append(fresh, step.observation[fresh], first=True)
+            self._append(fresh, step.observation[fresh], step.action_mask, first=True)
 
-    def _append(self, envs: slice | Rows, observation: Observation, *, first: bool) -> None:
-        """Write the current observations of these environments to their next rows. `first`: of an episode."""
+    def _append(
+        self, envs: slice | Rows, observation: Observation, action_mask: Bools | None, *, first: bool
+    ) -> None:
+        """Write the current observations of these environments to their next rows.
+
+        `action_mask` is that of all environments. `first`: the observations are the first of an episode.
+        """
         self._newest_serial[envs] += 1
         rows = self._first_row[envs] + self._newest_serial[envs] % self.rows_per_env
         if self.frame_stack > 1:
@@ -167,7 +181,15 @@ class Replay:
             self.previous_frames[rows] = 0 if first else np.minimum(frames, self.frame_stack - 1)
         self.outcome[rows] = NO_TRANSITION
         self.observation[rows] = observation
+        if self.illegal is not None and action_mask is not None:
+            self.illegal[rows] = ~action_mask[envs]
         self.current_row[envs] = rows
+
+    def _store_masks(self) -> None:
+        """Reserve memory for masks, unless that is done. All actions are legal in rows without one."""
+        if self.illegal is None:
+            self.illegal = BitRows(len(self.action), self._mask_shape)
+            self._fields["illegal"] = self.illegal.packed
 
     def sample(self, batch_size: int, importance: Importance = NO_CORRECTION) -> Batch:
         """Return a minibatch drawn with replacement. All weights are 1: uniform sampling needs no correction.
@@ -257,6 +279,8 @@ class Replay:
             next_rows = self._n_step_returns(rows, batch)
         self._read_observations(rows, batch.observation)
         self._read_observations(next_rows, batch.next_observation)
+        if self.illegal is not None:
+            batch.action_mask, batch.next_action_mask = ~self.illegal[rows], ~self.illegal[next_rows]
         return batch
 
     def _n_step_returns(self, rows: Rows, batch: Batch) -> Rows:
@@ -318,7 +342,7 @@ class Replay:
         state: State = {"serial": self._newest_serial, "discarded": np.array([self.discarded])}
         state["bad_stacks"] = self._finite.bad_stacks
         for env, rows in self.rows_in_use():
-            state.update({f"{env}/{name}": _view(field, rows) for name, field in self._fields.items()})
+            state.update({f"{env}/{name}": view_rows(field, rows) for name, field in self._fields.items()})
         return {**state, "rng": _pack_rng(self._rng)}
 
     def load_state(self, state: Mapping[str, Array | StreamedArray]) -> None:
@@ -335,6 +359,8 @@ class Replay:
         self._newest_serial[:] = serial
         self.current_row[:] = self._first_row + np.maximum(self._newest_serial, 0) % self.rows_per_env
         self.outcome[:] = NO_TRANSITION
+        if "0/illegal" in state:
+            self._store_masks()
         for env, rows in self.rows_in_use():
             for name, field in self._fields.items():
                 saved, shape = state[f"{env}/{name}"], (rows.stop - rows.start, *field.shape[1:])
@@ -356,29 +382,6 @@ class Replay:
         """Yield each environment and the rows of its ring that were ever written."""
         for env, first in enumerate(self._first_row.tolist()):
             yield env, slice(first, first + min(int(self._newest_serial[env]) + 1, self.rows_per_env))
-
-
-def _view(field: ObservationArray, rows: slice) -> Array | StreamedArray:
-    """Return rows of a field: a view of host memory, or a stream of pieces from a device."""
-    if isinstance(field, np.ndarray):
-        view: Array = field[rows]
-        return view
-    shape = (rows.stop - rows.start, *field.shape[1:])
-    return StreamedArray(shape, field.dtype, lambda first, end: field[rows.start + first : rows.start + end])
-
-
-def _check_sizes(envs: int, capacity: int, frame_stack: int, n_step: int) -> None:
-    if min(envs, frame_stack, n_step) < 1 or frame_stack > 255:
-        raise ValueError(
-            f"envs {envs}, frame stack {frame_stack} and n_step {n_step} must be positive, "
-            f"and the stack at most 255"
-        )
-    shortest = frame_stack + n_step - 1
-    if capacity // envs < shortest:
-        raise ValueError(
-            f"replay capacity {capacity} over {envs} envs is too small for frame stack {frame_stack} "
-            f"and n_step {n_step}: at least {envs * shortest} transitions per rank"
-        )
 
 
 def _is_in_return(outcomes: npt.NDArray[np.uint8]) -> Bools:

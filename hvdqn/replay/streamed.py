@@ -39,6 +39,14 @@ class StreamedArray:
         return array.astype(self.dtype if dtype is None else dtype)
 
 
+def view_rows(field: Any, rows: slice) -> Array | StreamedArray:
+    """Return rows of a field: a view of host memory, or a stream of pieces from a device."""
+    if isinstance(field, np.ndarray):
+        return field[rows]
+    shape = (rows.stop - rows.start, *field.shape[1:])
+    return StreamedArray(shape, field.dtype, lambda first, end: field[rows.start + first : rows.start + end])
+
+
 def pieces(array: Array | StreamedArray) -> Iterator[tuple[int, Array]]:
     """Yield consecutive rows of an array, up to 16 MiB at a time, each with the number of its first row."""
     rows = array.shape[0]

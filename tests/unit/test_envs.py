@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -155,7 +156,7 @@ def test_later_calls_do_not_change_earlier_steps():
     steps, copies = [], []
     for _ in range(60):
         steps.append(steps_of(environments, 1)[0])
-        copies.append(Step(*(getattr(steps[-1], name).copy() for name in Step.__slots__)))
+        copies.append(copy.deepcopy(steps[-1]))
     for step, copied in zip(steps, copies, strict=True):
         assert_same(step, copied)
 
