@@ -108,10 +108,10 @@ class FrameStack:
 
 
 def greedy_actions(q: NDArray[Any], mask: Bools | None = None) -> NDArray[np.int64]:
-    """Return the best legal action of each environment, `[envs]`.
+    """Return the best legal action of each environment, `[envs, *action_shape]`.
 
     Args:
-        q: `[envs, actions]`.
+        q: `[envs, *action_shape, actions]`.
         mask: legal actions, of the same shape; None: all are legal.
     """
     actions: NDArray[np.int64] = (q if mask is None else _legal(q, mask)).argmax(axis=-1)
@@ -121,7 +121,11 @@ def greedy_actions(q: NDArray[Any], mask: Bools | None = None) -> NDArray[np.int
 def softmax_actions(
     q: NDArray[Any], temperature: float, rng: np.random.Generator, mask: Bools | None = None
 ) -> NDArray[np.int64]:
-    """Draw a legal action for each environment from softmax(q / temperature); shapes as in `greedy_actions`."""
+    """Draw a legal action for each environment from softmax(q / temperature); shapes as in `greedy_actions`.
+
+    With several dimensions q is the mean of theirs, so that each is drawn from softmax(q / (dimensions temperature)).
+    """
+    temperature *= q.shape[1] if q.ndim == 3 else 1
     # The argmax of q / temperature + Gumbel noise is such a draw, and needs no exponential of large numbers.
     return greedy_actions(q.astype(np.float64) / temperature + rng.gumbel(size=q.shape), mask)
 
@@ -138,18 +142,27 @@ class RandomActions:
     action is taken n times, n from a zeta distribution, p(n) ~ n ** -repeat, or until its episode ends. It explores
     further where single random actions cancel out, as in MountainCar.
 
-    A random action is one of the legal ones, and is not repeated where it is illegal.
+    A random action is one of the legal ones, and is not repeated where it is illegal. With several dimensions all of
+    them are random at once.
 
     Args:
         envs: environments of this rank.
-        actions: number of actions.
+        actions: number of actions, in each dimension.
         rng: draws whether, which and for how long.
         repeat: exponent, above 1; 0: random actions last one step.
+        shape: of the action of one environment: `()`, or `(dimensions,)`.
     """
 
-    def __init__(self, envs: int, actions: int, rng: np.random.Generator, repeat: float = 0.0) -> None:
+    def __init__(
+        self,
+        envs: int,
+        actions: int,
+        rng: np.random.Generator,
+        repeat: float = 0.0,
+        shape: tuple[int, ...] = (),
+    ) -> None:
         self.actions, self.rng, self.repeat = actions, rng, repeat
-        self.action: NDArray[np.int64] = np.zeros(envs, np.int64)
+        self.action: NDArray[np.int64] = np.zeros((envs, *shape), np.int64)
         self.left: NDArray[np.int64] = np.zeros(envs, np.int64)
         """How many more times the random `action` of each environment will be taken. [envs]."""
 
@@ -162,22 +175,23 @@ class RandomActions:
         """Return `greedy` actions, some replaced by random ones.
 
         Args:
-            greedy: `[envs]`.
+            greedy: `[envs, *shape]`.
             epsilon: probability of a random action; a number or `[envs]`.
-            mask: legal actions `[envs, actions]`; None: all are legal.
+            mask: legal actions `[envs, *shape, actions]`; None: all are legal.
         """
         begun = self.rng.random(len(greedy)) < epsilon
         drawn = draw_actions(self.rng, greedy.shape, self.actions, mask)
         if self.repeat == 0:
-            return np.where(begun, drawn, greedy)
+            return np.where(_like(begun, greedy), drawn, greedy)
         if mask is not None:
             self.left[~_are_legal(self.action, mask)] = 0
         begun &= self.left == 0
         lengths = self.rng.zipf(self.repeat, len(greedy))
-        self.action, self.left = np.where(begun, drawn, self.action), np.where(begun, lengths, self.left)
+        self.action = np.where(_like(begun, drawn), drawn, self.action)
+        self.left = np.where(begun, lengths, self.left)
         random = self.left > 0
         self.left -= random
-        return np.where(random, self.action, greedy)
+        return np.where(_like(random, greedy), self.action, greedy)
 
     def interrupt(self, fresh: NDArray[np.bool_]) -> None:
         """End repeated actions in the environments where an episode began `[envs]`."""
@@ -195,9 +209,14 @@ class RandomActions:
 
 
 def _are_legal(actions: NDArray[np.int64], mask: Bools) -> Bools:
-    """Return True where an environment's action is legal: `[envs]` and `[envs, actions]` give `[envs]`."""
-    legal: Bools = np.take_along_axis(mask, actions[..., None], axis=-1)[..., 0]
-    return legal
+    """Return True where all dimensions of an environment's action are legal, `[envs]`."""
+    legal: Bools = np.take_along_axis(mask, actions[..., None], axis=-1)
+    return legal.reshape(len(legal), -1).all(axis=1)
+
+
+def _like(flags: Bools, actions: NDArray[np.int64]) -> Bools:
+    """Return flags `[envs]` in a shape that broadcasts with actions `[envs, *shape]`."""
+    return flags if actions.ndim == 1 else flags[:, None]
 
 
 class Actor:
@@ -229,7 +248,7 @@ class Actor:
         self.passes = make_passes(network)
         self.rng, self.device, self.temperature = rng, device, temperature
         self.q_values = Recorded(self._q_values, record, device) if record else self._q_values
-        self.random = RandomActions(envs.num_envs, envs.num_actions, rng, repeat)
+        self.random = RandomActions(envs.num_envs, envs.num_actions, rng, repeat, envs.action_shape)
 
     def set_network(self, network: QNetwork) -> None:
         """Act with this network from now on; also to be called if its parameters moved to other memory."""
@@ -243,7 +262,7 @@ class Actor:
         return first
 
     def choose(self, epsilon: float | NDArray[np.float64]) -> NDArray[np.int64]:
-        """Return the actions of all environments `[envs]`; epsilon is a number or `[envs]`."""
+        """Return the actions of all environments `[envs, *action_shape]`; epsilon is a number or `[envs]`."""
         (q_values,) = self.q_values(torch.from_numpy(self.frames.observation))
         q: NDArray[Any] = q_values.cpu().numpy()  # the host waits for a GPU here
         mask = self.envs.action_mask

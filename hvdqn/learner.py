@@ -201,7 +201,7 @@ class Learner:
         """Return the target of the head's output for the actions taken, `[batch, ...]`.
 
         DQN (Mnih et al. 2015), Double DQN (van Hasselt et al. 2016) or Munchausen (Vieillard et al. 2020, eq. 1). Only
-        legal actions enter, where `mask` and `next_mask` `[batch, actions]` give them.
+        legal actions enter, where `mask` and `next_mask` `[batch, *action_shape, actions]` give them.
         """
         config, head = self.config, self.target.head
         next_output = self.target_passes.output(next_observation)
@@ -209,11 +209,11 @@ class Learner:
             if not config.double:
                 return head.target(head.greedy(next_output, next_mask), reward, discount)
             next_q = self.passes.q_values(next_observation)
-            next_action = mask_q(next_q, next_mask).argmax(dim=1)
+            next_action = mask_q(next_q, next_mask).argmax(dim=-1)
             return head.target(select(next_output, next_action), reward, discount)
         # With n steps only the first action's log-policy enters: the others' observations are not at hand.
         q = mask_q(self.target_passes.q_values(observation), mask)
-        temperature = config.munchausen_temperature
+        temperature = config.munchausen_temperature * head.dimensions
         bonus = munchausen_bonus(q, action, config.munchausen_alpha, temperature, config.munchausen_clip)
         policy, entropy = soft_policy(mask_q(head.q_values(next_output), next_mask), temperature)
         return head.target(expectation(next_output, policy), reward + bonus + discount * entropy, discount)

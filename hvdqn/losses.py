@@ -3,6 +3,9 @@
 Shapes: `q: [batch, actions]`, `action: [batch]` int64, `reward, discount: [batch]`. `discount` is gamma^k times
 0 after a termination, 1 otherwise, where k is the number of rewards summed in `reward`.
 
+Where an action has several dimensions, `action` is `[batch, dimensions]`, `q` is `[batch, dimensions, actions]`, and
+the value of an action is the mean over its dimensions (Tavakoli et al. 2018, Seyde et al. 2023).
+
 To add a loss of the scalar TD error, write it and its derivative here and add both to `TD_LOSSES`.
 """
 
@@ -18,8 +21,15 @@ from torch.nn import functional
 
 
 def select(values: Tensor, action: Tensor) -> Tensor:
-    """Return the entry of each row's action: `[batch, actions, ...]` and `[batch]` give `[batch, ...]`."""
+    """Return the entry of each row's action: `[batch, actions, ...]` and `[batch]` give `[batch, ...]`.
+
+    With actions `[batch, dimensions]`, values are `[batch, dimensions * actions, ...]`, and the mean of the dimensions'
+    entries is returned.
+    """
     assert values.shape[0] == action.shape[0]
+    if action.ndim == 2:
+        each = select(values.reshape(action.numel(), -1, *values.shape[2:]), action.flatten())
+        return each.view(*action.shape, *values.shape[2:]).mean(dim=1)
     index = action.view(-1, *[1] * (values.ndim - 1)).expand(-1, 1, *values.shape[2:])
     return values.gather(1, index).squeeze(1)
 
@@ -30,7 +40,12 @@ def mask_q(q: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def expectation(values: Tensor, policy: Tensor) -> Tensor:
-    """Return the mean over actions under a policy: `[batch, actions, ...]`, `[batch, actions]` -> `[batch, ...]`."""
+    """Return the mean over actions under a policy: `[batch, actions, ...]`, `[batch, actions]` -> `[batch, ...]`.
+
+    With a policy `[batch, dimensions, actions]`, values are as in `select`, and the dimensions are averaged.
+    """
+    if policy.ndim == 3:
+        policy = policy.flatten(1) / policy.shape[1]
     assert values.shape[:2] == policy.shape
     return torch.einsum("ba...,ba->b...", values, policy)
 
@@ -163,11 +178,11 @@ def quantile_huber_loss(td_error: Tensor, fraction: Tensor, kappa: float = 1.0) 
 
 
 def scaled_log_policy(q: Tensor, temperature: float) -> Tensor:
-    """Return the log-probabilities of the softmax policy times its temperature, `[batch, actions]`, all <= 0.
+    """Return the log-probabilities of the softmax policy times its temperature, shaped as q, all <= 0.
 
     tau log pi(a|s),   pi = softmax(q / tau)       (Vieillard et al. 2020, section 2)
     """
-    return temperature * functional.log_softmax(q / temperature, dim=1)
+    return temperature * functional.log_softmax(q / temperature, dim=-1)
 
 
 def munchausen_bonus(q: Tensor, action: Tensor, alpha: float, temperature: float, clip: float) -> Tensor:
@@ -178,17 +193,20 @@ def munchausen_bonus(q: Tensor, action: Tensor, alpha: float, temperature: float
     `q` is the target network's for the state in which `action` was taken. The scaled log-policy has no lower bound, so
     it is clipped at `clip` <= 0 (the paper's "numerical considerations").
     """
-    return alpha * select(scaled_log_policy(q, temperature), action).clamp(clip, 0.0)
+    return alpha * select(scaled_log_policy(q, temperature).flatten(1), action).clamp(clip, 0.0)
 
 
 def soft_policy(q: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Return the softmax policy `[batch, actions]` and its entropy times the temperature `[batch]`.
+    """Return the softmax policy, shaped as q, and its entropy times the temperature `[batch]`.
 
         pi = softmax(q / tau),   -tau sum_a pi(a|s') log pi(a|s')
 
-    The second is added to the expected value of the next state (Vieillard et al. 2020, eq. 1).
+    The second is added to the expected value of the next state (Vieillard et al. 2020, eq. 1). With D dimensions, Q is
+    their mean, so the policy is a product of softmax(q_d / (D tau)): give D tau as the temperature, here and above, and
+    the mean over dimensions is the log-policy or the entropy of the whole action times tau.
     """
     log_policy = scaled_log_policy(q, temperature)
-    policy = functional.softmax(q / temperature, dim=1)
+    policy = functional.softmax(q / temperature, dim=-1)
     finite = log_policy.clamp_min(torch.finfo(q.dtype).min)  # the log-policy of an illegal action is -inf
-    return policy, -(policy * finite).sum(dim=1)
+    entropy = -(policy * finite).sum(dim=-1)
+    return policy, entropy if q.ndim == 2 else entropy.mean(dim=1)

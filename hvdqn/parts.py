@@ -37,6 +37,7 @@ class Spaces(NamedTuple):
     observation_shape: tuple[int, ...]
     is_image: bool
     num_actions: int
+    action_shape: tuple[int, ...]
 
 
 def build_parts(config: Config, comm: Comm, timer: PhaseTimer, env_steps: int = 0) -> Parts:
@@ -115,7 +116,9 @@ def make_own_replay(
 
 def share_spaces(envs: Environments | None, comm: Comm, timer: PhaseTimer) -> Spaces:
     """Return the spaces of the job's environments, also on a rank that has none; a collective call."""
-    mine = Spaces(envs.observation_shape, envs.is_image, envs.num_actions) if envs else None
+    mine = None
+    if envs is not None:
+        mine = Spaces(envs.observation_shape, envs.is_image, envs.num_actions, envs.action_shape)
     with timer.during("comm"):
         return next(spaces for spaces in comm.all_gather_object(mine) if spaces is not None)
 
@@ -124,7 +127,7 @@ def network_for(config: Config, spaces: Spaces | Environments) -> QNetwork:
     """Make the Q-network for these environments.
 
     Raises:
-        UserError: the torso does not fit the observations, or the network the memory of this host.
+        UserError: the torso does not fit the observations, the head the actions, or all of it this host's memory.
     """
     try:
         return make_network(
@@ -134,6 +137,7 @@ def network_for(config: Config, spaces: Spaces | Environments) -> QNetwork:
             config.environment.frame_stack,
             spaces.is_image,
             spaces.num_actions,
+            spaces.action_shape,
         )
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
@@ -252,6 +256,7 @@ def make_replay(
         "gamma": config.learning.gamma,
         "memory": memory,
         "actions": envs.num_actions,
+        "action_shape": envs.action_shape,
     }
     try:
         if config.replay.replay == "prioritized":

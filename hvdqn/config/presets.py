@@ -210,6 +210,28 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "v_min": 0.0,
         "v_max": 25.0,
     },
+    # Seyde et al. 2023 (DecQN), appendix: bang-off-bang actions, 3-step returns, batch 256, epsilon 0.1, lr 1e-4 (here
+    # 3e-4, falling), gamma 0.99, Double DQN. A soft target and layer norm keep learning steady.
+    "mujoco": {
+        "env": "Reacher-v5",
+        "action_bins": 3,
+        "total_env_steps": 500_000,
+        "replay_capacity": 500_000,
+        "learning_starts": 5_000,
+        "replay_ratio": 64.0,
+        "batch_per_rank": 256,
+        "n_step": 3,
+        "hidden": (256, 256),
+        "layer_norm": True,
+        "lr": 3e-4,
+        "lr_final": 0.1,
+        "exploration_env_steps": 10_000,
+        "epsilon_end": 0.1,
+        "target_tau": 0.01,
+        "target_every": 5_000,
+        "eval_every": 50_000,
+        "checkpoint_every": 50_000,
+    },
     "atari": ATARI,
     # A shorter `atari` with centered images (otherwise learning starts much later), 3-step returns, dueling, and a
     # learning rate that falls, which keeps the policy steady at the end.

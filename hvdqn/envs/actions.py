@@ -21,11 +21,13 @@ Integers: TypeAlias = NDArray[np.int64]
 
 
 class Actions:
-    """An action space as integers.
+    """An action space as integers: Discrete, MultiDiscrete, MultiBinary, or Box with a few values of each dimension.
 
     Args:
         space: of one environment.
         name: of the environment, for messages.
+        bins: number of evenly spaced values of each dimension of a Box, both of its bounds included (Seyde et al. 2023,
+            "Solving Continuous Control via Q-Learning").
 
     Attributes:
         shape: `()` for Discrete actions, else `(dimensions,)`.
@@ -36,44 +38,89 @@ class Actions:
         UserError: a DQN cannot act in this space.
     """
 
-    def __init__(self, space: Any, name: str = "the environment") -> None:
+    def __init__(self, space: Any, name: str = "the environment", bins: int = 0) -> None:
         self.name = name
-        if not isinstance(space, spaces.Discrete):
+        if bins and not isinstance(space, spaces.Box):
             raise UserError(
-                f"'{name}' has the action space {one_line(space)}; DQN needs Discrete actions: "
-                "choose another environment, or use a --wrapper that makes them Discrete"
+                f"--action-bins divides the dimensions of a Box action space, and '{name}' has {one_line(space)}; "
+                "leave it out"
             )
-        self.shape: tuple[int, ...] = ()
-        self.count = int(space.n)
-        self.exists: Bools | None = None
-        self._first = int(space.start)
+        sizes = _sizes(space, name, bins)
+        self.shape: tuple[int, ...] = () if isinstance(space, spaces.Discrete) else (len(sizes),)
+        self.count, self.total = int(sizes.max()), int(sizes.sum())
+        exists: Bools = np.arange(self.count) < sizes[:, None]
+        self.exists = None if exists.all() else exists
+        self._space_shape = space.shape
+        self._dimension = () if self.shape == () else (np.arange(len(sizes)),)
+        self._values = _environment_values(space, self.count)  # [*shape, count]
 
     def to_environment(self, actions: Integers) -> NDArray[Any]:
         """Return the environments' own actions `[envs, ...]` for integers `[envs, *shape]`."""
-        return actions + self._first if self._first else actions
+        if self._values is None:
+            return actions
+        return self._values[(*self._dimension, actions)].reshape(len(actions), *self._space_shape)
 
     def read_masks(self, masks: Any, *batch: int) -> Bools:
         """Return masks as booleans `[*batch, *shape, count]`; of one environment if `batch` is empty.
 
         Args:
-            masks: booleans, or numbers 0 and 1, one for each action.
+            masks: booleans, or numbers 0 and 1, one for each action; those of all dimensions in a row, or padded to
+                `[*batch, *shape, count]`, or for one environment a list with an array for each dimension.
             batch: number of environments.
 
         Raises:
             UserError: they have another shape or dtype.
         """
-        array = _as_array(masks)
-        flat = array.dtype.kind in "biuf" and array.size == math.prod(batch) * self.count
-        if (
-            not flat
-            or array.shape[: len(batch)] != batch
-            or (array.dtype != np.bool_ and not _is_binary(array))
-        ):
+        array, padded = _as_array(masks), (*batch, *self.shape, self.count)
+        fits = array.shape in (padded, (*batch, self.total)) and array.dtype.kind in "biuf"
+        if not fits or (array.dtype != np.bool_ and not ((array == 0) | (array == 1)).all()):
             raise UserError(
                 f"'{self.name}' gives an action_mask of shape {array.shape} and dtype {array.dtype}; it must hold "
-                f"{self.count} booleans or numbers 0 and 1, one for each action"
+                f"{self.total} booleans or numbers 0 and 1, one for each action"
             )
-        return array.astype(np.bool_).reshape(*batch, *self.shape, self.count)
+        if self.exists is None:
+            return array.astype(np.bool_).reshape(padded)
+        legal = np.zeros(padded, np.bool_)
+        legal[..., self.exists] = array[..., self.exists] if array.shape == padded else array
+        return legal
+
+
+def _sizes(space: Any, name: str, bins: int) -> Integers:
+    """Return the number of actions of each dimension, `[dimensions]`.
+
+    Raises:
+        UserError: a DQN cannot act in this space.
+    """
+    if isinstance(space, spaces.Discrete):
+        return np.array([space.n], np.int64)
+    if isinstance(space, (spaces.MultiDiscrete, spaces.MultiBinary)):
+        sizes = space.nvec if isinstance(space, spaces.MultiDiscrete) else np.full(space.shape, 2)
+        return np.asarray(sizes, np.int64).ravel()
+    if isinstance(space, spaces.Box) and not space.is_bounded():
+        raise UserError(
+            f"'{name}' has the action space {one_line(space)}, which is unbounded; use a --wrapper such as "
+            "gymnasium.wrappers:RescaleAction"
+        )
+    if isinstance(space, spaces.Box) and bins:
+        return np.full(math.prod(space.shape), bins, np.int64)
+    raise UserError(
+        f"'{name}' has the action space {one_line(space)}; DQN needs Discrete actions: "
+        + ("give --action-bins 3" if isinstance(space, spaces.Box) else "choose another environment")
+        + ", or use a --wrapper that makes them Discrete"
+    )
+
+
+def _environment_values(space: Any, count: int) -> NDArray[Any] | None:
+    """Return what the environment calls each action, `[*shape, count]`; None if it counts from 0 as well."""
+    if isinstance(space, spaces.Box):
+        values = np.linspace(space.low.ravel(), space.high.ravel(), count, axis=-1, dtype=np.float64)
+        return (values if space.dtype.kind == "f" else np.rint(values)).astype(space.dtype)
+    first = np.asarray(getattr(space, "start", 0))
+    if not first.any() and len(space.shape) < 2:
+        return None
+    if isinstance(space, spaces.Discrete):
+        return np.arange(count) + int(space.start)
+    return (np.broadcast_to(first, space.shape).reshape(-1, 1) + np.arange(count)).astype(space.dtype)
 
 
 def draw_actions(
@@ -96,9 +143,8 @@ def draw_actions(
 def _as_array(masks: Any) -> NDArray[Any]:
     try:
         return np.asarray(masks)
-    except ValueError:  # lists of different lengths
-        return np.asarray(None)
-
-
-def _is_binary(array: NDArray[Any]) -> bool:
-    return bool(((array == 0) | (array == 1)).all())
+    except ValueError:  # arrays of different lengths, one for each dimension
+        try:
+            return np.concatenate([np.ravel(mask) for mask in masks])
+        except ValueError:
+            return np.asarray(None)

@@ -42,7 +42,13 @@ from hvdqn.faults import leave_signals_to_rank, reinstall_handlers
 # Namespaces of optional environments: the module that registers them, and the extra that installs it.
 _FAMILIES = {"ALE": ("ale_py", "atari"), "MinAtar": ("minatar.gym", "minatar")}
 # Libraries that environments of Gymnasium need, as error messages name them, and the extra that installs each.
-_LIBRARIES = {"pygame": "video", "Box2D": "box2d", "MinAtar": "minatar", "ale_py": "atari"}
+_LIBRARIES = {
+    "pygame": "video",
+    "Box2D": "box2d",
+    "MinAtar": "minatar",
+    "ale_py": "atari",
+    "mujoco": "mujoco",
+}
 
 
 def make_environments(
@@ -69,7 +75,7 @@ def make_environments(
     vector, kind = _make_vector(build, num_envs, threads)
     reinstall_handlers()
     try:
-        actions = Actions(vector.single_action_space, config.env)
+        actions = Actions(vector.single_action_space, config.env, config.action_bins)
     except UserError:
         vector.close()
         raise
@@ -211,7 +217,7 @@ def _make_single(build: _Build, index: int, rank_pid: int) -> gym.Env[Any, Any]:
     try:
         if not own_process and build.config.vectorization == "async":
             return _read_spaces(build)
-        return SingleEnvironment(_make_wrapped(build), index, build.config.env, own_process)
+        return _make_checked(build, index, own_process)
     except BaseException as raised:
         error = as_exception(raised)
         if index == 0 or own_process or isinstance(error, (UserError, KeyboardInterrupt)):
@@ -220,6 +226,12 @@ def _make_single(build: _Build, index: int, rank_pid: int) -> gym.Env[Any, Any]:
             f"one '{build.config.env}' could be made in this process, and no second one "
             f"({type(error).__name__}: {one_line(error)}); --vectorization async gives each a process of its own"
         ) from error
+
+
+def _make_checked(build: _Build, index: int, own_process: bool) -> SingleEnvironment:
+    env, config = _make_wrapped(build), build.config
+    actions = Actions(env.action_space, config.env, config.action_bins)
+    return SingleEnvironment(env, index, config.env, own_process, actions)
 
 
 class _Spaces(gym.Env[Any, Any]):
@@ -240,7 +252,7 @@ def _read_spaces(build: _Build) -> _Spaces:
     """
     key = repr(build)
     if key not in _known_spaces:
-        env = SingleEnvironment(_make_wrapped(build), 0, build.config.env, own_process=False)
+        env = _make_checked(build, 0, own_process=False)
         _known_spaces[key] = _Spaces(env)
         env.close()
     return _known_spaces[key]

@@ -23,12 +23,15 @@ class SingleEnvironment(gym.Wrapper[Any, Any, Any, Any]):
         index: of the environment in its vector.
         name: of the environment, for messages.
         own_process: whether it has a process to itself, as in an async vector.
+        actions: its action space.
     """
 
-    def __init__(self, env: gym.Env[Any, Any], index: int, name: str, own_process: bool):
+    def __init__(
+        self, env: gym.Env[Any, Any], index: int, name: str, own_process: bool, actions: Actions
+    ) -> None:
         super().__init__(env)
         self._index, self._name, self._own_process = index, name, own_process
-        self._mask = EnvironmentMask(env, Actions(env.action_space, name))
+        self._mask = EnvironmentMask(env, actions)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None

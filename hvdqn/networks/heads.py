@@ -34,10 +34,12 @@ class Head(nn.Module, ABC):
     Attributes:
         streams: the layers from features to outputs.
         is_streams: whether `forward` and `act` do nothing but call `streams`.
+        dimensions: of an action.
     """
 
     streams: nn.Module
     is_streams = True
+    dimensions = 1
 
     @abstractmethod
     def forward(self, features: Tensor) -> Tensor:
@@ -52,9 +54,9 @@ class Head(nn.Module, ABC):
 
         Args:
             output: `[batch, actions, ...]`.
-            mask: legal actions `[batch, actions]`; None: all are legal.
+            mask: legal actions, shaped as the Q-values; None: all are legal.
         """
-        return select(output, mask_q(self.q_values(output), mask).argmax(dim=1))
+        return select(output, mask_q(self.q_values(output), mask).argmax(dim=-1))
 
     @abstractmethod
     def target(self, next_output: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
@@ -297,7 +299,14 @@ def _quantile_loss(prediction: Tensor, fraction: Tensor, target: Tensor) -> tupl
     return quantile_huber_loss(td_error, fraction), td_error.detach().abs().mean(dim=(1, 2))
 
 
-def make_head(config: NetworkConfig, loss: str, features: int, hidden: Sequence[int], actions: int) -> Head:
+def make_head(
+    config: NetworkConfig,
+    loss: str,
+    features: int,
+    hidden: Sequence[int],
+    actions: int,
+    dimensions: int = 1,
+) -> Head:
     """Make the head that `--head` names.
 
     Args:
@@ -305,11 +314,12 @@ def make_head(config: NetworkConfig, loss: str, features: int, hidden: Sequence[
         loss: name of a scalar head's loss.
         features: number of features the torso returns.
         hidden: units of the head's own hidden layers.
-        actions: number of actions.
+        actions: number of actions, those of all dimensions together.
+        dimensions: of an action, for the dueling streams.
     """
 
     def streams(*outputs: int) -> nn.Module:
-        return make_streams(features, hidden, actions, outputs, config)
+        return make_streams(features, hidden, actions, outputs, config, dimensions)
 
     if config.head == "c51":
         return CategoricalHead(

@@ -86,16 +86,22 @@ def linear(inputs: int, outputs: int, config: NetworkConfig, noisy: bool) -> nn.
 
 
 def make_streams(
-    features: int, hidden: Sequence[int], actions: int, outputs: tuple[int, ...], config: NetworkConfig
+    features: int,
+    hidden: Sequence[int],
+    actions: int,
+    outputs: tuple[int, ...],
+    config: NetworkConfig,
+    dimensions: int = 1,
 ) -> nn.Module:
     """Make the layers from features `[rows, features]` to a head's outputs `[rows, actions, *outputs]`.
 
     Args:
         features: number of input features.
         hidden: units of the hidden layers; each dueling stream has its own.
-        actions: number of actions.
+        actions: number of actions, those of all dimensions together.
         outputs: shape of the output of one action; () for one number.
         config: whether there are dueling streams, and whether layers are noisy or normalized.
+        dimensions: of an action.
     """
 
     def stream(*shape: int) -> nn.Sequential:
@@ -104,7 +110,7 @@ def make_streams(
         return nn.Sequential(*layers, last, *([nn.Unflatten(1, shape)] if len(shape) > 1 else []))
 
     advantage = stream(actions, *outputs)
-    return Dueling(advantage, stream(1, *outputs)) if config.dueling else advantage
+    return Dueling(advantage, stream(1, *outputs), dimensions) if config.dueling else advantage
 
 
 class Dueling(nn.Module):
@@ -112,16 +118,21 @@ class Dueling(nn.Module):
 
         q(s, a) = v(s) + adv(s, a) - mean_a' adv(s, a')
 
-    With several outputs per action, such as atoms, this holds for each of them (Hessel et al. 2018).
+    With several outputs per action, such as atoms, this holds for each of them (Hessel et al. 2018), and with several
+    dimensions of an action for the actions of each dimension (Tavakoli et al. 2018, eq. 1).
     """
 
-    def __init__(self, advantage: nn.Module, value: nn.Module) -> None:
+    def __init__(self, advantage: nn.Module, value: nn.Module, dimensions: int = 1) -> None:
         super().__init__()
         self.advantage = advantage
         self.value = value
+        self.dimensions = dimensions
 
     def forward(self, features: Tensor) -> Tensor:
         """Map `[rows, features]` to `[rows, actions, ...]`."""
         advantage: Tensor = self.advantage(features)
         value: Tensor = self.value(features)
+        if self.dimensions > 1:
+            each = advantage.unflatten(1, (self.dimensions, -1))
+            return value + (each - each.mean(dim=2, keepdim=True)).flatten(1, 2)
         return value + advantage - advantage.mean(dim=1, keepdim=True)

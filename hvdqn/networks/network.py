@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hvdqn.config import NetworkConfig
+from hvdqn.networks.decoupled import make_decoupled_head
 from hvdqn.networks.heads import Head, make_head
 from hvdqn.networks.torsos import make_torso
 
@@ -33,7 +34,7 @@ class QNetwork(nn.Module):
         return output.to(scaled.dtype)  # under autocast too, the loss is not computed in bf16
 
     def q_values(self, observation: Tensor) -> Tensor:
-        """Return the expected return of each action, `[batch, actions]`, from which actions are chosen."""
+        """Return the expected return of each action, `[batch, *action_shape, actions]`; actions are chosen by it."""
         scaled = scale_observation(observation, self.dtype)
         output = self.head.act(self.torso(scaled))
         return self.head.q_values(output.to(scaled.dtype))
@@ -60,6 +61,7 @@ def make_network(
     frame_stack: int,
     is_image: bool,
     actions: int,
+    action_shape: tuple[int, ...] = (),
 ) -> QNetwork:
     """Make the Q-network of a run.
 
@@ -69,10 +71,15 @@ def make_network(
         frame_shape: shape of a single observation, without stack.
         frame_stack: frames that are stacked to one input.
         is_image: whether observations are images.
-        actions: number of actions.
+        actions: number of actions, in each dimension.
+        action_shape: `()`, or `(dimensions,)` where an action has several.
 
     Raises:
-        UserError: the torso does not fit the observation.
+        UserError: the torso does not fit the observation, or the head the actions.
     """
     torso, hidden = make_torso(config, frame_shape, frame_stack, is_image)
-    return QNetwork(torso, make_head(config, loss, torso.features, hidden, actions))
+    if action_shape:
+        head: Head = make_decoupled_head(config, loss, torso.features, hidden, actions, *action_shape)
+    else:
+        head = make_head(config, loss, torso.features, hidden, actions)
+    return QNetwork(torso, head)

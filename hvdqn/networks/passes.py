@@ -31,7 +31,7 @@ class Passes(Protocol):
         """Return the head's output, `[batch, actions, ...]`."""
 
     def q_values(self, observation: Tensor) -> Tensor:
-        """Return the Q-values, `[batch, actions]`."""
+        """Return the Q-values, `[batch, *action_shape, actions]`."""
 
     def forward(self, observation: Tensor) -> tuple[Tensor, Any]:
         """Return the same as `output`, and a tape for `backward`."""

@@ -23,7 +23,7 @@ class Batch:
     observation: ObservationBatch
     """[batch, *shape], or [batch, frame_stack, *shape] with the oldest frame first. A tensor if replay is on a GPU."""
     action: npt.NDArray[np.int64]
-    """[batch]."""
+    """[batch, *action_shape]: [batch], or [batch, dimensions] where an action has several."""
     reward: Floats
     """Discounted sum of the rewards between `observation` and `next_observation` [batch]."""
     next_observation: ObservationBatch
@@ -35,7 +35,7 @@ class Batch:
     row_ids: Rows
     """Identify the transitions in `update_priorities` [batch]."""
     action_mask: Bools | None = None
-    """Legal actions at `observation` [batch, actions]; None if all are legal everywhere."""
+    """Legal actions at `observation` [batch, *action_shape, actions]; None if all are legal everywhere."""
     next_action_mask: Bools | None = None
     """Legal actions at `next_observation`, among which the bootstrap value is found; same shape."""
 

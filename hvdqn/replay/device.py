@@ -25,9 +25,9 @@ class PinnedMemory(Memory):
         """Return a pinned array."""
         return _empty(shape, dtype, pinned=True)
 
-    def batch_array(self, size: int, dtype: npt.DTypeLike) -> Array:
+    def batch_array(self, shape: Sequence[int], dtype: npt.DTypeLike) -> Array:
         """Return a pinned array."""
-        return _empty((size,), dtype, pinned=True)
+        return _empty(shape, dtype, pinned=True)
 
 
 class DeviceMemory(Memory):
@@ -49,9 +49,9 @@ class DeviceMemory(Memory):
         """Return a tensor on the device."""
         return torch.empty(tuple(shape), dtype=_torch_dtype(dtype), device=self.device)
 
-    def batch_array(self, size: int, dtype: npt.DTypeLike) -> Array:
+    def batch_array(self, shape: Sequence[int], dtype: npt.DTypeLike) -> Array:
         """Return an array in host memory, pinned if it will be copied to a GPU."""
-        return _empty((size,), dtype, pinned=self.device.type == "cuda")
+        return _empty(shape, dtype, pinned=self.device.type == "cuda")
 
 
 class DeviceArray:

@@ -55,9 +55,9 @@ class Memory:
         """Return an array for the observations of a minibatch, which `ObservationArray.take` can fill."""
         return np.empty(shape, dtype)
 
-    def batch_array(self, size: int, dtype: npt.DTypeLike) -> Array:
-        """Return an array for another field of a minibatch [size]; always in host memory."""
-        return np.empty(size, dtype)
+    def batch_array(self, shape: Sequence[int], dtype: npt.DTypeLike) -> Array:
+        """Return an array for another field of a minibatch; always in host memory."""
+        return np.empty(shape, dtype)
 
 
 HOST_MEMORY = Memory()

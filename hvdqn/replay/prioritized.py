@@ -48,7 +48,7 @@ class PrioritizedReplay(Replay):
         self._refresh_priorities(self.current_row, self._affected_offsets)
 
     def add(self, action: npt.NDArray[np.integer[Any]], step: Step) -> None:
-        """Store the transition of every environment. `action`: [envs], the actions that led to `step`."""
+        """Store the transition of every environment. `action`: [envs, *action_shape], that led to `step`."""
         super().add(action, step)
         self._refresh_priorities(self.current_row, self._affected_offsets)
 

@@ -54,7 +54,8 @@ class Replay:
         observation_dtype: its dtype.
         rng: source of all random draws.
         frame_stack: consecutive frames that make one network input; 1: the observation itself.
-        actions: number of actions; needed only for masks.
+        actions: number of actions, in each dimension; needed only for masks.
+        action_shape: of one action: (), or (dimensions,).
         n_step: rewards summed before bootstrapping.
         gamma: discount of one step.
         memory: allocates the arrays.
@@ -81,6 +82,7 @@ class Replay:
         gamma: float = 0.99,
         memory: Memory = HOST_MEMORY,
         actions: int = 0,
+        action_shape: tuple[int, ...] = (),
     ) -> None:
         check_sizes(envs, capacity, frame_stack, n_step)
         self.envs, self.rows_per_env = envs, capacity // envs + 1
@@ -89,7 +91,7 @@ class Replay:
         self._rng = rng
         rows = envs * self.rows_per_env
         self.observation = memory.observations((rows, *observation_shape), observation_dtype)
-        self.action: npt.NDArray[np.int64] = np.empty(rows, np.int64)
+        self.action: npt.NDArray[np.int64] = np.empty((rows, *action_shape), np.int64)
         self.reward: npt.NDArray[np.float32] = np.empty(rows, np.float32)
         self.outcome: npt.NDArray[np.uint8] = np.full(rows, NO_TRANSITION, np.uint8)
         # How many frames before this one belong to the same episode, as far as a frame stack needs them.
@@ -105,7 +107,7 @@ class Replay:
         }
         self.illegal: BitRows | None = None
         """The illegal actions of each row; None if all actions are legal everywhere."""
-        self._mask_shape = (actions,)
+        self._mask_shape = (*action_shape, actions)
         # The rows of an environment have serial numbers 0, 1, 2... in the order written; number s is in slot
         # s % rows_per_env.
         self._newest_serial: Rows = np.full(envs, -1, np.int64)
@@ -140,7 +142,7 @@ class Replay:
 
         Args:
             observation: reset observations [envs, *shape].
-            action_mask: their legal actions [envs, actions]; None if all are legal everywhere.
+            action_mask: their legal actions [envs, *action_shape, actions]; None if all are legal everywhere.
         """
         if action_mask is not None:
             self._store_masks()
@@ -148,7 +150,7 @@ class Replay:
         self._finite.start(observation)
 
     def add(self, action: npt.NDArray[np.integer[Any]], step: Step) -> None:
-        """Store the transition of every environment. `action`: [envs], the actions that led to `step`."""
+        """Store the transition of every environment. `action`: [envs, *action_shape], that led to `step`."""
         assert self._newest_serial[0] >= 0, "start() comes before add()"
         # With NEXT_STEP autoreset, a step that only reset an environment is no transition.
         envs = _ALL if np.count_nonzero(step.valid) == self.envs else np.flatnonzero(step.valid)
@@ -270,7 +272,7 @@ class Replay:
         self._buffers.reverse()
         batch = self._buffers[0]
         batch.row_ids = rows
-        self.action.take(rows, out=batch.action, mode="clip")
+        self.action.take(rows, axis=0, out=batch.action, mode="clip")
         if self.n_step == 1:
             self.reward.take(rows, out=batch.reward, mode="clip")
             self._discount_of_outcome.take(self.outcome.take(rows), out=batch.discount, mode="clip")
@@ -323,11 +325,11 @@ class Replay:
         observation = (size, *stack, *self.observation.shape[1:]), self.observation.dtype
         batch = Batch(
             observation=self.memory.batch_observations(*observation),
-            action=self.memory.batch_array(size, np.int64),
-            reward=self.memory.batch_array(size, np.float32),
+            action=self.memory.batch_array((size, *self.action.shape[1:]), np.int64),
+            reward=self.memory.batch_array((size,), np.float32),
             next_observation=self.memory.batch_observations(*observation),
-            discount=self.memory.batch_array(size, np.float32),
-            weight=self.memory.batch_array(size, np.float32),
+            discount=self.memory.batch_array((size,), np.float32),
+            weight=self.memory.batch_array((size,), np.float32),
             row_ids=np.empty(size, np.int64),
         )
         batch.weight.fill(1.0)
