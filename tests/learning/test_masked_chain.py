@@ -30,8 +30,8 @@ FLAGS = {
 
 @pytest.mark.parametrize("name", FLAGS)
 def test_targets_take_legal_actions_alone(name: str, tmp_path: Path) -> None:
-    argv = f"""--env tests.learning.masked_chain:MaskedChain-v0 --gamma {GAMMA} --total-env-steps 9000
-        --replay-capacity 10000 --learning-starts 500 --replay-ratio 8 --batch-per-rank 64 --hidden 64 --lr 3e-3
+    argv = f"""--env tests.learning.masked_chain:MaskedChain-v0 --gamma {GAMMA} --total-env-steps 12000
+        --replay-capacity 5000 --learning-starts 500 --replay-ratio 8 --batch-per-rank 64 --hidden 64 --lr 3e-3
         --lr-final 0 --epsilon-end 1.0 --target-every 200 --eval-episodes 4 --run-dir {tmp_path}"""
     assert main([*argv.split(), *FLAGS[name].split()]) == 0
     checkpoint = find_checkpoint(tmp_path)
