@@ -1,4 +1,4 @@
-"""How actions are chosen while training: epsilon-greedy, with an epsilon of each environment, or from a softmax."""
+"""Choose actions while training: epsilon-greedy, with one epsilon per environment, or from a softmax of Q-values."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hvdqn.step import Bools
 
 
 def linear_epsilon(config: ExplorationConfig, env_steps: int) -> float:
-    """Return epsilon after this many *global* env steps: linear from start to end, then flat (Mnih et al. 2015)."""
+    """Return epsilon after this many *global* env steps: it changes linearly, then stays (Mnih et al. 2015)."""
     if env_steps >= config.exploration_env_steps:
         return config.epsilon_end
     done = env_steps / config.exploration_env_steps
@@ -26,7 +26,7 @@ def linear_epsilon(config: ExplorationConfig, env_steps: int) -> float:
 
 
 def ladder(config: ExplorationConfig, envs: int) -> NDArray[np.float64]:
-    """Return epsilon of every environment of the job, falling (Horgan et al. 2018, Ape-X, appendix D). [envs].
+    """Return a constant epsilon for each environment of the job, largest first (Horgan et al. 2018, Ape-X) [envs].
 
     epsilon_i = epsilon ^ (1 + alpha i / (N - 1))
     """
@@ -37,22 +37,23 @@ def ladder(config: ExplorationConfig, envs: int) -> NDArray[np.float64]:
 
 
 class Epsilons:
-    """Share of random actions in each environment of this rank, and in the job.
+    """Computes epsilon, the share of random actions, for each environment of this rank.
 
-    Epsilons of a ladder are distributed over the acting ranks in turn, that of environment i of the job to rank
-    i mod `of`, so that greedy and exploring environments fill every shard of replay.
+    With `--exploration ladder` every environment of the job has its own epsilon: see `ladder`. The acting ranks get
+    them in turn, number i goes to rank i mod `of`. So every rank's replay holds transitions of greedy and of exploring
+    environments.
 
     Args:
-        config: which schedule.
-        envs: environments of one rank.
-        index: place of this rank among the acting ranks.
+        config: the settings of the schedule.
+        envs: number of environments of one rank.
+        index: the number of this rank among the acting ranks.
         of: number of acting ranks.
     """
 
     def __init__(self, config: ExplorationConfig, envs: int, index: int, of: int) -> None:
         self.config, self.envs = config, envs
         self.greediest: NDArray[np.bool_] = np.zeros(envs, np.bool_)
-        """Environments of this rank among the greediest quarter of a ladder; none without a ladder. [envs]."""
+        """True for environments of this rank with an epsilon in the smallest quarter of a ladder [envs]."""
         self._rungs: NDArray[np.float64] | None = None
         self._mine: NDArray[np.float64] = np.zeros(envs)
         if config.exploration == "ladder":
@@ -62,7 +63,7 @@ class Epsilons:
             self.greediest = np.arange(total)[index::of] >= total - max(total // 4, 1)
 
     def at(self, env_steps: int) -> NDArray[np.float64]:
-        """Return epsilon of each environment of this rank after this many global env steps. [envs]."""
+        """Return epsilon for each environment of this rank after this many global env steps [envs]."""
         if self._rungs is None:
             epsilon = self.mean(env_steps)
             if epsilon != self._mine[0]:
@@ -70,21 +71,21 @@ class Epsilons:
         return self._mine
 
     def mean(self, env_steps: int) -> float:
-        """Return the mean epsilon over all environments of the job."""
+        """Return the mean epsilon over all environments of the job after this many global env steps."""
         if self._rungs is not None:
             return float(self._rungs.mean())
         return 0.0 if self.config.exploration == "noisy" else linear_epsilon(self.config, env_steps)
 
 
 class FrameStack:
-    """The last `depth` frames of each environment, `[envs, depth, *frame]`; `[envs, *frame]` if depth is 1.
+    """Holds the last `depth` frames of each environment, the input of the network for acting.
 
-    An episode's first frame is repeated to fill its stack, as replay does when it builds stacks.
+    An episode's first frame fills its whole stack, as it does in minibatches from replay.
 
     Args:
-        first: the first frame of each environment.
-        depth: frames of a stack.
-        pinned: keep the frames in pinned memory, from which a GPU copies asynchronously.
+        first: the first frame of each environment `[envs, *frame]`.
+        depth: number of frames in a stack.
+        pinned: whether to keep the frames in pinned memory, from which a GPU copies asynchronously.
     """
 
     def __init__(self, first: NDArray[np.generic], depth: int, pinned: bool = False) -> None:
@@ -94,7 +95,7 @@ class FrameStack:
             self.frames = torch.from_numpy(self.frames).pin_memory().numpy()
 
     def push(self, observation: NDArray[np.generic], fresh: NDArray[np.bool_]) -> None:
-        """Add each environment's newest frame; restart the stack where an episode began."""
+        """Add each environment's newest frame `[envs, *frame]`; fill the whole stack with it where `fresh` `[envs]`."""
         if self.depth > 1:
             self.frames[:, :-1] = self.frames[:, 1:]
         self.frames[:, -1] = observation
@@ -103,7 +104,7 @@ class FrameStack:
 
     @property
     def observation(self) -> NDArray[np.generic]:
-        """The input of the network."""
+        """The input of the network: `[envs, depth, *frame]`, or `[envs, *frame]` if depth is 1."""
         return self.frames if self.depth > 1 else self.frames[:, 0]
 
 
@@ -126,7 +127,7 @@ def softmax_actions(
     With several dimensions q is the mean of theirs, so that each is drawn from softmax(q / (dimensions temperature)).
     """
     temperature *= q.shape[1] if q.ndim == 3 else 1
-    # The argmax of q / temperature + Gumbel noise is such a draw, and needs no exponential of large numbers.
+    # The argmax of q / temperature + Gumbel noise is distributed like this, and needs no exponential of large numbers.
     return greedy_actions(q.astype(np.float64) / temperature + rng.gumbel(size=q.shape), mask)
 
 
@@ -139,17 +140,17 @@ class RandomActions:
     """Replaces actions by random ones with probability epsilon, independently in each environment.
 
     With `repeat` this is ez-greedy (Dabney et al. 2021, "Temporally-Extended Epsilon-Greedy Exploration"): each random
-    action is taken n times, n from a zeta distribution, p(n) ~ n ** -repeat, or until its episode ends. It explores
-    further where single random actions cancel out, as in MountainCar.
+    action is taken n times or until its episode ends, where n is drawn from a zeta distribution, p(n) ~ n ** -repeat.
+    It explores further where single random actions cancel out, as in MountainCar.
 
     A random action is one of the legal ones, and is not repeated where it is illegal. With several dimensions all of
     them are random at once.
 
     Args:
-        envs: environments of this rank.
+        envs: number of this rank's environments.
         actions: number of actions, in each dimension.
-        rng: draws whether, which and for how long.
-        repeat: exponent, above 1; 0: random actions last one step.
+        rng: generator of all random draws.
+        repeat: the exponent above, larger than 1; 0: random actions last one step.
         shape: of the action of one environment: `()`, or `(dimensions,)`.
     """
 
@@ -164,7 +165,7 @@ class RandomActions:
         self.actions, self.rng, self.repeat = actions, rng, repeat
         self.action: NDArray[np.int64] = np.zeros((envs, *shape), np.int64)
         self.left: NDArray[np.int64] = np.zeros(envs, np.int64)
-        """How many more times the random `action` of each environment will be taken. [envs]."""
+        """How many more times each environment will take its random `action` [envs]."""
 
     def replace(
         self,
@@ -172,7 +173,7 @@ class RandomActions:
         epsilon: float | NDArray[np.float64],
         mask: Bools | None = None,
     ) -> NDArray[np.int64]:
-        """Return `greedy` actions, some replaced by random ones.
+        """Return the actions `greedy` with some replaced by random ones.
 
         Args:
             greedy: `[envs, *shape]`.
@@ -194,43 +195,44 @@ class RandomActions:
         return np.where(_like(random, greedy), self.action, greedy)
 
     def interrupt(self, fresh: NDArray[np.bool_]) -> None:
-        """End repeated actions in the environments where an episode began `[envs]`."""
+        """Stop repeating random actions in the environments where a new episode began: `fresh` `[envs]`."""
         if self.repeat:
             self.left[fresh] = 0
 
     def state(self) -> dict[str, Any]:
-        """Return plain data to continue from."""
+        """Return the generator's state and the repeated actions, as plain data for a checkpoint."""
         return {"rng": self.rng.bit_generator.state, "action": self.action, "left": self.left}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Load what `state` returned."""
+        """Restore the generator's state and the repeated actions that `state` returned."""
         self.rng.bit_generator.state = state["rng"]
         self.action, self.left = state["action"].copy(), state["left"].copy()
 
 
 def _are_legal(actions: NDArray[np.int64], mask: Bools) -> Bools:
     """Return True where all dimensions of an environment's action are legal, `[envs]`."""
-    legal: Bools = np.take_along_axis(mask, actions[..., None], axis=-1)
-    return legal.reshape(len(legal), -1).all(axis=1)
+    legal = np.take_along_axis(mask, actions[..., None], axis=-1).reshape(len(actions), -1)
+    all_legal: Bools = legal.all(axis=1)
+    return all_legal
 
 
 def _like(flags: Bools, actions: NDArray[np.int64]) -> Bools:
     """Return flags `[envs]` in a shape that broadcasts with actions `[envs, *shape]`."""
-    return flags if actions.ndim == 1 else flags[:, None]
+    return flags.reshape(-1, *(1 for _ in actions.shape[1:]))
 
 
 class Actor:
-    """Steps this rank's environments with the online network.
+    """Chooses actions by the online network, and steps this rank's environments.
 
     Args:
         envs: this rank's environments, not reset yet.
         network: the online network.
-        frame_stack: frames that make one observation.
-        rng: of exploration.
-        device: where the network lives.
-        temperature: of the softmax that actions are drawn from; 0: greedy actions.
-        repeat: of random actions, see `RandomActions`.
-        record: how to record the network's pass as a CUDA graph; None: it is not recorded.
+        frame_stack: number of consecutive frames that make one network input.
+        rng: generator of exploration.
+        device: the network's device.
+        temperature: temperature of the softmax from which actions are drawn; 0: greedy actions.
+        repeat: the exponent in `RandomActions`.
+        record: records the network's forward pass as a CUDA graph; None: do not record it.
     """
 
     def __init__(
@@ -251,18 +253,21 @@ class Actor:
         self.random = RandomActions(envs.num_envs, envs.num_actions, rng, repeat, envs.action_shape)
 
     def set_network(self, network: QNetwork) -> None:
-        """Act with this network from now on; also to be called if its parameters moved to other memory."""
+        """Act with this network from now on. Call it also when the network's parameters moved to other memory."""
         self.passes = make_passes(network)
 
     def start(self) -> NDArray[np.generic]:
-        """Reset every environment; return the first observations."""
+        """Reset every environment; return the first observations `[envs, *shape]`, without frame stack."""
         first = self.envs.reset()
         self.frames = self._stack(first)
         self.random.interrupt(np.ones(self.envs.num_envs, np.bool_))
         return first
 
     def choose(self, epsilon: float | NDArray[np.float64]) -> NDArray[np.int64]:
-        """Return the actions of all environments `[envs, *action_shape]`; epsilon is a number or `[envs]`."""
+        """Return actions for all environments, by Q-values or, with probability `epsilon`, random ones.
+
+        `epsilon` is a number or `[envs]`; the actions are `[envs, *action_shape]`.
+        """
         (q_values,) = self.q_values(torch.from_numpy(self.frames.observation))
         q: NDArray[Any] = q_values.cpu().numpy()  # the host waits for a GPU here
         mask = self.envs.action_mask
@@ -273,23 +278,23 @@ class Actor:
         return self.random.replace(chosen, epsilon, mask)
 
     def step(self, actions: NDArray[np.int64]) -> Step:
-        """Take one env step in every environment."""
+        """Take one env step in every environment, with these actions `[envs]`."""
         self.send(actions)
         return self.receive()
 
     def send(self, actions: NDArray[np.int64]) -> None:
-        """Begin an env step; environments with threads or processes of their own work from here on."""
+        """Begin an env step with these actions `[envs]`; environments in other threads or processes start to work."""
         self.envs.send(actions)
 
     def receive(self) -> Step:
-        """Finish the env step that `send` began."""
+        """Wait for the env step that `send` began, add its frames to the stacks, and return it."""
         step = self.envs.receive()
         self.frames.push(step.observation, step.fresh)
         self.random.interrupt(step.fresh)
         return step
 
     def state(self) -> dict[str, Any]:
-        """Return plain data to continue from; `environments` is None if their state cannot be saved."""
+        """Return plain data for a checkpoint: exploration, frame stacks, and environments (None if not savable)."""
         return {
             "random": self.random.state(),
             "frames": self.frames.frames,
@@ -297,7 +302,7 @@ class Actor:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> bool:
-        """Load what `state` returned; return False if the environments have to `start` anew."""
+        """Restore what `state` returned; return False if environments must begin new episodes (call `start`)."""
         self.random.load_state(state["random"])
         if state["environments"] is None:
             return False

@@ -16,7 +16,7 @@ class UserError(ValueError):
 
 
 class FoundAloneError(RuntimeError):
-    """A rank found that the user's input is wrong while other ranks go on: it ends them. One line, exit code 2."""
+    """The user's input is wrong, and only this rank knows it: it must end the others. One line, exit code 2."""
 
 
 class LaunchError(ValueError):

@@ -42,7 +42,7 @@ STEPS_BETWEEN_VOTES = 8
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The undiscounted, unclipped returns of the evaluation episodes of all ranks."""
+    """Hold the undiscounted, unclipped returns of the evaluation episodes of all ranks."""
 
     returns: tuple[float, ...]
 
@@ -62,7 +62,7 @@ class Evaluation:
 
 
 class Evaluator:
-    """Plays this rank's share of the `eval_episodes`.
+    """Play this rank's share of the `eval_episodes`.
 
     Each call of `run` makes new environments with the same seed, so all evaluations of a training run begin alike.
     The environments are those of training, but with raw rewards and without `episodic_life`.
@@ -74,7 +74,8 @@ class Evaluator:
         timer: counts the seconds that this rank waits for others as communication.
         threads: number of threads of an Atari vector; 0: one per core.
         record: records CUDA graphs of the network's forward passes, as in `Actor`.
-        seed: of the environments and of random actions; by default that of this rank's evaluations in a training run.
+        seed: the seed of environments and random actions. By default a stream of its own, so that evaluations play
+            other episodes than training does, and the same ones after a resume.
     """
 
     def __init__(
@@ -105,8 +106,8 @@ class Evaluator:
         the same episodes each time, and those of training go on as if there had been no evaluation.
 
         Args:
-            network: plays.
-            stop: whether this rank wants to stop.
+            network: chooses the actions.
+            stop: returns True if this rank wants to stop.
             show: called every few steps with the number of episodes that all ranks have finished.
         """
         show(0)
@@ -161,7 +162,7 @@ class Evaluator:
 
 
 class _Player:
-    """Plays a fixed number of episodes in each environment, so that short episodes are not favored.
+    """Play a fixed number of episodes in each environment, so that short episodes are not favored.
 
     Args:
         envs: this rank's environments, not reset yet.
@@ -305,7 +306,9 @@ def code_to_import(config: Config) -> list[str]:
 
 
 def check_trust(options: EvalOptions, config: Config) -> None:
-    """Refuse to import what a run names, unless the user allows it. Only then modules of the current folder are found.
+    """Raise an error if a run names code to import and the user does not allow it with `--trust`.
+
+    Only a trusted run finds modules in the current folder.
 
     Raises:
         UserError: it is not allowed.

@@ -1,7 +1,7 @@
-"""Functions recorded as CUDA graphs.
+"""Record functions as CUDA graphs, and replay them.
 
-The passes of a small network are some hundred kernels, each of which takes longer to launch than to run. A graph
-launches all of them at once.
+The forward and backward pass of a small network take some hundred kernels, each of which takes longer to launch than to
+run. A graph launches all of them at once.
 """
 
 from __future__ import annotations
@@ -14,18 +14,23 @@ from torch import Tensor
 
 Tensors: TypeAlias = tuple[Tensor, ...]
 Record: TypeAlias = Callable[[Callable[[], Tensors]], tuple[Tensors, Callable[[], None]]]
-"""Records a function: returns its results, and a function that computes them again and overwrites them."""
+"""The type of functions that record another one.
+
+They return the results of the recorded function, and a function that computes these results anew in the same tensors.
+"""
 
 WARM_UPS = 3
 
 
 def record_cuda_graph(function: Callable[[], Tensors]) -> tuple[Tensors, Callable[[], None]]:
-    """Record what a function does on the GPU; see `Record`.
+    """Record what a function does on the GPU as a CUDA graph; return its results and the graph's `replay`.
 
-    Torch's random state is restored afterwards, so that a resumed run draws the same numbers.
+    This calls the function a few times. It restores the states of torch's generators afterwards, so that a resumed run
+    draws the same numbers.
     """
     with torch.random.fork_rng(devices=[torch.cuda.current_device()]):
-        # Libraries initialize in the first calls, which a graph must not record: torch's manual asks for this.
+        # CUDA's libraries initialize in the first calls, and a graph must not record that: torch's manual asks for
+        # warm-up calls in another stream.
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -33,20 +38,21 @@ def record_cuda_graph(function: Callable[[], Tensors]) -> tuple[Tensors, Callabl
                 function()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        # The threads of Horovod and NCCL go on calling CUDA meanwhile: that must not break the recording.
+        # The threads of Horovod and NCCL call CUDA meanwhile. In this mode, that does not break the recording.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             results = function()
     return results, graph.replay
 
 
 class Recorded:
-    """A function of tensors that is recorded at its first call and replayed from then on.
+    """Wraps a function of tensors: the first call records it, and every call replays the recording.
 
     Args:
-        function: its inputs keep their shapes, and it never reads a tensor's content on the host.
-        record: how to record it.
-        device: where its inputs lie; they are copied there at each call.
-        changes: returns the tensors that the function changes. They are restored after recording, which runs the
+        function: the function; its inputs must keep their shapes, and it must never read a tensor's content on the
+            host.
+        record: records the function, as `record_cuda_graph` does.
+        device: the device of the recorded inputs; each call copies the given inputs there.
+        changes: returns the tensors that the function changes. They are restored after recording, which calls the
             function a few times.
     """
 

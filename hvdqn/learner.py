@@ -1,7 +1,7 @@
-"""From a minibatch to a flat gradient, from a flat gradient to a step, and the target network.
+"""Compute the gradient of a minibatch, take the optimizer step for a gradient, and keep the target network.
 
-The learner knows nothing of ranks. A strategy (see `sync`) sends its gradient away between `compute_gradient` and
-`apply_gradient`.
+Parameters and gradients are flat: one tensor each, which holds those of all layers. The learner knows nothing of ranks.
+Between `compute_gradient` and `apply_gradient`, a strategy (see `sync`) averages its gradient over the ranks.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from hvdqn.replay import Batch
 
 
 def flatten_parameters(network: nn.Module, device: torch.device) -> Tensor:
-    """Move all parameters of a network into one contiguous tensor, of which they become views.
+    """Move all parameters of a network into one contiguous tensor, and make them views of it.
 
-    Averaging, clipping, stepping, copying and hashing then each act on one tensor.
+    Averaging, clipping, stepping, copying and hashing then each need one operation.
 
     Returns:
-        `[parameters]`, on `device`.
+        The flat tensor `[parameters]`, on `device`.
     """
     parameters = list(network.parameters())
     flat = torch.cat([p.detach().reshape(-1).to(device) for p in parameters])
@@ -38,7 +38,7 @@ def flatten_parameters(network: nn.Module, device: torch.device) -> Tensor:
 
 
 def _views(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Return consecutive views of a flat tensor, shaped like the given tensors."""
+    """Return consecutive views of the numbers in a flat tensor, shaped like the tensors in `like`."""
     ends = np.cumsum([tensor.numel() for tensor in like])
     return [
         flat[end - tensor.numel() : end].view(tensor.shape) for end, tensor in zip(ends, like, strict=True)
@@ -46,11 +46,12 @@ def _views(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
 
 
 def learning_rate(config: LearningConfig, batch_factor: float, progress: float) -> float:
-    """Return the learning rate after a share `progress` of the run.
+    """Return the learning rate after a share `progress` of the run (0 at the start, 1 at the end).
 
-    It is lr x k, lr x min(sqrt(k), 3) or lr, where k is the batch factor: the global batch over the reference batch. A
-    scaled rate is approached linearly from `lr` over the first `lr_warmup` of the run (Goyal et al. 2017, section 2.2).
-    On top of that the rate falls linearly to its share `lr_final` at the end.
+    With `lr_scaling` it is lr x k ("linear") or lr x min(sqrt(k), 3) ("sqrt"), else lr. k is the batch factor: the
+    global batch divided by the batch that `lr` was tuned for. During the first share `lr_warmup` of the run, the rate
+    changes linearly from `lr` to the scaled one (Goyal et al. 2017, section 2.2). Over the whole run it is multiplied
+    by a factor that falls linearly from 1 to `lr_final`.
     """
     k = batch_factor
     factor = {"none": 1.0, "sqrt": min(math.sqrt(k), 3.0), "linear": k}[config.lr_scaling]
@@ -61,10 +62,11 @@ def learning_rate(config: LearningConfig, batch_factor: float, progress: float) 
 
 
 def make_optimizer(config: LearningConfig, parameters: Tensor, batch_factor: float) -> Optimizer:
-    """Make the optimizer of the configuration over a flat parameter tensor.
+    """Create the optimizer that `--optimizer` names, for a flat parameter tensor `[parameters]`.
 
-    For distributional losses Adam's epsilon is 0.01 / batch (Bellemare et al. 2017), with the global batch where there
-    are several ranks (Stooke and Abbeel 2018): hence the division by the batch factor.
+    With `optimizer_eps_scaling` "inverse", epsilon is divided by the batch factor. This is for distributional losses,
+    whose papers set Adam's epsilon to 0.01 / batch (Bellemare et al. 2017), where the batch is the one over all ranks
+    (Stooke and Abbeel 2018).
     """
     inverse = config.optimizer_eps_scaling == "inverse"
     eps = config.optimizer_eps / batch_factor if inverse else config.optimizer_eps
@@ -80,18 +82,20 @@ class Learner:
 
     Args:
         network: the online network; its parameters become views of one flat tensor.
-        config: loss, optimizer and target network.
-        device: where the networks live.
-        batch_factor: the global batch over the batch that the learning rate was tuned for (k).
-        autocast: compute forward passes in bf16.
+        config: the settings of loss, optimizer and target network.
+        device: the device of both networks.
+        batch_factor: the global batch divided by the batch that the learning rate was tuned for (k).
+        autocast: whether to compute forward passes under bf16 autocast.
 
     Attributes:
-        parameters, target_parameters: flat `[parameters]`, of the online and the target network.
-        gradient: flat `[parameters]`; written by `compute_gradient`, read by `apply_gradient`.
-        td_errors: what prioritized replay takes as the TD errors of the last minibatch `[batch]`: see `Head.loss`.
+        parameters, target_parameters: all parameters of the online and of the target network, flat `[parameters]`.
+        gradient: flat `[parameters]`; `compute_gradient` writes it, `apply_gradient` reads it.
+        td_errors: the errors of the last minibatch that prioritized replay ranks transitions by `[batch]`: the second
+            result of `Head.loss`.
         lr: the learning rate of the last step.
         grad_norm: the gradient's norm at the last step, before clipping.
-        target_tau: share by which the target follows the online network at every update; 1: it is copied now and then.
+        target_tau: the share by which the target network moves toward the online one at every update; 1: it does not
+            move, and `update_target` copies it.
     """
 
     def __init__(
@@ -110,7 +114,7 @@ class Learner:
         self.target_parameters = flatten_parameters(self.target, device)
         self.dtype = self.parameters.dtype
         self.optimizer = make_optimizer(config, self.parameters, batch_factor)
-        # With k times fewer updates the target must still follow as fast per env step.
+        # A k times larger batch means k times fewer updates. The target must still follow as fast per env step.
         self.target_tau = 1.0 - (1.0 - config.target_tau) ** batch_factor
         self.move = partial(Tensor.to, device=device, non_blocking=True)
         self.td_errors = torch.empty(0)
@@ -119,14 +123,14 @@ class Learner:
         self.allocate_gradient()
 
     def allocate_gradient(self, trailing: int = 0, scale: float = 1.0) -> Tensor:
-        """Allocate the gradient in one tensor with `trailing` numbers behind it, to travel as one message.
+        """Allocate the gradient and `trailing` further numbers in one tensor, so that one allreduce can sum both.
 
         Args:
-            trailing: numbers behind the gradient.
-            scale: factor of every gradient from now on: 1 / ranks where the gradients of ranks are summed.
+            trailing: how many numbers follow the gradient.
+            scale: factor for every gradient from now on, such as 1 / ranks if ranks sum their gradients.
 
         Returns:
-            `[parameters + trailing]`; its first `parameters` numbers are `self.gradient`.
+            The tensor `[parameters + trailing]`; its first `parameters` numbers are `self.gradient`.
         """
         n = self.parameters.numel()
         message = torch.zeros(n + trailing, dtype=self.dtype, device=self.device)
@@ -141,11 +145,11 @@ class Learner:
     def compute_gradient(self, batch: Batch) -> Tensor:
         """Write the gradient of a minibatch into `gradient`, and its priorities into `td_errors`.
 
-        Importance weights enter as they are; `apply_gradient` divides by the largest of the job.
+        Importance weights are not normalized here; `apply_gradient` divides by the largest of all ranks.
 
         Returns:
-            The loss, the mean of `td_errors`, the mean Q-value, and a number that is finite only if loss and gradient
-            are: `[4]`, on the device.
+            Four numbers on the device `[4]`: the loss, the mean of `td_errors`, the mean Q-value, and a number that is
+            finite only if loss and gradient are.
         """
         arrays = [
             batch.observation,
@@ -157,7 +161,7 @@ class Learner:
         ]
         if batch.action_mask is not None and batch.next_action_mask is not None:
             arrays += [batch.action_mask, batch.next_action_mask]
-        # Not made in inference mode, because some heads use autograd.
+        # Outside of inference mode, because autograd, which some heads use, refuses tensors created within.
         tensors = list(map(torch.as_tensor, arrays))
         if self.dtype != torch.float32:
             for index in (2, 4, 5):
@@ -168,11 +172,11 @@ class Learner:
     def differentiate(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         """Write the gradient; return the statistics `[4]` and the priorities `[batch]`: see `compute_gradient`.
 
-        Nothing here reads a tensor's content on the host, so that `graphs` can record it.
+        Nothing here reads a tensor's content on the host, so that it can be recorded as a CUDA graph.
 
         Args:
-            tensors: observation, action, reward, next observation, discount, weight, and if the environments give
-                masks, those of the observation and of the next one; on any device.
+            tensors: the fields of `Batch` as tensors, on any device: observation, action, reward, next observation,
+                discount, weight, and if there are masks, those of the observation and of the next one.
         """
         with self.passes.no_grad():
             moved = map(self.move, tensors)
@@ -181,9 +185,9 @@ class Learner:
             output, tape = self.passes.forward(observation)
             head = self.online.head
             loss, td_errors, slope = head.loss_and_gradient(output, action, target, weight)
-            # Scaling the small slope is cheaper than scaling the gradient.
+            # Scaling `slope`, the small gradient with respect to the output, is cheaper than scaling the gradient.
             self.passes.backward(tape, slope if self.gradient_scale == 1.0 else slope * self.gradient_scale)
-            # Huber's gradient is clipped, so that an infinite reward shows in the loss alone.
+            # The loss is added, because Huber's loss clips the gradient: an infinite reward leaves it finite.
             finite = self.gradient.sum() + loss
             statistics = torch.stack((loss, td_errors.mean(), head.q_values(output).mean(), finite))
         return statistics, td_errors
@@ -198,10 +202,11 @@ class Learner:
         mask: Tensor | None = None,
         next_mask: Tensor | None = None,
     ) -> Tensor:
-        """Return the target of the head's output for the actions taken, `[batch, ...]`.
+        """Return the learning target for the head's output for the actions taken, `[batch, ...]`.
 
-        DQN (Mnih et al. 2015), Double DQN (van Hasselt et al. 2016) or Munchausen (Vieillard et al. 2020, eq. 1). Only
-        legal actions enter, where `mask` and `next_mask` `[batch, *action_shape, actions]` give them.
+        It is that of DQN (Mnih et al. 2015), Double DQN (van Hasselt et al. 2016) or Munchausen DQN (Vieillard et al.
+        2020, eq. 1), as configured. Only legal actions enter, where `mask` and `next_mask` `[batch, *action_shape,
+        actions]` give them.
         """
         config, head = self.config, self.target.head
         next_output = self.target_passes.output(next_observation)
@@ -211,7 +216,8 @@ class Learner:
             next_q = self.passes.q_values(next_observation)
             next_action = mask_q(next_q, next_mask).argmax(dim=-1)
             return head.target(select(next_output, next_action), reward, discount)
-        # With n steps only the first action's log-policy enters: the others' observations are not at hand.
+        # With n-step returns, Munchausen's bonus covers only the first action: a minibatch does not hold the
+        # observations of the others.
         q = mask_q(self.target_passes.q_values(observation), mask)
         temperature = config.munchausen_temperature * head.dimensions
         bonus = munchausen_bonus(q, action, config.munchausen_alpha, temperature, config.munchausen_clip)
@@ -223,11 +229,12 @@ class Learner:
 
         Args:
             progress: share of the run that has passed, for the learning rate.
-            largest_weight: importance weights are divided by it (Schaul et al. 2016, section 3.4).
-            scale: factor of the gradient before clipping.
+            largest_weight: the largest importance weight, which the gradient is divided by (Schaul et al. 2016,
+                section 3.4).
+            scale: factor for the gradient before clipping.
 
         Returns:
-            Whether the step was taken.
+            True if the step was taken, False if the gradient was not finite.
         """
         with self.passes.no_grad():
             if scale != 1.0:
@@ -249,13 +256,13 @@ class Learner:
     def apply_gradient_on_device(
         self, lr: Tensor, largest_weight: Tensor, scale: Tensor, finite: Tensor
     ) -> Tensor:
-        """Do the same as `apply_gradient` without the host, so that `graphs` can record it.
+        """Do the same as `apply_gradient`, but never read a tensor on the host, so that a CUDA graph can record it.
 
         Args:
             lr: learning rate `[]`.
-            largest_weight: `[]`, float64.
-            scale: factor of the gradient before clipping `[]`.
-            finite: whether all ranks' losses and gradients are finite `[]`; the step is skipped otherwise.
+            largest_weight: the largest importance weight `[]`, float64.
+            scale: factor for the gradient before clipping `[]`.
+            finite: True if all ranks' losses and gradients are finite `[]`; otherwise the step is skipped.
 
         Returns:
             The gradient's norm `[]`; the step was skipped if it is not finite.
@@ -273,33 +280,33 @@ class Learner:
         return norm
 
     def log_step(self, lr: float, grad_norm: float) -> None:
-        """Keep the learning rate and the gradient's norm of a step that the device took."""
+        """Set `lr` and `grad_norm` to those of a step that `apply_gradient_on_device` took."""
         self.lr, self.grad_norm = lr, grad_norm
 
     def update_target(self, parameters: Tensor | None = None) -> None:
-        """Copy parameters `[parameters]`, by default the online network's, to the target network."""
+        """Overwrite the target network with these flat parameters `[parameters]`, by default the online network's."""
         self.target_parameters.copy_(self.parameters if parameters is None else parameters)
 
     def sha256(self) -> str:
-        """Return the digest of the online parameters' bytes."""
+        """Return the SHA-256 hash of the online network's parameters, in hexadecimal."""
         return hashlib.sha256(self.parameters.cpu().numpy().tobytes()).hexdigest()
 
     def state(self) -> dict[str, Tensor]:
-        """Return the tensors of a checkpoint: both networks and the optimizer's moments. They are not copies."""
+        """Return the tensors for a checkpoint: both networks and the optimizer's moments; they are no copies."""
         moments = {f"optimizer.{name}": value for name, value in self.optimizer.moments().items()}
         return {"online": self.parameters, "target": self.target_parameters, **moments}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Load what `state` returned."""
+        """Overwrite both networks and the optimizer's moments with those that `state` returned."""
         load_tensors(self.state(), state)
 
 
 def load_tensors(tensors: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
-    """Copy saved tensors into those of the same names.
+    """Overwrite each tensor with the saved one of the same name.
 
     Raises:
-        KeyError: one is missing.
-        ValueError: one has another shape, which `copy_` would broadcast.
+        KeyError: a saved tensor is missing.
+        ValueError: a saved tensor has another shape, which `copy_` would broadcast.
     """
     for name, tensor in tensors.items():
         if saved[name].shape != tensor.shape:

@@ -1,4 +1,4 @@
-"""Links to checkpoints: symbolic links or, on file systems without them, text files that hold the name."""
+"""Link to checkpoints, by symbolic links or, on file systems without them, by text files that hold the name."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _LONGEST_NAME = 200
 
 
 def write_link(link: Path, target: str) -> bool:
-    """Point a link at another entry of its folder in one atomic step; return False if it became a text file.
+    """Make `link` point at `target`, a name in the same folder, atomically; return False if it is a text file now.
 
     Raises:
         OSError: neither a symbolic link nor a text file can be written.
@@ -26,7 +26,7 @@ def write_link(link: Path, target: str) -> bool:
 
 
 def follow_link(path: Path) -> Path:
-    """Return the folder that a text file names in place of a symbolic link; any other path is returned as it is."""
+    """Return the folder that a text file from `write_link` names; return any other path unchanged."""
     try:
         if not path.is_file() or path.stat().st_size > _LONGEST_NAME:
             return path

@@ -1,4 +1,4 @@
-"""Logging: what each rank shows, and where it appears.
+"""Set up logging: which messages each rank shows, and where.
 
 Every module logs to its own logger, `log = logging.getLogger(__name__)`. An entry point calls `setup_logging` once it
 knows its rank. Rank 0 then shows INFO and above, the other ranks show ERROR and above. The environment variable
@@ -22,10 +22,10 @@ LOGGERS = ("hvdqn", "__main__")
 
 
 class Display(Protocol):
-    """A progress display that can print lines without disturbing itself."""
+    """The interface of a progress display that can print lines above itself."""
 
     def print_line(self, text: str) -> None:
-        """Print one line above or between what the display draws."""
+        """Print one line above the display."""
 
 
 class OutputHandler(logging.Handler):

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 
 def select(values: Tensor, action: Tensor) -> Tensor:
-    """Return the entry of each row's action: `[batch, actions, ...]` and `[batch]` give `[batch, ...]`.
+    """Return, for each row of `values` `[batch, actions, ...]`, the entry of its action `[batch]`: `[batch, ...]`.
 
     With actions `[batch, dimensions]`, values are `[batch, dimensions * actions, ...]`, and the mean of the dimensions'
     entries is returned.
@@ -40,9 +40,10 @@ def mask_q(q: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def expectation(values: Tensor, policy: Tensor) -> Tensor:
-    """Return the mean over actions under a policy: `[batch, actions, ...]`, `[batch, actions]` -> `[batch, ...]`.
+    """Return the mean of `values` `[batch, actions, ...]` under the probabilities `policy` `[batch, actions]`.
 
-    With a policy `[batch, dimensions, actions]`, values are as in `select`, and the dimensions are averaged.
+    The result is `[batch, ...]`. With a policy `[batch, dimensions, actions]`, values are as in `select`, and the
+    dimensions are averaged.
     """
     if policy.ndim == 3:
         policy = policy.flatten(1) / policy.shape[1]
@@ -51,13 +52,13 @@ def expectation(values: Tensor, policy: Tensor) -> Tensor:
 
 
 def q_learning_target(reward: Tensor, discount: Tensor, next_value: Tensor) -> Tensor:
-    """Return the one-step or n-step target, `[batch]`.
+    """Return the one-step or n-step Q-learning target, `[batch]`.
 
         y = r + discount * Q_target(s', a')
 
     With a' = argmax Q_target it is DQN (Mnih et al. 2015, eq. 2); with a' = argmax Q_online it is Double DQN
-    (van Hasselt et al. 2016, eq. 4). `discount` is 0 after a termination, never after a truncation. Quantiles
-    `[batch, quantiles]` in place of Q_target(s', a') are backed up one by one, with `reward, discount: [batch, 1]`.
+    (van Hasselt et al. 2016, eq. 4). `discount` is 0 after a termination, never after a truncation. `next_value` may
+    also be quantiles `[batch, quantiles]`, with `reward, discount: [batch, 1]`; each then gets its own target.
     """
     assert reward.shape == discount.shape
     assert reward.ndim == next_value.ndim
@@ -65,17 +66,17 @@ def q_learning_target(reward: Tensor, discount: Tensor, next_value: Tensor) -> T
 
 
 def mse_loss(td_error: Tensor) -> Tensor:
-    """Return half the squared error of each entry, `[...]`: 1/2 d^2, whose derivative is d, as Huber's near 0."""
+    """Return half the square of each TD error, `[...]`: 1/2 d^2, so that its derivative is d, as Huber's near 0."""
     return 0.5 * td_error.square()
 
 
 def mse_derivative(td_error: Tensor) -> Tensor:
-    """Return the derivative of `mse_loss` with respect to the error, `[...]`: a copy of the error."""
+    """Return the derivative of `mse_loss` with respect to the TD error, which is the error itself, `[...]`."""
     return td_error.clone()
 
 
 def huber_loss(td_error: Tensor, delta: float = 1.0) -> Tensor:
-    """Return Huber's loss of each entry, `[...]` (Huber 1964; the "clipped error" of Mnih et al. 2015, Methods).
+    """Return Huber's loss of each TD error, `[...]` (Huber 1964; the "clipped error" of Mnih et al. 2015, Methods).
 
         1/2 d^2                   for |d| <= delta
         delta (|d| - delta / 2)   beyond
@@ -86,12 +87,12 @@ def huber_loss(td_error: Tensor, delta: float = 1.0) -> Tensor:
 
 
 def huber_derivative(td_error: Tensor, delta: float = 1.0) -> Tensor:
-    """Return the derivative of `huber_loss` with respect to the error, `[...]`: d clipped to [-delta, delta]."""
+    """Return the derivative of `huber_loss` with respect to the TD error: d clipped to [-delta, delta], `[...]`."""
     return td_error.clamp(-delta, delta)
 
 
 class TDLoss(NamedTuple):
-    """A loss of the scalar TD error and its derivative with respect to the error; both map `[...]` to `[...]`."""
+    """A loss as a function of the TD error, and its derivative; both map `[...]` to `[...]`."""
 
     value: Callable[[Tensor], Tensor]
     derivative: Callable[[Tensor], Tensor]
@@ -111,8 +112,8 @@ def categorical_projection(
         (Phi T p)_i = sum_j [1 - |clip(r + discount z_j) - z_i| / dz]_0^1 p_j,   clipped to [v_min, v_max]
 
     Args:
-        probabilities: p, of the next state's chosen action `[batch, atoms]`.
-        support: z, evenly spaced from v_min to v_max `[atoms]`; returns beyond its ends land on the ends.
+        probabilities: p, the distribution of the action chosen in the next state `[batch, atoms]`.
+        support: z, the returns of the atoms, evenly spaced from v_min to v_max `[atoms]`.
         reward: r `[batch]`.
         discount: 0 after a termination `[batch]`.
     """
@@ -132,12 +133,12 @@ def categorical_loss(logits: Tensor, target: Tensor) -> Tensor:
 
         D_KL(target || softmax(logits)) = sum_i target_i (log target_i - log softmax(logits)_i)
 
-    Its gradient is that of the cross-entropy. Unlike the cross-entropy it is 0 where the two agree, so that it serves
-    as the priority of Hessel et al. 2018.
+    It has the same gradient as the cross-entropy. Unlike that, it is 0 where the two distributions agree, so that
+    prioritized replay can use it as a priority (Hessel et al. 2018).
 
     Args:
-        logits: `[batch, atoms]`.
-        target: probabilities `[batch, atoms]`.
+        logits: the predicted distribution, before the softmax `[batch, atoms]`.
+        target: the probabilities of the target distribution `[batch, atoms]`.
     """
     assert logits.shape == target.shape
     return functional.kl_div(functional.log_softmax(logits, dim=1), target, reduction="none").sum(dim=1)
@@ -149,11 +150,11 @@ def pairwise_td_error(prediction: Tensor, target: Tensor) -> Tensor:
         d_ij = target_j - prediction_i
 
     Args:
-        prediction: `[batch, predicted]`.
-        target: `[batch, targets]`.
+        prediction: the predicted quantiles `[batch, predicted]`.
+        target: the target quantiles `[batch, targets]`.
 
     Returns:
-        `[batch, predicted, targets]`.
+        The TD errors `[batch, predicted, targets]`.
     """
     assert len(prediction) == len(target)
     return target[:, None, :] - prediction[:, :, None]
@@ -164,12 +165,13 @@ def quantile_huber_loss(td_error: Tensor, fraction: Tensor, kappa: float = 1.0) 
 
         sum_i mean_j |fraction_i - 1{d_ij < 0}| Huber_kappa(d_ij) / kappa
 
-    For fixed quantiles Dabney et al. 2018a, eq. 10 (QR-DQN); for sampled ones Dabney et al. 2018b, eq. 3 (IQN).
+    It is eq. 10 of Dabney et al. 2018a for fixed fractions (QR-DQN), and eq. 3 of Dabney et al. 2018b for random ones
+    (IQN).
 
     Args:
-        td_error: d `[batch, predicted, targets]`, from `pairwise_td_error`.
-        fraction: the fraction of each predicted quantile, in (0, 1): `[batch, predicted]` or `[predicted]`.
-        kappa: where Huber's loss turns linear.
+        td_error: d, from `pairwise_td_error` `[batch, predicted, targets]`.
+        fraction: the probability of each predicted quantile, in (0, 1): `[batch, predicted]` or `[predicted]`.
+        kappa: the absolute error at which Huber's loss turns from quadratic to linear.
     """
     assert fraction.shape[-1] == td_error.shape[1]
     below = (td_error.detach() < 0).to(td_error.dtype)
@@ -186,12 +188,12 @@ def scaled_log_policy(q: Tensor, temperature: float) -> Tensor:
 
 
 def munchausen_bonus(q: Tensor, action: Tensor, alpha: float, temperature: float, clip: float) -> Tensor:
-    """Return Munchausen's addition to the reward, `[batch]` (Vieillard et al. 2020, eq. 1).
+    """Return the bonus that Munchausen DQN adds to the reward, `[batch]` (Vieillard et al. 2020, eq. 1).
 
         alpha [tau log pi(a|s)]_clip^0,   tau = temperature
 
-    `q` is the target network's for the state in which `action` was taken. The scaled log-policy has no lower bound, so
-    it is clipped at `clip` <= 0 (the paper's "numerical considerations").
+    `q` `[batch, actions]` are the target network's Q-values for the state in which `action` `[batch]` was taken. The
+    scaled log-policy has no lower bound, so it is clipped to [`clip`, 0] (the paper's "numerical considerations").
     """
     return alpha * select(scaled_log_policy(q, temperature).flatten(1), action).clamp(clip, 0.0)
 
@@ -201,9 +203,11 @@ def soft_policy(q: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
 
         pi = softmax(q / tau),   -tau sum_a pi(a|s') log pi(a|s')
 
-    The second is added to the expected value of the next state (Vieillard et al. 2020, eq. 1). With D dimensions, Q is
-    their mean, so the policy is a product of softmax(q_d / (D tau)): give D tau as the temperature, here and above, and
-    the mean over dimensions is the log-policy or the entropy of the whole action times tau.
+    Munchausen DQN adds the scaled entropy to the expected value of the next state (Vieillard et al. 2020, eq. 1).
+
+    With D dimensions, Q is their mean, so that the policy is a product of softmax(q_d / (D tau)). Give D tau as the
+    temperature, here and above: the mean over dimensions is then the log-policy, or the entropy, of the whole action
+    times tau.
     """
     log_policy = scaled_log_policy(q, temperature)
     policy = functional.softmax(q / temperature, dim=-1)

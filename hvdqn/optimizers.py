@@ -1,4 +1,4 @@
-"""Optimizers over one flat tensor.
+"""Step a flat parameter tensor by Adam, RMSProp or SGD.
 
 `torch.optim` walks lists of parameters, runs hooks, and imports `torch._dynamo`, which takes seconds on every rank.
 With one flat parameter tensor a step is a few operations, and a checkpoint holds a few tensors.
@@ -15,28 +15,29 @@ from torch import Tensor
 
 
 class Optimizer(Protocol):
-    """Steps a flat parameter tensor along a flat gradient, both `[parameters]`."""
+    """The interface of optimizers, which step a flat parameter tensor `[parameters]` in place."""
 
     def step(self, gradient: Tensor, lr: float | Tensor, skip: Tensor | None = None) -> None:
-        """Take one step.
+        """Step the parameters along the gradient, in place, and update the optimizer's own tensors.
 
         Args:
-            gradient: `[parameters]`.
-            lr: learning rate; a tensor `[]` where the step is recorded in a CUDA graph.
-            skip: float32 `[]`: 1 leaves everything as it is, 0 takes the step. The device decides, without the host.
+            gradient: the flat gradient `[parameters]`.
+            lr: learning rate; a tensor `[]` if a CUDA graph records the step.
+            skip: float32 `[]`: 1 leaves parameters and moments unchanged, 0 takes the step. It is a tensor so that a
+                GPU can decide without waiting for the host. None: take the step.
         """
 
     def moments(self) -> dict[str, Tensor]:
-        """Return the tensors carried from step to step, by name. They are not copies."""
+        """Return, by name, the tensors that the next step depends on: the optimizer's own, not copies."""
 
 
 class Adam:
-    """Adam (Kingma and Ba 2015, algorithm 1), as in `torch.optim.Adam(fused=True)`: the same kernel.
+    """Steps parameters by Adam (Kingma and Ba 2015, algorithm 1), with the kernel of `torch.optim.Adam(fused=True)`.
 
     Args:
-        parameters: stepped in place.
+        parameters: the flat tensor to step in place `[parameters]`.
         eps: added to the square root of the second moment.
-        betas: decay of the first and of the second moment.
+        betas: decay rates of the first and of the second moment.
     """
 
     def __init__(self, parameters: Tensor, eps: float, betas: tuple[float, float] = (0.9, 0.999)) -> None:
@@ -46,7 +47,7 @@ class Adam:
         self.steps = torch.zeros((), dtype=torch.float32, device=parameters.device)
 
     def step(self, gradient: Tensor, lr: float | Tensor, skip: Tensor | None = None) -> None:
-        """Take one step, or none where `skip` is 1."""
+        """Take one step, or none if `skip` is 1; see `Optimizer.step`."""
         self.steps += 1 if skip is None else 1 - skip
         torch._fused_adam_(
             [self.parameters],
@@ -66,17 +67,17 @@ class Adam:
         )
 
     def moments(self) -> dict[str, Tensor]:
-        """Return the tensors carried from step to step, by name. They are not copies."""
+        """Return both moments and the number of steps: the optimizer's own tensors, not copies."""
         return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, "step": self.steps}
 
 
 class RMSProp:
-    """Centred RMSProp (Graves 2013, eqs. 38-41), as in `torch.optim.RMSprop(centered=True)`.
+    """Steps parameters by centred RMSProp (Graves 2013, eqs. 38-41), as `torch.optim.RMSprop(centered=True)` does.
 
     Args:
-        parameters: stepped in place.
+        parameters: the flat tensor to step in place `[parameters]`.
         eps: added to the standard deviation of the gradient.
-        alpha: decay of both averages; 0.95 in Mnih et al. 2015.
+        alpha: decay rate of both running averages; 0.95 in Mnih et al. 2015.
     """
 
     def __init__(self, parameters: Tensor, eps: float, alpha: float = 0.95) -> None:
@@ -85,42 +86,42 @@ class RMSProp:
         self.grad_avg = torch.zeros_like(parameters)
 
     def step(self, gradient: Tensor, lr: float | Tensor, skip: Tensor | None = None) -> None:
-        """Take one step, or none where `skip` is 1."""
+        """Take one step, or none if `skip` is 1; see `Optimizer.step`."""
         with _kept_if(skip, self.parameters, self.square_avg, self.grad_avg):
             self.square_avg.mul_(self.alpha).addcmul_(gradient, gradient, value=1 - self.alpha)
             self.grad_avg.lerp_(gradient, 1 - self.alpha)
             variance = self.square_avg.addcmul(self.grad_avg, self.grad_avg, value=-1)
-            # Rounding may leave it below zero, where there is no root.
+            # Rounding may leave the variance slightly below zero, which has no square root.
             self.parameters.addcdiv_(gradient * -lr, variance.clamp_(min=0).sqrt_().add_(self.eps))
 
     def moments(self) -> dict[str, Tensor]:
-        """Return the tensors carried from step to step, by name. They are not copies."""
+        """Return both running averages: the optimizer's own tensors, not copies."""
         return {"square_avg": self.square_avg, "grad_avg": self.grad_avg}
 
 
 class SGD:
-    """Gradient descent without momentum.
+    """Steps parameters by stochastic gradient descent without momentum.
 
     Args:
-        parameters: stepped in place.
+        parameters: the flat tensor to step in place `[parameters]`.
     """
 
     def __init__(self, parameters: Tensor) -> None:
         self.parameters = parameters
 
     def step(self, gradient: Tensor, lr: float | Tensor, skip: Tensor | None = None) -> None:
-        """Take one step, or none where `skip` is 1."""
+        """Take one step, or none if `skip` is 1; see `Optimizer.step`."""
         with _kept_if(skip, self.parameters):
             self.parameters.add_(gradient * -lr)
 
     def moments(self) -> dict[str, Tensor]:
-        """Return no tensors: SGD without momentum carries none."""
+        """Return no tensors: a step of SGD without momentum depends on no earlier one."""
         return {}
 
 
 @contextmanager
 def _kept_if(skip: Tensor | None, *tensors: Tensor) -> Iterator[None]:
-    """Restore these tensors at the end where `skip` is 1."""
+    """After the `with` block, restore the values that these tensors had before it, if `skip` is 1."""
     if skip is None:
         yield
         return

@@ -1,4 +1,4 @@
-"""Builds the parts of one rank from the configuration."""
+"""Build the parts that one rank trains with (environments, replay, learner, ...) from the configuration."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from hvdqn.sync import make_strategy
 
 
 class Spaces(NamedTuple):
-    """What a network must know of its environments."""
+    """What a network needs to know of its environments: the shape of observations and the number of actions."""
 
     observation_shape: tuple[int, ...]
     is_image: bool
@@ -41,16 +41,16 @@ class Spaces(NamedTuple):
 
 
 def build_parts(config: Config, comm: Comm, timer: PhaseTimer, env_steps: int = 0) -> Parts:
-    """Build the parts of this rank; a collective call. No environment is reset yet, and replay is empty.
+    """Build the parts of this rank. All ranks must call it together. No environment is reset, and replay is empty.
 
     Args:
-        config: checked, the same on every rank.
-        comm: the ranks.
-        timer: of this rank.
-        env_steps: at which the run is resumed, for the seeds.
+        config: the checked configuration, the same on every rank.
+        comm: the collectives over all ranks.
+        timer: counts this rank's seconds by phase.
+        env_steps: global env steps at which the run resumes, for the seeds.
 
     Raises:
-        UserError: on all ranks, if one cannot have its GPU, or make its environments or network.
+        UserError: on all ranks, if one of them cannot get a GPU, or create its environments or network.
     """
     role = assign_role(config.parallel.sync, comm.rank, comm.size)
     seeds = rank_seeds(config.run.seed, comm.rank, env_steps)
@@ -62,7 +62,7 @@ def build_parts(config: Config, comm: Comm, timer: PhaseTimer, env_steps: int = 
     spaces = share_spaces(envs, comm, timer)
     torch.manual_seed(config.run.seed)
     network = raise_on_all_ranks(comm, lambda: network_for(config, spaces), timer)
-    # Beside a GPU the host only makes small copies: threads of its own would take the cores from environments.
+    # If a GPU computes the network, more threads on the host would only take cores from the environments.
     use_threads(network, threads if device.type == "cpu" else 1)
     torch.manual_seed(seeds.noise)  # from here on ranks draw different numbers
     replay = raise_on_all_ranks(
@@ -90,10 +90,10 @@ def build_parts(config: Config, comm: Comm, timer: PhaseTimer, env_steps: int = 
 
 
 def make_own_environments(config: Config, role: Role, seed: int, threads: int) -> Environments | None:
-    """Make this rank's environments, if it acts.
+    """Create this rank's environments; return None on a rank that does not act.
 
     Raises:
-        UserError: they cannot be made.
+        UserError: the environment does not exist, or a DQN cannot play it.
     """
     if not role.acts:
         return None
@@ -108,14 +108,14 @@ def make_own_replay(
     device: torch.device,
     sharing: int,
 ) -> Replay | None:
-    """Make this rank's replay, if it acts; see `replay_memory` and `make_replay`."""
+    """Create this rank's replay in the memory that `replay_memory` chooses; return None on a rank that does not act."""
     if envs is None:
         return None
     return make_replay(config, role, envs, rng, replay_memory(config, role, envs, device, sharing))
 
 
 def share_spaces(envs: Environments | None, comm: Comm, timer: PhaseTimer) -> Spaces:
-    """Return the spaces of the job's environments, also on a rank that has none; a collective call."""
+    """Return the spaces of the job's environments, also on a rank that has none. All ranks must call it together."""
     mine = None
     if envs is not None:
         mine = Spaces(envs.observation_shape, envs.is_image, envs.num_actions, envs.action_shape)
@@ -124,10 +124,10 @@ def share_spaces(envs: Environments | None, comm: Comm, timer: PhaseTimer) -> Sp
 
 
 def network_for(config: Config, spaces: Spaces | Environments) -> QNetwork:
-    """Make the Q-network for these environments.
+    """Create the Q-network for these environments, with random weights from torch's generator.
 
     Raises:
-        UserError: the torso does not fit the observations, the head the actions, or all of it this host's memory.
+        UserError: the torso does not fit the observations, the head the actions, or the network the memory.
     """
     try:
         return make_network(
@@ -148,17 +148,20 @@ def network_for(config: Config, spaces: Spaces | Environments) -> QNetwork:
 
 
 def batch_factor(config: Config, size: int) -> float:
-    """Return k: how much larger the batch of an update is than that which the learning rate was tuned for."""
+    """Return k, the batch of one update (over all ranks) divided by the one that the learning rate was tuned for.
+
+    Under `--sync server` an update is one worker's, so its batch is that of one rank.
+    """
     ranks = 1 if config.parallel.sync == "server" else size
     batch = config.replay.batch_per_rank
     return ranks * batch / (config.learning.lr_reference_batch or batch)
 
 
 def make_learner(config: Config, comm: Comm, network: QNetwork, device: torch.device) -> Learner:
-    """Make the learner of this network, equal to rank 0's; a collective call.
+    """Create the learner of this network, and give it rank 0's weights. All ranks must call it together.
 
     Raises:
-        UserError: CUDA graphs are asked for without CUDA.
+        UserError: `--cuda-graphs` is set, and the device is a CPU.
     """
     if config.parallel.cuda_graphs and device.type == "cpu":
         raise UserError("--cuda-graphs needs a GPU, and the networks live on the CPU here; leave it out")
@@ -177,14 +180,14 @@ def make_learner(config: Config, comm: Comm, network: QNetwork, device: torch.de
 
 
 def recording(config: Config) -> Record | None:
-    """Return how to record passes through the networks as CUDA graphs, or None if they are not to be."""
+    """Return the function that records CUDA graphs; None if the configuration uses none."""
     return record_cuda_graph if config.parallel.cuda_graphs else None
 
 
 def make_actor(
     config: Config, envs: Environments, network: QNetwork, rng: np.random.Generator, device: torch.device
 ) -> Actor:
-    """Make the actor that steps this rank's environments."""
+    """Create the actor, which chooses actions and steps this rank's environments."""
     softmax = config.exploration.exploration == "softmax"
     temperature = config.exploration.temperature if softmax else 0.0
     repeat = config.exploration.epsilon_repeat
@@ -193,10 +196,10 @@ def make_actor(
 
 
 def make_clock(config: Config, role: Role, size: int) -> Clock:
-    """Make the clock of the job, or that of a worker of `--sync server`, which steps by itself."""
+    """Create the clock of the job or, on a worker under `--sync server`, the worker's own clock."""
     replay, envs_per_rank = config.replay, config.environment.envs_per_rank
     envs = role.of * envs_per_rank
-    # Nothing can be sampled before each environment has made n steps, with a reset in between perhaps.
+    # Replay can be sampled once each environment has made n steps in one episode. A reset may come in between.
     earliest = 2 * (replay.n_step + 1)
     starts = max(replay.learning_starts, earliest * envs)
     batch, ratio = replay.batch_per_rank, replay.replay_ratio
@@ -210,17 +213,20 @@ def make_clock(config: Config, role: Role, size: int) -> Clock:
 def replay_memory(
     config: Config, role: Role, envs: Environments, device: torch.device, sharing: int
 ) -> Memory:
-    """Return the memory for this rank's replay: the one that `--replay-device` names, or a GPU if it fits there.
+    """Return where this rank's replay keeps its observations: in host memory, pinned memory or on a GPU.
+
+    `--replay-device` decides; "auto" stands for the GPU if the observations of all ranks that share it take at most
+    half of its free memory.
 
     Args:
-        config: of the job.
-        role: of this rank.
-        envs: of this rank.
-        device: where its networks live.
+        config: the configuration of the run.
+        role: this rank's role.
+        envs: this rank's environments.
+        device: the device of this rank's networks.
         sharing: number of ranks that use this device.
 
     Raises:
-        UserError: observations are to be on a GPU, and the networks are not.
+        UserError: `--replay-device` names a GPU, and the networks are on the CPU.
     """
     wanted = config.replay.replay_device
     if device.type == "cpu":
@@ -239,10 +245,10 @@ def replay_memory(
 def make_replay(
     config: Config, role: Role, envs: Environments, rng: np.random.Generator, memory: Memory = HOST_MEMORY
 ) -> Replay:
-    """Make this rank's replay, still empty.
+    """Create this rank's replay, still empty, for its share of `--replay-capacity`.
 
     Raises:
-        UserError: it does not fit into the memory of this host.
+        UserError: the replay does not fit into memory.
     """
     capacity = config.replay.replay_capacity // role.of
     arguments: dict[str, Any] = {
@@ -255,8 +261,7 @@ def make_replay(
         "n_step": config.replay.n_step,
         "gamma": config.learning.gamma,
         "memory": memory,
-        "actions": envs.num_actions,
-        "action_shape": envs.action_shape,
+        "mask_shape": (*envs.action_shape, envs.num_actions),
     }
     try:
         if config.replay.replay == "prioritized":
@@ -268,9 +273,10 @@ def make_replay(
 
 
 def importance_at(config: Config, role: Role, env_steps: int) -> Importance:
-    """Return the importance correction after this many global env steps: beta rises to 1 (Schaul et al. 2016).
+    """Return the settings of importance weights after this many global env steps (Schaul et al. 2016).
 
-    The number of transitions in the whole job follows from the clock, so that it is the same on every rank.
+    Beta rises linearly from `--priority-beta` to 1. The number of transitions in all replays is computed from env
+    steps, so that every rank gets the same.
     """
     first = config.replay.priority_beta
     beta = first + (1.0 - first) * min(env_steps / config.run.total_env_steps, 1.0)
@@ -279,10 +285,10 @@ def importance_at(config: Config, role: Role, env_steps: int) -> Importance:
 
 
 def device_kind(config: Config) -> str:
-    """Return the kind of device that `--device` stands for on this host: cpu or cuda.
+    """Return the kind of device that `--device` stands for on this host: "cpu" or "cuda".
 
     Raises:
-        UserError: CUDA is asked for and absent.
+        UserError: `--device cuda` is given, and torch sees no CUDA device.
     """
     wanted = config.parallel.device
     if wanted == "cuda" and not torch.cuda.is_available():
@@ -293,10 +299,13 @@ def device_kind(config: Config) -> str:
 
 
 def choose_device(config: Config, comm: Comm, timer: PhaseTimer) -> tuple[torch.device, int]:
-    """Return the rank's device, a GPU of its own if there are enough, and how many ranks share it; a collective call.
+    """Return this rank's device, and how many ranks use it. All ranks must call this together.
+
+    Each rank gets a GPU of its own, as long as there are enough.
 
     Raises:
-        UserError: on all ranks, if some see GPUs and others none, or two share one and the engine does not allow it.
+        UserError: on all ranks, if some see GPUs and others none, or if two would share one and the engine does not
+            allow it.
     """
     seen = visible_gpus() if device_kind(config) == "cuda" else []
     with timer.during("comm"):
@@ -308,13 +317,17 @@ def choose_device(config: Config, comm: Comm, timer: PhaseTimer) -> tuple[torch.
     assert mine is not None
     device = torch.device("cuda", seen.index(mine))
     torch.cuda.set_device(device)
-    # Autograd's thread warns once, then finds the context by itself.
+    # Autograd's thread warns of this once, and then creates the context by itself.
     warnings.filterwarnings("ignore", "Attempting to run cuBLAS, but there was no current CUDA context")
     return device, assigned.count(mine)
 
 
 def check_gpus(assigned: Sequence[str | None], comm: Comm) -> None:
-    """Check which GPU each rank has been assigned.
+    """Check that every rank got a GPU, and that no two share one if the engine does not allow that.
+
+    Args:
+        assigned: the UUID of each rank's GPU, from `assign_gpus`.
+        comm: the collectives over all ranks.
 
     Raises:
         UserError: some ranks see no GPU, or two share one and the engine does not allow it.

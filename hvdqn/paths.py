@@ -1,4 +1,4 @@
-"""Absolute paths. An environment may change the current folder, and the user's paths are relative to the first one."""
+"""Make the user's paths absolute, relative to the folder of the start: an environment may change the current one."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _started_in: list[Path] = []
 
 @contextmanager
 def folder_remembered() -> Iterator[None]:
-    """Make `absolute` return paths in the folder in which the body, or the decorated function, started."""
+    """Make `absolute` use the current folder as it was at the start of the `with` block or decorated function."""
     try:
         folder = Path.cwd()
-    except OSError:  # it was removed
+    except OSError:  # the current folder was removed
         folder = Path()
     _started_in.append(folder)
     try:
@@ -25,10 +25,10 @@ def folder_remembered() -> Iterator[None]:
 
 
 def absolute(path: str | Path) -> Path:
-    """Return an absolute path: `~` is the home folder, anything else relative is in the folder of the start."""
+    """Return the absolute path, with the home folder for `~`; other relative paths are in the folder of the start."""
     return Path(_started_in[-1] if _started_in else Path.cwd(), expanded(path))
 
 
 def expanded(path: str | Path) -> Path:
-    """Return the path with the home folder in place of `~`. Shells leave that to programs after `=`."""
+    """Return the path with the home folder in place of `~`, which shells do not replace after `=` (--run-dir=~/x)."""
     return Path(os.path.expanduser(path))  # noqa: PTH111 - Path.expanduser raises an error for an unknown user

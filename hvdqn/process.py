@@ -53,12 +53,12 @@ def borrowed_process() -> Iterator[None]:
 
 
 def flushes_denormals() -> bool:
-    """Return True if this thread treats numbers below 1e-38 as zero."""
+    """Return True if this thread treats denormal numbers (smaller in magnitude than about 1e-38) as zero."""
     return not float(torch.tensor(1e-39) * 0.5)
 
 
 def flush_denormals() -> None:
-    """Make the processor treat numbers below 1e-38 as zero, if it can.
+    """Make the processor treat denormal numbers (smaller in magnitude than about 1e-38) as zero, if it can.
 
     Adam's moments of weights without a gradient fade to such numbers, and some processors compute with them very
     slowly.
@@ -80,9 +80,9 @@ def keep_freed_memory() -> None:
 
 
 def _end_leftovers() -> None:
-    """Kill the processes that environments left, a while after the main thread has ended.
+    """Kill child processes that environments have left running, a while after the main thread has ended.
 
-    At its exit Python ends daemon processes and waits for all processes, however long they run.
+    Python ends daemon processes at exit, but waits without limit for all other child processes.
     """
     threading.main_thread().join()
     time.sleep(EXIT_SECONDS)

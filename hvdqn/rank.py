@@ -1,4 +1,4 @@
-"""The parts that one rank trains with. `parts` builds them."""
+"""Hold the parts that one rank trains with; `hvdqn/parts.py` builds them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hvdqn.sync import Strategy
 
 @dataclass
 class Acting:
-    """What a rank needs to act and to remember."""
+    """What a rank needs to act in environments and to store transitions."""
 
     envs: Environments
     actor: Actor
@@ -28,15 +28,20 @@ class Acting:
 
 @dataclass
 class Parts:
-    """What one rank trains with.
+    """All objects that one rank trains with.
 
     Attributes:
-        role: whether this rank acts.
-        clock, learner, strategy, epsilons, timer, device: of this rank.
+        role: whether this rank acts in environments, and its number among those that do.
+        clock: decides when updates and events are due.
+        learner: computes and applies gradients.
+        strategy: exchanges gradients or parameters with the other ranks.
+        epsilons: the share of random actions in each environment.
+        timer: counts this rank's seconds by phase.
+        device: the device of this rank's networks.
         threads: number of threads that this rank may use.
-        overlap: what happens while the environments step: "exchange": gradients travel; "update": a GPU takes a whole
-            update; "none": nothing.
-        acting: None on a rank that serves.
+        overlap: what this rank does while the environments step: "exchange": it exchanges gradients with other ranks;
+            "update": a GPU takes a whole update; "none": it waits.
+        acting: environments, actor and replay; None on a rank that only serves others.
     """
 
     role: Role

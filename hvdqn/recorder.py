@@ -1,4 +1,4 @@
-"""What a run leaves behind: lines of metrics, evaluations, checkpoints and the summary."""
+"""Record a run: write lines of metrics, evaluations, checkpoints and the summary."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ log = logging.getLogger(__name__)
 
 
 class Recorder:
-    """Records a run. Every method is called by all ranks together.
+    """Records a run. All ranks must call its methods together, except those that draw the progress display.
 
     Args:
-        config: of the run.
-        comm: the ranks.
-        run_dir: where the run is recorded.
-        parts: of this rank.
-        checkpoints: of the run.
+        config: the configuration of the run.
+        comm: the collectives over all ranks.
+        run_dir: the directory that the run is recorded in.
+        parts: this rank's parts.
+        checkpoints: reads and writes the checkpoints of the run.
 
     Attributes:
-        totals: what the ranks learned since the last line of metrics.
-        progress: what was evaluated and saved so far.
-        activity: what the ranks do besides training, for the progress display.
+        totals: sums of the ranks' statistics since the last line of metrics.
+        progress: the results of the last evaluation, and other facts that a resumed run needs.
+        activity: words for the progress display while the ranks do not train, such as "saving a checkpoint".
     """
 
     def __init__(
@@ -52,16 +52,17 @@ class Recorder:
         self.logged_at_env_steps = self.saved_at_env_steps = -1
         self.seconds_before = self.timer.seconds()
         self.activity = ""
-        self.timer.when_alive = self.show_progress  # during checkpoints
+        # Long checkpoint reads and writes call it, so that the progress display stays current.
+        self.timer.when_alive = self.show_progress
         self.reported_discarded = False
 
     def resume(self) -> None:
-        """Continue the records at the clock's env step: later ones are dropped."""
+        """Continue the metrics from the clock's env step; drop lines that an earlier attempt wrote after it."""
         self.seconds_before = self.timer.seconds()
         self.metrics.resume(self.parts.clock.env_steps, self.parts.clock.updates)
 
     def decide_on_replay(self) -> None:
-        """Decide, once in a run and alike on every rank, whether checkpoints hold replay."""
+        """Decide, once in a run and equally on all ranks, whether checkpoints hold replay and environments."""
         choice, progress = self.config.run.checkpoint_replay, self.progress
         if choice != "auto":
             progress.keeps_replay = choice == "yes"
@@ -81,16 +82,16 @@ class Recorder:
             )
 
     def show_progress(self) -> None:
-        """Redraw the progress display, if it is time for that."""
+        """Redraw the progress display, unless it was redrawn a moment ago."""
         self.metrics.show(self.parts.clock.env_steps, self.parts.clock.updates, self.activity)
 
     def show_evaluation(self, finished: int) -> None:
-        """Redraw the progress display during an evaluation, if it is time for that."""
+        """Redraw the progress display during an evaluation. `finished`: number of episodes that have ended."""
         self.activity = f"evaluation: {finished} of {self.config.run.eval_episodes} episodes"
         self.show_progress()
 
     def log(self) -> None:
-        """Write one line of metrics, unless there is one for this env step."""
+        """Write one line of training metrics, unless one was already written at this env step."""
         clock, learner = self.parts.clock, self.parts.learner
         if self.logged_at_env_steps == clock.env_steps:
             return
@@ -107,12 +108,13 @@ class Recorder:
             log.info(hint)
 
     def evaluate(self, stop: Callable[[], bool]) -> bool:
-        """Play greedily, every rank its share of the episodes, unless that was done at this env step.
+        """Evaluate the greedy policy, record the result, and keep the weights if they are the best so far.
 
-        With `eval_episodes` 0 nothing is played.
+        Every rank plays its share of `eval_episodes`. Nothing is done if this is 0, or if an evaluation was already
+        made at this env step.
 
         Args:
-            stop: whether this rank votes to stop before the end.
+            stop: returns whether this rank votes to stop before the end.
 
         Returns:
             False if a rank voted to stop, so that there is no result.
@@ -138,7 +140,7 @@ class Recorder:
         return True
 
     def report_discarded(self) -> None:
-        """Warn once if the replay of some rank discarded transitions."""
+        """Log a warning, once, if some rank's replay discarded transitions that are not finite."""
         if self.reported_discarded:
             return
         acting = self.parts.acting
@@ -153,23 +155,30 @@ class Recorder:
             )
 
     def save(self) -> None:
-        """Write a checkpoint, unless there is one of this env step."""
+        """Write a checkpoint, unless one was already written at this env step."""
         if self.saved_at_env_steps != self.parts.clock.env_steps:
             self.report_discarded()
             self.write_checkpoint(contents(self.parts, self.comm, self.totals, self.progress))
             self.saved_at_env_steps = self.parts.clock.env_steps
 
     def save_best(self, eval_return: float) -> bool:
-        """Keep the weights of the best evaluation so far as `checkpoints/best`; return whether that worked."""
+        """Save the weights as `checkpoints/best`; return False if that failed.
+
+        `eval_return`: the mean return of their evaluation.
+        """
         weights = {"learner": self.parts.learner.state(), "eval_return_mean": eval_return}
         parts = {LEARNER: weights} if self.comm.rank == 0 else {}
         return self.write_checkpoint(parts, best=True)
 
     def write_checkpoint(self, parts: Mapping[str, Any], best: bool = False) -> bool:
-        """Write a checkpoint; return whether that worked. A disk that fails is counted and does not end the run.
+        """Write a checkpoint; return False if that failed, which is counted and logged but does not end the run.
+
+        Args:
+            parts: the content of each file that this rank writes, by the file's name without ".safetensors".
+            best: whether these are the weights of the best evaluation.
 
         Raises:
-            DriftError: replicas differ, so that resuming would continue with wrong weights.
+            DriftError: ranks that must be equal differ, so that a resumed run would have wrong weights.
         """
         env_steps = self.parts.clock.env_steps
         check_replicas(self.parts.strategy.differing_ranks(), env_steps)
@@ -186,7 +195,12 @@ class Recorder:
         return not failure
 
     def finish(self, stopped: bool, acted_env_steps: int) -> None:
-        """Write the summary, and log how the run ended and where everything is."""
+        """Write `summary.json`, and log how the run ended and where its files are.
+
+        Args:
+            stopped: whether a signal ended the run.
+            acted_env_steps: env steps of this rank since this process started.
+        """
         self.report_discarded()
         summary = summarize(
             self.config,

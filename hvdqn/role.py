@@ -1,4 +1,4 @@
-"""Which ranks act in environments and learn from them."""
+"""Decide which ranks act in environments and learn, and which one only serves the others."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Role:
-    """The part that one rank has in the job.
+    """Says whether one rank acts, and which number it has among those that do.
 
     Attributes:
-        acts: whether it steps environments, fills replay and computes gradients; else it serves those that do.
-        index: its place among the acting ranks, 0 <= index < of; 0 for a rank that serves.
+        acts: whether this rank steps environments, fills replay and computes gradients. If not, it only applies the
+            gradients of those that do (rank 0 under `--sync server`).
+        index: this rank's number among the acting ranks, 0 <= index < of; 0 if it does not act.
         of: number of acting ranks.
     """
 
@@ -21,7 +22,7 @@ class Role:
 
 
 def assign_role(sync: str, rank: int, size: int) -> Role:
-    """Return the role of a rank: all ranks act, but under `--sync server` rank 0 serves."""
+    """Return the role of a rank. All ranks act, except rank 0 under `--sync server`."""
     if sync != "server":
         return Role(True, rank, size)
     return Role(rank > 0, max(rank - 1, 0), size - 1)

@@ -1,4 +1,4 @@
-"""The run directory: made by rank 0, visible to all ranks, locked against other jobs; its `config.yaml`."""
+"""Create the run directory, check that all ranks see it, lock it against other jobs, and write its `config.yaml`."""
 
 from __future__ import annotations
 
@@ -24,10 +24,13 @@ log = logging.getLogger(__name__)
 
 
 def open_run_dir(config: Config, comm: Comm) -> Path:
-    """Return the run directory, after rank 0 has made it; without `--run-dir` a new one. A collective call.
+    """Create the run directory on rank 0 if it does not exist, and return its path on all ranks.
+
+    Without `--run-dir` it is a new one, `runs/<environment>-<preset>-seed<seed>-<time>`. All ranks must call this
+    together.
 
     Raises:
-        UserError: rank 0 cannot write to it, or another rank does not see it.
+        UserError: rank 0 cannot write to the directory, or another rank does not see it.
     """
     probe = comm.broadcast_object(f".visible-{time.time_ns()}")
     made = raise_on_all_ranks(comm, lambda: _make_run_dir(config, probe) if comm.rank == 0 else "")
@@ -45,7 +48,7 @@ def open_run_dir(config: Config, comm: Comm) -> Path:
 
 
 def _make_run_dir(config: Config, probe: str) -> str:
-    """Make the run directory and a file named `probe` in it; return its path, relative if that is how it is named."""
+    """Create the run directory and a file named `probe` in it; return its path, relative if `--run-dir` is."""
     path = Path(config.run.run_dir or _default_path(config))
     try:
         if config.run.run_dir:
@@ -61,14 +64,14 @@ def _make_run_dir(config: Config, probe: str) -> str:
 
 
 def _default_path(config: Config) -> Path:
-    """Return `runs/<environment>-<preset>-seed<seed>-<time>`."""
+    """Return the path of a run directory without `--run-dir`: `runs/<environment>-<preset>-seed<seed>-<time>`."""
     time_now = time.strftime("%Y%m%d-%H%M%S")
     words = (config.environment.env, config.preset, f"seed{config.run.seed}", time_now)
     return Path("runs") / "-".join(re.sub(r"[^\w.]+", "_", word) for word in words if word)
 
 
 def _make_new_directory(path: Path) -> Path:
-    """Make a directory that did not exist, with a number appended if another run began in the same second."""
+    """Create a new directory and return its path, with a number appended if `path` exists already."""
     new, number = path, 1
     while True:
         try:
@@ -80,10 +83,10 @@ def _make_new_directory(path: Path) -> Path:
 
 
 def wait_until_visible(probe: Path, rank: int, patience_seconds: float = 10.0) -> None:
-    """Wait until this rank sees the file that rank 0 wrote; some network file systems take a moment.
+    """Wait until this rank sees the file `probe` that rank 0 wrote; some network file systems take a moment.
 
     Raises:
-        UserError: it does not see the file in time.
+        UserError: this rank does not see the file within `patience_seconds`.
     """
     deadline = time.monotonic() + patience_seconds
     while not os.path.exists(probe):  # noqa: PTH110 - Path.exists raises if the directory may not be entered
@@ -97,15 +100,15 @@ def wait_until_visible(probe: Path, rank: int, patience_seconds: float = 10.0) -
 
 @contextlib.contextmanager
 def sole_job(run_dir: Path, comm: Comm, patience_seconds: float = 10.0) -> Iterator[None]:
-    """Lock the run directory against other jobs while the body runs; a collective call.
+    """Lock the run directory against other jobs during the `with` block. All ranks must enter it together.
 
-    The kernel releases the lock however the job ends. On a file system without locks one warning is logged, and
-    nothing is locked.
+    The kernel releases the lock however the job ends. On a file system without locks, this logs a warning and locks
+    nothing.
 
     Args:
-        run_dir: where the lock file is.
-        comm: the ranks of this job; rank 0 holds the lock.
-        patience_seconds: how long to wait for another job, which may be about to end.
+        run_dir: the run directory, in which the lock file lies.
+        comm: the collectives over all ranks of this job; rank 0 holds the lock.
+        patience_seconds: how long to wait for another job that holds the lock, which may be about to end.
 
     Raises:
         UserError: another job trains in this directory.
@@ -137,20 +140,20 @@ def _locked(path: Path, patience_seconds: float) -> Iterator[None]:
         yield
     finally:
         if lock.is_locked:
-            # While it is locked: a job that already waits for this file sees that it was removed, and makes a new one.
+            # Removed before the lock is released, so that a job that waits for it notices, and creates a new file.
             with contextlib.suppress(OSError):
                 path.unlink()
             lock.release()
 
 
 def record_config(config: Config, comm: Comm, run_dir: Path, anew: bool = False) -> None:
-    """Write `config.yaml`. A disk that fails does not end the run: it is logged.
+    """Write the configuration to `config.yaml` on rank 0; if that fails, only log a warning.
 
     Args:
-        config: what to write.
-        comm: the ranks, of which rank 0 writes.
-        run_dir: where to write.
-        anew: the run begins, and a different file of that name, perhaps written by the user, is renamed and kept.
+        config: the configuration.
+        comm: the collectives over all ranks.
+        run_dir: the run directory.
+        anew: whether the run begins. A different `config.yaml`, perhaps the user's own, is then kept as `*.old`.
     """
     path, text = run_dir / "config.yaml", as_yaml(config).encode()
     try:
@@ -163,10 +166,10 @@ def record_config(config: Config, comm: Comm, run_dir: Path, anew: bool = False)
 
 
 def set_aside(path: Path) -> str:
-    """Rename a file that would be overwritten to `*.old`; return its new name, or "" if it is missing or empty.
+    """Rename a file to `*.old`, so that it is not overwritten; return the new name, or "" if it is missing or empty.
 
     Raises:
-        OSError: it cannot be renamed.
+        OSError: the file cannot be renamed.
     """
     if not path.is_file() or not path.stat().st_size:
         return ""

@@ -1,4 +1,4 @@
-"""The random streams of a run, all spawned from one seed per rank and per use."""
+"""Derive the seeds of all random generators of a run from its one seed, differently per rank and per use."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Seeds:
-    """Seeds and generators of one rank, statistically independent (numpy's `SeedSequence.spawn`).
+    """The seeds and generators of one rank, statistically independent of each other (NumPy's `SeedSequence.spawn`).
 
     Args:
         environments: seed of the training environments.
         evaluation: seed of the evaluation environments and of random actions in them.
-        exploration: draws the random actions of training.
-        replay: draws the minibatches.
-        noise: seed of torch's generator: noisy networks, the fractions of IQN, dropout in a user's torso.
+        exploration: generator that draws the random actions of training.
+        replay: generator that draws the minibatches.
+        noise: seed of torch's generator, from which noisy layers, IQN and dropout in a user's torso draw.
     """
 
     environments: int
@@ -35,8 +35,8 @@ def rank_seeds(seed: int, rank: int, env_steps: int = 0) -> Seeds:
     Args:
         seed: seed of the run.
         rank: this rank.
-        env_steps: global env steps at which the run resumes, so that streams that start anew do not repeat
-            themselves.
+        env_steps: global env steps at which the run resumes; with other seeds than at the start, generators that
+            cannot be restored do not repeat their numbers.
     """
     uses = np.random.SeedSequence(seed, spawn_key=(rank, env_steps)).spawn(5)
     environments, evaluation, noise = (int(uses[i].generate_state(1)[0] >> 1) for i in (0, 1, 4))
@@ -44,12 +44,12 @@ def rank_seeds(seed: int, rank: int, env_steps: int = 0) -> Seeds:
     return Seeds(environments, evaluation, exploration, replay, noise)
 
 
-# Tells the stream of `hvdqn eval` apart from those of ranks, whose keys have three numbers.
+# A key for `hvdqn eval` that no rank has: ranks' keys have three numbers.
 _EVAL_COMMAND = (0x6576616C,)
 
 
 def eval_command_seed(seed: int) -> int:
-    """Return the seed of the episodes of `hvdqn eval`: no evaluation of a training run plays them."""
+    """Return the seed for the episodes of `hvdqn eval`, which differ from those of all evaluations while training."""
     return int(np.random.SeedSequence(seed, spawn_key=_EVAL_COMMAND).generate_state(1)[0] >> 1)
 
 
@@ -62,7 +62,7 @@ def torch_state(device: torch.device) -> dict[str, NDArray[np.uint8]]:
 
 
 def load_torch_state(state: Mapping[str, NDArray[np.uint8]], device: torch.device) -> None:
-    """Set torch's generators to the states that `torch_state` returned; one without a state is left as it is."""
+    """Set torch's generators to the states that `torch_state` returned; leave one without a saved state as it is."""
     torch.set_rng_state(torch.tensor(state["cpu"]))
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(torch.tensor(state["cuda"]), device)

@@ -1,4 +1,4 @@
-"""Starts a run: checks what depends on all ranks, builds the parts, and restores the newest checkpoint."""
+"""Start a run: check that all ranks agree, build the trainer, and restore the newest checkpoint."""
 
 from __future__ import annotations
 
@@ -30,10 +30,12 @@ T = TypeVar("T", bound=Trainer)
 
 
 def check_ranks(config: Config, comm: Comm) -> None:
-    """Check what depends on all ranks: equal settings, the engine, the number of ranks; a collective call.
+    """Check that all ranks have equal settings, which fit the engine and the number of ranks.
+
+    All ranks must call it together.
 
     Raises:
-        UserError: on all ranks.
+        UserError: on all ranks, if a check fails.
     """
     check_same_config(config, comm)
     check_engine(config, comm.name, comm.size)
@@ -41,7 +43,7 @@ def check_ranks(config: Config, comm: Comm) -> None:
 
 
 def check_same_config(config: Config, comm: Comm) -> None:
-    """Refuse ranks that were started with different settings.
+    """Check that all ranks were started with the same settings.
 
     Raises:
         UserError: on all ranks, naming the first setting that differs.
@@ -58,9 +60,9 @@ def check_same_config(config: Config, comm: Comm) -> None:
 
 
 def compare_cpus(config: Config, comm: Comm, device: torch.device) -> list[str]:
-    """Return a warning if torch uses other CPU instructions on some ranks; a collective call.
+    """Return a warning if torch uses different CPU instructions on different ranks, else an empty list.
 
-    Their optimizer steps differ by rounding, so replicas that must be equal drift apart.
+    Results then differ by rounding, so that weights drift apart which must be equal. All ranks must call this together.
     """
     everyone = comm.all_gather_object(torch.backends.cpu.get_cpu_capability())
     if len(set(everyone)) == 1 or config.parallel.sync != "gradients" or device.type != "cpu":
@@ -75,10 +77,10 @@ def compare_cpus(config: Config, comm: Comm, device: torch.device) -> list[str]:
 
 
 def check_that_it_learns(config: Config, clock: Clock) -> None:
-    """Refuse a run that ends before its first update.
+    """Check that the run does not end before its first update.
 
     Raises:
-        UserError: it does.
+        UserError: the run would end before its first update.
     """
     if clock.updates_owed(config.run.total_env_steps) == 0:
         raise UserError(
@@ -89,7 +91,7 @@ def check_that_it_learns(config: Config, clock: Clock) -> None:
 
 
 def make_trainer(config: Config, comm: Comm, stop: StopSignal, parts: Parts, recorder: Recorder) -> Trainer:
-    """Return the trainer of this rank's role."""
+    """Create the trainer for this rank: `ServingTrainer` if it only serves other ranks, else `Trainer`."""
     kind = Trainer if parts.role.acts else ServingTrainer
     return kind(config, comm, stop, parts, recorder)
 
@@ -102,24 +104,26 @@ def start_run(
     timer: PhaseTimer,
     make: Callable[[Config, Comm, StopSignal, Parts, Recorder], T],
 ) -> T:
-    """Build all parts and the trainer, and begin the run or resume it from its newest checkpoint; a collective call.
+    """Build this rank's parts and trainer, and begin the run or resume it from its newest checkpoint.
+
+    All ranks must call it together.
 
     Args:
-        config: checked, the same on every rank.
-        comm: the ranks.
-        run_dir: where the run is recorded.
-        stop: whether this rank was asked to stop.
-        timer: of this rank.
-        make: makes the trainer, as `make_trainer` does.
+        config: the checked configuration, the same on every rank.
+        comm: the collectives over all ranks.
+        run_dir: the directory that the run is recorded in.
+        stop: tells whether this rank received a signal to stop.
+        timer: counts this rank's seconds by phase.
+        make: creates the trainer, as `make_trainer` does.
 
     Raises:
-        UserError: the input is wrong, on all ranks.
+        UserError: on all ranks, if the user's input is wrong.
     """
     checkpoints = Checkpoints(run_dir / "checkpoints", comm, config.run.checkpoint_keep, timer)
     checkpoint, warnings = find_checkpoint(config, checkpoints, run_dir)
     parts = build_parts(config, comm, timer, checkpoint.env_steps if checkpoint else 0)
     check_that_it_learns(config, parts.clock)
-    # A run that is over is not trained with the new settings.
+    # A run that has already finished keeps its config.yaml, since it does not train with the new settings.
     if checkpoint is None or checkpoint.env_steps < config.run.total_env_steps:
         record_config(config, comm, run_dir, anew=checkpoint is None)
     trainer = make(config, comm, stop, parts, Recorder(config, comm, run_dir, parts, checkpoints))
@@ -131,9 +135,9 @@ def begin(trainer: Trainer, checkpoint: Checkpoint | None, warnings: Sequence[st
     """Begin the run, or resume it from a checkpoint, and log its header.
 
     Args:
-        trainer: of this rank, as it was made.
-        checkpoint: to resume from, if any.
-        warnings: from looking for it, to be logged below the header.
+        trainer: this rank's trainer, just created.
+        checkpoint: the checkpoint to resume from; None: begin the run.
+        warnings: lines to log below the header.
     """
     config, comm, parts, recorder = trainer.config, trainer.comm, trainer.parts, trainer.recorder
     changes: list[str] = []
@@ -156,4 +160,4 @@ def begin(trainer: Trainer, checkpoint: Checkpoint | None, warnings: Sequence[st
         )
     recorder.decide_on_replay()
     if parts.clock.env_steps and parts.clock.due(config.run.eval_every):
-        trainer.evaluate()  # a signal may have cut it short
+        trainer.evaluate()  # a signal may have ended the evaluation that was due at this env step

@@ -1,4 +1,4 @@
-"""What a run reports: the header at its start, `summary.json` and the last lines at its end."""
+"""Report on a run: log the header at its start and the last lines at its end, and compile `summary.json`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ EVALUATION = ("eval_return_mean", "eval_return_std", "eval_episodes")
 
 
 def log_header(config: Config, comm: Comm, parts: Parts, run_dir: Path) -> None:
-    """Log what is about to run, in lines that fit a terminal of 100 columns; a collective call."""
+    """Log the ranks, environments, network and strategy of the run, in lines of at most 100 columns.
+
+    All ranks must call it together.
+    """
     ranks = f"{comm.size} rank" + "s" * (comm.size > 1)
     update_every = parts.clock.global_batch / config.replay.replay_ratio
     described = comm.all_gather_object((str(parts.device), _describe_acting(parts)))
@@ -48,7 +51,7 @@ def log_header(config: Config, comm: Comm, parts: Parts, run_dir: Path) -> None:
 
 
 def _describe_acting(parts: Parts) -> tuple[str, str] | None:
-    """Return what a rank acts in, and what it remembers; None for a rank that serves."""
+    """Return one line on the rank's environments and one on its replay; None for a rank that has neither."""
     if parts.acting is None:
         return None
     return parts.acting.envs.description, parts.acting.replay.description
@@ -64,17 +67,17 @@ def summarize(
     acted_env_steps: int,
     seconds_before: Mapping[str, float],
 ) -> dict[str, Any]:
-    """Return the content of `summary.json`; a collective call.
+    """Return the content of `summary.json`. All ranks must call it together.
 
     Args:
-        config: of the run.
-        comm: the ranks.
-        parts: of this rank.
-        totals: of the run.
-        progress: of the run.
-        stopped: whether a signal ended it.
-        acted_env_steps: of this rank, since this attempt began.
-        seconds_before: by phase, of earlier attempts.
+        config: the configuration of the run.
+        comm: the collectives over all ranks.
+        parts: this rank's parts.
+        totals: sums of the ranks' statistics; this reads the skipped updates.
+        progress: the last evaluation, and counts of failures.
+        stopped: whether a signal ended the run.
+        acted_env_steps: env steps of this rank since this process started or resumed the run.
+        seconds_before: this rank's seconds by phase before that.
     """
     clock, seconds = parts.clock, parts.timer.seconds()
     wall_seconds = sum(seconds.values())
@@ -101,18 +104,18 @@ def summarize(
         "param_sha256": parts.learner.sha256(),
         "stopped_by": "signal" if stopped else "finished",
         "seconds": seconds,
-        # Of each rank's own work, without waiting for others; 0 of a rank that does not act.
+        # Each rank's env steps per second of its own work, waits for others not counted; 0 if the rank does not act.
         "rank_env_steps_per_second": comm.all_gather_object(acted_env_steps / worked),
     }
 
 
 def _discarded(comm: Comm, parts: Parts) -> int:
-    """Return the transitions that all ranks discarded because they are not finite; a collective call."""
+    """Return how many transitions all ranks discarded because they are not finite. All ranks must call it together."""
     return sum(comm.all_gather_object(parts.acting.replay.discarded if parts.acting else 0))
 
 
 def _traffic(strategy: Strategy) -> dict[str, float]:
-    """Return what one rank sent per update of this attempt, and what it should have sent."""
+    """Return how many messages and bytes this rank sent per update, and how many it should have sent."""
     messages, sent_bytes = strategy.expected_traffic()
     updates = max(strategy.exchanged_updates, 1)
     return {
@@ -124,13 +127,13 @@ def _traffic(strategy: Strategy) -> dict[str, float]:
 
 
 def log_summary(run_dir: Path, env_steps: int, stopped: bool, speeds: Sequence[float]) -> None:
-    """Log how the run ended, and where everything is.
+    """Log how the run ended, which rank was slow, and where the files are.
 
     Args:
-        run_dir: of the run.
-        env_steps: global, at the end.
-        stopped: whether a signal ended it.
-        speeds: env steps per second of each rank's own work.
+        run_dir: the run directory.
+        env_steps: global env steps at the end.
+        stopped: whether a signal ended the run.
+        speeds: for each rank, env steps per second of its own work; 0 if it does not act.
     """
     acting = [speed for speed in speeds if speed > 0]
     if acting and max(acting) > 2 * min(acting):

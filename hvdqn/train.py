@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import gc
 
-gc.disable()  # imports leave nothing to collect, and looking for it would slow the start of every rank
+gc.disable()  # imports leave no garbage, and searching for it would slow the start of every rank
 
 import logging
 import sys
@@ -48,7 +48,7 @@ from hvdqn.process import borrowed_process, tune_process
 from hvdqn.run_directory import open_run_dir, sole_job
 from hvdqn.startup import check_ranks, make_trainer, start_run
 
-gc.freeze()  # objects made by imports are never looked at again
+gc.freeze()  # the garbage collector never searches the objects that imports created
 gc.enable()
 
 log = logging.getLogger(__name__)
@@ -57,10 +57,10 @@ Work = Callable[[Config, Comm, StopSignal, PhaseTimer], int]
 
 
 def train(config: Config, comm: Comm, stop: StopSignal, timer: PhaseTimer) -> int:
-    """Train, evaluate and record; return the exit code.
+    """Open the run directory, train to the end or to a vote to stop, and return the exit code.
 
     Raises:
-        UserError: the input is wrong, on all ranks.
+        UserError: on all ranks, if the user's input is wrong.
     """
     check_ranks(config, comm)
     run_dir = open_run_dir(config, comm)
@@ -71,12 +71,12 @@ def train(config: Config, comm: Comm, stop: StopSignal, timer: PhaseTimer) -> in
             trainer = start_run(config, comm, run_dir, stop, timer, make_trainer)
             try:
                 trainer.complete()
-            except UserError as error:  # perhaps only this rank has found it: the others do not know
+            except UserError as error:  # perhaps on this rank alone: the others would train on
                 raise FoundAloneError(str(error)) from error
             finally:
                 trainer.recorder.metrics.close()  # so that an error is printed below the progress bar
     except UserError:
-        # Removes the directory if it is empty: a run that was there before stays.
+        # This removes the directory only if it is empty, so an earlier run stays.
         with suppress(OSError):
             run_dir.rmdir()
         raise
@@ -86,30 +86,30 @@ def train(config: Config, comm: Comm, stop: StopSignal, timer: PhaseTimer) -> in
 def main(argv: Sequence[str] | None = None, work: Work = train) -> int:
     """Run one rank in a program or notebook of the user; return its exit code.
 
-    Signal handlers and settings of the process are put back at the end. Off the main thread they are left alone, and
-    no signal stops the run.
+    This restores signal handlers and settings of the process at the end. Off the main thread it does not touch them, so
+    that no signal stops the run.
 
     Args:
-        argv: the flags; those of this process if None.
-        work: what the ranks do once they are connected.
+        argv: the flags; None: those of this process.
+        work: called with the configuration, the collectives, the stop signal and the timer once ranks are connected.
     """
     with borrowed_process(), closing(StopSignal(own_process=False)) as stop:
         return run(argv, work, stop)
 
 
 def command(argv: Sequence[str] | None = None, work: Work = train) -> int:
-    """Run one rank as the `hvdqn train` command does: as `main`, but this process belongs to it until it exits."""
+    """Run one rank as the `hvdqn train` command: as `main`, but never restore signal handlers and process settings."""
     tune_process()
     return run(argv, work, StopSignal())
 
 
 @folder_remembered()
 def run(argv: Sequence[str] | None, work: Work, stop: StopSignal) -> int:
-    """Connect the ranks and do the work; return the exit code."""
+    """Read the settings, connect the ranks and call `work`; return the exit code."""
     try:
         setup_logging(launcher_rank(), launcher_size())
         config = parse(sys.argv[1:] if argv is None else argv)
-        find_spec(config.environment.env)  # before connecting, which takes seconds
+        find_spec(config.environment.env)  # raises for an unknown id now: connecting takes seconds
         comm = connect(config.parallel.comm, device_kind(config), config.parallel.stall_timeout)
     except (UserError, LaunchError) as error:
         return refuse_alone(str(error), stop)
@@ -122,7 +122,7 @@ def run(argv: Sequence[str] | None, work: Work, stop: StopSignal) -> int:
 
 
 def fail(error: BaseException, comm: Comm, stop: StopSignal, timer: PhaseTimer) -> int:
-    """Report an exception and end the job; return the exit code only in a program of the user without other ranks."""
+    """Report an exception and end all ranks; only return the exit code if a program of the user runs a single rank."""
     ends_process = stop.own_process or comm.size > 1  # other ranks wait for this one
     if not ends_process:
         kill_all_workers()
@@ -139,19 +139,19 @@ def fail(error: BaseException, comm: Comm, stop: StopSignal, timer: PhaseTimer) 
 
 
 def report_failure(error: BaseException, comm: Comm, timer: PhaseTimer) -> None:
-    """Report an exception with its traceback, or that other ranks do not answer: the rank that failed reports more."""
+    """Log an exception with its traceback; if it came while waiting for other ranks, only that they do not answer."""
     if timer.phase != "comm":
         log.error(f"rank {comm.rank} of {comm.size} failed: {''.join(traceback.format_exception(error))}")
         return
     reason = traceback.format_exception_only(error)[-1].splitlines()[0]
     log.error(f"rank {comm.rank} of {comm.size} failed: the other ranks do not answer: {reason}")
     if comm.size > 1:
-        # Launchers use the exit code of the rank that ends first: let that be the one that failed.
+        # Launchers use the exit code of the rank that ends first, so let the one that failed end first.
         time.sleep(1)
 
 
 def run_and_leave(work: Work, config: Config, comm: Comm, stop: StopSignal, timer: PhaseTimer) -> int:
-    """Do the work, or report what all ranks found wrong; leave the job together with all other ranks."""
+    """Call `work`, or log the error that all ranks raised; disconnect together with them, and return the exit code."""
     try:
         code = work(config, comm, stop, timer)
     except UserError as error:
@@ -165,7 +165,7 @@ def run_and_leave(work: Work, config: Config, comm: Comm, stop: StopSignal, time
 
 
 def refuse(message: str, rank: int, code: int = EXIT_USER_ERROR) -> int:
-    """Report once what every rank found wrong, and return the exit code; other ranks give rank 0 time for that."""
+    """Log, on rank 0 only, an error that every rank raised; return the exit code. Other ranks wait for rank 0."""
     if rank == 0:
         log.error(message)
     else:
@@ -174,19 +174,19 @@ def refuse(message: str, rank: int, code: int = EXIT_USER_ERROR) -> int:
 
 
 def refuse_alone(message: str, stop: StopSignal) -> int:
-    """Report what this rank found wrong before the ranks were connected, or while they train; return the exit code.
+    """Log an error that perhaps only this rank raised, since it cannot ask the others; return the exit code.
 
-    Mostly all ranks find the same, and rank 0 reports it for all. A rank that found something wrong alone waits until
-    rank 0 would have reported and ended the job, then reports it itself.
+    Usually all ranks raise the same, and rank 0 logs it for all. Another rank waits until rank 0 would have logged it
+    and ended the job, and then logs the error itself.
     """
     rank = launcher_rank()
     if rank == 0:
         log.error(message)
         if launcher_size() != 1:
-            # Until the others find it, too: srun returns the highest code, and that of a rank it ended is 143.
+            # Until other ranks raise it too: srun returns the highest exit code, and a rank that it ends has 143.
             time.sleep(3)
         return EXIT_USER_ERROR
-    # On a busy machine rank 0 may start seconds later, and then waits itself.
+    # On a busy machine rank 0 may start seconds later, and it waits 3 s after its message.
     deadline = time.monotonic() + 8.0
     while not stop.requested and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -1,7 +1,7 @@
-"""The training loop. Start reading at `Trainer.train`.
+"""Run the training loop. Start reading at `Trainer.train`.
 
-Whatever the ranks do together (update, target copy, evaluation, checkpoint, end) is due by the clock, that is, by
-integer arithmetic on global env steps, the same on every rank. How ranks agree is the strategy's business (see `sync`).
+The clock decides when the ranks update, copy the target network, evaluate, save and end together: by integer arithmetic
+on global env steps, which gives the same on every rank. The strategy (see `sync`) exchanges gradients or parameters.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from hvdqn.replay import Batch
 from hvdqn.sync import Outcome
 from hvdqn.sync.statistics import REPORTED
 
-# Iterations between exchanges of statistics while no update carries them. Few, so that a signal is answered within half
-# a minute even if an iteration takes seconds.
+# While no updates are due, which would carry statistics and votes to stop, ranks exchange these every so many
+# iterations. They are few, so that a run stops within half a minute of a signal even if an iteration takes seconds.
 POLL_ITERATIONS = 8
 NO_EPISODES = (0.0,) * (len(REPORTED) - 1)
 
 
 class Trainer:
-    """One rank's part in a run. Every method is called by all ranks together.
+    """Trains on one rank. All ranks must call its methods together.
 
     Args:
-        config: checked, the same on every rank.
-        comm: the ranks.
-        stop: whether this rank was asked to stop.
-        parts: of this rank.
-        recorder: of the run.
+        config: the checked configuration, the same on every rank.
+        comm: the collectives over all ranks.
+        stop: tells whether this rank received a signal to stop.
+        parts: this rank's parts.
+        recorder: writes metrics, evaluations and checkpoints.
     """
 
     acting: Acting
@@ -47,15 +47,15 @@ class Trainer:
         self.timer, self.overlap = parts.timer, parts.overlap
         if parts.acting is not None:
             self.acting = parts.acting
-        self.acted_env_steps = 0  # of this rank, since it started
+        self.acted_env_steps = 0  # env steps of this rank since this process started
         self.stop_voted = False
         self.target_due = False
         self.updating = False
-        self.batch: Batch | None = None  # the minibatch of the update under way
+        self.batch: Batch | None = None  # the minibatch of the update in progress
         self.prefetched: Batch | None = None  # the minibatch of the next update
 
     def complete(self) -> None:
-        """Train to the end; save, evaluate, record."""
+        """Train to the end of the run or to a vote to stop, then save, evaluate and write the summary."""
         self.recorder.show_progress()
         self.train()
         self.accumulate(self.strategy.synchronize())
@@ -78,7 +78,7 @@ class Trainer:
             self.run_due_events()
 
     def iterate(self) -> None:
-        """Take the updates that are due, and one step in every environment; the last update overlaps the step."""
+        """Take the updates that are due, and one step in every environment; the last update runs during the step."""
         due = self.clock.updates_due()
         overlapped = due > 0 and self.overlap != "none"
         for remaining in reversed(range(int(overlapped), due)):
@@ -107,7 +107,10 @@ class Trainer:
             self.exchange_stats()
 
     def update(self, prefetch: bool = False) -> None:
-        """Take one update: sample, compute the gradient, exchange it, step; maybe sample for the next one meanwhile."""
+        """Take one update: sample, compute the gradient, exchange it, step.
+
+        With `prefetch`, sample the minibatch of the next update during the exchange, unless TD errors change it.
+        """
         self.begin_update()
         if prefetch and not self.acting.replay.uses_td_errors:
             self.prefetched = self.sample()
@@ -116,7 +119,7 @@ class Trainer:
             self.update_priorities()
 
     def begin_update(self) -> None:
-        """Compute the gradient of a minibatch, and let the strategy send it."""
+        """Compute the gradient of a minibatch, and let the strategy start to exchange it."""
         self.batch, self.prefetched = self.prefetched or self.sample(), None
         report, progress = self.pop_report(), self.clock.env_steps / self.config.run.total_env_steps
         self.clock.count_update()
@@ -129,7 +132,7 @@ class Trainer:
             self.strategy.launch(report, learned, float(self.batch.weight.max()), progress)
 
     def finish_update(self) -> None:
-        """Wait until the strategy has taken the step."""
+        """Wait until the strategy has finished the exchange and taken the optimizer step."""
         self.accumulate(self.strategy.wait())
         self.updating = False
 
@@ -140,7 +143,7 @@ class Trainer:
             self.acting.replay.update_priorities(self.batch.row_ids, self.learner.td_errors.cpu().numpy())
 
     def sample(self) -> Batch | None:
-        """Return this rank's next minibatch."""
+        """Return this rank's next minibatch, with importance weights if replay is prioritized."""
         self.timer.start("sample")
         replay, batch_size = self.acting.replay, self.config.replay.batch_per_rank
         if not replay.uses_td_errors:
@@ -148,7 +151,7 @@ class Trainer:
         return replay.sample(batch_size, importance_at(self.config, self.parts.role, self.clock.env_steps))
 
     def pop_report(self) -> Sequence[float]:
-        """Return this rank's `REPORTED`: its vote to stop, and the episodes that ended since the last call."""
+        """Return this rank's values of `REPORTED`: its vote to stop, and sums over episodes since the last call."""
         episodes = self.acting.envs.pop_episodes()
         if not episodes:
             return (float(self.stop.requested), *NO_EPISODES)
@@ -164,7 +167,7 @@ class Trainer:
         )
 
     def exchange_stats(self) -> None:
-        """Exchange statistics and votes without a gradient."""
+        """Exchange statistics and votes to stop with the other ranks, without a gradient."""
         self.accumulate(self.strategy.exchange_stats(self.pop_report()))
 
     def accumulate(self, outcome: Outcome) -> None:
@@ -182,7 +185,7 @@ class Trainer:
         self.update_target_if_due()
         if due(run.log_every):
             self.recorder.log()
-            reinstall_handlers()  # an environment may set its own in any step
+            reinstall_handlers()  # an environment may have replaced the signal handlers in any step
         if due(run.eval_every):
             self.evaluate()
         if due(run.checkpoint_every):
@@ -191,14 +194,14 @@ class Trainer:
             self.recorder.show_progress()
 
     def update_target_if_due(self) -> None:
-        """Copy the online network to the target network as soon as the strategy can, and compare the replicas."""
+        """Copy the online network to the target network as soon as the strategy can, and compare the ranks' weights."""
         differing_ranks = self.strategy.update_target() if self.target_due else None
         if differing_ranks is not None:
             check_replicas(differing_ranks, self.clock.env_steps)
             self.target_due = False
 
     def evaluate(self) -> None:
-        """Play greedily; all ranks stop if one is asked to stop meanwhile."""
+        """Evaluate the greedy policy, unless the ranks are stopping; end the run if a rank votes to stop meanwhile."""
         if not self.stop_voted:
             self.stop_voted = not self.recorder.evaluate(lambda: self.stop.requested)
 
@@ -211,12 +214,12 @@ class ServingTrainer(Trainer):
     """Rank 0 under `--sync server`: it applies the workers' gradients in place of acting and learning."""
 
     def iterate(self) -> None:
-        """Serve one push."""
+        """Wait briefly for a worker's message, apply its gradient and answer it."""
         self.accumulate(self.strategy.serve(self.stop.requested))
 
     def pop_report(self) -> Sequence[float]:
-        """Return this rank's `REPORTED`, which has no episodes."""
+        """Return this rank's values of `REPORTED`: its vote to stop, and no episodes."""
         return (float(self.stop.requested), *NO_EPISODES)
 
     def close(self) -> None:
-        """Close nothing: there are no environments."""
+        """Do nothing: this rank has no environments to close."""

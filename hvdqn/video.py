@@ -155,7 +155,7 @@ def play(
 
 
 def _render(envs: Environments, env: str) -> NDArray[np.uint8]:
-    """Return the environment's picture as bytes `[height, width, 3]`."""
+    """Render the environment (`env` is its id) as RGB bytes, `[height, width, 3]`."""
     try:
         rendered = envs.render()
         array = np.asarray(rendered)  # a list of frames of different sizes raises ValueError

@@ -30,7 +30,7 @@ LEAST_CALLS, MOST_CALLS = 10, 2_000
 
 @dataclass(frozen=True)
 class AllreduceTiming:
-    """The latency of float32 messages on one engine."""
+    """The latency of summing float32 messages over ranks, by message size, on one engine."""
 
     engine: str
     world_size: int
@@ -41,7 +41,7 @@ class AllreduceTiming:
 
     @property
     def network_seconds(self) -> float:
-        """Latency of this network's message."""
+        """The latency of the message that one update of this network sends, in seconds."""
         return self.seconds[self.network_floats]
 
 

@@ -37,7 +37,7 @@ LOCAL_RANK_VARIABLES = ("HOROVOD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "LOC
 
 @dataclass(frozen=True)
 class Span:
-    """The time that a number of iterations took on this rank."""
+    """The time that a number of iterations of the training loop took on this rank."""
 
     iterations: int
     updates: int
@@ -78,7 +78,7 @@ class LoopTiming:
 
     @property
     def exposed_share(self) -> float:
-        """Share of an iteration that ranks wait for each other."""
+        """The share of an iteration during which ranks wait for each other."""
         return self.seconds_per_iteration["comm_exposed"] / self.iteration_seconds
 
     @property

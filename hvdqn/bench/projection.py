@@ -71,7 +71,7 @@ def fit(seconds_by_bytes: Mapping[int, float]) -> Line:
 
 
 def coefficients(model: Model, ranks: int) -> tuple[float, float]:
-    """Return the factors of alpha and of n * beta in a model."""
+    """Return the two numbers by which a model multiplies alpha and n * beta at this number of ranks."""
     if model == "ring":
         return 2.0 * (ranks - 1), 2.0 * (ranks - 1) / ranks
     rounds = float(math.ceil(math.log2(ranks)))

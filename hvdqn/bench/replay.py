@@ -1,4 +1,4 @@
-"""`hvdqn bench replay`: compare the speed of a large replay with that of a small one, by one add and one sample.
+"""`hvdqn bench replay`: compare the time of one add and one sample in a large replay with that in a small one.
 
 Both replays are filled as in training, with one step repeated, since the content of an observation does not matter.
 The measurements alternate. The larger replay must fit into memory: 7 GB for a million Atari transitions.
@@ -27,7 +27,7 @@ ROUNDS = 20
 
 @dataclass
 class FilledReplay:
-    """A full replay, and a step to add to it."""
+    """A full replay for timing, with the actions and the `Step` that `time_round` adds again and again."""
 
     replay: Replay
     actions: np.ndarray

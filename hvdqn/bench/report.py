@@ -173,7 +173,7 @@ class Row:
         return {**asdict(self), "median": self.median, "reached": self.reached}
 
     def cells(self) -> tuple[str, ...]:
-        """Return the row's cells in the table: what, median, spread, goal, reached."""
+        """Return the cells of the table: name of the measurement, median, smallest to largest, goal, goal reached."""
         spread = f"{_format(min(self.values))} to {_format(max(self.values))}"
         goal = "" if self.goal is None else f"{'<=' if self.at_most else '>='} {number(self.goal)}"
         reached = {None: "", True: "yes", False: "no"}[self.reached]

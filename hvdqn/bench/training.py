@@ -51,7 +51,7 @@ sys.exit(train.command(sys.argv[1:]))
 
 @dataclass(frozen=True)
 class Job:
-    """What a benchmark gets on each rank once the ranks are connected."""
+    """The connected ranks and what else a benchmark gets on each of them."""
 
     config: Config
     comm: Comm
@@ -73,8 +73,9 @@ def run_on_all_ranks(
     Args:
         parser: parses the benchmark's own flags; all other flags are training's.
         argv: all flags.
-        benchmark: called on each rank with its own flags, training's flags and the connected ranks.
-        before_connecting: called first, with the benchmark's own flags.
+        benchmark: the function to call on each rank, with the benchmark's flags, training's flags and the connected
+            ranks.
+        before_connecting: called before the ranks connect, with the benchmark's flags.
     """
     try:
         setup_logging(launcher_rank(), launcher_size())

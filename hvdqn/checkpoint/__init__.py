@@ -1,10 +1,10 @@
-"""Checkpoints of a training run, and how a run resumes from one.
+"""Save checkpoints of a training run, and resume a run from one.
 
-- `files`: one file of a checkpoint, in safetensors format.
-- `manifest`: one checkpoint, and how to open it.
-- `directory`: the checkpoints of a run directory: saving, verifying, pruning.
-- `contents`: which state a checkpoint holds.
-- `resume`: finding a checkpoint and restoring the state in it.
+- `files`: writes and reads one file of a checkpoint, in safetensors format.
+- `manifest`: opens one checkpoint; its manifest lists the files with their hashes.
+- `directory`: saves, verifies and deletes the checkpoints of a run directory.
+- `contents`: collects the state that a checkpoint holds.
+- `resume`: finds the checkpoint to resume from, and restores the state in it.
 """
 
 from hvdqn.checkpoint.contents import (

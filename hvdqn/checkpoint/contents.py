@@ -1,4 +1,7 @@
-"""Which state a checkpoint holds: what all ranks share in one file, and what belongs to one rank in a file per rank."""
+"""Collect the state that a checkpoint holds: one file for what is equal on all ranks, and one file for each rank.
+
+A file of a checkpoint is called a part; its name is the file's without ".safetensors".
+"""
 
 from __future__ import annotations
 
@@ -16,17 +19,17 @@ from hvdqn.seeds import torch_state
 from hvdqn.sync import Totals
 
 LEARNER = "learner"
-"""Name of the part that rank 0 writes for all ranks."""
+"""Name of the part (file) that rank 0 writes for all ranks."""
 
 
 def rank_part(rank: int) -> str:
-    """Return the name of the part that a rank writes for itself."""
+    """Return the name of the part (file) that this rank writes for itself: "rank-00003"."""
     return f"rank-{rank:05d}"
 
 
 @dataclass
 class Progress:
-    """Counters and decisions of a run that no other part keeps. A resumed run continues with them."""
+    """Counters and decisions of a run that are kept nowhere else. A resumed run continues with them."""
 
     failed_checkpoints: int = 0
     evaluated_at_env_steps: int = -1
@@ -36,9 +39,9 @@ class Progress:
 
 
 def shared_state(parts: Parts, totals: Totals, progress: Progress) -> dict[str, Any]:
-    """Return the state that is the same on every rank: networks, optimizer, counters, clock and progress.
+    """Return the state that is equal on all ranks: networks, optimizer, counters, clock and progress.
 
-    Tensors are not copied.
+    Its tensors are those of the parts, not copies.
     """
     strategy = parts.strategy
     carried = {f"sync.{name}": tensor for name, tensor in strategy.state().items()}
@@ -57,13 +60,13 @@ def shared_state(parts: Parts, totals: Totals, progress: Progress) -> dict[str, 
 def load_shared_state(
     state: Mapping[str, Any], parts: Parts, totals: Totals, refill: bool = False
 ) -> Progress:
-    """Load what `shared_state` returned, and return its progress.
+    """Load what `shared_state` returned into `parts` and `totals`; return its progress.
 
     Args:
-        state: from another rank, or from a checkpoint, where arrays stand in for tensors.
-        parts: built with the same network and optimizer settings.
-        totals: of this rank.
-        refill: True if replay is empty, so that it must fill before the next update.
+        state: the state of another rank, or of a checkpoint, which holds NumPy arrays in place of tensors.
+        parts: this rank's parts, built with the same settings of network and optimizer.
+        totals: this rank's sums of statistics.
+        refill: whether replay is empty, so that it must fill before the next update.
     """
     tensors = {name: torch.as_tensor(values) for name, values in state["learner"].items()}
     prefix = "sync."
@@ -79,14 +82,16 @@ def load_shared_state(
 
 
 def check_learner(part: Any, path: object) -> None:
-    """Check the shapes in the part that all ranks share, or in that of `best`: a digest does not prove any.
+    """Check that the content of a checkpoint's file has a learner's tensors, with shapes that fit each other.
+
+    The hash of the file does not prove that.
 
     Args:
-        part: as it was read.
-        path: of the checkpoint, for the message.
+        part: the content of the part `LEARNER`, as `read_part` returned it.
+        path: the checkpoint's directory, for error messages.
 
     Raises:
-        BrokenCheckpointError: the networks are missing, or their tensors do not fit each other.
+        BrokenCheckpointError: the network's parameters are missing, or the tensors do not fit each other.
     """
     tensors = part.get("learner") if isinstance(part, dict) else None
     online = tensors.get("online") if isinstance(tensors, dict) else None
@@ -95,7 +100,7 @@ def check_learner(part: Any, path: object) -> None:
     for name, tensor in tensors.items():
         if not isinstance(tensor, np.ndarray) or tensor.dtype.kind != "f":
             raise BrokenCheckpointError(f"{path}: {name} is no array of floats")
-        is_scalar = tensor.shape == () or name == "sync.largest_weight"  # `--sync parameters` keeps that one
+        is_scalar = tensor.shape == () or name == "sync.largest_weight"  # `--sync parameters` keeps it
         if not is_scalar and tensor.shape != online.shape:
             raise BrokenCheckpointError(
                 f"{path}: {name} has shape {list(tensor.shape)}, where the network has {list(online.shape)}"
@@ -103,8 +108,8 @@ def check_learner(part: Any, path: object) -> None:
 
 
 def contents(parts: Parts, comm: Comm, totals: Totals, progress: Progress) -> dict[str, Any]:
-    """Return what this rank writes to a checkpoint, by the name of the part."""
-    acting = parts.acting if progress.keeps_replay else None  # without replay, environments start anew
+    """Return the content of each part (file) that this rank writes to a checkpoint, by the part's name."""
+    acting = parts.acting if progress.keeps_replay else None  # without replay, a resume resets environments
     written: dict[str, Any] = {
         rank_part(comm.rank): {
             "actor": acting.actor.state() if acting else None,

@@ -1,7 +1,7 @@
-"""The checkpoints of a run directory: complete or absent, checksummed, without pickle.
+"""Save, verify and delete the checkpoints of a run directory.
 
     checkpoints/000000050000/      env steps, zero-padded
-        manifest.json              versions, config, world size, size and sha256 of every file
+        manifest.json              versions, config, number of ranks, size and sha256 of every file
         learner.safetensors        networks and optimizer, clock and counters (rank 0)
         rank-00000.safetensors     that rank's replay shard, random states and environments
     checkpoints/latest             link to the newest checkpoint
@@ -9,9 +9,9 @@
 
 On a file system without symbolic links, `latest` and `best` are text files that hold the name.
 
-A checkpoint is written to a hidden directory, flushed to disk and then renamed, so that a crash never leaves half of
-one. Training waits during the write: replay must not change, and a copy of it would double the memory. The time it
-takes is phase `save` in `summary.json`.
+`save` writes a checkpoint to a hidden directory, flushes it to disk and then renames it, so that a crash never leaves
+half of one. Training waits during the write: replay must not change, and a copy of it would double the memory.
+`summary.json` reports the time as phase `save`.
 """
 
 from __future__ import annotations
@@ -41,20 +41,21 @@ from hvdqn.metrics import PhaseTimer
 
 log = logging.getLogger(__name__)
 
-# What file systems without fsync of directories answer.
+# The errors of `fsync` on a directory, on file systems that do not support it.
 _UNSUPPORTED = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EBADF)
 
 
 class Checkpoints:
-    """The checkpoints of one run directory, which all ranks can read and write.
+    """Manages the checkpoints of one run directory, which all ranks can read and write.
 
-    Every public method is collective: all ranks call it together and get the same result.
+    All ranks must call each public method together, and get the same result.
 
     Args:
-        directory: `RUN_DIR/checkpoints`.
-        comm: the ranks.
+        directory: the path `RUN_DIR/checkpoints`.
+        comm: the collectives over all ranks.
         keep: number of checkpoints to keep; older ones are deleted.
-        timer: times the waits for other ranks, and shows the watchdog that long reads and writes make progress.
+        timer: times the waits for other ranks; long reads and writes call its `alive`, so that the watchdog sees that
+            they make progress.
     """
 
     def __init__(self, directory: Path, comm: Comm, keep: int, timer: PhaseTimer) -> None:
@@ -62,18 +63,19 @@ class Checkpoints:
         self._link_reported = False
         self._read_back: set[bool] = (
             set()
-        )  # the kinds of checkpoints, `best` or not, that were read back once
+        )  # holds False once a regular checkpoint was read back after writing, True once a best one was
 
     def save(
         self, env_steps: int, parts: Mapping[str, Any], config: Mapping[str, Any], best: bool = False
     ) -> str:
-        """Write a checkpoint; return "", or the reason if any rank failed, and then leave the others as they are.
+        """Write a checkpoint, and return "". If any rank fails, return the reason; earlier checkpoints then stay.
 
         Args:
-            env_steps: global env steps, which name the checkpoint's directory.
-            parts: content of each file that this rank writes, by the file's name without its suffix.
+            env_steps: global env steps, after which the checkpoint's directory is named.
+            parts: the content of each file that this rank writes, by the file's name without ".safetensors".
             config: the settings of the run, stored in the manifest.
-            best: point the link `best` at this checkpoint instead of the link `latest`.
+            best: whether these are the weights of the best evaluation: the link `best` then points at this checkpoint,
+                instead of `latest`.
         """
         name = f"{'best-' if best else ''}{env_steps:012d}"
         temporary = self.directory / f".{name}.tmp"
@@ -103,7 +105,10 @@ class Checkpoints:
         return failure
 
     def _check_written(self, path: Path, entry: Mapping[str, Any]) -> None:
-        """Read a file back. The first checkpoint shows whether the state of this run can be read at all."""
+        """Raise BrokenCheckpointError unless the file can be read back and has the hash and size in `entry`.
+
+        `save` does this for the first checkpoint only, which shows whether the state of this run can be read at all.
+        """
         if file_digest(path, self.timer.alive) != (entry["sha256"], entry["bytes"]):
             raise BrokenCheckpointError(f"{path} reads back as something else")
         read_part(path)
@@ -111,14 +116,14 @@ class Checkpoints:
     def newest_valid(
         self, check: Callable[[Checkpoint, Sequence[str]], None] = lambda checkpoint, files: None
     ) -> tuple[Checkpoint | None, dict[str, str]]:
-        """Return the newest checkpoint that is not broken, and the broken ones.
+        """Return the newest checkpoint that is not broken, and the broken ones as a dict from name to reason.
 
-        Each rank verifies its share of a checkpoint's files. The broken ones map their name to what is wrong. If only
-        parts of ranks cannot be read, older checkpoints are preferred; if there is none, that checkpoint is returned.
+        Each rank verifies its share of a checkpoint's files. A checkpoint in which only files of single ranks cannot be
+        read is returned if no older one is complete.
 
         Args:
-            check: checks the content of a checkpoint after its digests, by the names of a share of its files; raises
-                BrokenCheckpointError.
+            check: called with a checkpoint and the names of this rank's share of its files, once their hashes are
+                verified; raises BrokenCheckpointError if the content is wrong.
 
         Raises:
             OtherFormatError: on all ranks, if a checkpoint has a format that this version does not read.
@@ -141,7 +146,7 @@ class Checkpoints:
     def _verify_together(
         self, name: str, check: Callable[[Checkpoint, Sequence[str]], None]
     ) -> tuple[Checkpoint | None, list[BrokenCheckpointError]]:
-        """Open a checkpoint, and verify this rank's share of its files; return what any rank found wrong."""
+        """Open a checkpoint and verify this rank's share of its files; return it with the errors of all ranks."""
         found, error = None, None
         try:
             found = open_checkpoint(self.directory / name)
@@ -159,11 +164,11 @@ class Checkpoints:
         return found, errors
 
     def set_aside_broken(self, found: Checkpoint | None, broken: Mapping[str, str]) -> None:
-        """Rename broken checkpoints to `NAME.broken` and point `latest` at the valid one that was found.
+        """Rename broken checkpoints to `NAME.broken`, and point the link `latest` at the valid one that was found.
 
         Args:
-            found: the checkpoint that `newest_valid` returned; without one, `latest` is removed.
-            broken: the broken checkpoints that it returned; without any, nothing changes.
+            found: the checkpoint that `newest_valid` returned; None: remove the link `latest`.
+            broken: the broken checkpoints that `newest_valid` returned; if there are none, this does nothing.
         """
         if broken:
             self._on_rank_0(lambda: self._set_aside_broken(found, broken))
@@ -180,7 +185,7 @@ class Checkpoints:
             self._link("latest", found.path.name)
 
     def _names(self) -> list[str]:
-        """Return the names of all checkpoints but the best and the broken ones, oldest first."""
+        """Return the names of all checkpoints, oldest first, without the best ones and the broken ones."""
         if not self.directory.is_dir():
             return []
         return sorted(entry.name for entry in self.directory.iterdir() if entry.name.isdigit())
@@ -190,20 +195,23 @@ class Checkpoints:
         temporary.mkdir(parents=True)
 
     def _restore_old(self) -> None:
-        """Bring back a checkpoint that was about to be replaced when the run was killed."""
+        """Give a checkpoint its name back, if the run was killed while `_commit` was replacing it."""
         for old in self.directory.glob(".*.old.tmp"):
             replaced = self.directory / old.name.removeprefix(".").removesuffix(".old.tmp")
             if not replaced.exists():
                 old.rename(replaced)
 
     def _delete_temporary(self) -> None:
-        """Delete what killed or failed attempts to save have left."""
+        """Delete the directories that saves left when they failed or were killed."""
         self._restore_old()
         for path in self.directory.glob(".*.tmp"):
             shutil.rmtree(path, ignore_errors=True)
 
     def _commit(self, temporary: Path, name: str, manifest: Mapping[str, Any]) -> None:
-        """Add the manifest to the files that are written, and give the checkpoint its name."""
+        """Write the manifest beside the files in `temporary`, then rename that directory to its final name.
+
+        So a checkpoint appears whole or not at all. Then update `latest` or `best`, and delete old checkpoints.
+        """
         with (temporary / MANIFEST).open("w", encoding="utf-8") as file:
             file.write(manifest_text(manifest))
             file.flush()
@@ -212,8 +220,8 @@ class Checkpoints:
         final = self.directory / name
         if name.isdigit() and final.exists():
             final.rename(self.directory / f".{name}.old.tmp")  # `_restore_old` brings it back after a crash
-        # A run that resumes repeats an evaluation at the same env step, and may write a better `best` then. It gets a
-        # name of its own, so that the link is valid at any moment.
+        # A resumed run repeats evaluations, so a best checkpoint may come twice at the same env step. The second one
+        # gets another name, so that the link `best` is valid at any moment.
         number = 2
         while final.exists():
             final, number = self.directory / f"{name}-{number}", number + 1
@@ -223,7 +231,7 @@ class Checkpoints:
         self._prune(final.name, linked)
 
     def _link(self, link: str, target: str) -> bool:
-        """Point `latest` or `best` at a checkpoint; return False if that failed, which does not fail the save."""
+        """Point the link `latest` or `best` at the checkpoint `target`; log a failure, and then return False."""
         place, line = self.directory / link, ""
         linked = True
         try:
@@ -240,11 +248,14 @@ class Checkpoints:
         return linked
 
     def _prune(self, newest: str, linked: bool) -> None:
-        """Delete all but the `keep` newest checkpoints, or all best ones but the newest, whichever was saved.
+        """Delete the checkpoints that the one just saved replaces.
+
+        These are all regular ones but the `keep` newest if it is a regular one, or all other best ones if it is one.
 
         Args:
-            newest: the name of the checkpoint that was saved.
-            linked: whether `latest` or `best` points at it; otherwise `best` needs the one that it points at.
+            newest: the name of the checkpoint that was just saved.
+            linked: whether `latest` or `best` points at it. If not, no best one is deleted, since `best` still points
+                at an older one.
         """
         old: list[str] = []
         if newest.isdigit():
@@ -256,7 +267,7 @@ class Checkpoints:
         self._delete_temporary()
 
     def _on_rank_0(self, action: Callable[[], None]) -> str:
-        """Call `action` on rank 0; return "" on all ranks, or the reason if it failed."""
+        """Call `action` on rank 0; return on all ranks the reason if it raised an OSError, else ""."""
         failure = ""
         if self.comm.rank == 0:
             try:
@@ -268,7 +279,7 @@ class Checkpoints:
 
 
 def _fsync_directory(path: Path) -> None:
-    """Flush a directory to disk, except on file systems that do not support it."""
+    """Flush a directory's entries to disk; do nothing on file systems that do not support it."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""One file of a checkpoint: nested dicts and lists with arrays as leaves, in safetensors format.
+"""Write and read one file of a checkpoint: nested dicts and lists of numbers, text and arrays, as safetensors.
 
 The arrays are the tensors of the safetensors file. Everything else is JSON in the file's metadata, in which
 `{"__array__": NAME}` takes the place of an array. Reading a file never executes anything in it.
@@ -36,21 +36,21 @@ _UNREADABLE = (
 
 
 class BrokenCheckpointError(RuntimeError):
-    """A checkpoint is incomplete, or differs from what was written."""
+    """Raised for a checkpoint that is incomplete, or that differs from what was written."""
 
 
 def write_part(path: Path, content: Any, alive: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """Write one file of a checkpoint; return its `sha256` and its size in `bytes`, for the manifest.
 
-    Arrays are written straight from their own memory: a replay shard would not fit into memory twice, and the
-    safetensors library's own writer makes a copy. The hash is computed in a second thread during the write.
+    It writes arrays straight from their own memory, because a rank's replay may not fit into memory twice; the
+    safetensors library's own writer makes a copy. A second thread computes the hash during the write.
 
     An array that appears several times in `content`, as the same object, is stored once.
 
     Args:
         path: the file to write.
-        content: nested dicts and lists of numbers, text, None, arrays, streamed arrays and tensors.
-        alive: called after each block of 16 MiB, to show the watchdog that the write is making progress.
+        content: nested dicts and lists of numbers, text, None, NumPy arrays, `StreamedArray`s and tensors.
+        alive: called after each block of 16 MiB, so that the watchdog sees that the write makes progress.
 
     Raises:
         OSError: the file cannot be written.
@@ -75,10 +75,10 @@ def write_part(path: Path, content: Any, alive: Callable[[], None] = lambda: Non
 
 
 def read_part(path: Path) -> Any:
-    """Return the content of a file that `write_part` wrote; tensors come back as arrays, tuples as lists.
+    """Return the content of a file that `write_part` wrote; tensors come back as NumPy arrays, tuples as lists.
 
-    The arrays are views of the memory-mapped file and are read from disk when they are used. Copy those that are
-    needed after the file is deleted or overwritten.
+    The arrays are views of the memory-mapped file, so the system reads them from disk when they are used. Copy those
+    that you need after the file is deleted or overwritten.
 
     Raises:
         BrokenCheckpointError: the file is missing or is not in this format.
@@ -97,7 +97,7 @@ def file_digest(path: Path, alive: Callable[[], None] = lambda: None) -> tuple[s
 
     Args:
         path: the file to read.
-        alive: called after each block of 16 MiB, to show the watchdog that the read is making progress.
+        alive: called after each block of 16 MiB, so that the watchdog sees that the read makes progress.
 
     Raises:
         OSError: the file cannot be read.
@@ -112,10 +112,14 @@ def file_digest(path: Path, alive: Callable[[], None] = lambda: None) -> tuple[s
 
 
 def _header(data: Any, arrays: Mapping[str, NDArray[Any] | StreamedArray]) -> bytes:
-    """Return the start of a safetensors file: the length of its header, then the header as padded JSON.
+    """Return the first bytes of a safetensors file: the length of its header, then the header as padded JSON.
+
+    Args:
+        data: what `Arrays.extract` returned.
+        arrays: the arrays by name, in the order in which they are written.
 
     Raises:
-        ValueError: the library would not read such a long header.
+        ValueError: the header is longer than the safetensors library reads.
     """
     header: dict[str, Any] = {"__metadata__": {"data": json.dumps(data)}}
     offset = 0
@@ -137,23 +141,24 @@ def _header(data: Any, arrays: Mapping[str, NDArray[Any] | StreamedArray]) -> by
 
 
 class Arrays:
-    """The arrays of one file while its content is taken apart.
+    """Collects the arrays in the content of one file, and gives each a name in the file.
 
     Attributes:
-        by_name: the arrays in the order in which they are written.
+        by_name: the arrays by name, in the order in which they are written.
     """
 
     def __init__(self) -> None:
         self.by_name: dict[str, NDArray[Any] | StreamedArray] = {}
-        # Each array as it was found and its entry, by the id of the array; holding it keeps the id its own.
+        # By the id of each array: the array, and the dict that replaces it. Holding the array keeps its id from being
+        # given to another object.
         self._entries: dict[int, tuple[object, dict[str, str]]] = {}
 
     def extract(self, content: Any) -> Any:
-        """Return `content` as JSON data, with each array replaced by its name.
+        """Return `content` as JSON data, with each array replaced by a dict that holds its name.
 
         Raises:
-            TypeError: it holds something that is not plain data.
-            ValueError: it is nested too deeply.
+            TypeError: the content holds an object that `write_part` does not accept.
+            ValueError: the content is nested too deeply.
         """
         try:
             return self._extract(content)
@@ -178,14 +183,15 @@ class Arrays:
         raise TypeError(f"{type(content).__name__} is not plain data")
 
     def _add(self, array: NDArray[Any] | torch.Tensor | StreamedArray) -> dict[str, str]:
-        """Add an array; return what takes its place."""
+        """Add an array to `by_name`; return the dict that replaces it in the JSON data."""
         if isinstance(array, torch.Tensor):
             array = array.detach().cpu().numpy()
         if array.dtype.kind not in "biufcSU":
             raise TypeError(f"an array of {array.dtype} is not plain data")
         name, dtype = str(len(self.by_name)), array.dtype.str
         if isinstance(array, np.ndarray):
-            # ascontiguousarray copies only strided arrays, and replay has none. It makes scalars one-dimensional.
+            # `ascontiguousarray` copies only strided arrays, and replay has none. It also gives scalars one axis, which
+            # `reshape` takes away again.
             array = np.ascontiguousarray(array).reshape(array.shape)
         if dtype in _DTYPES:
             self.by_name[name] = array
@@ -196,12 +202,12 @@ class Arrays:
 
 
 def _insert_arrays(data: Any, file: Any, arrays: dict[str, NDArray[Any]]) -> Any:
-    """Return `data` with each array of the safetensors file back in its place.
+    """Return `data` with each dict that names an array replaced by that array.
 
     Args:
-        data: from the metadata.
+        data: the JSON data in the file's metadata.
         file: the open safetensors file.
-        arrays: those that were read before, by name: an array in several places is the same object again.
+        arrays: the arrays that were read so far, by name, so that an array in several places is one object again.
     """
     if isinstance(data, dict):
         if _ARRAY in data:
@@ -216,7 +222,7 @@ def _insert_arrays(data: Any, file: Any, arrays: dict[str, NDArray[Any]]) -> Any
 
 
 def _blocks(header: bytes, arrays: Mapping[str, NDArray[Any] | StreamedArray]) -> Iterator[memoryview]:
-    """Yield the bytes of a file in order; those of a streamed array piece by piece."""
+    """Yield the bytes of a file in order: the header, then each array; a `StreamedArray` comes in pieces."""
     yield memoryview(header)
     for array in arrays.values():
         if isinstance(array, StreamedArray):

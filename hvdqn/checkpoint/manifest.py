@@ -1,4 +1,4 @@
-"""One checkpoint on disk: its manifest, which names every file with its digest, and how to open it."""
+"""Open a checkpoint on disk, and verify its files by the hashes in its manifest."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ FORMAT = 2
 MANIFEST = "manifest.json"
 
 _FILE_NAME = re.compile(r"(learner|rank-\d{5,9})\.safetensors")
-# These errors mean that a file is missing, so its checkpoint is broken. Other OSErrors may be temporary failures of
-# the file system, such as a stale handle, and must not condemn a checkpoint.
+# These errors mean that a file is missing, so the checkpoint is broken. Other OSErrors may be temporary failures of the
+# file system, such as a stale handle; after those the checkpoint may still be intact.
 _MISSING = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
 
 class UnreadablePartError(BrokenCheckpointError):
-    """A checkpoint is what was written, but what one rank wrote for itself cannot be read."""
+    """Raised for a checkpoint whose shared file is intact, but in which the file of a single rank cannot be read."""
 
 
 class OtherFormatError(BrokenCheckpointError):
-    """A checkpoint is intact, but another version of hvdqn wrote it in another format."""
+    """Raised for an intact checkpoint that another version of hvdqn wrote in another format."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ class Checkpoint:
     """A checkpoint on disk whose manifest has been read and verified.
 
     Args:
-        path: its directory.
-        manifest: the content of `manifest.json`.
-        verified: True if some rank has compared every file with the manifest; `read` does not repeat that.
-        unreadable: why the parts of the ranks cannot be read, although that of all ranks can; "" if they can.
+        path: the checkpoint's directory.
+        manifest: the content of `manifest.json`, without its own hash.
+        verified: True if the ranks have together compared every file with the manifest, so that `read` need not.
+        unreadable: the reason if files of single ranks cannot be read, while the one that all ranks share can; else "".
     """
 
     path: Path
@@ -55,20 +55,20 @@ class Checkpoint:
 
     @property
     def env_steps(self) -> int:
-        """Global env steps at which it was written."""
+        """The global env steps at which the checkpoint was written."""
         return int(self.manifest["env_steps"])
 
     @property
     def world_size(self) -> int:
-        """Number of ranks that wrote it."""
+        """The number of ranks that wrote the checkpoint."""
         return int(self.manifest["world_size"])
 
     def verify(self, name: str, alive: Callable[[], None] = lambda: None) -> None:
-        """Compare one file with the manifest.
+        """Compare the hash and size of one file with the manifest.
 
         Args:
             name: name of the file, a key of the manifest's `files`.
-            alive: called after each block that is read, to show the watchdog that the rank is making progress.
+            alive: called after each block that is read, so that the watchdog sees that the rank makes progress.
 
         Raises:
             BrokenCheckpointError: the file is missing, or its length or content differs.
@@ -85,10 +85,13 @@ class Checkpoint:
             )
 
     def read(self, part: str) -> Any:
-        """Return the content of one part as it was passed to `Checkpoints.save`; see `read_part`.
+        """Return the content that `Checkpoints.save` wrote to one file, as `read_part` returns it.
+
+        Args:
+            part: the file's name without ".safetensors", such as `LEARNER`.
 
         Raises:
-            BrokenCheckpointError: the file is broken.
+            BrokenCheckpointError: the file is missing, differs from what was written, or cannot be read.
         """
         name = part + ".safetensors"
         if not self.verified:
@@ -97,10 +100,10 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Read and verify the manifest of a checkpoint. Its other files are verified when they are read.
+    """Read and verify the manifest of a checkpoint; return the checkpoint, whose `read` verifies the other files.
 
     Args:
-        path: its directory, or a link to it.
+        path: the checkpoint's directory, or a link to it.
 
     Raises:
         BrokenCheckpointError: the manifest is missing, incomplete or altered.
@@ -125,7 +128,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def _problem_of(manifest: Mapping[str, Any]) -> str:
-    """Return what is wrong with the shape of a manifest, which its digest does not prove; "" if nothing is."""
+    """Return what is wrong with the entries of a manifest, or "". Its hash proves only that nobody changed it."""
     for name, least in (("env_steps", 0), ("world_size", 1)):
         value = manifest.get(name)
         if type(value) is not int or value < least:
@@ -148,7 +151,14 @@ def _problem_of(manifest: Mapping[str, Any]) -> str:
 def make_manifest(
     env_steps: int, world_size: int, config: Mapping[str, Any], files: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the manifest of a checkpoint, without its digest."""
+    """Return the manifest of a checkpoint, without the manifest's own hash.
+
+    Args:
+        env_steps: global env steps of the run.
+        world_size: number of ranks.
+        config: all settings of the run, by name.
+        files: for each file name, what `write_part` returned.
+    """
     return {
         "format": FORMAT,
         "env_steps": env_steps,
@@ -165,6 +175,6 @@ def make_manifest(
 
 
 def manifest_text(manifest: Mapping[str, Any]) -> str:
-    """Return the content of `manifest.json`: the manifest and, last, its own digest."""
+    """Return the text of `manifest.json`: the manifest, and as its last entry the sha256 of the others."""
     digest = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
     return json.dumps({**manifest, "sha256": digest}, indent=1)

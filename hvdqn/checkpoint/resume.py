@@ -1,4 +1,4 @@
-"""Finding the checkpoint that a run resumes from, and restoring the state in it."""
+"""Find the checkpoint that a run resumes from, and restore the state in it."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def find_checkpoint(
 ) -> tuple[Checkpoint | None, list[str]]:
     """Return the checkpoint that the run resumes from, or None, and a line of text for each warning.
 
-    This call is collective. It renames broken checkpoints and, if no checkpoint is valid, the records of the run,
-    which would be overwritten.
+    All ranks must call this together. It renames broken checkpoints. If no checkpoint is valid, it renames also the
+    metrics and the summary of the earlier run, which the new one would overwrite.
 
     Raises:
         UserError: `--resume` does not allow what the directory holds, or a setting has changed that must not change.
@@ -70,11 +70,15 @@ def find_checkpoint(
 
 
 def check_parts(checkpoint: Checkpoint, files: Sequence[str]) -> None:
-    """Check that a checkpoint has all its parts, and that a share of them can be read.
+    """Check that a checkpoint has a file for each rank and the shared one, and that some of them can be read.
+
+    Args:
+        checkpoint: the checkpoint.
+        files: the names of the files to read; each rank checks others.
 
     Raises:
-        UnreadablePartError: only the part of a rank cannot be read.
-        BrokenCheckpointError: it cannot be resumed from.
+        UnreadablePartError: the file of a single rank cannot be read.
+        BrokenCheckpointError: a file is missing, or the one that all ranks share cannot be read.
     """
     path, ranks = checkpoint.path, checkpoint.world_size
     names = checkpoint.manifest["files"].keys()
@@ -96,7 +100,7 @@ def check_parts(checkpoint: Checkpoint, files: Sequence[str]) -> None:
 
 
 def _is_rank_state(state: Any) -> bool:
-    """Return True if a part has the shape of what `contents` returns for a rank."""
+    """Return True if the content of a rank's file has the keys and types that `contents` gives it."""
     if not isinstance(state, dict) or not {"actor", "replay", "seconds", "torch"} <= state.keys():
         return False
     actor = state["actor"]
@@ -112,7 +116,7 @@ def _is_rank_state(state: Any) -> bool:
 
 
 def _check_shared(state: Any, path: Path) -> None:
-    """Check the part that all ranks share, as far as that is possible without the parts of this run."""
+    """Raise BrokenCheckpointError unless the content of the shared file has the keys and types of `shared_state`."""
     check_learner(state, path)
     for name in ("counters", "clock", "progress"):
         if not isinstance(state.get(name), dict):
@@ -122,7 +126,7 @@ def _check_shared(state: Any, path: Path) -> None:
 
 
 def _check_resume(resume: str, found: Checkpoint | None, broken: Mapping[str, str], run_dir: Path) -> None:
-    """Compare `--resume` with what the run directory holds."""
+    """Raise UserError if `--resume` is "never" and there are checkpoints, or "must" and there is no valid one."""
     if resume == "never" and (found or broken):
         raise UserError(
             f"'{run_dir}' holds checkpoints and --resume is never; "
@@ -143,7 +147,7 @@ def _check_fixed(before: Mapping[str, Any], now: Mapping[str, Any], run_dir: Pat
 
 
 def best_evaluation(run_dir: Path) -> float:
-    """Return the mean return of the evaluation whose weights `checkpoints/best` holds; -inf without one."""
+    """Return the mean return of the best evaluation so far, from `checkpoints/best`; -inf if there is none."""
     try:
         return float(open_checkpoint(run_dir / "checkpoints" / "best").read(LEARNER)["eval_return_mean"])
     except (BrokenCheckpointError, OSError, KeyError, TypeError, ValueError):
@@ -151,7 +155,7 @@ def best_evaluation(run_dir: Path) -> float:
 
 
 def reset_environments(parts: Parts) -> None:
-    """Reset the environments and add their first observations to replay, on a rank that acts."""
+    """Reset the environments and store their first observations in replay, if this rank has environments."""
     if parts.acting is not None:
         first = parts.acting.actor.start()
         parts.acting.replay.start(first, parts.acting.envs.action_mask)
@@ -160,13 +164,13 @@ def reset_environments(parts: Parts) -> None:
 def restore(
     parts: Parts, checkpoint: Checkpoint, config: Config, comm: Comm, totals: Totals
 ) -> tuple[Progress, list[str]]:
-    """Load a checkpoint into the parts of this rank; a collective call.
+    """Load a checkpoint into the parts of this rank. All ranks must call this together.
 
-    If the number of ranks or the shape of their replay has changed, the stored transitions are resharded, and the
-    environments and random streams start anew.
+    If the number of ranks or the size of their replays has changed, this distributes the stored transitions over the
+    ranks anew, and the environments and random generators start afresh.
 
     Returns:
-        The progress of the run, and lines of text: where it resumes, and everything that differs from before.
+        The progress of the run, and lines for the log: where it resumes, and everything that differs from before.
 
     Raises:
         UserError: on all ranks, if the settings make a network with another number of parameters, or the checkpoint
@@ -190,13 +194,16 @@ def restore(
 def _load(
     parts: Parts, checkpoint: Checkpoint, totals: Totals, rank: int, same_shapes: bool
 ) -> tuple[Mapping[str, Any], Progress, Mapping[str, Any] | None]:
-    """Load everything but the state of the environments.
+    """Load all state of a checkpoint but that of the environments.
+
+    If `same_shapes`, this rank loads its own file unchanged. Else it loads its share of all ranks' replays.
 
     Returns:
-        What all ranks share; the progress; and what this rank wrote itself if its environments may continue from it.
+        The content of the shared file; the progress; and the content of this rank's file if its environments may
+        continue from it, else None.
 
     Raises:
-        UserError: the checkpoint does not fit.
+        UserError: the checkpoint does not fit these settings.
     """
     try:
         shared = checkpoint.read(LEARNER)
@@ -205,7 +212,7 @@ def _load(
         progress = load_shared_state(shared, parts, totals, refill=not has_replay)
         if checkpoint.unreadable:
             return shared, progress, None
-        # The files are memory-mapped: a rank reads from disk only what it uses of the other ranks' shards.
+        # The files are memory-mapped, so a rank reads from disk only what it uses of the other ranks' replays.
         ranks = [rank] if same_shapes else range(checkpoint.world_size)
         shards = [checkpoint.read(rank_part(index)) for index in ranks]
         parts.timer.load(shards[0]["seconds"])
@@ -241,7 +248,7 @@ def _check_parameters(before: int, now: int, path: Path) -> None:
 
 
 def _same_shapes(checkpoint: Checkpoint, config: Config, comm: Comm) -> bool:
-    """Return True if each rank can load its own shard as it is."""
+    """Return True if each rank can load its own file unchanged: as many ranks, and the same settings, as before."""
     before, now = checkpoint.manifest["config"], config.flat()
     return checkpoint.world_size == comm.size and all(
         before.get(name, now[name]) == now[name] for name in settings_of_exact_resume()
@@ -249,7 +256,7 @@ def _same_shapes(checkpoint: Checkpoint, config: Config, comm: Comm) -> bool:
 
 
 def _load_rank_state(parts: Parts, state: Mapping[str, Any]) -> None:
-    """Load what this rank wrote itself, except for its environments."""
+    """Load the content of this rank's own file, except the state of its environments."""
     parts.clock.load_own_state(state.get("clock", {}))
     try:
         load_torch_state(state["torch"], parts.device)
@@ -260,7 +267,12 @@ def _load_rank_state(parts: Parts, state: Mapping[str, Any]) -> None:
 
 
 def _reshard_replay(parts: Parts, shards: Sequence[Mapping[str, Any]]) -> None:
-    """Load this rank's share of the transitions in all shards."""
+    """Load into this rank's replay its share of the transitions of all old ranks.
+
+    Args:
+        parts: this rank's parts.
+        shards: the content of the file of each old rank.
+    """
     if parts.acting is None:
         return
     states = [shard["replay"] for shard in shards if shard["replay"] is not None]
@@ -271,7 +283,7 @@ def _reshard_replay(parts: Parts, shards: Sequence[Mapping[str, Any]]) -> None:
 def _describe_resume(
     checkpoint: Checkpoint, shared: Mapping[str, Any], clock: Clock, size: int, has_replay: bool, exact: bool
 ) -> list[str]:
-    """Return lines of text: where the run resumes, and what differs from before, settings aside."""
+    """Return lines for the log: where the run resumes, and what differs from before; settings come separately."""
     lines = [f"resumed from {checkpoint.path} at env step {clock.env_steps:,}"]
     if checkpoint.world_size != size:
         ranks = "rank" + "s" * (checkpoint.world_size > 1)
@@ -293,7 +305,7 @@ def _describe_resume(
 
 
 def _changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return a line of text for each setting that differs from before."""
+    """Return a line for the log for each setting whose value differs from that in the checkpoint."""
     unreported = incidental_settings()
     return [
         f"--{name.replace('_', '-')} was {before[name]}, is {value}"

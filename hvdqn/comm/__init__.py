@@ -1,4 +1,4 @@
-"""The collectives that ranks need, over the engine that fits the launcher.
+"""Connect ranks, and offer the collectives that they need over an engine: Horovod, MPI or torch.distributed.
 
 comm = connect("auto")
 handle = comm.allreduce_sum_async(gradient, "gradient")
@@ -44,9 +44,9 @@ def connect(choice: str, device: str = "cpu", stall_timeout: float = 600.0) -> C
 
     Args:
         choice: auto, local, horovod, torch or mpi. auto picks the engine that fits the launcher; `Comm.why` says why.
-        device: where the tensors to reduce are, as torch names it ("cpu", "cuda", "cuda:1").
-        stall_timeout: seconds after which the watchdog ends a job that stalls, and which no engine may fall short of;
-            0: never.
+        device: the device of the tensors to reduce, as torch names it ("cpu", "cuda", "cuda:1").
+        stall_timeout: seconds after which the watchdog ends a job that stalls; 0: never. An engine's own timeout is
+            always longer.
 
     Raises:
         LaunchError: the engine does not work under this launcher, or it connects another number of ranks than
@@ -85,7 +85,7 @@ def _connect_mpi(device: str, launcher: LauncherInfo | None, stall_timeout: floa
     return MpiComm()
 
 
-# One entry for every engine in CHOICES. A missing one raises KeyError.
+# The function that connects each engine. It needs an entry for every engine in `CHOICES`.
 _CONNECT: Mapping[str, Callable[[str, LauncherInfo | None, float], Comm]] = {
     "local": _connect_local,
     "horovod": _connect_horovod,

@@ -10,8 +10,8 @@ from importlib.util import find_spec
 from hvdqn.errors import LaunchError
 
 # Launchers may be nested: srun starts mpirun's daemons, and srun or mpirun may start one torchrun on each host. The
-# variables of all of them are then set, so the list begins with the innermost one.
-# launcher, variable of the rank, variable of the size, another variable that must be set
+# variables of all of them are then set, so the list begins with the launcher that can only be the innermost one.
+# Each entry: the launcher, its variable for the rank, its variable for the size, another variable that must be set.
 _LAUNCHERS = (
     ("torchrun", "RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"),
     ("horovodrun", "HOROVOD_RANK", "HOROVOD_SIZE", ""),
@@ -28,7 +28,7 @@ _MPI_LAUNCHERS = ("mpirun", "mpiexec", "srun", "PMIx")
 
 @dataclass(frozen=True, slots=True)
 class LauncherInfo:
-    """A launcher that started this process, as its environment variables describe it.
+    """Describes a launcher that started this process, as its environment variables do.
 
     Attributes:
         launcher: the name of the launcher.
@@ -44,13 +44,13 @@ class LauncherInfo:
 
     @property
     def starts_mpi(self) -> bool:
-        """Return True if MPI_Init finds the other ranks under this launcher."""
+        """Whether MPI_Init finds the other ranks when this launcher has started them."""
         return self.launcher in _MPI_LAUNCHERS
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The engine to use, one line that says why, and the innermost launcher (None if there is none)."""
+    """The engine to use, one line that says why, and the launcher that started this process (None: no launcher did)."""
 
     engine: str
     why: str
@@ -59,14 +59,14 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class _Engine:
-    """The requirements of an engine, and the words of its error messages.
+    """What an engine needs, and the advice that its error messages give.
 
     Attributes:
-        module: the module that must be installed.
-        install: how to install it.
-        launchers: the launchers under which it works.
-        start: the command that starts ranks for it.
-        wrong_size: the remedy if it connects another number of ranks than the launcher started.
+        module: the Python module that must be installed.
+        install: the advice if it is not installed.
+        launchers: the launchers under which the engine works.
+        start: the command that starts ranks for this engine.
+        wrong_size: the advice if the engine connects another number of ranks than the launcher started.
     """
 
     module: str
@@ -104,7 +104,7 @@ CHOICES = ("auto", *_ENGINES)
 
 
 def detect_launchers(environ: Mapping[str, str]) -> list[LauncherInfo]:
-    """Return the launchers whose variables are set, the innermost first.
+    """Return the launchers whose variables are set, beginning with the one that started this process itself.
 
     Raises:
         LaunchError: a variable is not a number, or a rank is not between 0 and size - 1.
@@ -128,7 +128,7 @@ def detect_launchers(environ: Mapping[str, str]) -> list[LauncherInfo]:
 
 
 def launcher_rank(environ: Mapping[str, str] = os.environ) -> int:
-    """Return the rank that the launcher gave this process, 0 if there is none. Works before `connect`."""
+    """Return the rank that the launcher gave this process, 0 without a launcher; callable before `connect`."""
     launcher = _innermost(environ)
     return launcher.rank if launcher else 0
 
@@ -160,6 +160,11 @@ def choose_engine(
 ) -> Choice:
     """Return the engine to use for `--comm choice` under the launcher that started this process.
 
+    Args:
+        choice: "auto", or the name of an engine.
+        environ: the environment variables.
+        is_installed: returns whether the module of this name is installed.
+
     Raises:
         LaunchError: the requested engine does not work under this launcher, or is not installed.
     """
@@ -182,7 +187,7 @@ def choose_engine(
 
 
 def _check_slurm_step(launcher: LauncherInfo | None, environ: Mapping[str, str]) -> None:
-    """Raise if a Slurm job of many tasks runs plain `python`: that starts one process instead of one per task."""
+    """Raise LaunchError if a Slurm job of many tasks runs `python` without srun or mpirun: only one process starts."""
     tasks = environ.get("SLURM_NTASKS", "")
     single = launcher is None or (launcher.launcher == "srun" and launcher.size == 1)
     if single and tasks.isdecimal() and int(tasks) > 1:
@@ -195,7 +200,7 @@ def _check_slurm_step(launcher: LauncherInfo | None, environ: Mapping[str, str])
 def _pick_engine(
     launcher: LauncherInfo | None, environ: Mapping[str, str], is_installed: Callable[[str], bool]
 ) -> tuple[str, str]:
-    """Return the engine that fits the launcher, and why."""
+    """Return the name of the engine that fits the launcher, and a line for the log that says why."""
     if launcher is None:
         return "local", "no launcher started this process"
     if launcher.size == 1:
@@ -222,7 +227,7 @@ def _has_master(environ: Mapping[str, str]) -> bool:
 
 
 def _check_launcher(engine: str, launchers: list[LauncherInfo], environ: Mapping[str, str]) -> None:
-    """Raise if the engine that --comm names does not work under the innermost launcher."""
+    """Raise LaunchError if the engine that --comm names does not work under the launcher of this process."""
     if engine == "local":
         check_size(engine, 1, launchers)
         return
@@ -238,15 +243,15 @@ def _check_launcher(engine: str, launchers: list[LauncherInfo], environ: Mapping
 
 
 def check_size(engine: str, size: int, launchers: list[LauncherInfo]) -> None:
-    """Raise if the number of ranks that the engine connected is not what the launchers started.
+    """Raise LaunchError if the number of ranks that the engine connected is not what the launchers started.
 
-    This catches ranks that each run alone without noticing. An outer launcher may have started fewer processes than
-    there are ranks (one torchrun on each host), but not more.
+    This catches ranks that each run alone without noticing. A launcher that starts other launchers may have started
+    fewer processes than there are ranks (one torchrun on each host), but not more.
 
     Args:
-        engine: as --comm names it.
-        size: how many ranks it connected.
-        launchers: the launchers around this process, the innermost first.
+        engine: the engine's name, as for --comm.
+        size: number of ranks that it connected.
+        launchers: what `detect_launchers` returned.
 
     Raises:
         LaunchError: the numbers differ.

@@ -1,4 +1,4 @@
-"""The engine for Horovod, the default under horovodrun, mpirun and srun."""
+"""Connect ranks through Horovod, the default engine under horovodrun, mpirun and srun."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def import_horovod() -> Any:
     """Return the module `horovod.torch`.
 
     Raises:
-        LaunchError: it is missing, or was built for another torch.
+        LaunchError: Horovod is not installed, or was built for another version of torch.
     """
     try:
         import horovod.torch as hvd
@@ -38,13 +38,13 @@ def import_horovod() -> Any:
     return hvd
 
 
-# How long a rank sleeps between two checks whether a sum over Gloo has arrived.
+# How long a rank sleeps between two checks whether an allreduce over Gloo is complete.
 PAUSE_SECONDS = 5e-5
 
 
 @dataclass(slots=True)
 class _Pending:
-    """An allreduce in progress; `pause` says whether `wait` sleeps between checks."""
+    """An allreduce in progress. If `pause`, `wait` sleeps between checks and leaves its core to other threads."""
 
     hvd: Any
     handle: int
@@ -52,23 +52,21 @@ class _Pending:
     pause: bool
 
     def wait(self) -> Tensor:
-        """Wait for the sum and return the tensor."""
+        """Wait for the sum over ranks, and return the tensor, which then holds it."""
         if self.pause:
             while not self.hvd.poll(self.handle):
                 time.sleep(PAUSE_SECONDS)
-            self.pause = (
-                False  # Horovod drops the handle in `synchronize`, so a second `wait` must not poll it
-            )
-        # Spins in C++ without the GIL, so that a watchdog thread can run.
+            self.pause = False  # `synchronize` below removes the handle, so a second `wait` must not poll it
+        # Horovod waits in C++ without holding the GIL, so that the watchdog thread can run.
         self.hvd.synchronize(self.handle)
         return self.tensor
 
 
 class HorovodComm(Comm):
-    """All ranks of the job, over Horovod's MPI or Gloo controller.
+    """Connects all ranks of the job through Horovod, which coordinates them over MPI or Gloo.
 
     Horovod reads its settings (HOROVOD_CYCLE_TIME, HOROVOD_STALL_CHECK_TIME_SECONDS, ...) from the environment when
-    this object is created. Over MPI, two settings have other defaults here; the environment still takes precedence:
+    this object is created. Over MPI, the constructor sets two variables unless they are already set:
 
     - OMPI_MCA_mpi_yield_when_idle=1: waiting threads yield. Each rank has two threads, which would compete where the
       rank has only one core.
@@ -78,6 +76,10 @@ class HorovodComm(Comm):
     Over Gloo, separate threads serve the sockets and need a core. If a host has more ranks than cores, or
     HVDQN_SLEEP_WHEN_WAITING=1 is set, a waiting rank sleeps between checks and leaves its core to them. That is faster
     only where cores are short.
+
+    Args:
+        device: the device of the tensors to reduce.
+        over_mpi: whether the launcher starts ranks through MPI, not through Gloo.
     """
 
     name = "horovod"
@@ -88,7 +90,7 @@ class HorovodComm(Comm):
         if over_mpi:
             os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
         if over_mpi and find_spec("mpi4py"):
-            # Started before Horovod, MPI is shared with it and finalized by mpi4py.
+            # Horovod uses an MPI that is already started, and leaves it to mpi4py to finalize it.
             self._mpi = start_mpi()
             world = self._mpi.COMM_WORLD
             host = world.Split_type(self._mpi.COMM_TYPE_SHARED)
@@ -109,28 +111,28 @@ class HorovodComm(Comm):
         self._sleeps = not over_mpi and (crowded or os.environ.get("HVDQN_SLEEP_WHEN_WAITING") == "1")
 
     def allreduce_sum_async(self, tensor: Tensor, name: str) -> _Pending:
-        """See `Comm`."""
+        """Start to sum `tensor` over all ranks, in place; see `Comm.allreduce_sum_async`."""
         check_reducible(tensor)
         handle = self._hvd.allreduce_async_(tensor, name=name, op=self._hvd.Sum)
         return _Pending(self._hvd, handle, tensor, pause=self._sleeps and not tensor.is_cuda)
 
     def broadcast_(self, tensor: Tensor, root: int = 0) -> None:
-        """See `Comm`."""
+        """Overwrite `tensor` with that of rank `root`."""
         if tensor.numel():
             self._hvd.broadcast_(as_bytes(tensor), root, name="hvdqn.broadcast")
 
     def broadcast_object(self, obj: T, root: int = 0) -> T:
-        """See `Comm`."""
+        """Return the object that rank `root` passed, on every rank."""
         received: T = self._hvd.broadcast_object(obj, root, name="hvdqn.broadcast_object")
         return received
 
     def all_gather_object(self, obj: T) -> list[T]:
-        """See `Comm`."""
+        """Return the objects that all ranks passed, ordered by rank."""
         gathered: list[T] = self._hvd.allgather_object(obj, name="hvdqn.all_gather_object")
         return gathered
 
     def barrier(self) -> None:
-        """See `Comm`."""
+        """Return when every rank has called this."""
         self._hvd.barrier()
 
     def _end_peers(self, code: int) -> None:
@@ -139,6 +141,6 @@ class HorovodComm(Comm):
             self._mpi.COMM_WORLD.Abort(code)
 
     def close(self) -> None:
-        """See `Comm`."""
+        """Disconnect, together with all other ranks; no collective may follow."""
         self.barrier()  # collectives that other ranks have in progress would fail when this one shuts Horovod down
         self._hvd.shutdown()

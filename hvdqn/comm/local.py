@@ -1,4 +1,4 @@
-"""The engine of a single process: every collective is the identity."""
+"""Run a job with a single process: every collective returns its input."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class _Done:
-    """The handle of an allreduce that has nothing to wait for."""
+    """The handle of an allreduce over one rank, which is complete at once."""
 
     tensor: Tensor
 
@@ -24,7 +24,7 @@ class _Done:
 
 
 class LocalComm(Comm):
-    """A job with one rank."""
+    """Implements `Comm` for a job with one rank."""
 
     name = "local"
 
@@ -32,22 +32,22 @@ class LocalComm(Comm):
         super().__init__(rank=0, size=1, local_rank=0, local_size=1)
 
     def allreduce_sum_async(self, tensor: Tensor, name: str) -> _Done:
-        """See `Comm`."""
+        """Return a handle whose `wait` returns `tensor` unchanged: a single rank's sum is its own tensor."""
         return _Done(tensor)
 
     def broadcast_(self, tensor: Tensor, root: int = 0) -> None:
-        """See `Comm`."""
+        """Do nothing: the only rank already has its own tensor."""
 
     def broadcast_object(self, obj: T, root: int = 0) -> T:
-        """See `Comm`."""
+        """Return `obj`, the object of the only rank."""
         return obj
 
     def all_gather_object(self, obj: T) -> list[T]:
-        """See `Comm`."""
+        """Return a list with the object of the only rank."""
         return [obj]
 
     def barrier(self) -> None:
-        """See `Comm`."""
+        """Do nothing: there are no ranks to wait for."""
 
     def close(self) -> None:
-        """See `Comm`."""
+        """Do nothing: there is no connection to close."""

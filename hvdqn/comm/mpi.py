@@ -1,4 +1,7 @@
-"""The engine for plain MPI, through mpi4py. Without negotiation and helper threads, it suits small networks best."""
+"""Connect ranks through MPI, by mpi4py.
+
+Horovod negotiates each allreduce in a helper thread. This engine does not, so it suits small networks best.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +29,8 @@ def start_mpi() -> ModuleType:
     Raises:
         LaunchError: mpi4py is missing or finds no MPI library.
     """
-    # An Open MPI from a wheel was built for another folder. Its mpirun sets OPAL_PREFIX to the present one. srun does
-    # not, and MPI_Init would end the process.
+    # An Open MPI that pip installed was built for another folder, and needs OPAL_PREFIX to find its files. Its mpirun
+    # sets the variable. srun does not, and MPI_Init would end the process.
     if (Path(sys.prefix) / "lib" / "libmpi.so").exists():
         os.environ.setdefault("OPAL_PREFIX", sys.prefix)
     try:
@@ -41,25 +44,25 @@ def start_mpi() -> ModuleType:
 
 
 class _HostCopy:
-    """A copy of a CUDA tensor in pinned host memory. It is reused in every update."""
+    """A buffer in pinned host memory for copies of CUDA tensors of one shape, used again in every update."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         self._copied: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def start_copy(self, tensor: Tensor) -> None:
-        """Start to copy `tensor` from the GPU."""
+        """Start to copy `tensor` from the GPU into the buffer; return at once."""
         self.tensor.copy_(tensor, non_blocking=True)
         self._copied.record()
 
     def wait(self) -> Tensor:
-        """Block until the copy is complete, and return it."""
+        """Block until the copy is complete, and return the buffer."""
         self._copied.synchronize()
         return self.tensor
 
 
 class _Pending:
-    """A sum that `wait` computes with a blocking call.
+    """The handle of an allreduce that `wait` computes, with one blocking call.
 
     Open MPI advances a nonblocking collective only inside other MPI calls, and there are none while the environments
     step. So MPI_Iallreduce would overlap nothing, and it is slower than the blocking call.
@@ -72,9 +75,9 @@ class _Pending:
         self._tensor, self._host_copy = tensor, host_copy
 
     def wait(self) -> Tensor:
-        """Wait for the sum and return the tensor."""
+        """Compute the sum over ranks, and return the tensor, which then holds it."""
         comm, self._comm = self._comm, None
-        if comm is None:  # a second call
+        if comm is None:  # `wait` was called before
             return self._tensor
         if self._host_copy is None:
             comm.sum_(self._tensor)
@@ -83,35 +86,35 @@ class _Pending:
         return self._tensor
 
 
-# Messages are summed through shared memory if those of all ranks together are at most this many bytes. Larger ones are
-# faster with MPI_Allreduce.
+# If the messages of all ranks together have at most this many bytes, they are summed through shared memory. Larger ones
+# are faster with MPI_Allreduce.
 SHARED_UP_TO = 1 << 20
 
 
 class MpiComm(Comm):
-    """The ranks of MPI_COMM_WORLD.
+    """Connects the ranks of MPI_COMM_WORLD.
 
-    CUDA tensors are copied to pinned host memory and reduced there. If all ranks are on one host, short messages are
-    summed through shared memory.
+    It copies CUDA tensors to pinned host memory and sums them there. If all ranks are on one host, it sums short
+    messages through shared memory.
     """
 
     name = "mpi"
 
     def __init__(self) -> None:
         self._mpi: Any = start_mpi()
-        # A communicator of its own: other users of MPI in this process, such as Horovod, cannot receive its messages.
+        # On a communicator of its own, messages cannot be mistaken for those of Horovod, which may use MPI too.
         self._world: Any = self._mpi.COMM_WORLD.Dup()
         host = self._world.Split_type(self._mpi.COMM_TYPE_SHARED)
         super().__init__(self._world.rank, self._world.size, host.rank, host.size)
         self._host: Any = host if 1 < host.size == self._world.size else None
-        """All ranks, if they share memory; else None."""
+        """A communicator of all ranks, if they are on one host and share memory; else None."""
         if self._host is None:
             host.Free()
         self._shared: dict[str, SharedSum] = {}
         self._host_copies: dict[str, _HostCopy] = {}
 
     def allreduce_sum_async(self, tensor: Tensor, name: str) -> Handle:
-        """See `Comm`."""
+        """Start to sum `tensor` over all ranks, in place; see `Comm.allreduce_sum_async`."""
         check_reducible(tensor)
         if not tensor.is_cuda:
             shared = self._shared_sum(tensor, name)
@@ -123,7 +126,7 @@ class MpiComm(Comm):
         return _Pending(self, tensor, copy)
 
     def _shared_sum(self, tensor: Tensor, name: str) -> SharedSum | None:
-        """Return the shared memory for messages with this name, None if they are to be summed by MPI."""
+        """Return the object that sums tensors of this name through shared memory; None: MPI has to sum them."""
         if self._host is None:
             return None
         shared = self._shared.get(name)
@@ -145,12 +148,12 @@ class MpiComm(Comm):
         return shared
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """Sum a host tensor over all ranks, in place, and return it. Blocks."""
+        """Sum a tensor in host memory over all ranks, in place, and return it; blocks until the sum is complete."""
         self._world.Allreduce(self._mpi.IN_PLACE, tensor.detach().numpy())
         return tensor
 
     def broadcast_(self, tensor: Tensor, root: int = 0) -> None:
-        """See `Comm`."""
+        """Overwrite `tensor` with that of rank `root`."""
         view = as_bytes(tensor)
         host = view.cpu()  # no copy if the tensor is on the host
         self._world.Bcast(host.numpy(), root)
@@ -158,30 +161,30 @@ class MpiComm(Comm):
             view.copy_(host)
 
     def broadcast_object(self, obj: T, root: int = 0) -> T:
-        """See `Comm`."""
+        """Return the object that rank `root` passed, on every rank."""
         received: T = self._world.bcast(obj, root)
         return received
 
     def all_gather_object(self, obj: T) -> list[T]:
-        """See `Comm`."""
+        """Return the objects that all ranks passed, ordered by rank."""
         gathered: list[T] = self._world.allgather(obj)
         return gathered
 
     def barrier(self) -> None:
-        """See `Comm`."""
+        """Return when every rank has called this."""
         self._world.Barrier()
 
     def duplicate(self) -> Any:
-        """Return a new communicator of all ranks, for messages from rank to rank. A collective call."""
+        """Return a new communicator of all ranks, for messages from rank to rank. All ranks must call this together."""
         return self._world.Dup()
 
     def first_done(self, requests: Sequence[Any]) -> int | None:
-        """Return the index of a request that is complete, None if none is. Does not block."""
+        """Return the index of a complete MPI request among these, or None; does not block."""
         index, done = self._mpi.Request.Testany(requests)
         return index if done else None
 
     def keep(self, ranks: Sequence[int]) -> None:
-        """Continue with these ranks only. Sets the new `rank` and `size`.
+        """Shrink the job to these ranks, numbered anew in this order; set `rank` and `size` accordingly.
 
         All `ranks` must call it; the others may be dead.
         """
@@ -194,7 +197,7 @@ class MpiComm(Comm):
         self._mpi.COMM_WORLD.Abort(code)
 
     def close(self) -> None:
-        """See `Comm`."""
+        """Disconnect, together with all other ranks; no collective may follow."""
         if self._host is not None:
             for shared in self._shared.values():
                 shared.close()

@@ -1,4 +1,4 @@
-"""The processes that this process has started, and those that they have started."""
+"""Find and kill the processes that this process has started, and those that they have started in turn."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def descendants() -> list[int]:
             if state != "Z":
                 children.setdefault(int(parent), []).append(int(stat.parent.name))
     found = [os.getpid()]
-    for process in found:  # grows while it is read
+    for process in found:  # the loop visits also what it appends
         found += children.get(process, [])
     return found[1:]
 
@@ -26,9 +26,9 @@ def descendants() -> list[int]:
 def kill_descendants() -> None:
     """Kill all processes that descend from this one, such as environments' worker processes and their helpers.
 
-    Only the resource tracker of `multiprocessing` stays: it removes shared memory after its last user, then ends.
+    It spares the resource tracker of `multiprocessing`, which removes shared memory after its last user and then ends.
     """
-    for _ in range(2):  # the second time finds processes that were started meanwhile
+    for _ in range(2):  # the second pass finds processes that were started during the first
         for process in descendants():
             with contextlib.suppress(OSError):
                 if b"resource_tracker" not in Path(f"/proc/{process}/cmdline").read_bytes():

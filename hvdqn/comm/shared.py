@@ -1,8 +1,8 @@
-"""Sum over the ranks of one host through shared memory (MPI 3, section 11.2.3).
+"""Sum tensors over the ranks of one host through shared memory (MPI 3, section 11.2.3).
 
-A rank writes its message as soon as it has it, then publishes the message's number. `wait` reads the messages of the
-other ranks and adds all of them in the order of ranks, so that every rank gets the same bits. No rank has to call into
-MPI for the messages to arrive.
+Each rank writes its tensor, the message, to its own shared memory, then increases a counter there, which tells the
+others that the message is complete. `wait` reads the messages of all ranks and adds them in the order of ranks, so that
+every rank gets the same bits. Ranks need no MPI call for a message to arrive.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-LINE = 64  # bytes of a cache line; counters that different ranks write are on different lines
+LINE = 64  # bytes of a cache line; each rank's counter has a line of its own, or ranks would slow each other down
 
 
 class SharedSum:
-    """Sums of messages with one name, one after the other. It is the handle of the message posted last.
+    """Computes the allreduces of one name, one after the other, and serves as the handle of the latest one.
 
-    There are two buffers, used in turn. A rank that writes message k + 2 into the buffer of message k has waited for
-    message k + 1 of all ranks, and they posted that after they had read message k.
+    Messages use two buffers in turn. When a rank writes message k + 2 over message k, every rank has read message k:
+    the rank has waited for message k + 1 of all ranks, and they post that only after they have read message k.
 
-    Creating one is a collective call. No rank may post before all ranks have created theirs.
+    All ranks must create theirs together, and none may post before all have.
 
     Args:
         mpi: the module `mpi4py.MPI`.
-        host: a communicator of ranks that share memory.
+        host: a communicator of the ranks, which share memory.
         like: a tensor with the shape and dtype of the messages: [n] float.
     """
 
@@ -56,10 +56,10 @@ class SharedSum:
         return tensor.numel() == self._numel and tensor.dtype == self._dtype
 
     def post(self, tensor: Tensor) -> SharedSum:
-        """Publish this rank's next message, [n]. `wait` will overwrite `tensor` with the sum."""
+        """Write this rank's next message `tensor` [n] to shared memory; `wait` will overwrite `tensor` with the sum."""
         self._count += 1
         np.copyto(self._mine[self._count % 2], tensor.detach().numpy())
-        self._window.Sync()  # other ranks must see the message before its number
+        self._window.Sync()  # other ranks must see the message before they see the counter
         self._counter[0] = self._count
         self._tensor, self._waiting = tensor, True
         return self
@@ -81,7 +81,7 @@ class SharedSum:
         return tensor
 
     def close(self) -> None:
-        """Free the shared memory. A collective call."""
+        """Free the shared memory. All ranks must call this together."""
         self._buffers, self._mine, self._counters_of_others = ([], []), [], []
         self._window.Unlock_all()
         self._window.Free()

@@ -1,4 +1,4 @@
-"""Checks and views of tensors that all engines use."""
+"""Check tensors before an allreduce, and view them as bytes for a broadcast, for all engines."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def check_reducible(tensor: Tensor) -> None:
-    """Assert that `tensor` is what `Comm.allreduce_sum_async` accepts: [n], contiguous, float32 or float64."""
+    """Assert that `Comm.allreduce_sum_async` accepts `tensor`: flat [n], contiguous, float32 or float64."""
     assert tensor.dim() == 1, f"allreduce takes a flat tensor, not {list(tensor.shape)}"
     assert tensor.is_contiguous(), "allreduce takes a contiguous tensor"
     assert tensor.dtype in (torch.float32, torch.float64), (
@@ -16,6 +16,6 @@ def check_reducible(tensor: Tensor) -> None:
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
-    """Return a view of `tensor` as uint8 [bytes]. Every engine can send that, whichever dtypes it supports."""
+    """Return a flat uint8 view of the tensor's bytes, which every engine can send, whichever dtypes it supports."""
     assert tensor.is_contiguous(), "broadcast_ takes a contiguous tensor"
     return tensor.detach().reshape(-1).view(torch.uint8)

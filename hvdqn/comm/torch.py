@@ -1,4 +1,4 @@
-"""torch.distributed: the engine under torchrun. Gloo for host tensors, NCCL for CUDA tensors."""
+"""Connect ranks through torch.distributed, the engine under torchrun: Gloo for CPU tensors, NCCL for CUDA tensors."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ T = TypeVar("T")
 
 # How long ranks wait for each other at the start. Imports from a network file system are slow.
 CONNECT_TIMEOUT = timedelta(minutes=5)
-# How long one rank may keep the others waiting, for example while it writes a checkpoint. The watchdog ends a job that
-# stalls, with a message that names the rank, and torch's own timeout only if the watchdog fails.
+# How long torch lets ranks wait for one another, at least; one may write a checkpoint meanwhile. The watchdog ends a
+# job that stalls earlier, with a message that names the rank. This timeout acts only if the watchdog fails.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 # Torch has no "wait for ever". This is the most that fits into 31 bits of milliseconds, rounded down.
 LONGEST_TIMEOUT = timedelta(days=24)
@@ -30,13 +30,13 @@ LONGEST_TIMEOUT = timedelta(days=24)
 
 @dataclass(slots=True)
 class _Pending:
-    """An allreduce in progress; `work` is None once it was waited for."""
+    """The handle of an allreduce in progress. `work` is torch's handle, and None once `wait` has returned."""
 
     work: dist.Work | None
     tensor: Tensor
 
     def wait(self) -> Tensor:
-        """Wait for the sum and return the tensor."""
+        """Wait for the sum over ranks, and return the tensor, which then holds it."""
         if self.work is not None:
             self.work.wait()
             self.work = None
@@ -44,7 +44,7 @@ class _Pending:
 
 
 def _connect_store(rank: int, size: int) -> tuple[Store, list[str]]:
-    """Connect to the store at MASTER_ADDR:MASTER_PORT; return it and the host name of every rank.
+    """Connect to torch's key-value store at MASTER_ADDR:MASTER_PORT; return it and the host name of every rank.
 
     Raises:
         LaunchError: not all ranks connected within `CONNECT_TIMEOUT`, or no store answers at that address.
@@ -65,7 +65,7 @@ def _connect_store(rank: int, size: int) -> tuple[Store, list[str]]:
 
 
 def collective_timeout(stall_timeout: float) -> timedelta:
-    """Return how long torch lets ranks wait for each other: always longer than the watchdog, for ever without it.
+    """Return how long torch may let ranks wait for each other: longer than the watchdog does, or practically for ever.
 
     Args:
         stall_timeout: seconds after which the watchdog ends a job that stalls; 0: never.
@@ -76,7 +76,7 @@ def collective_timeout(stall_timeout: float) -> timedelta:
 
 
 def _each_rank_has_its_own_gpu(size: int, device: str) -> bool:
-    """Return True if no two ranks share a GPU and none is without one. A collective call, for any device."""
+    """Return True if every rank can have a GPU of its own. All ranks must call this together, on the CPU too."""
     visible: list[list[str]] = [[]] * size
     dist.all_gather_object(visible, visible_gpus() if device.startswith("cuda") else [])
     assigned = assign_gpus(visible)
@@ -84,20 +84,22 @@ def _each_rank_has_its_own_gpu(size: int, device: str) -> bool:
 
 
 class TorchComm(Comm):
-    """All ranks of the job, over torch.distributed. Without a GPU for each rank, which NCCL needs, Gloo does it all.
+    """Connects all ranks of the job through torch.distributed.
+
+    NCCL needs a GPU for each rank. If there are fewer, Gloo reduces CUDA tensors too.
 
     Args:
-        device: where the tensors to reduce are.
+        device: the device of the tensors to reduce.
         rank: this rank.
         size: number of ranks.
-        stall_timeout: see `collective_timeout`.
+        stall_timeout: seconds after which the watchdog ends a job that stalls; 0: never.
     """
 
     name = "torch"
 
     def __init__(self, device: str, rank: int, size: int, stall_timeout: float = 600.0) -> None:
         store, hosts = _connect_store(rank, size)
-        # NCCL only reduces and broadcasts CUDA tensors: objects, barriers and host tensors always go over Gloo.
+        # NCCL only reduces and broadcasts CUDA tensors: Gloo always sends objects, barriers and CPU tensors.
         timeout = collective_timeout(stall_timeout)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
         self._on_device: dist.ProcessGroup | None = None
@@ -110,33 +112,33 @@ class TorchComm(Comm):
         return self._on_device if tensor.is_cuda else None
 
     def allreduce_sum_async(self, tensor: Tensor, name: str) -> _Pending:
-        """See `Comm`."""
+        """Start to sum `tensor` over all ranks, in place; see `Comm.allreduce_sum_async`."""
         check_reducible(tensor)
         work = dist.all_reduce(tensor.detach(), group=self._group(tensor), async_op=True)
         return _Pending(work, tensor)
 
     def broadcast_(self, tensor: Tensor, root: int = 0) -> None:
-        """See `Comm`."""
+        """Overwrite `tensor` with that of rank `root`."""
         if tensor.numel():
             dist.broadcast(as_bytes(tensor), root, group=self._group(tensor))
 
     def broadcast_object(self, obj: T, root: int = 0) -> T:
-        """See `Comm`."""
+        """Return the object that rank `root` passed, on every rank."""
         box = [obj]
         dist.broadcast_object_list(box, root)
         return box[0]
 
     def all_gather_object(self, obj: T) -> list[T]:
-        """See `Comm`."""
+        """Return the objects that all ranks passed, ordered by rank."""
         gathered = [obj] * self.size
         dist.all_gather_object(gathered, obj)
         return gathered
 
     def barrier(self) -> None:
-        """See `Comm`."""
+        """Return when every rank has called this."""
         dist.barrier()
 
     def close(self) -> None:
-        """See `Comm`."""
+        """Disconnect, together with all other ranks; no collective may follow."""
         self.barrier()  # collectives that other ranks have in progress would fail when this one disconnects
         dist.destroy_process_group()

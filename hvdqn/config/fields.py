@@ -23,7 +23,7 @@ import tyro
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers from `low` to `high`, without those in `excluded`, and the words that describe them."""
+    """A range of numbers, from `low` to `high` without those in `excluded`, and the words for it in error messages."""
 
     words: str
     low: float = -math.inf
@@ -95,12 +95,12 @@ class Field:
 
     @property
     def flag(self) -> str:
-        """The flag, as `--total-env-steps`."""
+        """The flag, such as `--total-env-steps`."""
         return flag_of(self.name)
 
     @property
     def aliases(self) -> tuple[str, ...]:
-        """Other spellings of the flag, as `-o`."""
+        """Other spellings of the flag, such as `-o`."""
         return tuple(alias for note in self.notes for alias in getattr(note, "aliases", None) or ())
 
     @property
@@ -130,7 +130,7 @@ class Field:
 
     @property
     def needs(self) -> list[Needs]:
-        """The settings on which it depends whether this one has an effect."""
+        """The `Needs` of this setting: it has an effect only if the settings that they name have certain values."""
         return [note for note in self.notes if isinstance(note, Needs)]
 
 

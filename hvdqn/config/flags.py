@@ -143,7 +143,7 @@ def _refuse_value_of_switch(field: Field, attached: str | None, words: Sequence[
 
 
 def print_version() -> NoReturn:
-    """Print the version of this package, and leave.
+    """Print the version of this package and exit.
 
     Raises:
         SystemExit: 0.
@@ -153,7 +153,7 @@ def print_version() -> NoReturn:
 
 
 def print_help(kind: type[T], prog: str, default: T | None = None) -> NoReturn:
-    """Print all flags with the values of `default`, and leave.
+    """Print the help of all flags, with the values of `default`, and exit.
 
     Raises:
         SystemExit: 0.
@@ -189,7 +189,7 @@ def print_completion(commands: Any, shell: str, prog: str) -> None:
 
 
 def _output_of_tyro(kind: Any, prog: str, argv: Sequence[str], default: Any) -> str:
-    """Return what tyro prints for `--help` and the like."""
+    """Return the text that tyro prints for flags such as `--help`."""
     _join_help_texts(kind)
     out = io.StringIO()
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(out):

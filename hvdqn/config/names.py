@@ -1,4 +1,4 @@
-"""Names that a user writes: suggestions for misspelled ones, and imports of `module:attribute`."""
+"""Handle names that a user writes: suggest known ones for misspelled ones, and import `module:attribute`."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def did_you_mean(word: str, known: Iterable[str], others: Mapping[str, str] | No
     Args:
         word: the unknown word.
         known: all words that are known.
-        others: known words by the words that other libraries have for them.
+        others: maps words that other libraries use to the known words for the same thing.
     """
     known = list(known)
     if others and others.get(word) in known:

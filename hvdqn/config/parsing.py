@@ -1,4 +1,4 @@
-"""From a command line to a checked `Config`.
+"""Turn a command line into a checked `Config`.
 
 Precedence: defaults < `--preset` < `config.yaml` of the run that is resumed < `--config FILE.yaml` < flags.
 """
@@ -28,7 +28,7 @@ CONFIG_FILE = "config.yaml"
 
 
 def parse(argv: Sequence[str], prog: str = "python -m hvdqn.train") -> Config:
-    """Return the run that a command line describes, checked as far as one process can.
+    """Return the settings that a command line describes, checked as far as one process can check them.
 
     Raises:
         UserError: something in it is wrong.
@@ -64,7 +64,7 @@ def _refuse_repeated(argv: Sequence[str], flag: str, remedy: str) -> None:
 def _read_config_of_run(given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """Return the path of the config.yaml in the run directory, and its settings; "" and none if there is no such file.
 
-    Settings of one launch, such as the engine, are left out. With `--resume never` the file does not count.
+    Settings that belong to one launch, such as the engine, are left out. With `--resume never` the file is not read.
     """
     if not given.get("run_dir") or given.get("resume") == "never":
         return "", {}

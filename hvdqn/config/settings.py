@@ -196,7 +196,8 @@ class LearningConfig:
     lr_final: Share = 1.0
     """Share of the learning rate that is left at the end of the run; it falls linearly."""
     max_grad_norm: Annotated[float, at_least(0)] = 10.0
-    """Clip the averaged gradient to this norm; 0: do not clip."""
+    """Clip the gradient of each optimizer step to this norm; 0: do not clip. It is the average over ranks under
+    `gradients`, and that of one rank otherwise."""
     target_every: CountOrZero = 1_000
     """Global env steps between hard target updates, each of which also checks that the ranks agree bit for bit."""
     target_tau: Annotated[float, between(0, 1, excluded=(0,))] = 1.0

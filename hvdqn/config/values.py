@@ -13,7 +13,7 @@ from hvdqn.errors import UserError
 
 
 def value_of_words(field: Field, words: Sequence[str]) -> Any:
-    """Return the value that the words after a flag stand for.
+    """Convert the words after a flag to the value of the setting.
 
     Raises:
         UserError: there is no such value.
@@ -24,7 +24,7 @@ def value_of_words(field: Field, words: Sequence[str]) -> Any:
 
 
 def value_of_data(field: Field, data: Any) -> Any:
-    """Return the value that an entry of a YAML file stands for.
+    """Convert an entry of a YAML file to the value of the setting.
 
     Raises:
         UserError: the entry has another type than the setting.

@@ -1,4 +1,4 @@
-"""The training loop of an elastic job: a `Trainer` that can be left in the middle and continued in another world."""
+"""The training loop of an elastic job: a `Trainer` that stops at any point and continues with other ranks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class HostsChangedError(Exception):
 
 
 class ElasticTrainer(Trainer):
-    """Trains in one world: from the moment its ranks connect until one of them is lost or another is to join.
+    """Train in one world, that is, with one set of connected ranks: until a rank is lost or another one joins.
 
     Args:
         world: the job, through all its worlds.
@@ -49,7 +49,10 @@ class ElasticTrainer(Trainer):
         self.filling_env_steps = 0  # global env steps left until this rank's replay counts as filled
 
     def position(self) -> tuple[int, ...]:
-        """Return how far this rank got: larger is further, equal is the same bit for bit."""
+        """Return a tuple that says how far this rank has trained; of two ranks, the one with the larger tuple is ahead.
+
+        Ranks with equal tuples hold the same state, bit for bit.
+        """
         recorder = self.recorder
         done = (
             recorder.progress.evaluated_at_env_steps,
@@ -59,14 +62,14 @@ class ElasticTrainer(Trainer):
         return (self.clock.env_steps, self.clock.updates, *done)
 
     def leave(self) -> None:
-        """Leave this world; an update that was under way does not count."""
+        """Stop training in this world; an update that has begun is discarded."""
         if self.updating:
             self.updating = False
             self.clock.updates -= 1
         self.recorder.metrics.close()
 
     def shared_state(self) -> dict[str, Any]:
-        """Return all that ranks have in common, for ranks that are behind or new."""
+        """Return the state that is equal on all ranks; ranks that are behind or new load it."""
         recorder = self.recorder
         return {
             **shared_state(self.parts, recorder.totals, recorder.progress),
@@ -78,7 +81,7 @@ class ElasticTrainer(Trainer):
         }
 
     def load_shared_state(self, state: Mapping[str, Any]) -> None:
-        """Continue where the rank was that `state` is from."""
+        """Load the state that another rank's `shared_state` returned."""
         recorder = self.recorder
         recorder.progress = load_shared_state(state, self.parts, recorder.totals)
         recorder.progress.world_changes += 1
@@ -88,7 +91,7 @@ class ElasticTrainer(Trainer):
         recorder.resume()
 
     def agree_on_filling(self, filled: bool) -> None:
-        """Share whether this rank's replay is filled. If no rank's is, all start to learn at the same time."""
+        """Exchange whether each rank's replay is filled. If none is, all ranks start to learn at the same time."""
         if not any(self.comm.all_gather_object(filled)):
             self.clock.refill()
         elif not filled:

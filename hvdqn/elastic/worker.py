@@ -1,4 +1,4 @@
-"""One process of an elastic job, through all the worlds that it belongs to."""
+"""Run one process of an elastic job; it trains in one world (set of connected ranks) after the other."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 
 class SoloComm(LocalComm):
-    """A rank's place in its world without the other ranks, to build what need not wait for them."""
+    """Stand in for the other ranks with this rank's own data, to build what does not depend on theirs."""
 
     def __init__(self, comm: Comm) -> None:
         Comm.__init__(self, comm.rank, comm.size, comm.local_rank, comm.local_size)
@@ -53,10 +53,10 @@ class SoloComm(LocalComm):
 
 
 class ElasticWorker:
-    """One process of an elastic job.
+    """Run one process of an elastic job.
 
     Args:
-        config: checked, the same for every process.
+        config: the checked settings, the same for every process.
         max_np: number of ranks of the largest world.
         world: the job.
         stop: whether this process was asked to stop.
@@ -105,7 +105,7 @@ class ElasticWorker:
             try:
                 if state:
                     log.info(_describe_change(positions, trainer))
-                    trainer.run_due_events()  # what was due when the last world ended may not have been done
+                    trainer.run_due_events()  # events that were due when the last world ended may not have run
                 trainer.complete()
             except BaseException:
                 trainer.leave()
@@ -115,7 +115,7 @@ class ElasticWorker:
         return EXIT_REQUEUE if trainer.stop_voted else EXIT_FINISHED
 
     def open(self) -> Path:
-        """Return the run directory of a run that has not begun."""
+        """Create the run directory, or open that of a run to resume; return its path."""
         check_same_config(self.config, self.comm)
         return open_run_dir(self.config, self.comm)
 
@@ -131,7 +131,7 @@ class ElasticWorker:
         return trainer
 
     def join(self, run_dir: Path, state: Mapping[str, Any]) -> ElasticTrainer:
-        """Continue in a later world: keep or build what is this rank's own, load what ranks have in common."""
+        """Continue in a later world: keep (or build) environments and replay, and load the shared state."""
         comm, config, before = self.comm, self.sized(self.comm.size), self.trainer
         kept = before.parts if before else self.build_alone(state["clock"]["env_steps"])
         parts = self.adapt(kept, config)
@@ -181,7 +181,7 @@ class ElasticWorker:
 
 
 def _describe_change(positions: Sequence[tuple[int, ...] | None], trainer: ElasticTrainer) -> str:
-    """Return one line on a new world."""
+    """Return one line about a new world: its ranks, its env steps, and which ranks are new."""
     new = [str(rank) for rank, position in enumerate(positions) if position is None]
     ranks = "1 rank" if len(positions) == 1 else f"{len(positions)} ranks"
     line = f"{ranks} from env step {trainer.clock.env_steps:,} on"

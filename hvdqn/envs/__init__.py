@@ -1,7 +1,7 @@
-"""The vectorized environments of a rank.
+"""Build the vectorized environments of a rank, and step them.
 
-`make_environments` builds them from an `EnvironmentConfig`. `Environments.step` returns a `Step`, which looks the same
-for every environment, observation space and autoreset mode.
+`make_environments` builds them from an `EnvironmentConfig`. `Environments.step` returns a `Step`, which has the same
+fields for every environment, observation space and autoreset mode.
 """
 
 from __future__ import annotations

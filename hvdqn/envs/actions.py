@@ -58,7 +58,9 @@ class Actions:
         """Return the environments' own actions `[envs, ...]` for integers `[envs, *shape]`."""
         if self._values is None:
             return actions
-        return self._values[(*self._dimension, actions)].reshape(len(actions), *self._space_shape)
+        index = (*self._dimension, actions)
+        chosen: NDArray[Any] = self._values[index]
+        return chosen.reshape(len(actions), *self._space_shape)
 
     def read_masks(self, masks: Any, *batch: int) -> Bools:
         """Return masks as booleans `[*batch, *shape, count]`; of one environment if `batch` is empty.

@@ -1,8 +1,8 @@
-"""Atari games in ALE's own vector environment, with a lost life as the end of an episode but not of the game.
+"""Step Atari games in ALE's own vector environment; optionally, a lost life ends the episode but not the game.
 
-ALE's `episodic_life` starts a new game after every lost life, so only first lives would be played. Here a lost life is
-reported as a termination and the same game continues, as in the usual EpisodicLifeEnv wrapper. A new game starts only
-after game over.
+ALE's `episodic_life` starts a new game after every lost life, so agents would only play first lives. Here `step`
+reports a lost life as a termination and the same game continues, as in the usual EpisodicLifeEnv wrapper. A new game
+starts only after game over.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from hvdqn.envs.atari_variant import LIFE_LOST, OBSERVATIONS
 from hvdqn.errors import UserError
 
-# Arguments of ALE's vector environment that have their own flag, or that would break `Environments`.
+# Arguments of ALE's vector environment that --env-kwargs must not set, and what the error message advises instead.
 _RESERVED = {
     "stack_num": "use --frame-stack",
     "reward_clipping": "use --clip-rewards",
@@ -39,9 +39,10 @@ def is_atari(spec: EnvSpec) -> bool:
 
 
 def game_settings(spec: EnvSpec, env_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of ALE's vector environment: the id's, no sticky actions, overridden by the user's.
+    """Return the keyword arguments for ALE's vector environment.
 
-    `mode`, `difficulty` and `obs_type` "ram" stay as they are, for `AtariVariant`.
+    They are those registered with the id and no sticky actions, both overridden by `env_kwargs`. `mode`, `difficulty`
+    and `obs_type="ram"` stay among them for `AtariVariant`; ALE's vector environment does not take them.
 
     Raises:
         UserError: `env_kwargs` sets an argument that hvdqn sets itself, or an unknown `obs_type`.
@@ -66,16 +67,16 @@ def game_settings(spec: EnvSpec, env_kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 class AtariVector(VectorEnv[NDArray[np.uint8], NDArray[np.int64], NDArray[Any]]):
-    """Atari games stepped by ALE's threads: 84x84 gray frames, frameskip 4, up to 30 no-ops and FIRE after a reset.
+    """Steps Atari games in ALE's threads: 84x84 gray frames, frameskip 4, up to 30 no-ops and FIRE after a reset.
 
-    The autoreset mode is SAME_STEP. With `episodic_life`, a lost life is a termination whose final observation is also
-    the next observation; `infos["final_info"][LIFE_LOST]` marks it.
+    The autoreset mode is SAME_STEP. With `episodic_life`, a lost life is a termination. Its final observation is also
+    the first one of the next episode, and `infos["final_info"][LIFE_LOST]` is True.
 
     Args:
         num_envs: number of games.
-        threads: number of threads that step them; 0: one per core, but no more than games.
-        episodic_life: terminate an episode when a life is lost.
-        settings: the result of `game_settings`.
+        threads: number of threads that step the games; 0: one per core, but no more than games.
+        episodic_life: whether a lost life terminates the episode.
+        settings: what `game_settings` returned.
     """
 
     def __init__(self, num_envs: int, threads: int, episodic_life: bool, settings: dict[str, Any]):
@@ -104,7 +105,7 @@ class AtariVector(VectorEnv[NDArray[np.uint8], NDArray[np.int64], NDArray[Any]])
     def reset(
         self, *, seed: int | list[int] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[NDArray[np.uint8], dict[str, Any]]:
-        """Start a new game in every env; without seeds, each env continues its random stream."""
+        """Start a new game in every environment; without a seed, each continues its random generator."""
         observation, info = self._ale.reset(seed=np.array(seed) if isinstance(seed, list) else seed)
         self._lives, self._frames = info["lives"], info["episode_frame_number"]
         return observation[:, 0], {}
@@ -129,12 +130,12 @@ class AtariVector(VectorEnv[NDArray[np.uint8], NDArray[np.int64], NDArray[Any]])
     def step(
         self, actions: NDArray[np.int64]
     ) -> tuple[NDArray[np.uint8], NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
-        """Take one action in every env."""
+        """Take one action in every game; return what Gymnasium's `VectorEnv.step` does."""
         self.step_async(actions)
         return self.step_wait()
 
     def close_extras(self, **kwargs: Any) -> None:
-        """End ALE's threads, if they were started."""
+        """Delete ALE's vector environment, which ends its threads."""
         self.__dict__.pop("_ale", None)
 
     def _same_game(self, info: dict[str, Any]) -> NDArray[np.bool_]:
@@ -150,9 +151,13 @@ class AtariVector(VectorEnv[NDArray[np.uint8], NDArray[np.int64], NDArray[Any]])
 
 
 class AtariGame(gym.Env[NDArray[np.uint8], int]):
-    """One game of `AtariVector` as a single environment, for `--wrapper` and for sync and async vectors.
+    """Plays one game of `AtariVector` as a single environment, for `--wrapper` and for sync and async vectors.
 
     `reset` after a lost life continues the same game. `render` returns the frame that the network sees.
+
+    Args:
+        episodic_life: whether a lost life terminates the episode.
+        settings: what `game_settings` returned.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 15}  # noqa: RUF012 - Gymnasium's convention
@@ -167,7 +172,7 @@ class AtariGame(gym.Env[NDArray[np.uint8], int]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[NDArray[np.uint8], dict[str, Any]]:
-        """Start an episode: the next life after a lost life, else a new game."""
+        """Start an episode: continue the game if the last one ended by a lost life, else start a new game."""
         super().reset(seed=seed)
         if seed is not None or self._next is None:
             self._next = self._vector.reset(seed=seed)[0][0]
@@ -179,7 +184,7 @@ class AtariGame(gym.Env[NDArray[np.uint8], int]):
         return self._frame if self._frame.ndim == 3 else self._frame[:, :, None].repeat(3, axis=2)
 
     def step(self, action: int) -> tuple[NDArray[np.uint8], float, bool, bool, dict[str, Any]]:
-        """Take one action."""
+        """Take one action for `frameskip` frames; the info says whether a life was lost, if the episode ended."""
         observation, reward, terminated, truncated, infos = self._vector.step(np.array([action]))
         self._frame = observation[0]
         if not infos:

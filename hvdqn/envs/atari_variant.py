@@ -1,4 +1,4 @@
-"""Atari games as ALE's vector environment does not play them: in a mode or difficulty, or observed by their RAM."""
+"""Play Atari games with settings that ALE's vector environment lacks: game mode, difficulty, RAM as observation."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from hvdqn.errors import UserError
 
 OBSERVATIONS = ("grayscale", "rgb", "ram")
 
-# Key in infos. The prefix keeps it apart from a `life_lost` of other environments, which may mean something else.
+# The key under which infos say that a life was lost. The prefix avoids a clash with other environments' `life_lost`.
 LIFE_LOST = "hvdqn.life_lost"
 
 
 def is_variant(settings: Mapping[str, Any]) -> bool:
-    """Return True if only `AtariVariant` can play a game with these arguments."""
+    """Return True if a game with these arguments needs `AtariVariant`, because ALE's vector cannot play it."""
     return "mode" in settings or "difficulty" in settings or settings.get("obs_type") == "ram"
 
 
 class AtariVariant(gym.Env[NDArray[np.uint8], int]):
-    """One Atari game with the preprocessing of ALE's vector environment, but on the single game of ALE.
+    """Plays one Atari game in ALE's single environment, with the preprocessing of ALE's vector environment.
 
     Frames are the maximum of the last two screens, scaled to 84x84 by the mean of the pixels that they cover. `reset`
     starts with up to 30 no-ops and FIRE, or continues the same game after a lost life.
 
     Args:
-        episodic_life: terminate an episode when a life is lost.
-        settings: arguments of ALE's vector environment, and `mode`, `difficulty` and `obs_type` of its single game.
+        episodic_life: whether a lost life terminates the episode.
+        settings: arguments of ALE's vector environment, and `mode`, `difficulty` and `obs_type` of its single one.
 
     Raises:
         UserError: the game has no such mode or difficulty.
@@ -66,7 +66,7 @@ class AtariVariant(gym.Env[NDArray[np.uint8], int]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[NDArray[np.uint8], dict[str, Any]]:
-        """Start an episode: the next life after a lost life, else a new game."""
+        """Start an episode: continue the game if the last one ended by a lost life, else start a new game."""
         super().reset(seed=seed)
         if seed is None and self._next is not None:
             observation, self._next = self._next, None
@@ -85,7 +85,7 @@ class AtariVariant(gym.Env[NDArray[np.uint8], int]):
         return self._observe([screen]), {}
 
     def step(self, action: int) -> tuple[NDArray[np.uint8], float, bool, bool, dict[str, Any]]:
-        """Take one action for `frameskip` frames."""
+        """Take one action for `frameskip` frames; with `episodic_life`, a lost life terminates the episode."""
         screens: list[NDArray[np.uint8]] = []
         reward, terminated, truncated = 0.0, False, False
         for _ in range(self._frameskip):
@@ -102,12 +102,16 @@ class AtariVariant(gym.Env[NDArray[np.uint8], int]):
         return observation, reward, terminated or life_lost, truncated, {LIFE_LOST: life_lost}
 
     def render(self) -> NDArray[np.uint8]:
-        """Return the screen, `[210, 160, 3]`."""
+        """Return the full-size screen in RGB, `[height, width, 3]`."""
         screen: NDArray[np.uint8] = self._game.ale.getScreenRGB()
         return screen
 
     def _observe(self, screens: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
-        """Return the observation of the last screens, or of the last state of the RAM."""
+        """Return the observation: the maximum of the last two screens, scaled, or the RAM.
+
+        Args:
+            screens: what ALE returned after the last two frames of the step, or after the only one.
+        """
         if self._observes == "ram":
             return screens[-1]
         screen = np.maximum.reduce(screens) if self._maxpool else screens[-1]
@@ -117,9 +121,9 @@ class AtariVariant(gym.Env[NDArray[np.uint8], int]):
 
 
 class Averages:
-    """Scales the first axis of an image: every new pixel is the mean of the part of the old ones that it covers.
+    """Scales the first axis of an image: every new pixel is the mean of the old pixels that it covers.
 
-    A product with a matrix of weights would start the threads of BLAS for each frame.
+    It adds up weighted pixels in a loop, because a matrix product would wake the threads of BLAS for each frame.
 
     Args:
         size: number of new pixels.
@@ -128,14 +132,14 @@ class Averages:
 
     def __init__(self, size: int, pixels: int) -> None:
         edges = np.arange(size + 1) * pixels / size
-        most = math.ceil(pixels / size) + 1  # old pixels that a new one can cover
+        most = math.ceil(pixels / size) + 1  # a new pixel covers at most so many old ones
         index = np.floor(edges[:-1]).astype(np.int64) + np.arange(most)[:, None]
         covered = np.minimum(edges[1:], index + 1) - np.maximum(edges[:-1], index)
         self._index = np.minimum(index, pixels - 1)
         self._weights = (np.clip(covered, 0, None) * size / pixels).astype(np.float32)
 
     def of(self, image: NDArray[Any]) -> NDArray[np.float32]:
-        """Return the image `[size, ...]` of an image `[pixels, ...]`."""
+        """Scale an image `[pixels, ...]` to `[size, ...]`."""
         scaled: NDArray[np.float32] = np.zeros((self._index.shape[1], *image.shape[1:]), np.float32)
         for index, weights in zip(self._index, self._weights, strict=True):
             scaled += weights.reshape(-1, *[1] * (image.ndim - 1)) * image[index]
@@ -143,7 +147,11 @@ class Averages:
 
 
 def _open_game(observes: Any, arguments: dict[str, Any]) -> Any:
-    """Return ALE's single game, one frame a step.
+    """Open a game as ALE's single environment, which advances one frame per step.
+
+    Args:
+        observes: one of `OBSERVATIONS`.
+        arguments: other arguments of ALE's `AtariEnv`.
 
     Raises:
         UserError: the game has no such mode or difficulty.

@@ -1,8 +1,8 @@
-"""Check that an environment keeps the rules of Gymnasium, and say in one line which one it breaks.
+"""Check that an environment keeps the rules of Gymnasium, and report in one line which one it breaks.
 
-Spaces are checked when an environment is made. The first `reset` and the first `step` are checked in the environment
-and in each of its wrappers, so that the message names the class that breaks the rule. Later calls are not checked, and
-cost nothing.
+`check_spaces` runs when an environment is made. `check_first_calls` checks the first `reset` and the first `step` of
+the environment and of each of its wrappers, so that the message names the class that breaks the rule. Later calls are
+not checked, and cost nothing.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ log = logging.getLogger(__name__)
 RESET_RESULT = "it must return (observation, info)"
 STEP_RESULT = "it must return (observation, reward, terminated, truncated, info)"
 SUPPORTED_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
-# Observations that are no Box are flattened; Discrete spaces become one-hot vectors.
+# The longest vector that an observation may become when it is flattened. Discrete spaces become one-hot vectors.
 MOST_FLATTENED_NUMBERS = 10_000_000
-# Wrappers of `gym.make` that return what they are given.
+# Wrappers that `gym.make` adds. They pass on what the environment returns, so error messages name the one below them.
 PASS_ON = (OrderEnforcing, TimeLimit)
 
 
 @functools.cache
 def warn_once(message: str) -> None:
-    """Log a warning, once in a process: environments are made again for each evaluation."""
+    """Log a warning once per process, however often environments are made again, as for each evaluation."""
     log.warning(message)
 
 
 def check_spaces(env: gym.Env[Any, Any], name: str) -> None:
-    """Check what an environment must have before it is reset.
+    """Check that an environment has an observation space and an action space.
 
     Raises:
-        UserError: a space is missing, or is none of Gymnasium's.
+        UserError: a space is missing, or is no `gymnasium.Space`.
     """
     for attribute in ("observation_space", "action_space"):
         space = getattr(env, attribute, None)
@@ -54,7 +54,13 @@ def check_spaces(env: gym.Env[Any, Any], name: str) -> None:
 
 
 def check_observations(space: gym.Space[Any], env: str, where: str = "") -> None:
-    """Refuse spaces that do not flatten to a fixed size: text, sequences, graphs, unknown spaces."""
+    """Raise UserError for observation spaces that cannot be flattened to a fixed size, such as text and sequences.
+
+    Args:
+        space: the observation space, or a part of it.
+        env: the environment's name, for the message.
+        where: the place of the part in the whole space, for the message, such as "['camera']".
+    """
     if isinstance(space, (spaces.Dict, spaces.Tuple)):
         parts = space.items() if isinstance(space, spaces.Dict) else enumerate(space)
         for name, part in parts:
@@ -67,7 +73,7 @@ def check_observations(space: gym.Space[Any], env: str, where: str = "") -> None
 
 
 def check_flattened_size(space: gym.Space[Any], env: str) -> None:
-    """Refuse spaces whose flattened observations would not fit into memory."""
+    """Raise UserError if a flattened observation would have more than `MOST_FLATTENED_NUMBERS` numbers."""
     numbers = spaces.flatdim(space)
     if numbers > MOST_FLATTENED_NUMBERS:
         raise UserError(
@@ -77,9 +83,9 @@ def check_flattened_size(space: gym.Space[Any], env: str) -> None:
 
 
 def check_first_calls(env: gym.Env[Any, Any], name: str) -> None:
-    """Make the first `reset` and the first `step` of this environment and of each of its wrappers check themselves.
+    """Arrange that the first `reset` and the first `step` of this environment and of its wrappers are checked.
 
-    Those calls raise `UserError` if they break a rule.
+    Those calls raise UserError if what they return breaks a rule of Gymnasium.
     """
     space = env.observation_space
     for layer in _layers(env):
@@ -87,7 +93,7 @@ def check_first_calls(env: gym.Env[Any, Any], name: str) -> None:
 
 
 def check_first_vector_calls(vector: VectorEnv[Any, Any, Any], name: str) -> None:
-    """Do the same for a vector environment that is not made of single ones."""
+    """Do the same as `check_first_calls` for a vector environment that is not made of single environments."""
     for layer in _layers(vector):
         space = vector.single_observation_space if layer is vector else None
         _FirstCalls(layer, name, space, (vector.num_envs,))
@@ -102,13 +108,14 @@ def _layers(env: Any) -> Iterator[Any]:
 
 
 class _FirstCalls:
-    """Stands in for `reset` and `step` of one layer until each of them has returned once.
+    """Replaces `reset` and `step` of an environment or wrapper, until each has returned once and was checked.
 
     Args:
-        layer: an environment, or one of its wrappers.
-        name: of the environment, for messages.
-        space: of one observation. None: another layer wraps this one, and may change the values that it returns.
-        batch: shape of the rewards: `(envs,)` of a vector, `()` of a single environment.
+        layer: the environment, or one of its wrappers.
+        name: the environment's name, for messages.
+        space: the space of one observation. None: do not check observations, because a wrapper around this layer may
+            still change them.
+        batch: shape of the rewards: `(envs,)` for a vector, `()` for a single environment.
     """
 
     def __init__(self, layer: Any, name: str, space: gym.Space[Any] | None, batch: tuple[int, ...]) -> None:
@@ -201,7 +208,7 @@ class _FirstCalls:
         return UserError(f"'{self.name}' breaks a rule of Gymnasium: {_class_of(layer)}.{method}() {rule}")
 
     def _remove(self, method: str) -> None:
-        """Give the layer its own method back."""
+        """Give the layer its own `reset` or `step` back."""
         if method in self.own:
             vars(self.layer)[method] = self.own[method]
         else:
@@ -212,7 +219,7 @@ def to_number(reward: Any, name: str) -> float:
     """Return a reward as a float. It may be anything that holds one number, such as an array of shape (1,).
 
     Raises:
-        UserError: it is no number, or more than one.
+        UserError: the reward of the environment called `name` is no number, or more than one.
     """
     value = reward[0] if isinstance(reward, (list, tuple)) and len(reward) == 1 else reward
     try:
@@ -225,7 +232,7 @@ def to_number(reward: Any, name: str) -> float:
 
 
 def _describe(value: Any) -> str:
-    """Return in a few words what a value is."""
+    """Return a value's type and size in words for an error message, such as "a tuple of 4 values"."""
     if isinstance(value, (tuple, list)):
         return f"a {_class_of(value)} of {len(value)} values"
     if hasattr(value, "shape"):

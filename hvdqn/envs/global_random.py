@@ -1,4 +1,4 @@
-"""The random generators that all code of a process shares. Many environments draw from them."""
+"""Seed and restore the random generators that all code of a process shares; many environments draw from them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 
 
 def seed_global_generators(seed: int, own_process: bool) -> None:
-    """Seed `random` and `np.random`, and torch's generator too where the process belongs to one environment.
+    """Seed `random` and `np.random`, and also torch's generator if this process runs one environment only.
 
-    In a rank's process torch's generator belongs to training.
+    In a rank's process, training draws from torch's generator, so it is left alone there.
     """
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002 - the generator that environments share
@@ -23,7 +23,7 @@ def seed_global_generators(seed: int, own_process: bool) -> None:
 
 @contextmanager
 def global_generators_kept() -> Iterator[None]:
-    """Give `random` and `np.random` the states back that they had before the body."""
+    """Restore, after the `with` block, the states that `random` and `np.random` had before it."""
     states = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
         yield

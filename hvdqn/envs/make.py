@@ -39,9 +39,9 @@ from hvdqn.envs.workers import WorkerVector
 from hvdqn.errors import UserError
 from hvdqn.faults import leave_signals_to_rank, reinstall_handlers
 
-# Namespaces of optional environments: the module that registers them, and the extra that installs it.
+# For each namespace of optional environments: the module that registers its ids, and the extra that installs it.
 _FAMILIES = {"ALE": ("ale_py", "atari"), "MinAtar": ("minatar.gym", "minatar")}
-# Libraries that environments of Gymnasium need, as error messages name them, and the extra that installs each.
+# For each library that environments of Gymnasium need, as their error messages name it: the extra that installs it.
 _LIBRARIES = {
     "pygame": "video",
     "Box2D": "box2d",
@@ -62,7 +62,7 @@ def make_environments(
         config: the environment and its settings.
         num_envs: number of environments.
         seed: the seed of their first reset.
-        training: False for evaluation: rewards are not clipped, and a lost life does not end the episode.
+        training: False for evaluation, where rewards are never clipped and a lost life does not end the episode.
         threads: number of threads of an Atari vector; 0: one per core.
 
     Raises:
@@ -113,7 +113,7 @@ def find_spec(env: str) -> EnvSpec:
 
 
 def _advice(env_id: str, has_module: bool) -> str:
-    """Return what an unknown id may have meant, and how to name the package that registers it."""
+    """Return the advice for an unknown id: similar ids, and how to name the module that registers it."""
     near = _near_ids(env_id)
     if has_module:
         other = "give an id that its module registers"
@@ -123,19 +123,19 @@ def _advice(env_id: str, has_module: bool) -> str:
 
 
 def _near_ids(env_id: str) -> list[str]:
-    """Return the registered ids that are closest to an unknown one; what counts is the name without its version."""
+    """Return the registered ids that are closest to an unknown one, compared without namespace and version."""
     names = {known: _bare_name(known) for known in sorted(gym.registry)}
     near = difflib.get_close_matches(_bare_name(env_id), sorted(set(names.values())), n=3, cutoff=0.7)
     return difflib.get_close_matches(env_id, [k for k, name in names.items() if name in near], n=3, cutoff=0)
 
 
 def _bare_name(env_id: str) -> str:
-    """Return `pong` of `ALE/Pong-v5`."""
+    """Return an id without namespace and version, in lower case: "pong" for "ALE/Pong-v5"."""
     return re.sub(r"-v\d+$", "", env_id.rpartition("/")[2]).lower()
 
 
 def _register(family: str) -> bool:
-    """Register the ids of an optional package; return False if it is not installed."""
+    """Register the ids of an optional package, a key of `_FAMILIES`; return False if it is not installed."""
     if any(env_id.startswith(f"{family}/") for env_id in gym.registry):
         return True
     try:
@@ -149,7 +149,7 @@ def _register(family: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Build:
-    """What one environment is built from. It is pickled for the worker processes of an async vector."""
+    """All that is needed to build one environment. Worker processes of an async vector get a pickled copy."""
 
     config: EnvironmentConfig
     spec: EnvSpec
@@ -158,7 +158,11 @@ class _Build:
 
 
 def _read_kwargs(config: EnvironmentConfig, spec: EnvSpec) -> dict[str, Any]:
-    """Return the constructor arguments that `--env-kwargs` gives."""
+    """Return the environment's constructor arguments from `--env-kwargs`; for Atari, see `game_settings`.
+
+    Raises:
+        UserError: `--env-kwargs` is no JSON object.
+    """
     try:
         kwargs = json.loads(config.env_kwargs or "{}")
     except json.JSONDecodeError as error:
@@ -171,7 +175,7 @@ def _read_kwargs(config: EnvironmentConfig, spec: EnvSpec) -> dict[str, Any]:
 
 
 def _make_vector(build: _Build, num_envs: int, threads: int) -> tuple[VectorEnv[Any, Any, Any], str]:
-    """Return the vector environment that the config asks for, and its kind: native, sync or async."""
+    """Build the vector environment that `--vectorization` names; return it and its kind: native, sync or async."""
     config, requested = build.config, build.config.vectorization
     is_single = is_atari(build.spec) and is_variant(build.kwargs)
     has_native = (
@@ -210,7 +214,10 @@ def _make_native(build: _Build, num_envs: int, threads: int) -> VectorEnv[Any, A
 
 
 def _make_single(build: _Build, index: int, rank_pid: int) -> gym.Env[Any, Any]:
-    """Build one environment. An async vector calls it in its worker process, and once in the rank's for the spaces."""
+    """Build one environment of a sync or async vector.
+
+    An async vector calls this in each worker process, and once in the rank's, `rank_pid`, to learn the spaces.
+    """
     own_process = os.getpid() != rank_pid
     if own_process:
         leave_signals_to_rank()
@@ -235,7 +242,7 @@ def _make_checked(build: _Build, index: int, own_process: bool) -> SingleEnviron
 
 
 class _Spaces(gym.Env[Any, Any]):
-    """Stands in for an environment whose spaces and metadata are wanted, and nothing else."""
+    """Has the spaces and metadata of an environment, but cannot be stepped; an async vector needs no more of it."""
 
     def __init__(self, env: gym.Env[Any, Any]):
         self.observation_space, self.action_space = env.observation_space, env.action_space
@@ -246,9 +253,10 @@ _known_spaces: dict[str, _Spaces] = {}
 
 
 def _read_spaces(build: _Build) -> _Spaces:
-    """Return the spaces of an environment whose workers have processes of their own.
+    """Return the spaces of an environment that will run in worker processes.
 
-    It is built once in the rank's process: some simulators cannot be started there a second time.
+    The first call builds the environment in the rank's process and closes it. Later calls return the same spaces,
+    because some simulators cannot be started a second time in a process.
     """
     key = repr(build)
     if key not in _known_spaces:
@@ -259,7 +267,7 @@ def _read_spaces(build: _Build) -> _Spaces:
 
 
 def _make_wrapped(build: _Build) -> gym.Env[Any, Any]:
-    """Build one environment with the user's wrappers, flattened if its observations are no Box."""
+    """Build one environment with the user's wrappers; flatten its observations if their space is no Box."""
     config = build.config
     env: gym.Env[Any, Any]
     with _explain_errors(config):
@@ -285,7 +293,7 @@ def _make_wrapped(build: _Build) -> gym.Env[Any, Any]:
 
 @contextmanager
 def _explain_errors(config: EnvironmentConfig) -> Iterator[None]:
-    """Turn a constructor's exception about the user's settings into a `UserError`; leave bugs as they are."""
+    """Turn exceptions of the `with` block into a UserError if the user's settings cause them; pass on all others."""
     try:
         yield
     except UserError:
@@ -305,7 +313,7 @@ def _explain_errors(config: EnvironmentConfig) -> Iterator[None]:
 
 
 def describe_missing_library(error: Exception) -> str:
-    """Return the message of an ImportError or DependencyNotInstalled, with the extra that installs the library."""
+    """Return one line for an ImportError or DependencyNotInstalled that says how to install the missing library."""
     message = one_line(error)
     for library, extra in _LIBRARIES.items():
         if library.lower() in message.lower():
@@ -314,7 +322,11 @@ def describe_missing_library(error: Exception) -> str:
 
 
 def _wrap(env: gym.Env[Any, Any], path: str) -> gym.Env[Any, Any]:
-    """Apply the wrapper at `module:attribute`."""
+    """Wrap an environment by the class or function that `path` names, written `module:attribute`.
+
+    Raises:
+        UserError: the wrapper cannot be imported or does not take this environment.
+    """
     wrapper = import_attribute(path, "--wrapper")
     try:
         wrapped = wrapper(env)
@@ -339,7 +351,7 @@ def _wrap(env: gym.Env[Any, Any], path: str) -> gym.Env[Any, Any]:
 
 
 def _describe(build: _Build, vector: VectorEnv[Any, Any, Any], kind: str) -> str:
-    """Describe in one line the environments and the settings that results depend on."""
+    """Return one line for the log: the environments, and those of their settings that results depend on."""
     mode = AutoresetMode(vector.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP))
     words = [build.config.env, f"{vector.num_envs} envs", f"{kind} vector", f"{mode.name} autoreset"]
     words += [f"wrapped by {path}" for path in build.config.wrapper]

@@ -1,4 +1,4 @@
-"""Test on small copies of environments whether a resumed run would continue exactly."""
+"""Test, on two small copies of the environments, whether a restored state continues exactly as the original would."""
 
 from __future__ import annotations
 
@@ -19,14 +19,17 @@ from hvdqn.step import Step
 log = logging.getLogger(__name__)
 
 _CHECKED_STEPS = 100
-# A rank that received a stop signal has less than a minute to write its checkpoint. Slow envs would take that long.
+# The longest time for the test. A rank that received a stop signal has less than a minute to write its checkpoint.
 _CHECK_SECONDS = 15.0
 
 
 def continues_exactly(make_copy: Callable[[int], Environments]) -> bool:
     """Return True if restoring a saved state reproduces the next steps and episodes exactly.
 
-    Return False for environments that are too slow to test it within `_CHECK_SECONDS`, or that cannot be made again.
+    Return False if the environments are too slow to test it within `_CHECK_SECONDS`, or cannot be made again.
+
+    Args:
+        make_copy: builds a few environments of the same kind; called with their seed.
     """
     try:
         with global_generators_kept():
@@ -37,7 +40,7 @@ def continues_exactly(make_copy: Callable[[int], Environments]) -> bool:
 
 
 def _repeats_steps(make_copy: Callable[[int], Environments]) -> bool:
-    """Save and restore a state, and return True if both copies then take the same steps."""
+    """Return True if a copy with the original's state takes the same next steps as the original."""
     with closing(make_copy(1)) as original, closing(make_copy(2)) as restored:
         deadline = time.monotonic() + _CHECK_SECONDS
         rng = np.random.default_rng(0)
@@ -51,13 +54,13 @@ def _repeats_steps(make_copy: Callable[[int], Environments]) -> bool:
             return False
         try:
             restored.load_state(state)
-        except ValueError:  # two copies of such an environment do not have the same attributes
+        except ValueError:  # the copy has other attributes than the original
             return False
         for _ in range(_CHECKED_STEPS):
             action = _draw(rng, original)
             if not _equal(original.step(action), restored.step(action)) or time.monotonic() > deadline:
                 return False
-        # Perhaps no episode ended in these steps, so compare a reset too: it may use another random generator.
+        # A reset may draw from another random generator, and perhaps no episode ended in these steps.
         return np.array_equal(original.reset(), restored.reset(), equal_nan=True)
 
 

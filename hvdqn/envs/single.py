@@ -1,4 +1,4 @@
-"""The outermost wrapper of every single environment, and what becomes of the exceptions that environments raise."""
+"""Wrap every single environment: save and load its state, reduce its infos, and convert the exceptions it raises."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from hvdqn.envs.masks import ACTION_MASK, EnvironmentMask
 
 
 class SingleEnvironment(gym.Wrapper[Any, Any, Any, Any]):
-    """One environment of a vector: saves its state, and drops infos that hvdqn does not read.
+    """The outermost wrapper of one environment in a vector: it saves the state, and drops infos that hvdqn never reads.
 
     Args:
-        env: with the user's wrappers.
-        index: of the environment in its vector.
-        name: of the environment, for messages.
-        own_process: whether it has a process to itself, as in an async vector.
-        actions: its action space.
+        env: the environment, with the user's wrappers.
+        index: the environment's number in its vector.
+        name: the environment's name, for messages.
+        own_process: whether it runs in a process of its own, as in an async vector.
+        actions: the environment's action space.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class SingleEnvironment(gym.Wrapper[Any, Any, Any, Any]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
-        """See `gym.Env`. The info holds the action mask, if there is one."""
+        """Reset the environment; see `gym.Env`. Of its info only the action mask is kept, if there is one."""
         if self._own_process and seed is not None:
             seed_global_generators(seed, own_process=True)
         try:
@@ -47,7 +47,7 @@ class SingleEnvironment(gym.Wrapper[Any, Any, Any, Any]):
         return observation, {} if mask is None else {ACTION_MASK: mask}
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        """See `gym.Env`. The info marks lost lives, and holds the action mask, if there is one."""
+        """See `gym.Env`. The info holds the action mask, if any, and whether a lost life ended an episode."""
         try:
             observation, reward, terminated, truncated, info = self.env.step(action)
         except BaseException as error:
@@ -80,13 +80,13 @@ class SingleEnvironment(gym.Wrapper[Any, Any, Any, Any]):
                 warn_once(f"'{self._name}' could not be closed: {type(error).__name__}: {one_line(error)}")
 
     def save_state(self) -> dict[str, Any] | None:
-        """Return the env's state as plain data, or None if it is not."""
+        """Return the environment's state as `snapshot.save` does, or None if it cannot be saved."""
         return snapshot.save(self.env)
 
     def load_state(self, states: list[dict[str, Any]]) -> str:
-        """Load this env's state from the states of all envs; return an error message, or "" if it fits.
+        """Load this environment's state, number `index` of `states`; return an error message, or "" if it fits.
 
-        `VectorEnv.call` passes the same arguments to every env.
+        It takes the states of all environments, because `VectorEnv.call` passes the same arguments to each.
         """
         try:
             snapshot.load(self.env, states[self._index])
@@ -96,9 +96,9 @@ class SingleEnvironment(gym.Wrapper[Any, Any, Any, Any]):
 
 
 def as_exception(error: BaseException) -> BaseException:
-    """Return the error, or a RuntimeError with its traceback in place of SystemExit and the like.
+    """Return an environment's error, or a RuntimeError with its traceback if it is a SystemExit or the like.
 
-    They would end this rank alone, without a message, and with the exit code that the environment chose.
+    SystemExit would end this rank alone, without a message, and with the exit code that the environment chose.
     """
     if isinstance(error, (Exception, KeyboardInterrupt)):
         return error

@@ -23,26 +23,26 @@ from numpy.typing import NDArray
 
 
 class NotPlain(Exception):  # noqa: N818 - never an error: `save` returns None instead
-    """A part of the state is not plain data, so the environment cannot be saved exactly."""
+    """Raised for a part of the state that is not plain data, so that the environment cannot be saved exactly."""
 
 
 class _PlainClass:
     """A class without slots and without a base class written in C; `_is_python_object` compares with it."""
 
 
-# Types and names of attributes that are set at construction and do not change while the environment runs.
+# Attributes of these types or names are not saved: the constructor sets them, and they do not change afterwards.
 _CONSTANT = (gym.Space, EnvSpec, ModuleType, type, FunctionType, BuiltinFunctionType, MethodType)
 _CONSTANT_NAMES = frozenset({"spec", "_cached_spec", "_saved_kwargs", "metadata", "_metadata"})
 _PLAIN = (type(None), bool, int, float, str)
 _CONTAINERS = (list, tuple, deque, dict)
 _PACKED = {bool: np.bool_, int: np.int64, float: np.float64}
 _SHORTEST_PACKED = 32
-# Deeper or larger states are left out: JSON is read and written recursively, and a checkpoint limits its size.
+# A deeper or larger state is not saved: JSON is read and written recursively, and a checkpoint limits its size.
 _MAX_DEPTH = 64
 _MAX_VALUES = 1_000_000
 # Python does not read longer integers from text.
 _MAX_INTEGER_BITS = 10_000
-# Smaller arrays are not worth a comparison between environments.
+# `share_arrays` does not compare smaller arrays between environments: storing each of them costs little.
 _SMALLEST_SHARED_BYTES = 4096
 
 
@@ -53,7 +53,7 @@ def save(environment: object) -> dict[str, Any] | None:
     """
     try:
         return _Saver().save_object(environment)
-    except Exception:  # NotPlain, or an attribute of the environment that cannot be read
+    except Exception:  # NotPlain, or what a property of the environment raises when it is read
         return None
 
 
@@ -61,11 +61,11 @@ def load(environment: object, state: dict[str, Any]) -> None:
     """Write a state from `save` into an environment that was made the same way and has been reset.
 
     Raises:
-        ValueError: the state is of another kind of environment.
+        ValueError: the state does not fit this environment, for example because it is of another class.
     """
     try:
         _load_object(environment, state)
-    except Exception as error:  # also one that an attribute of the environment raises
+    except Exception as error:  # any type: the environment's own attributes may raise it
         raise ValueError(f"the saved state does not fit {type(environment).__name__}: {error}") from error
 
 
@@ -78,7 +78,7 @@ class _Saver:
         self.values = 0
 
     def save_object(self, instance: object, depth: int = 0) -> dict[str, Any]:
-        """Return an object's attributes."""
+        """Return an object's attributes as plain data, with its class name; `{"seen": True}` if it was saved before."""
         if id(instance) in self.seen:
             return {"seen": True}
         _check_depth(depth)
@@ -90,7 +90,7 @@ class _Saver:
         return {"class": _class_name(instance), "object": attributes}
 
     def save_attribute(self, value: object, depth: int) -> Any:
-        """Return an attribute as plain data. Generators, enum members and helper objects are restored in place."""
+        """Return an attribute as plain data. Of generators, enum members and helper objects it saves the state only."""
         if isinstance(value, np.random.Generator):
             return {"generator": self.save_value(value.bit_generator.state, depth)}
         if isinstance(value, np.random.RandomState):
@@ -102,7 +102,7 @@ class _Saver:
         return self.save_value(value, depth)
 
     def save_value(self, value: object, depth: int) -> Any:
-        """Return a value as plain data, or raise `NotPlain`."""
+        """Return a number, text, array or container as plain data; raise NotPlain for anything else."""
         self.values += 1
         if self.values > _MAX_VALUES or (type(value) is int and value.bit_length() > _MAX_INTEGER_BITS):
             raise NotPlain("the state is too large")
@@ -152,9 +152,9 @@ def _check_depth(depth: int) -> None:
 
 
 def _packed(items: Sequence[Any]) -> dict[str, Any] | None:
-    """Return a long list of numbers of one type as an array in a dict; None for every other list.
+    """Return a long list of numbers of one type as a dict that holds an array; None for every other list.
 
-    As JSON text such a list would take several times the space.
+    As JSON text such a list would take several times as much space.
     """
     if len(items) < _SHORTEST_PACKED or len(kinds := set(map(type, items))) > 1:
         return None
@@ -173,7 +173,7 @@ def _is_storable(dtype: np.dtype[Any]) -> bool:
 
 
 def _is_python_object(value: object) -> bool:
-    """Return True if `__dict__` holds the whole state: no slots, no fields of a base class written in C."""
+    """Return True if an object's `__dict__` holds its whole state: it has no slots and no base class written in C."""
     return hasattr(value, "__dict__") and _layout(type(value)) == _layout(_PlainClass)
 
 
@@ -186,7 +186,7 @@ def _class_name(instance: object) -> str:
 
 
 def _load_object(instance: object, state: dict[str, Any]) -> None:
-    """Set the attributes of an existing object."""
+    """Set the attributes of an existing object to those that `_Saver.save_object` saved."""
     if state["class"] != _class_name(instance):
         raise TypeError(f"the state is of a {state['class']}, the object is a {_class_name(instance)}")
     attributes = vars(instance)
@@ -195,7 +195,12 @@ def _load_object(instance: object, state: dict[str, Any]) -> None:
 
 
 def _load_attribute(saved: Any, current: Any) -> Any:
-    """Return the restored attribute. Helper objects and random generators are changed in place."""
+    """Return the new value of an attribute; helper objects and random generators are changed in place.
+
+    Args:
+        saved: what `_Saver.save_attribute` returned.
+        current: the attribute's value now.
+    """
     if not isinstance(saved, dict):
         return _load_value(saved)
     if "seen" in saved:
@@ -215,7 +220,7 @@ def _load_attribute(saved: Any, current: Any) -> Any:
 
 
 def _load_value(saved: Any) -> Any:
-    """Return the value that `_Saver.save_value` saved."""
+    """Return the value for which `_Saver.save_value` returned `saved`."""
     if isinstance(saved, np.ndarray):
         return saved.copy()
     if isinstance(saved, list):
@@ -234,7 +239,7 @@ def _load_value(saved: Any) -> Any:
 
 
 def _load_numbers(saved: dict[str, Any]) -> Any:
-    """Return NumPy text, a NumPy scalar, or a list of numbers that was saved as an array."""
+    """Return the NumPy text, NumPy scalar or list of numbers that the dict `saved` describes."""
     if "list" in saved:
         return saved["list"].tolist()
     if "scalars" in saved:
@@ -247,7 +252,14 @@ def _load_numbers(saved: dict[str, Any]) -> Any:
 
 
 def share_arrays(states: Sequence[Any]) -> list[Any]:
-    """Return states in which an array that equals the first state's is the same object; a checkpoint stores it once."""
+    """Replace each large array that equals the one in the first state by that one, so that a checkpoint stores it once.
+
+    Args:
+        states: what `save` returned for each environment of a vector.
+
+    Returns:
+        The states with shared arrays.
+    """
     return [_share(state, states[0]) for state in states]
 
 
@@ -264,21 +276,24 @@ def _share(node: Any, first: Any) -> Any:
 
 
 def _is_same(one: NDArray[Any], other: NDArray[Any]) -> bool:
-    """Return True for large arrays that are equal bit for bit."""
+    """Return True if both arrays are large and equal bit for bit."""
     if one.nbytes < _SMALLEST_SHARED_BYTES or (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     return np.array_equal(one.reshape(-1).view(np.uint8), other.reshape(-1).view(np.uint8))
 
 
 def sizes(state: Any) -> tuple[int, int]:
-    """Return about how many bytes of text, and how many bytes of arrays, a state takes in a checkpoint."""
+    """Return about how many bytes of JSON text, and of arrays, a state takes in a checkpoint."""
     arrays: dict[int, int] = {}
     text = _text_bytes(state, arrays)
     return text, sum(arrays.values())
 
 
 def _text_bytes(node: Any, arrays: dict[int, int]) -> int:
-    """Return the bytes of text; add the size of each array to `arrays`, by its id."""
+    """Return about how many bytes of JSON text a part of a state takes; add the size of each array to `arrays`.
+
+    `arrays` holds the sizes by the arrays' ids, so that an array in several places counts once.
+    """
     if isinstance(node, np.ndarray):
         arrays[id(node)] = node.nbytes
         return 150  # its entry in the header of the file
@@ -289,5 +304,5 @@ def _text_bytes(node: Any, arrays: dict[int, int]) -> int:
     if isinstance(node, str):
         if node.isascii() and node.isprintable():
             return 4 + len(node) + 3 * (node.count('"') + node.count("\\"))
-        return 4 + 7 * len(node)  # "\\u20ac" in the header
+        return 4 + 7 * len(node)  # each character becomes "\\u20ac" or the like
     return 26 if not isinstance(node, int) or abs(node) < 1 << 64 else node.bit_length()

@@ -25,7 +25,7 @@ from hvdqn.step import Bools, Observation, Step
 log = logging.getLogger(__name__)
 
 MAX_TEXT_BYTES = 50_000_000
-"""Most text in the state of a rank's environments: a checkpoint's file holds 100 MB, some of it escaped twice."""
+"""The most JSON text that the state of a rank's environments may take: a file of a checkpoint holds 100 MB of it."""
 
 
 class Episode(NamedTuple):
@@ -37,19 +37,20 @@ class Episode(NamedTuple):
 
 
 class Environments:
-    """The vectorized environments of one rank.
+    """Steps the vectorized environments of one rank.
 
-    Observations are single frames in the dtype of `stored_dtype`: arrays of pixels keep their shape, all others are
-    flattened. Actions are integers `[envs, *action_shape]`, each in [0, num_actions): see `actions`.
+    Observations are single frames, without frame stack, in the dtype that `stored_dtype` returns. Images keep their
+    shape; all other observations are flattened. Actions are integers `[envs, *action_shape]`, each in [0, num_actions):
+    see `actions`.
 
     Args:
         vector: any Gymnasium vector environment with a Box observation space.
-        seed: the seed of the first `reset`; each env derives its own seed from it.
+        seed: the seed of the first `reset`; each environment's own seed is derived from it.
         actions: its action space; by default that of the vector's environments.
         description: one line that describes the environments, for the log.
-        clip_rewards: clip `Step.reward` to [-1, 1]. Episodes keep their raw returns.
-        continues_exactly: tests on small copies whether a restored state reproduces the same steps. Without it,
-            `state` returns None.
+        clip_rewards: whether to clip `Step.reward` to [-1, 1]; the returns in `Episode` are never clipped.
+        continues_exactly: tests on small copies whether a restored state reproduces the same steps. None: `state`
+            always returns None.
     """
 
     def __init__(
@@ -98,8 +99,8 @@ class Environments:
     def reset(self, seed: int | None = None) -> Observation:
         """Start a new episode in every env and return the first observations, `[envs, *observation_shape]`.
 
-        The first call seeds the envs with the constructor's seed. Later calls continue their random streams unless
-        they pass a `seed`. Episodes that were cut off by a reset are not reported.
+        The first call seeds the envs with the constructor's seed. Later calls continue the envs' random generators,
+        unless they pass a `seed`. Episodes that a reset cuts off are not reported.
         """
         entropy = self._seed if seed is None else seed
         seeds: list[int] | None = None
@@ -123,9 +124,10 @@ class Environments:
         return self.receive()
 
     def send(self, action: NDArray[np.int64]) -> None:
-        """Start a step with these actions, int64 `[envs, *action_shape]`.
+        """Start a step with these actions, int64 `[envs, *action_shape]`; `receive` returns its result.
 
-        ALE's threads and the worker processes of an async vector run it in the background until `receive`.
+        ALE's threads and the worker processes of an async vector compute it in the background meanwhile. Other
+        environments step in `receive`.
         """
         assert self._pending is None, "send was called twice without receive"
         self._pending = self.actions.to_environment(action)
@@ -150,7 +152,7 @@ class Environments:
         return step
 
     def pop_episodes(self) -> list[Episode]:
-        """Return the episodes that ended since the last call. An Atari game is one episode, whatever its lives."""
+        """Return the episodes that ended since the last call; a lost life does not end an episode here."""
         episodes, self._episodes = self._episodes, []
         return episodes
 
@@ -169,21 +171,21 @@ class Environments:
 
     @property
     def render_fps(self) -> float:
-        """Frames per second at which the environment should be shown; 15 if it names no rate that is possible."""
+        """The frames per second that the environment's metadata names; 15 if it names none."""
         fps = self._vector.metadata.get("render_fps")
         if isinstance(fps, (int, float, np.integer, np.floating)) and 0 < fps < math.inf:
             return float(fps)
         return 15.0
 
     def close(self) -> None:
-        """Close the envs and end their processes and threads. An env that fails to close is reported, no error."""
+        """Close the envs, and end their processes and threads; log a warning if that fails."""
         try:
             self._vector.close()
         except (Exception, SystemExit) as error:
             warn_once(f"the environments could not be closed: {error!r}")
 
     def state(self) -> dict[str, Any] | None:
-        """Return what is needed to continue exactly from here, as plain data, or None if that is impossible.
+        """Return the state to continue exactly from, as plain data, or None if the envs cannot do that.
 
         Some environments keep state where `snapshot` cannot find it, such as in a simulator behind a handle or in a
         random generator of their module. The first call therefore tests on a small copy whether a restored state
@@ -211,7 +213,7 @@ class Environments:
         return text_bytes + array_bytes if text_bytes <= MAX_TEXT_BYTES else 0
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from a `state` of environments that were made with the same config.
+        """Continue from what `state` returned, for environments that were made with the same config.
 
         Raises:
             ValueError: the state is of other environments, or of another number of them.
@@ -260,7 +262,7 @@ class Environments:
             snapshot.load(self._vector, state)
 
     def _clear(self) -> None:
-        """Forget the running episodes, the finished ones and a step that was sent."""
+        """Discard the running episodes, the finished ones and a step that `send` started."""
         self._pending = None
         self._done = self._none
         self._returns = np.zeros(self.num_envs)
@@ -275,7 +277,10 @@ class Environments:
     def _step_next_step(
         self, observation: Observation, reward: NDArray[Any], terminated: Bools, truncated: Bools, _: Any
     ) -> Step:
-        """Build the Step, with raw rewards, in NEXT_STEP mode: an env that ended in the last call was only reset."""
+        """Build the Step, with rewards not clipped yet, in NEXT_STEP mode.
+
+        An env whose episode ended in the last call was only reset in this one, so it has no transition.
+        """
         fresh, done = self._done, terminated | truncated
         valid = ~fresh if np.count_nonzero(fresh) else self._all
         self._done = done
@@ -291,7 +296,7 @@ class Environments:
         truncated: Bools,
         infos: dict[str, Any],
     ) -> Step:
-        """Build the Step, with raw rewards, in SAME_STEP mode: `infos` holds final observations."""
+        """Build the Step, with rewards not clipped yet, in SAME_STEP mode: `infos` holds the final observations."""
         self._lengths += 1
         done = terminated | truncated
         if not np.count_nonzero(done):
@@ -312,7 +317,7 @@ class Environments:
         truncated: Bools,
         infos: dict[str, Any],
     ) -> Step:
-        """Build the Step, with raw rewards, in DISABLED mode: reset the envs that ended."""
+        """Build the Step, with rewards not clipped yet, in DISABLED mode: reset the envs whose episode ended."""
         self._lengths += 1
         next_observation, done = observation, terminated | truncated
         self._count(reward, done)
@@ -325,7 +330,7 @@ class Environments:
         return Step(reward, terminated, truncated, next_observation, observation, done, self._all)
 
     def _count(self, reward: NDArray[Any], ended: Bools) -> None:
-        """Add raw rewards to the running returns, and record the episodes that ended."""
+        """Add unclipped rewards `[envs]` to the running returns, and record the episodes where `ended` `[envs]`."""
         self._returns += reward
         if np.count_nonzero(ended):
             for env in np.flatnonzero(ended).tolist():
@@ -350,7 +355,7 @@ def is_image(space: gym.spaces.Box) -> bool:
 
 
 def _constant(num_envs: int, value: bool) -> Bools:
-    """Return a read-only array `[envs]`, because many steps share it."""
+    """Return an array `[envs]` filled with `value`; it is read-only, because many steps share it."""
     array = np.full(num_envs, value)
     array.flags.writeable = False
     return array

@@ -1,4 +1,4 @@
-"""An async vector whose workers may have children, report how they ended, and can be killed."""
+"""Run environments in worker processes that may have child processes, and report how a worker ended if one dies."""
 
 from __future__ import annotations
 
@@ -17,62 +17,63 @@ from gymnasium.vector.async_vector_env import AsyncState, _async_worker
 
 from hvdqn.errors import UserError
 
-# A pipe is closed a moment before the process that held it has ended.
+# How long to wait for a worker process to end after its pipe has closed.
 _SECONDS_TO_END = 2.0
 _vectors: weakref.WeakSet[WorkerVector] = weakref.WeakSet()
 
 
 class WorkerVector(AsyncVectorEnv):
-    """Environments in worker processes, which may have helper processes of their own.
+    """Steps each environment in a worker process, which may start helper processes of its own.
 
     Args:
-        makers: build one environment each.
+        makers: functions that build one environment each, called in the worker processes.
     """
 
     def __init__(self, makers: Sequence[Callable[[], gym.Env[Any, Any]]]) -> None:
         self._rank_pid = os.getpid()
         _vectors.add(self)
-        # Python waits at an exit for processes that are not daemons.
+        # At exit, Python waits for child processes that are not daemons, and these are not, so that they may have
+        # children.
         atexit.register(self.kill)
         try:
             super().__init__(makers, daemon=False, worker=_work, autoreset_mode=AutoresetMode.SAME_STEP)
         except BaseException as error:
-            # Without workers it is an error of the environment that this process builds for its spaces.
+            # Before there are workers, the error comes from building an environment here to learn its spaces.
             if isinstance(error, (EOFError, OSError)) and vars(self).get("processes"):
                 self._raise_lost_worker()
             self.kill()
             raise
 
     def kill(self) -> None:
-        """Kill the workers: they ignore SIGTERM, and one that hangs does not read its pipe."""
+        """Kill the worker processes by SIGKILL: they ignore SIGTERM, and one that hangs does not read its pipe."""
         atexit.unregister(self.kill)
         if os.getpid() == self._rank_pid:  # and not in a child that inherited this object
             for process in getattr(self, "processes", ()):
                 process.kill()
 
     def reset(self, **options: Any) -> Any:
-        """See `AsyncVectorEnv`."""
+        """See `AsyncVectorEnv`. Raises RuntimeError if a worker process has ended."""
         try:
             return super().reset(**options)
         except (EOFError, OSError):
             self._raise_lost_worker()
 
     def step_async(self, actions: Any) -> None:
-        """See `AsyncVectorEnv`."""
+        """See `AsyncVectorEnv`. Raises RuntimeError if a worker process has ended."""
         try:
             super().step_async(actions)
         except (EOFError, OSError):
             self._raise_lost_worker()
 
     def step_wait(self, timeout: float | None = None) -> Any:
-        """See `AsyncVectorEnv`."""
+        """See `AsyncVectorEnv`. Raises RuntimeError if a worker process has ended."""
         try:
             return super().step_wait(timeout)
         except (EOFError, OSError):
             self._raise_lost_worker()
 
     def call(self, name: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """See `AsyncVectorEnv`."""
+        """See `AsyncVectorEnv`. Raises RuntimeError if a worker process has ended."""
         try:
             results: tuple[Any, ...] = super().call(name, *args, **kwargs)
         except (EOFError, OSError):
@@ -80,7 +81,7 @@ class WorkerVector(AsyncVectorEnv):
         return results
 
     def close_extras(self, timeout: float | None = None, terminate: bool = False) -> None:
-        """End the workers; kill those that cannot be asked."""
+        """Ask the worker processes to end, then kill those that still run; kill all at once if `terminate`."""
         if terminate:
             self.kill()
         try:
@@ -92,7 +93,7 @@ class WorkerVector(AsyncVectorEnv):
                 process.join()
 
     def _raise_lost_worker(self) -> NoReturn:
-        """Raise an error that says how a worker process ended; kill the others."""
+        """Kill all worker processes, and raise a RuntimeError that says how those that had already ended did so."""
         processes = getattr(self, "processes", [])
         deadline = time.monotonic() + _SECONDS_TO_END
         while all(process.is_alive() for process in processes) and time.monotonic() < deadline:
@@ -107,7 +108,8 @@ class WorkerVector(AsyncVectorEnv):
     def _raise_if_errors(self, successes: Iterable[bool]) -> None:
         """Raise one error with the traceback of the first worker that failed.
 
-        Gymnasium prints all of them and builds the exception again from its message, which not every exception allows.
+        Gymnasium prints all tracebacks, and creates the exception anew from its message alone, which fails for classes
+        that take other arguments.
         """
         failed = [index for index, success in enumerate(successes) if not success]
         if not failed:
@@ -132,7 +134,10 @@ def kill_all_workers() -> None:
 
 
 def _describe_end(index: int, code: int | None) -> str:
-    """Return how the worker process with this exit code ended, "" if it runs (None)."""
+    """Return a sentence on how the worker process of environment `index` ended; "" if it still runs.
+
+    `code` is its exit code, negative for a signal, None while it runs.
+    """
     worker = f"the worker process of env {index}"
     if code is None:
         return ""
@@ -144,7 +149,7 @@ def _describe_end(index: int, code: int | None) -> str:
 
 
 class _Errors:
-    """Sends exceptions as text through Gymnasium's queue: not every exception can be pickled."""
+    """Wraps Gymnasium's queue and sends exceptions through it as text, because not every exception can be pickled."""
 
     def __init__(self, queue: Any) -> None:
         self._queue = queue
@@ -157,5 +162,5 @@ class _Errors:
 
 
 def _work(index: int, maker: Any, pipe: Any, parent: Any, memory: Any, errors: Any, *rest: Any) -> None:
-    """Run one environment in a worker process."""
+    """Run the loop of a worker process: Gymnasium's own, but with `_Errors` as its queue for exceptions."""
     _async_worker(index, maker, pipe, parent, memory, _Errors(errors), *rest)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What goes wrong on shared machines: signals, ranks that hang, errors of one rank, replicas that differ."""
+"""Handle the faults of shared machines: stop signals, ranks that hang, errors of one rank, replicas that differ."""
 
 from hvdqn.faults.replicas import check_replicas, raise_on_all_ranks
 from hvdqn.faults.signals import StopSignal, leave_signals_to_rank, reinstall_handlers

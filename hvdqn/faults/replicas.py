@@ -1,4 +1,4 @@
-"""Errors that all ranks must raise together."""
+"""Raise errors on all ranks together, so that no rank waits for one that has failed."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ _GROUP_SIGNALS = (*STOP_SIGNALS, signal.SIGUSR1)
 
 
 class StopSignal:
-    """Record that a signal asked this rank to stop. The ranks then agree on stopping through the trailer.
+    """Record that a signal asked this rank to stop. The ranks agree to stop by a vote that travels with each gradient.
 
     SIGTERM and SIGUSR2 come from schedulers, SIGINT comes from the keyboard. A second SIGINT exits at once.
 
@@ -79,7 +79,7 @@ class StopSignal:
     def note(self, number: int) -> None:
         """Record a signal that Python's handler received.
 
-        The thread has mostly recorded it before, but not if an environment has removed the wakeup descriptor.
+        Usually the thread has recorded it before. It has not if an environment has removed the wakeup descriptor.
         """
         again = number == signal.SIGINT and self._interrupted
         self._interrupted = self._interrupted or number == signal.SIGINT
@@ -88,7 +88,7 @@ class StopSignal:
             raise KeyboardInterrupt
 
     def reinstall(self) -> None:
-        """Take signals back from an environment that has handlers of its own for them; warn about it once."""
+        """Replace signal handlers that an environment has installed by those of this class; warn about it once."""
         taken = [number.name for number in STOP_SIGNALS if signal.signal(number, _handle) is not _handle]
         descriptor = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         if (taken or descriptor != self._writer) and not self._warned:
@@ -99,7 +99,7 @@ class StopSignal:
             )
 
     def forget(self) -> None:
-        """Let go of the signals in a forked child, which must not tell its parent that it received one."""
+        """Close the pipe in a forked child: a signal to the child would otherwise be recorded by its parent."""
         signal.set_wakeup_fd(-1)
         os.close(self._reader)
         os.close(self._writer)
@@ -127,15 +127,15 @@ _active: StopSignal | None = None  # the one that records the signals of this pr
 
 
 def reinstall_handlers() -> None:
-    """Take the stop signals back if environments have set handlers of their own; see `StopSignal.reinstall`."""
+    """Install this process's stop handlers again if an environment has replaced them; see `StopSignal.reinstall`."""
     if _active is not None and threading.current_thread() is threading.main_thread():
         _active.reinstall()
 
 
 def leave_signals_to_rank() -> None:
-    """Ignore signals in a worker process of this rank: the rank answers them, and closes its workers.
+    """Ignore stop signals in a worker process of this rank: the rank handles them and closes its workers.
 
-    A handler and not SIG_IGN, which programs that the environment starts would inherit.
+    The worker gets a handler that does nothing. SIG_IGN would be inherited by programs that the environment starts.
     """
     for number in _GROUP_SIGNALS:
         signal.signal(number, _handle)
@@ -153,10 +153,10 @@ def _ignore_scheduler_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-# Environments may fork helper processes. Their SIGTERM must end them: `terminate()` of multiprocessing sends it, and
-# `join()` then waits. SIGINT and SIGUSR2 reach them from a terminal or a scheduler, which mean the rank: it still needs
-# its helpers to go on to a checkpoint. A signal that arrives in between must wait, or the child would treat it as its
-# parent does.
+# Environments may fork helper processes. SIGTERM must end a helper: `terminate()` of multiprocessing sends it, and
+# `join()` then waits. SIGINT and SIGUSR2 come from a terminal or a scheduler, which send them to all processes but mean
+# the rank, and the rank needs its helpers until the last checkpoint. Signals are blocked during the fork, because the
+# child would handle one that arrives then as its parent does.
 
 _masks = threading.local()
 

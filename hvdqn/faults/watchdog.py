@@ -1,4 +1,4 @@
-"""A thread on every rank that ends the job when a rank hangs or does not answer."""
+"""Watch all ranks from a thread on each, and end the job when a rank hangs or does not answer."""
 
 from __future__ import annotations
 
@@ -81,10 +81,10 @@ class Watchdog:
     Args:
         directory: shared by all ranks, for their heartbeats.
         comm: the ranks.
-        timer: of this rank; it shows phase and progress.
+        timer: this rank's phases; a change of phase is progress.
         timeout_seconds: maximum time without progress; 0 disables the watchdog.
-        exit_code: of a job that the watchdog ends.
-        stop: whether this rank was asked to stop.
+        exit_code: the exit code of a job that the watchdog ends.
+        stop: tells whether this rank was asked to stop.
     """
 
     def __init__(
@@ -149,7 +149,11 @@ class Watchdog:
                 os.close(descriptor)
 
     def _check_progress(self, idle: float) -> None:
-        """End the job if no rank makes progress."""
+        """End the job, unless `why_stalled` finds that some rank makes progress.
+
+        Args:
+            idle: seconds without progress on this rank.
+        """
         beats = self._read_heartbeats()
         causes = why_stalled(beats, self._patience_seconds)
         if beats[self.comm.rank] is None:
@@ -160,7 +164,11 @@ class Watchdog:
             self._end(f"{idle:.0f} s (--stall-timeout {self.timeout_seconds:g})", causes, beats)
 
     def _check_silence(self, idle: float) -> None:
-        """End the job if a rank is silent; this rank was asked to stop."""
+        """End the job if a rank is silent; called only after this rank was asked to stop.
+
+        Args:
+            idle: seconds without progress on this rank.
+        """
         beats = self._read_heartbeats()
         causes = silent_ranks(beats, STOP_PATIENCE_SECONDS / 2)
         # A rank without a heartbeat may be starting; one that writes a checkpoint may have a slow file system.

@@ -1,4 +1,4 @@
-"""Check the Horovod that launch/install_horovod.sh has installed. Raises AssertionError if it lacks something.
+"""Check the Horovod that launch/install_horovod.sh has installed; raise AssertionError if a feature is missing.
 
 python -m hvdqn.launchers.horovod_check built cpu     it has MPI and Gloo, and NCCL for any device but cpu
 python -m hvdqn.launchers.horovod_check ranks 2       it connects this job's 2 ranks and adds their numbers

@@ -1,4 +1,4 @@
-"""Print those of the given hosts that are not this one: `python -m hvdqn.launchers.remote_hosts HOST...`."""
+"""Print which of the given hosts are other machines: `python -m hvdqn.launchers.remote_hosts HOST...`."""
 
 from __future__ import annotations
 

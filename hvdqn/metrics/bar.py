@@ -18,7 +18,7 @@ from hvdqn.metrics.writers import Record
 
 
 class BarConsole:
-    """Show a bar with env steps, speed and time left, and the values of learning below it.
+    """Show a bar with env steps, speed and time left, and below it updates, return, loss and epsilon.
 
     Only `write` redraws it: rich's refresh thread would compete with training and does not survive a fork.
     """
@@ -78,7 +78,7 @@ class StatusProgress(Progress):
         self.refresh()
 
     def get_renderables(self) -> Iterable[RenderableType]:
-        """Yield the bar, and below it one line with the values of learning and what else the ranks do."""
+        """Yield the bar, and below it one line with losses and returns and what the ranks do besides training."""
         yield self.make_tasks_table(self.tasks)
         yield Text(
             "  ".join(self._status.learning() + self._status.activities()),

@@ -17,10 +17,10 @@ LINE_EVERY_SECONDS = 30.0  # where there is no terminal
 
 
 class Console(Writer, Protocol):
-    """The writer that people watch. Log messages are printed through it.
+    """The interface of the progress displays. Log messages are printed through them.
 
     Attributes:
-        status: what it shows.
+        status: the counters and values that the display shows.
         draw_at: before this `time.perf_counter()`, `write` draws nothing.
     """
 
@@ -32,7 +32,7 @@ class Console(Writer, Protocol):
 
 
 def open_console(stream: TextIO, total_env_steps: int, line_every_seconds: float) -> Console:
-    """Return a progress bar on a terminal that can redraw it; elsewhere plain lines every few seconds."""
+    """Return a `BarConsole` if `stream` is a terminal that can redraw a line, else a `LineConsole`."""
     if can_redraw(stream):
         from hvdqn.metrics.bar import BarConsole  # imports rich, which only a terminal needs
 
@@ -41,7 +41,7 @@ def open_console(stream: TextIO, total_env_steps: int, line_every_seconds: float
 
 
 def can_redraw(stream: TextIO) -> bool:
-    """Return whether the stream is a terminal that can redraw a line, and that somebody sees.
+    """Return True if the stream is a terminal that can redraw a line and that a user watches.
 
     Open MPI gives its ranks a pseudo-terminal and may put tags between the lines. `srun --unbuffered` gives ranks one
     whose output ends in a file.
@@ -84,7 +84,7 @@ class LineConsole:
         """Do nothing: printed lines stay."""
 
     def write(self, record: Record) -> None:
-        """Print a progress line. If the last one is too recent, hold back what is new."""
+        """Print a progress line, or keep the record for later if the last line is too recent."""
         self.status.update(record)
         if time.perf_counter() >= self.draw_at:
             self._print_status()
@@ -92,13 +92,13 @@ class LineConsole:
             self._held_back = True
 
     def print_line(self, text: str) -> None:
-        """Print one line, after a progress line that was held back."""
+        """Print one line; a progress line that was kept for later is printed first."""
         if self._held_back:
             self._print_status()
         self._print(text)
 
     def close(self) -> None:
-        """Print the progress line that was held back, so that a log shows the end of the run."""
+        """Print the progress line that was kept for later, so that a log shows the end of the run."""
         if self._held_back:
             self._print_status()
 
@@ -115,9 +115,9 @@ class LineConsole:
 
 
 class ProgressLine:
-    """Show the progress of a command that trains nothing: one line that is redrawn every second on a terminal.
+    """Show the progress of a command other than training, such as `hvdqn eval`.
 
-    Elsewhere it prints a line every 30 s.
+    A terminal shows one line that is redrawn every second. A file or a pipe gets a line every 30 s.
 
     Args:
         stream: where to print. A stream that fails is ignored.
@@ -129,7 +129,7 @@ class ProgressLine:
         self._draw_at = -math.inf
 
     def show(self, text: str) -> None:
-        """Show a text, if it is time for that."""
+        """Show a text, unless the last one was shown less than an interval ago."""
         now = time.perf_counter()
         if now < self._draw_at:
             return

@@ -75,7 +75,7 @@ class Metrics:
             self._attempt(writer.write, record)
 
     def show(self, env_steps: int, updates: int, activity: str = "", last: bool = False) -> None:
-        """Redraw the console, if it is time for that, with these global counters.
+        """Redraw the console with these counters, unless it was redrawn a moment ago.
 
         Args:
             env_steps: global env steps.
@@ -92,7 +92,7 @@ class Metrics:
         self.draw_at = self._console.draw_at
 
     def close(self) -> None:
-        """Show the last record that the console held back, and remove the bar."""
+        """Show the last record if the console has not yet, and remove the bar."""
         for writer in self._writers:
             self._attempt(writer.close)
         self._writers = []
@@ -111,7 +111,7 @@ class Metrics:
     def _rates(self, env_steps: int, updates: int, wall_seconds: float) -> dict[str, float]:
         since_env_steps, since_updates, since_seconds = self._rates_since
         seconds = wall_seconds - since_seconds
-        if env_steps == since_env_steps or seconds <= 0:  # such as an evaluation just after a training record
+        if env_steps == since_env_steps or seconds <= 0:  # an evaluation's line may follow a training line
             return {}
         self._rates_since = (env_steps, updates, wall_seconds)
         return {

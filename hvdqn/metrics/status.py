@@ -9,7 +9,7 @@ from hvdqn.metrics.writers import Record
 
 
 class Status:
-    """Hold what both consoles show: the newest counters, the last value of each quantity, the recent speed."""
+    """Hold what the consoles show: the newest counters, the last value of each quantity, and the recent speed."""
 
     _SHOWN = (
         ("return", "episode_return_mean"),
@@ -29,7 +29,7 @@ class Status:
         self._speed = math.nan
 
     def update(self, record: Record) -> None:
-        """Add one record. A value that it does not have, or that is not finite, keeps its last number."""
+        """Take over the values of a record. A quantity that is missing or not finite keeps its last value."""
         moved = record.env_steps != self.env_steps
         self.env_steps, self._updates = record.env_steps, record.updates
         self._values.update({name: v for name, v in record.values.items() if math.isfinite(v)})
@@ -68,7 +68,7 @@ class Status:
         return [self.activity] if self.activity else []
 
     def learning(self) -> list[str]:
-        """Return the known values of learning, such as `updates 1,421`, `return 143.2` and `loss 0.0213`."""
+        """Return the last values of updates, return, loss and epsilon, such as `return 143.2` and `loss 0.0213`."""
         known = [
             f"{label} {number(self._values[name])}" for label, name in self._SHOWN if name in self._values
         ]

@@ -13,15 +13,15 @@ PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
 class PhaseTimer:
-    """Measure the wall time of training by phase. Exactly one phase runs at any moment, so the phases sum to it.
+    """Measure the wall time of training by phase. One phase runs at any moment, so their seconds sum to the total.
 
     A new timer runs, in phase `other`. Switching phases is cheap enough for the training loop.
 
     Attributes:
-        phase: that runs now.
+        phase: the phase that runs now.
         since: `time.perf_counter()` at the last change of phase.
-        changes: the watchdog takes a rank whose count stands still for one that hangs.
-        when_alive: called by `alive`; the progress display is redrawn by it.
+        changes: number of changes of phase. If it does not grow, the watchdog assumes that this rank hangs.
+        when_alive: a function that `alive` calls; it redraws the progress display.
     """
 
     __slots__ = ("_seconds", "changes", "phase", "since", "when_alive")
@@ -51,7 +51,7 @@ class PhaseTimer:
         self.start(before)
 
     def alive(self) -> None:
-        """Show the watchdog that a long piece of work makes progress."""
+        """Count as a change of phase, so that the watchdog sees that a long piece of work makes progress."""
         self.changes += 1
         self.when_alive()
 

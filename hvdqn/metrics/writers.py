@@ -1,4 +1,4 @@
-"""Files of a run that programs read: `metrics.jsonl`, TensorBoard events and `summary.json`."""
+"""Write the files of a run that programs read: `metrics.jsonl`, TensorBoard events and `summary.json`."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Writer(Protocol):
         """Write one record."""
 
     def close(self) -> None:
-        """Write what is still held back."""
+        """Write what `write` has not written yet."""
 
 
 class JsonLines:
@@ -77,7 +77,7 @@ class JsonLines:
         _append(self._path, line.encode() + b"\n")
 
     def close(self) -> None:
-        """Do nothing: no line is held back."""
+        """Do nothing: `write` has written every line."""
 
 
 class TensorBoard:
@@ -117,7 +117,7 @@ class TensorBoard:
         self._header_written = True
 
     def close(self) -> None:
-        """Do nothing: no event is held back."""
+        """Do nothing: `write` has written every event."""
 
     def _header(self) -> list[Event]:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -179,7 +179,7 @@ def write_summary(run_dir: Path, summary: Mapping[str, Any]) -> None:
 
 
 def _env_steps_of(line: bytes) -> float:
-    """Return the global env steps of a line; infinity if it is not a record."""
+    """Return the global env steps in a line of metrics.jsonl; infinity if the line is not a record."""
     try:
         return float(json.loads(line)["env_steps"])
     except (ValueError, TypeError, KeyError):

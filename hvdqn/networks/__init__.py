@@ -1,4 +1,4 @@
-"""Q-networks: torsos and heads, and their forward and backward passes."""
+"""Build Q-networks from a torso (observation to features) and a head (features to Q-values), and run their passes."""
 
 from __future__ import annotations
 

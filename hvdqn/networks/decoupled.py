@@ -50,7 +50,7 @@ class DecoupledHead(Head):
 
     def q_values(self, output: Tensor) -> Tensor:
         """Return the values of each dimension's actions, `[batch, D, actions]`."""
-        return self.inner.q_values(output).unflatten(1, (self.dimensions, -1))
+        return self.inner.q_values(output).view(len(output), self.dimensions, -1)
 
     def target(self, next_output: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
         """Return the target of the mean over dimensions, as the inner head does."""

@@ -1,8 +1,9 @@
-"""Forward and backward passes of small fully connected networks, written out by hand.
+"""Compute the forward and backward passes of small fully connected networks without autograd.
 
 Autograd spends more time on bookkeeping than on the arithmetic of a small MLP. This module computes the same
-passes with NumPy's matrix products and a few torch kernels, on the CPU and without autograd. It covers networks of
-`nn.Linear`, `nn.LayerNorm` and ReLU in a row, with or without dueling streams; all others use `AutogradPasses`.
+passes with NumPy's matrix products and a few torch kernels, on the CPU. It covers sequences of `nn.Linear`,
+`nn.LayerNorm` and ReLU, also where they end in separate layers for value and advantages (dueling networks). All other
+networks use `AutogradPasses`.
 """
 
 from __future__ import annotations
@@ -22,14 +23,15 @@ from hvdqn.networks.network import QNetwork, scale_observation
 # The learner checks gradients for NaN and Inf itself, and `np.errstate` takes as long as a small product.
 warnings.filterwarnings("ignore", ".* encountered in matmul", RuntimeWarning, r"hvdqn\.networks\.dense")
 
-# For each layer: its input, its output before norm and ReLU, the norm's mean and 1 / deviation, and its output.
+# What `backward` needs of the forward pass. For each layer: its input, the output of its linear part, the mean and
+# 1 / deviation that its layer norm computed, and its output.
 Tape: TypeAlias = list[tuple[Tensor, Tensor, tuple[Tensor, ...], Tensor]]
 
 
 class Layer(NamedTuple):
-    """A fully connected layer whose tensors are looked up once: looking up a module's attributes is slow.
+    """The tensors of one fully connected layer, kept here because looking up a module's attributes is slow.
 
-    The gradients are the buffers that `backward` overwrites; None where a parameter has no `.grad`.
+    `weight_grad` and `bias_grad` are the parameters' `.grad`, which `backward` overwrites; None where there is none.
     """
 
     weight: NDArray[Any]
@@ -41,13 +43,13 @@ class Layer(NamedTuple):
 
 
 class Stack:
-    """Fully connected layers in a row, each with or without layer norm and ReLU.
+    """Computes a sequence of fully connected layers, each with or without layer norm and ReLU.
 
         z_l = W_l h_{l-1} + b_l,   h_l = relu(g_l (z_l - mean z_l) / deviation z_l + c_l)
 
     Args:
-        layers: in order.
-        shape: shape of the output of one row, where it is not flat.
+        layers: the layers, from input to output.
+        shape: shape that the output of each row is viewed as; (): it stays flat, `[units]`.
     """
 
     def __init__(self, layers: Sequence[Layer], shape: Sequence[int] = ()) -> None:
@@ -55,7 +57,7 @@ class Stack:
 
     @classmethod
     def of(cls, *modules: nn.Module) -> Stack | None:
-        """Return these modules as a stack, or None if they hold anything else than such layers."""
+        """Return a stack that computes these modules in order, or None if one is of a kind that it cannot compute."""
         layers: list[Layer] = []
         shape: tuple[int, ...] = ()
         for module in _leaves(modules):
@@ -73,7 +75,7 @@ class Stack:
         return cls(layers, shape)
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, Tape]:
-        """Map `[rows, units]` to `[rows, *shape]`; also return the tape that `backward` needs."""
+        """Map inputs `[rows, units]` to outputs `[rows, *shape]`; also return what `backward` needs of this pass."""
         h, tape = inputs, []
         for weight, bias, norm, relu, _, _ in self.layers:
             out = z = torch.from_numpy(np.matmul(h.numpy(), weight.T)).add_(bias)
@@ -97,12 +99,12 @@ class Stack:
         where d_l = dloss/dz_l.
 
         Args:
-            tape: from `forward`.
+            tape: what `forward` returned beside its output.
             slope: gradient of the loss with respect to the output `[rows, *shape]`.
-            input_gradient: whether to compute the gradient with respect to the inputs.
+            input_gradient: whether to compute also the gradient with respect to the inputs.
 
         Returns:
-            The gradient with respect to the inputs `[rows, units]`, if asked for.
+            The gradient with respect to the inputs `[rows, units]` if `input_gradient`, else a tensor to ignore.
         """
         slope = slope.flatten(1) if self.shape else slope
         for index in range(len(self.layers) - 1, -1, -1):
@@ -122,14 +124,14 @@ class Stack:
 
 
 class DensePasses:
-    """`Passes` of a small fully connected network (see `networks.passes`).
+    """Computes the passes of a small fully connected network; implements `Passes` of `networks.passes`.
 
-    Parameters and gradients are looked up when this is made: make it anew where they move to other memory.
+    The constructor keeps references to parameters and gradients. Create a new object when they move to other memory.
 
     Args:
-        network: whose head is applied to the output.
-        trunk: the shared layers, or all layers there are.
-        streams: the advantage and value streams of `layers.Dueling`.
+        network: the Q-network; its head turns outputs into Q-values.
+        trunk: the layers that value and advantages share; all layers of a network that is not dueling.
+        streams: the layers for the advantages and those for the value, if the network is dueling (`layers.Dueling`).
     """
 
     # Inference mode makes every operation a little shorter.
@@ -142,7 +144,7 @@ class DensePasses:
 
     @classmethod
     def of(cls, network: QNetwork) -> DensePasses | None:
-        """Return the passes of a network on the CPU, or None if it has other layers."""
+        """Return the passes of a network on the CPU, or None if it has layers that only autograd can handle."""
         if not network.head.is_streams:
             return None
         modules = (network.torso, network.head.streams)
@@ -159,15 +161,15 @@ class DensePasses:
         return cls(network, trunk, (advantage, value))
 
     def output(self, observation: Tensor) -> Tensor:
-        """Return the head's output `[batch, actions, ...]` for raw observations `[batch, ...]`."""
+        """Return the head's output `[batch, actions, ...]` for observations `[batch, ...]` of the environments."""
         return self.forward(observation)[0]
 
     def q_values(self, observation: Tensor) -> Tensor:
-        """Return the Q-values `[batch, actions]` for raw observations `[batch, ...]`."""
+        """Return the Q-values `[batch, actions]` for observations `[batch, ...]` of the environments."""
         return self.head.q_values(self.forward(observation)[0])
 
     def forward(self, observation: Tensor) -> tuple[Tensor, list[Tape]]:
-        """Return the same as `output`, and the tapes that `backward` needs."""
+        """Return what `output` returns, and the intermediate results that `backward` needs."""
         if observation.dtype != self.dtype:
             observation = scale_observation(observation, self.dtype)
         h, tape = self.trunk.forward(observation if observation.ndim == 2 else observation.flatten(1))
@@ -177,7 +179,12 @@ class DensePasses:
         return value + advantage - advantage.mean(dim=1, keepdim=True), [tape, advantage_tape, value_tape]
 
     def backward(self, tapes: list[Tape], slope: Tensor) -> None:
-        """Overwrite every parameter's `.grad`, given the gradient of the loss with respect to the output."""
+        """Overwrite every parameter's `.grad` by backpropagation from the output.
+
+        Args:
+            tapes: what `forward` returned beside the output.
+            slope: gradient of the loss with respect to the output `[batch, actions, ...]`.
+        """
         if self.streams is not None:
             has_trunk = bool(self.trunk.layers)
             slopes = slope - slope.mean(dim=1, keepdim=True), slope.sum(dim=1, keepdim=True)
@@ -197,7 +204,14 @@ def _layer(linear: nn.Linear) -> Layer:
 
 
 def _layer_norm_backward(slope: Tensor, z: Tensor, moments: Sequence[Tensor], norm: nn.LayerNorm) -> Tensor:
-    """Return the gradient with respect to `z`; overwrite the gradients of the norm's own parameters."""
+    """Return the gradient with respect to the norm's input `z`; overwrite the `.grad` of its weight and bias.
+
+    Args:
+        slope: gradient of the loss with respect to the norm's output `[rows, units]`.
+        z: the norm's input `[rows, units]`.
+        moments: the mean and 1 / deviation of each row.
+        norm: the layer norm.
+    """
     slope, weight, bias = torch.ops.aten.native_layer_norm_backward(
         slope, z, norm.normalized_shape, *moments, norm.weight, norm.bias, (True, True, True)
     )
@@ -209,18 +223,18 @@ def _layer_norm_backward(slope: Tensor, z: Tensor, moments: Sequence[Tensor], no
 
 
 def _is_affine_norm(module: nn.Module) -> TypeGuard[nn.LayerNorm]:
-    """Return whether the module is a layer norm with weight and bias; either may be left out of one."""
+    """Return whether the module is a layer norm that has both a weight and a bias (PyTorch allows norms without)."""
     return type(module) is nn.LayerNorm and module.weight is not None and module.bias is not None
 
 
 def _share_parameters(modules: Sequence[nn.Module]) -> bool:
-    """Return whether modules share a parameter: its gradient is a sum, of which `backward` would keep one term."""
+    """Return whether two modules share a parameter; `backward` would keep only one of its two gradients."""
     each = [id(p) for module in modules for _, p in module.named_parameters(remove_duplicate=False)]
     return len(set(each)) < len(each)
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    """Return whether hooks add to the layers' computation, as those of `torch.nn.utils.spectral_norm` do."""
+    """Return whether the module has hooks, as `torch.nn.utils.spectral_norm` adds; `DensePasses` would not run them."""
     kinds = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
     return any(getattr(part, kind) for part in module.modules() for kind in kinds)
 

@@ -1,7 +1,7 @@
-"""Heads: what the network predicts of each action's return. All heads answer the same questions.
+"""Heads, the last part of a Q-network: they predict each action's return as a number, a distribution or quantiles.
 
-Outputs are tensors `[batch, actions, ...]`, so that code which picks one action's entry, or averages over actions,
-works for every head.
+All heads have the same methods. Outputs are tensors `[batch, actions, ...]`, so that code which picks one action's
+entry, or averages over actions, works for every head.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Head(nn.Module, ABC):
 
     Attributes:
         streams: the layers from features to outputs.
-        is_streams: whether `forward` and `act` do nothing but call `streams`.
+        is_streams: whether `forward` and `act` do nothing but call `streams`; hand-written passes need that.
         dimensions: of an action.
     """
 
@@ -47,7 +47,7 @@ class Head(nn.Module, ABC):
 
     @abstractmethod
     def q_values(self, output: Tensor) -> Tensor:
-        """Return the expected return of each action, `[batch, actions]`, given an output."""
+        """Return the expected return of each action, `[batch, actions]`, from the head's output."""
 
     def greedy(self, output: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the entry of each row's best legal action, `[batch, ...]`.
@@ -60,22 +60,22 @@ class Head(nn.Module, ABC):
 
     @abstractmethod
     def target(self, next_output: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
-        """Return what the output of the action taken should have been, `[batch, ...]`.
+        """Return the learning target for the output of the action taken, `[batch, ...]`.
 
         Args:
             next_output: the target network's output for the next observation and the action chosen there
                 `[batch, ...]`.
-            reward: `[batch]`.
-            discount: `[batch]`, 0 after a termination.
+            reward: the (n-step) reward `[batch]`.
+            discount: what the next value is multiplied by `[batch]`; 0 after a termination.
         """
 
     @abstractmethod
     def loss(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the loss of each sample, and its priority in replay without gradient. Both `[batch]`.
+        """Return each sample's loss, and its priority in replay, which is detached from the graph. Both `[batch]`.
 
         Args:
-            output: of the action that was taken, `[batch, ...]`.
-            target: from `target`, `[batch, ...]`.
+            output: the head's output for the action that was taken, `[batch, ...]`.
+            target: what the method `target` returned, `[batch, ...]`.
         """
 
     def loss_and_gradient(
@@ -84,9 +84,9 @@ class Head(nn.Module, ABC):
         """Return the loss of a minibatch, its priorities, and the loss's gradient with respect to the output.
 
         Args:
-            output: `[batch, actions, ...]`.
+            output: the head's output `[batch, actions, ...]`.
             action: the actions taken `[batch]`.
-            target: from `target`, `[batch, ...]`.
+            target: what the method `target` returned, `[batch, ...]`.
             weight: importance weight of each sample `[batch]`.
 
         Returns:
@@ -101,20 +101,20 @@ class Head(nn.Module, ABC):
         return loss.detach(), priorities, gradient
 
     def act(self, features: Tensor) -> Tensor:
-        """Return the output that actions are chosen from, `[batch, actions, ...]`."""
+        """Map `[batch, features]` to the output that actions are chosen from, `[batch, actions, ...]`."""
         output: Tensor = self(features)
         return output
 
     def become_target(self) -> None:
-        """Make this the head of a target network; called once on the copy."""
+        """Adapt this head to a target network; `QNetwork.target_copy` calls it once, on the copy."""
 
 
 class ScalarHead(Head):
-    """One expected return per action (Mnih et al. 2015).
+    """Predicts one expected return per action (Mnih et al. 2015).
 
     Args:
-        streams: with one output per action.
-        loss: the loss of the TD error, a name in `losses.TD_LOSSES`.
+        streams: the layers from features to one Q-value per action.
+        loss: name of the loss of the TD error, in `losses.TD_LOSSES`.
     """
 
     def __init__(self, streams: nn.Module, loss: str) -> None:
@@ -128,7 +128,7 @@ class ScalarHead(Head):
         return q
 
     def q_values(self, output: Tensor) -> Tensor:
-        """Return the output itself."""
+        """Return the output itself, which holds the Q-values `[batch, actions]`."""
         return output
 
     def greedy(self, output: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -137,18 +137,18 @@ class ScalarHead(Head):
         return output.amax(dim=1) if mask is None else super().greedy(output, mask)
 
     def target(self, next_output: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
-        """Return the Q-learning target, `[batch]`."""
+        """Return the Q-learning target `reward + discount * next_output`, `[batch]`."""
         return q_learning_target(reward, discount, next_output)
 
     def loss(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the loss; the priority is the absolute TD error."""
+        """Return the loss of each sample's TD error, and its absolute TD error as priority. Both `[batch]`."""
         td_error = output - target
         return self.td_loss.value(td_error), td_error.detach().abs()
 
     def loss_and_gradient(
         self, output: Tensor, action: Tensor, target: Tensor, weight: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what `Head.loss_and_gradient` returns, by the derivative of the TD loss instead of autograd."""
+        """Return what `Head.loss_and_gradient` returns, computed from the loss's derivative instead of by autograd."""
         index = action.unsqueeze(1)
         td_error = output.gather(1, index).squeeze(1).sub_(target)
         mean_weight = weight.mul(1.0 / len(action))
@@ -159,11 +159,11 @@ class ScalarHead(Head):
 
 
 class CategoricalHead(Head):
-    """Probabilities of fixed returns: C51 (Bellemare et al. 2017).
+    """Predicts the probabilities of fixed returns, called atoms: C51 (Bellemare et al. 2017).
 
     Args:
-        streams: with as many outputs per action as there are atoms.
-        support: the returns, evenly spaced `[atoms]`.
+        streams: the layers from features to one logit per action and atom.
+        support: the returns of the atoms, evenly spaced `[atoms]`.
     """
 
     support: Tensor
@@ -180,27 +180,27 @@ class CategoricalHead(Head):
 
     def q_values(self, output: Tensor) -> Tensor:
         """Return the mean of each action's distribution, `[batch, actions]`."""
-        # Not a matrix product: autocast would compute that in bf16.
+        # A product and a sum, because autocast would compute a matrix product in bf16.
         return (functional.softmax(output, dim=2) * self.support).sum(dim=2)
 
     def target(self, next_output: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
-        """Return the projected target distribution, `[batch, atoms]`."""
+        """Return the distribution of reward + discount * next return, projected onto the atoms, `[batch, atoms]`."""
         probabilities = functional.softmax(next_output, dim=1)
         target = categorical_projection(probabilities, self.support, reward, discount)
         # The projection clips an infinite reward to the last atom. This makes its target NaN, so the update is skipped.
         return target + 0.0 * reward[:, None]
 
     def loss(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the KL divergence, which is also the priority (Hessel et al. 2018, "The integrated agent")."""
+        """Return each sample's KL divergence from the target, as loss and as priority (Hessel et al. 2018)."""
         losses = categorical_loss(output, target)
         return losses, losses.detach()
 
 
 class QuantileHead(Head):
-    """Quantiles at fixed fractions: QR-DQN (Dabney et al. 2018a).
+    """Predicts quantiles of the return at fixed, evenly spaced probabilities: QR-DQN (Dabney et al. 2018a).
 
     Args:
-        streams: with as many outputs per action as there are quantiles.
+        streams: the layers from features to one number per action and quantile.
         quantiles: number of quantiles; each stands for an equal part of the distribution.
     """
 
@@ -221,21 +221,22 @@ class QuantileHead(Head):
         return output.mean(dim=2)
 
     def target(self, next_output: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
-        """Return the target quantiles, `[batch, quantiles]`."""
+        """Return reward + discount * each quantile of the next return, `[batch, quantiles]`."""
         return q_learning_target(reward[:, None], discount[:, None], next_output)
 
     def loss(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the quantile loss; the priority is the mean absolute TD error over all pairs of quantiles."""
+        """Return each sample's quantile loss, and as priority the mean |TD error| over all pairs of quantiles."""
         return _quantile_loss(output, self.fraction, target)
 
 
 class ImplicitQuantileHead(Head):
-    """Quantiles at randomly drawn fractions: IQN (Dabney et al. 2018b).
+    """Predicts quantiles of the return at random fractions (probabilities in (0, 1)): IQN (Dabney et al. 2018b).
 
-    Actions are chosen at evenly spaced fractions instead of the paper's K random ones: the same mean, without scatter.
+    Actions are chosen from quantiles at evenly spaced fractions, where the paper draws K at random. Their mean
+    estimates the same value without random error.
 
     Args:
-        streams: with one output per action.
+        streams: the layers from features times embedding to one quantile per action.
         features: number of input features.
         config: numbers of fractions (N online, N' target, K for acting) and the width of the embedding.
     """
@@ -253,16 +254,16 @@ class ImplicitQuantileHead(Head):
         self.register_buffer("evenly", midpoints(config.iqn_policy_samples)[None])
 
     def forward(self, features: Tensor) -> Tensor:
-        """Map `[batch, features]` to pairs of quantile and fraction, `[batch, actions, draws, 2]`."""
+        """Draw random fractions, and return each quantile with its fraction, `[batch, actions, draws, 2]`."""
         drawn = torch.rand(len(features), self.draws, dtype=self.order.dtype, device=self.order.device)
         return self._at(features, drawn)
 
     def act(self, features: Tensor) -> Tensor:
-        """Return the same as `forward`, at evenly spaced fractions."""
+        """Return each quantile at evenly spaced fractions with its fraction, `[batch, actions, K, 2]`."""
         return self._at(features, self.evenly)
 
     def become_target(self) -> None:
-        """Draw N' fractions from now on."""
+        """Draw as many fractions from now on as the paper's target network does (N')."""
         self.draws = self.target_draws
 
     def q_values(self, output: Tensor) -> Tensor:
@@ -270,15 +271,17 @@ class ImplicitQuantileHead(Head):
         return output[..., 0].mean(dim=2)
 
     def target(self, next_output: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
-        """Return the target quantiles, `[batch, draws]`."""
+        """Return reward + discount * each quantile of the next return, `[batch, draws]`."""
         return q_learning_target(reward[:, None], discount[:, None], next_output[..., 0])
 
     def loss(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the quantile loss; the priority is the mean absolute TD error over all pairs of quantiles."""
+        """Return each sample's quantile loss, and as priority the mean |TD error| over all pairs of quantiles."""
         return _quantile_loss(output[..., 0], output[..., 1], target)
 
     def _at(self, features: Tensor, fraction: Tensor) -> Tensor:
-        """Return the output at fractions `[batch, draws]`, or `[1, draws]` to use the same for all rows (eq. 4).
+        """Return each action's quantiles at these fractions, with the fractions, `[batch, actions, draws, 2]` (eq. 4).
+
+        Fractions are `[batch, draws]`, or `[1, draws]` to use the same for the whole batch.
 
         z(s, a) = f(psi(s) * phi(fraction))_a,   phi = ReLU(W cos(pi i fraction) + b),  i = 0, 1, ...
         """
@@ -307,13 +310,13 @@ def make_head(
     actions: int,
     dimensions: int = 1,
 ) -> Head:
-    """Make the head that `--head` names.
+    """Create the head that `--head` names.
 
     Args:
-        config: which head, and how its layers are made.
-        loss: name of a scalar head's loss.
-        features: number of features the torso returns.
-        hidden: units of the head's own hidden layers.
+        config: the kind of head, and the options of its layers.
+        loss: name of the loss, in `losses.TD_LOSSES`; used by a scalar head only.
+        features: number of features that the torso returns.
+        hidden: number of units of each hidden layer of the head.
         actions: number of actions, those of all dimensions together.
         dimensions: of an action, for the dueling streams.
     """

@@ -1,4 +1,4 @@
-"""The layers of torsos and heads: fully connected, plain, normalized or noisy."""
+"""Create the fully connected layers of torsos and heads: plain, with layer norm, noisy, or dueling."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ class NoisyLinear(nn.Module):
 
         y = (mu_w + sigma_w * e_out e_in^T) x + mu_b + sigma_b * e_out,   e = sgn(n) sqrt|n|,  n ~ N(0, 1)
 
-    Each forward pass draws new noise from torch's generator, once for the whole batch; evaluation has no noise.
+    Each forward pass in training mode draws new noise from torch's generator, once for the whole batch. In evaluation
+    mode there is none.
 
     Args:
-        sigma: sigma_0 of the paper: the initial scale of the noise is sigma / sqrt(inputs).
+        inputs: number of inputs.
+        outputs: number of outputs.
+        sigma: sigma_0 of the paper; the initial scale of the noise is sigma / sqrt(inputs).
     """
 
     def __init__(self, inputs: int, outputs: int, sigma: float) -> None:
@@ -32,11 +35,11 @@ class NoisyLinear(nn.Module):
         self.bias_sigma = nn.Parameter(torch.full((outputs,), sigma * bound))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Map `[rows, inputs]` to `[rows, outputs]`."""
+        """Map inputs `[rows, inputs]` to outputs `[rows, outputs]`."""
         if not self.training:
             return functional.linear(inputs, self.weight, self.bias)
         noise_out, noise_in = self._noise()
-        # One product with noisy weights is faster than one product with mu and one with sigma.
+        # Adding the noise to the weights and multiplying once is faster than multiplying by mu and by sigma.
         weight = torch.addcmul(self.weight, self.weight_sigma, torch.outer(noise_out, noise_in))
         return functional.linear(inputs, weight, torch.addcmul(self.bias, self.bias_sigma, noise_out))
 
@@ -48,18 +51,18 @@ class NoisyLinear(nn.Module):
         return noise[:outputs], noise[outputs:]
 
 
-WIDE = 1 << 18  # with fewer weights, changing the layout takes more time than it saves
+WIDE = 1 << 18  # fewest weights for oneDNN: with fewer, converting inputs takes more time than it saves
 ONEDNN = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 
 
 class WideLinear(nn.Linear):
-    """A linear layer of many weights. In float32 on a CPU it uses oneDNN, as convolutions do.
+    """A linear layer for many weights: in float32 on a CPU it computes with oneDNN, as torch's convolutions do.
 
-    Torch's default for linear layers, MKL, is much slower on some processors.
+    `nn.Linear` uses MKL there, which is much slower on some processors.
     """
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Map `[rows, inputs]` to `[rows, outputs]`."""
+        """Map inputs `[rows, inputs]` to outputs `[rows, outputs]`."""
         plain = inputs.device.type == "cpu" and inputs.dtype == torch.float32
         if not (ONEDNN and plain) or torch.is_autocast_enabled("cpu"):
             return super().forward(inputs)
@@ -67,7 +70,14 @@ class WideLinear(nn.Linear):
 
 
 def hidden_layers(inputs: int, hidden: Sequence[int], config: NetworkConfig, noisy: bool) -> list[nn.Module]:
-    """Make fully connected layers with ReLU, and layer norm before each ReLU if configured (Ba et al. 2016)."""
+    """Return fully connected layers, each followed by layer norm if configured (Ba et al. 2016) and by ReLU.
+
+    Args:
+        inputs: number of inputs of the first layer.
+        hidden: number of units of each layer.
+        config: whether layers have layer norm, and the scale of noise.
+        noisy: whether the layers are `NoisyLinear`.
+    """
     layers: list[nn.Module] = []
     for units in hidden:
         layers.append(linear(inputs, units, config, noisy))
@@ -79,7 +89,7 @@ def hidden_layers(inputs: int, hidden: Sequence[int], config: NetworkConfig, noi
 
 
 def linear(inputs: int, outputs: int, config: NetworkConfig, noisy: bool) -> nn.Module:
-    """Make one fully connected layer."""
+    """Return one fully connected layer: noisy if asked for, with oneDNN if it has many weights, else `nn.Linear`."""
     if noisy:
         return NoisyLinear(inputs, outputs, config.noisy_sigma)
     return (WideLinear if inputs * outputs >= WIDE else nn.Linear)(inputs, outputs)
@@ -93,15 +103,17 @@ def make_streams(
     config: NetworkConfig,
     dimensions: int = 1,
 ) -> nn.Module:
-    """Make the layers from features `[rows, features]` to a head's outputs `[rows, actions, *outputs]`.
+    """Return the layers of a head, which map features `[rows, features]` to outputs `[rows, actions, *outputs]`.
+
+    A stream is one sequence of layers. A dueling head has two, for the state's value and for the actions' advantages.
 
     Args:
         features: number of input features.
-        hidden: units of the hidden layers; each dueling stream has its own.
+        hidden: number of units of each hidden layer; each stream has its own hidden layers.
         actions: number of actions, those of all dimensions together.
         outputs: shape of the output of one action; () for one number.
-        config: whether there are dueling streams, and whether layers are noisy or normalized.
-        dimensions: of an action.
+        config: whether the head is dueling, and whether layers are noisy or have layer norm.
+        dimensions: number of dimensions of an action.
     """
 
     def stream(*shape: int) -> nn.Sequential:
@@ -114,12 +126,17 @@ def make_streams(
 
 
 class Dueling(nn.Module):
-    """Separate streams for the state's value and the actions' advantages (Wang et al. 2016, eq. 9).
+    """Combines two streams of layers, for the state's value and the actions' advantages (Wang et al. 2016, eq. 9).
 
         q(s, a) = v(s) + adv(s, a) - mean_a' adv(s, a')
 
-    With several outputs per action, such as atoms, this holds for each of them (Hessel et al. 2018), and with several
-    dimensions of an action for the actions of each dimension (Tavakoli et al. 2018, eq. 1).
+    With several outputs per action, such as C51's atoms, this holds for each of them (Hessel et al. 2018), and with
+    several dimensions of an action for the actions of each dimension (Tavakoli et al. 2018, eq. 1).
+
+    Args:
+        advantage: maps `[rows, features]` to `[rows, actions, ...]`.
+        value: maps `[rows, features]` to `[rows, 1, ...]`.
+        dimensions: number of dimensions of an action.
     """
 
     def __init__(self, advantage: nn.Module, value: nn.Module, dimensions: int = 1) -> None:
@@ -129,10 +146,11 @@ class Dueling(nn.Module):
         self.dimensions = dimensions
 
     def forward(self, features: Tensor) -> Tensor:
-        """Map `[rows, features]` to `[rows, actions, ...]`."""
+        """Map features `[rows, features]` to outputs of each action `[rows, actions, ...]`."""
         advantage: Tensor = self.advantage(features)
         value: Tensor = self.value(features)
         if self.dimensions > 1:
-            each = advantage.unflatten(1, (self.dimensions, -1))
-            return value + (each - each.mean(dim=2, keepdim=True)).flatten(1, 2)
+            each = advantage.view(len(advantage), self.dimensions, -1, *advantage.shape[2:])
+            centered = (each - each.mean(dim=2, keepdim=True)).view_as(advantage)
+            return value + centered
         return value + advantage - advantage.mean(dim=1, keepdim=True)

@@ -1,4 +1,4 @@
-"""The Q-network: a torso and a head."""
+"""Build the Q-network of a run from a torso (observation to features) and a head (features to Q-values)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ from hvdqn.networks.torsos import make_torso
 
 
 class QNetwork(nn.Module):
-    """A torso and a head. Takes raw observations: see `scale_observation`."""
+    """Maps observations to a prediction of each action's return, by a torso and a head.
+
+    It takes observations as environments return them, and calls `scale_observation` itself.
+
+    Args:
+        torso: maps float observations `[batch, ...]` to features `[batch, features]`.
+        head: maps features to an output for each action.
+    """
 
     def __init__(self, torso: nn.Module, head: Head) -> None:
         super().__init__()
@@ -28,13 +35,13 @@ class QNetwork(nn.Module):
         return next(self.parameters()).dtype
 
     def forward(self, observation: Tensor) -> Tensor:
-        """Map raw observations `[batch, ...]` to the head's output `[batch, actions, ...]`."""
+        """Map observations `[batch, ...]` to the head's output `[batch, actions, ...]`, for computing the loss."""
         scaled = scale_observation(observation, self.dtype)
         output: Tensor = self.head(self.torso(scaled))
-        return output.to(scaled.dtype)  # under autocast too, the loss is not computed in bf16
+        return output.to(scaled.dtype)  # under autocast the output is bf16, too coarse for the loss
 
     def q_values(self, observation: Tensor) -> Tensor:
-        """Return the expected return of each action, `[batch, *action_shape, actions]`; actions are chosen by it."""
+        """Map observations `[batch, ...]` to the expected return of each action, `[batch, *action_shape, actions]`."""
         scaled = scale_observation(observation, self.dtype)
         output = self.head.act(self.torso(scaled))
         return self.head.q_values(output.to(scaled.dtype))
@@ -47,7 +54,7 @@ class QNetwork(nn.Module):
 
 
 def scale_observation(observation: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return raw observations as floats; uint8 is scaled to [0, 1]."""
+    """Return observations as floats of this dtype, in the same shape; divide uint8 by 255, so that it is in [0, 1]."""
     if observation.dtype == dtype:
         return observation
     scaled = observation.to(dtype)
@@ -63,13 +70,13 @@ def make_network(
     actions: int,
     action_shape: tuple[int, ...] = (),
 ) -> QNetwork:
-    """Make the Q-network of a run.
+    """Create the Q-network of a run.
 
     Args:
-        config: torso, hidden layers and head.
-        loss: of the TD error, for a scalar head.
-        frame_shape: shape of a single observation, without stack.
-        frame_stack: frames that are stacked to one input.
+        config: the settings of torso, hidden layers and head.
+        loss: name of the loss of the TD error, in `losses.TD_LOSSES`; used by a scalar head only.
+        frame_shape: shape of a single observation, without frame stack.
+        frame_stack: number of frames that are stacked to one input.
         is_image: whether observations are images.
         actions: number of actions, in each dimension.
         action_shape: `()`, or `(dimensions,)` where an action has several.

@@ -1,6 +1,6 @@
-"""Forward and backward passes of a Q-network, by autograd or by hand.
+"""Compute the forward and backward passes of a Q-network: by autograd, or by hand where that is faster.
 
-The learner and the actor compute through this interface and do not know which implementation answers.
+The learner and the actor call the interface `Passes`, and need not know which implementation it is.
 """
 
 from __future__ import annotations
@@ -17,40 +17,43 @@ from hvdqn.networks.network import QNetwork
 
 
 class Passes(Protocol):
-    """Computes a network's outputs and gradients. Observations are raw, `[batch, ...]`, on the network's device."""
+    """Computes a network's outputs and gradients.
+
+    Observations `[batch, ...]` are as environments return them, on the network's device.
+    """
 
     @property
     def no_grad(self) -> Callable[[], AbstractContextManager[None]]:
-        """The context that the caller computes in; `forward` records what `backward` needs all the same."""
+        """Returns a context without autograd, for the caller's computations; `forward` works within it too."""
 
     @property
     def pinned_inputs(self) -> bool:
-        """Whether inputs in pinned host memory reach the network's device faster."""
+        """Whether to keep observations in pinned host memory, from which they are copied to a GPU faster."""
 
     def output(self, observation: Tensor) -> Tensor:
-        """Return the head's output, `[batch, actions, ...]`."""
+        """Return the head's output for each action, `[batch, actions, ...]`."""
 
     def q_values(self, observation: Tensor) -> Tensor:
         """Return the Q-values, `[batch, *action_shape, actions]`."""
 
     def forward(self, observation: Tensor) -> tuple[Tensor, Any]:
-        """Return the same as `output`, and a tape for `backward`."""
+        """Return what `output` returns, and a record of this pass, the tape, for `backward`."""
 
     def backward(self, tape: Any, slope: Tensor) -> None:
-        """Overwrite every parameter's `.grad`.
+        """Overwrite every parameter's `.grad` by backpropagation from the output.
 
         Args:
-            tape: from `forward`.
-            slope: gradient of the loss with respect to the output.
+            tape: what `forward` returned beside the output.
+            slope: gradient of the loss with respect to the output `[batch, actions, ...]`.
         """
 
 
 class AutogradPasses:
-    """Passes of any network, by autograd.
+    """Computes the passes of any network by autograd.
 
     Args:
-        network: on its device.
-        autocast: compute in bf16 what autocast can; the output stays in the parameters' dtype.
+        network: the Q-network, already on its device.
+        autocast: whether to compute under bf16 autocast; the output stays in the parameters' dtype.
     """
 
     no_grad = torch.no_grad
@@ -63,7 +66,7 @@ class AutogradPasses:
         self.autocast = torch.autocast(device, dtype=torch.bfloat16) if autocast else nullcontext()
 
     def output(self, observation: Tensor) -> Tensor:
-        """Return the head's output, `[batch, actions, ...]`."""
+        """Return the head's output for each action, `[batch, actions, ...]`."""
         with self.autocast:
             output: Tensor = self.network(observation)
         return output
@@ -74,14 +77,19 @@ class AutogradPasses:
             return self.network.q_values(observation)
 
     def forward(self, observation: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the same as `output`, and that output with its graph."""
+        """Return what `output` returns, detached, and the same tensor with its autograd graph for `backward`."""
         with torch.enable_grad():
             output = self.output(observation)
         return output.detach(), output
 
     def backward(self, tape: Tensor, slope: Tensor) -> None:
-        """Overwrite every parameter's `.grad`, given the gradient of the loss with respect to the output."""
-        # `Tensor.backward` would add to `.grad`, which then had to be set to zero before: two more passes over memory.
+        """Overwrite every parameter's `.grad` by backpropagation from the output.
+
+        Args:
+            tape: the output with its autograd graph, from `forward`.
+            slope: gradient of the loss with respect to the output `[batch, actions, ...]`.
+        """
+        # `Tensor.backward` adds to `.grad`, so it would have to be zeroed first: two more passes over memory.
         gradients = torch.autograd.grad(tape, self.parameters, slope, materialize_grads=True)
         torch._foreach_copy_([p.grad for p in self.parameters if p.grad is not None], gradients)
 
@@ -89,6 +97,6 @@ class AutogradPasses:
 def make_passes(network: QNetwork, autocast: bool = False) -> Passes:
     """Return the fastest passes that this network can use on the device of its parameters."""
     on_cpu = next(network.parameters()).device.type == "cpu"
-    # Autocast would cast weights to bf16, which the passes by hand do not do.
+    # Under autocast, layers compute with weights in bf16, which `DensePasses` does not.
     by_hand = DensePasses.of(network) if on_cpu and not autocast else None
     return by_hand or AutogradPasses(network, autocast)

@@ -1,18 +1,19 @@
-"""Torsos: from an observation to features. `--torso module:attribute` names your own class.
+"""Create torsos, the layers from an observation to features. `--torso module:attribute` names a class of your own.
 
     # wide.py, on PYTHONPATH or where the job is started: --torso wide:Wide --hidden 256
     from torch import nn
 
     class Wide(nn.Sequential):
-        # Called with the shape of one observation: (planes of all stacked frames, H, W), or (numbers,) of a vector.
-        # It takes floats [batch, *shape], bytes scaled to [0, 1], and gives [batch, features].
+        # hvdqn calls the class with the shape of one input: (planes of all stacked frames, H, W) for images, (n,) for
+        # a vector, (frames, n) for stacked vectors. The module gets floats [batch, *shape], where uint8 observations
+        # are divided by 255, and returns [batch, features].
         def __init__(self, shape):
             channels, height, width = shape
             super().__init__(nn.Conv2d(channels, 64, 3), nn.ReLU(), nn.Flatten())
 
-The layers of `--hidden` follow it, then the head. It may hold anything but batch norm, whose statistics would differ
-between ranks, and other state that a forward pass changes. Tensors that are not learned must be buffers, equal on every
-rank.
+The layers of `--hidden` follow your module, then the head. It must not contain batch norm, whose statistics would
+differ between ranks, nor other state that a forward pass changes. Tensors that are not learned must be buffers, with
+equal values on every rank.
 """
 
 from __future__ import annotations
@@ -29,11 +30,15 @@ from hvdqn.networks.layers import hidden_layers
 
 
 class Images(nn.Module):
-    """Reshapes image observations to the planes that convolutions take.
+    """Reshapes images and stacks of images to the channels that `nn.Conv2d` takes, called planes here.
 
-    Frames `[batch, (stack,) H, W]`, `[batch, (stack,) H, W, C]` or `[batch, (stack,) C, H, W]` become
-    `[batch, stack x C, H, W]`. The last two are distinguished by which end is smaller; if both are equal,
-    Gymnasium's `[H, W, C]` is assumed.
+    Inputs `[batch, (stack,) H, W]`, `[batch, (stack,) H, W, C]` or `[batch, (stack,) C, H, W]` become
+    `[batch, stack x C, H, W]`. In a frame of three axes, the smaller of the first and the last one is taken for the
+    channels; if they are equal, the last one, as in Gymnasium's `[H, W, C]`.
+
+    Args:
+        frame_shape: shape of one frame.
+        frame_stack: number of frames in one input.
     """
 
     def __init__(self, frame_shape: Sequence[int], frame_stack: int) -> None:
@@ -45,7 +50,7 @@ class Images(nn.Module):
         self.planes = (frame_stack * self.channels_per_frame, *height_width)
 
     def forward(self, observation: Tensor) -> Tensor:
-        """Map `[batch, (stack,) *frame]` to `[batch, planes, H, W]`."""
+        """Map images `[batch, (stack,) *frame_shape]` to `[batch, planes, H, W]`."""
         if self.channels_last:
             observation = observation.movedim(-1, -3)
         return observation.reshape(-1, *self.planes)
@@ -54,12 +59,12 @@ class Images(nn.Module):
 class Centered(nn.Module):
     """Subtracts from each image the mean of all its pixels, over all planes.
 
-    In most Atari games nearly every pixel shows the same background. It shifts every unit by a constant, beside which a
-    ball or a paddle hardly counts.
+    In most Atari games nearly every pixel shows the same background. It adds the same large constant to every unit of
+    the first layer, beside which a ball or a paddle hardly counts.
     """
 
     def forward(self, image: Tensor) -> Tensor:
-        """Map `[batch, ...]` to the same shape."""
+        """Subtract from each image the mean of all its pixels; `[batch, ...]` keeps its shape."""
         return image - image.mean(dim=tuple(range(1, image.ndim)), keepdim=True)
 
 
@@ -70,12 +75,17 @@ class ChannelsLast(nn.Module):
     """
 
     def forward(self, planes: Tensor) -> Tensor:
-        """Map `[batch, planes, H, W]` to the same shape."""
+        """Return the same planes `[batch, planes, H, W]` in channels-last memory format."""
         return planes.contiguous(memory_format=torch.channels_last)
 
 
 class Torso(nn.Sequential):
-    """Layers from a float observation `[batch, ...]` to features `[batch, features]`."""
+    """Maps float observations `[batch, ...]` to features `[batch, features]`, by `layers` in order.
+
+    Args:
+        features: number of features that the last layer returns.
+        *layers: the modules to call one after the other.
+    """
 
     def __init__(self, features: int, *layers: nn.Module) -> None:
         super().__init__(*layers)
@@ -84,7 +94,7 @@ class Torso(nn.Sequential):
 
 # (filters, kernel, stride) of each convolution: Mnih et al. 2015, Methods; Young and Tian 2019, section 4.
 CONVOLUTIONS = {"nature": ((32, 8, 4), (64, 4, 2), (64, 3, 1)), "minatar": ((16, 3, 1),)}
-# Filters of each section of the large architecture: Espeholt et al. 2018, figure 3.
+# Number of filters of each of the three sections of IMPALA's large network: Espeholt et al. 2018, figure 3.
 IMPALA = (16, 32, 32)
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -93,10 +103,17 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 def make_torso(
     config: NetworkConfig, frame_shape: Sequence[int], frame_stack: int, is_image: bool
 ) -> tuple[Torso, tuple[int, ...]]:
-    """Make the torso that the configuration names or the observation needs; also return the head's hidden layers.
+    """Return the torso that `--torso` names, and the units of those `--hidden` layers that the head has to create.
 
-    The last hidden layer belongs to the head, so that dueling streams and noisy layers have one of their own, and IQN
-    multiplies its embedding in before it. An MLP with a single hidden layer keeps it in the torso.
+    The last hidden layer belongs to the head, so that the two streams of a dueling head each have their own, noisy
+    layers include it, and IQN multiplies features by its embedding before it. An MLP with a single hidden layer keeps
+    it in the torso.
+
+    Args:
+        config: the settings of the network.
+        frame_shape: shape of a single observation, without frame stack.
+        frame_stack: number of frames that are stacked to one input.
+        is_image: whether observations are images.
 
     Raises:
         UserError: the torso cannot take such observations.
@@ -128,7 +145,10 @@ def make_torso(
 
 
 def _default_torso(frame_shape: Sequence[int], is_image: bool) -> str:
-    """Return the torso of `--torso auto`. An image that is smaller than the smallest kernel is treated as a vector."""
+    """Return the name of the torso that `--torso auto` stands for.
+
+    An image that is smaller than the smallest convolution kernel gets "mlp", as vectors do.
+    """
     smaller_side = min(Images(frame_shape, 1).planes[1:]) if is_image else 0
     if smaller_side >= 36:
         return "nature"
@@ -159,7 +179,7 @@ def _convolutions(images: Images, name: str, layer_norm: bool) -> Torso:
 
 
 class Residual(nn.Module):
-    """x + conv(relu(conv(relu(x)))), 3 x 3: one block of IMPALA's network (Espeholt et al. 2018, figure 3)."""
+    """Computes x + conv(relu(conv(relu(x)))) with 3 x 3 kernels: a residual block of IMPALA (Espeholt et al. 2018)."""
 
     def __init__(self, channels: int, layer_norm: bool) -> None:
         super().__init__()
@@ -173,7 +193,7 @@ class Residual(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, planes: Tensor) -> Tensor:
-        """Map `[batch, channels, H, W]` to the same shape."""
+        """Return the sum of the input and its convolutions; `[batch, channels, H, W]` keeps its shape."""
         out: Tensor = planes + self.layers(planes)
         return out
 
@@ -193,10 +213,11 @@ def _impala(images: Images, layer_norm: bool) -> Torso:
 
 
 def _make_own_torso(path: str, frame_shape: Sequence[int], frame_stack: int, is_image: bool) -> Torso:
-    """Make a torso of the user's own class, which is called with the shape of one observation.
+    """Create a torso from the user's class at `path`, written `module:attribute`.
 
     Raises:
-        UserError: it cannot be imported, is no module, or does not map such observations to features.
+        UserError: the class cannot be imported, does not create an `nn.Module`, or the module does not map such
+            observations to features.
     """
     build: Callable[[tuple[int, ...]], nn.Module] = import_attribute(path, "--torso")
     stack = (frame_stack,) if frame_stack > 1 else ()
@@ -229,7 +250,7 @@ def _make_own_torso(path: str, frame_shape: Sequence[int], frame_stack: int, is_
 
 
 def _width(module: nn.Module, shape: tuple[int, ...], path: str) -> int:
-    """Return how many features a user's module returns, by a forward pass."""
+    """Return the number of features that a user's module returns, found by a forward pass of zeros `[2, *shape]`."""
     with torch.no_grad():
         try:
             features = module(torch.zeros(2, *shape))

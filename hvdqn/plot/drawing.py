@@ -103,9 +103,10 @@ def draw(panels: list[Panel], x: str, title: str | None = None) -> Figure:
 
 
 def legend_labels(panels: list[Panel]) -> dict[str, str]:
-    """Return the text of each curve in the legend, by label.
+    """Return the legend text of each curve, keyed by the curve's label.
 
-    It contains the number of seeds, unless that is the same for all curves: then it is one of the `shared_facts`.
+    The text ends with the number of seeds. If all curves have the same number, the note below the figure says it once
+    instead (see `shared_facts`).
     """
     groups: dict[str, list[Group]] = {}
     for panel in panels:
@@ -122,7 +123,7 @@ def legend_labels(panels: list[Panel]) -> dict[str, str]:
 
 
 def shared_facts(panels: list[Panel]) -> list[str]:
-    """Return what all curves have in common and the legend therefore does not repeat."""
+    """Return short texts on what all curves have in common (seeds, ranks), for the note below the figure."""
     facts = []
     seeds = _common_seeds(panels)
     if seeds is not None:
@@ -148,7 +149,7 @@ def _legend_columns(width: float, texts: list[str], font_size: float) -> int:
 
 
 def _draw_curve(axes: Axes, curve: Curve, index: int, scale: float) -> Any:
-    """Draw a curve in the colour of its index; return its line, for the legend."""
+    """Draw a curve in the colour number `index`, with x divided by `scale`; return its line, for the legend."""
     colour, style = COLOURS[index % len(COLOURS)], LINES[index // len(COLOURS) % len(LINES)]
     x = curve.x / scale
     if curve.band is not None:
@@ -176,7 +177,7 @@ def _label_axes(axes: Axes, panel: Panel) -> None:
 
 
 def _x_unit(panels: list[Panel], x: str) -> tuple[float, str]:
-    """Return the divisor of x and the axis label: wall time is in seconds, minutes or hours."""
+    """Return the number by which x is divided and the axis label; wall time becomes seconds, minutes or hours."""
     if x == "env_steps":
         return 1.0, "Env steps (all ranks)"
     longest = max(record.get(x) or 0.0 for panel in panels for run in panel.runs for record in run.records)

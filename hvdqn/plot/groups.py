@@ -46,7 +46,7 @@ class Panel:
 
 
 def arrange(runs: list[Run], group: str | None, y: str | None) -> list[Panel]:
-    """Return a panel for each environment, with a curve for each combination of the group's keys.
+    """Return a panel for each environment, with a curve for each combination of values of the keys in `group`.
 
     Panels and curves are in the order of the runs. `group` and `y` are the flags `--group` and `--y`.
 
@@ -98,7 +98,7 @@ def in_words(key: str, value: Any) -> str:
 
 
 def _parse_keys(runs: list[Run], group: str) -> list[str]:
-    """Return the keys that `--group` names."""
+    """Split the comma-separated keys of `--group`, and check that runs have them."""
     known = {key for run in runs for key in run.settings}
     words = [word.strip().replace("-", "_") for word in group.split(",") if word.strip()]
     keys = ["world_size" if word == "np" else word for word in words]
@@ -110,7 +110,7 @@ def _parse_keys(runs: list[Run], group: str) -> list[str]:
 
 
 def _default_keys(runs: list[Run]) -> list[str]:
-    """Return the base keys, and the settings that differ between runs with equal base keys."""
+    """Return `BASE_KEYS`, and the settings that differ between runs whose `BASE_KEYS` are equal."""
     base = [key for key in BASE_KEYS if any(key in run.settings for run in runs)]
     candidates = [key for key in Config().flat() if key not in settings_of_same_curve()]
     return [*base, *(key for key in candidates if _differs(runs, base, key))]
@@ -123,10 +123,10 @@ def _differs(runs: list[Run], keys: list[str], key: str) -> bool:
 
 
 def _hidden_values(runs: list[Run], keys: list[str]) -> dict[str, dict[str, str]]:
-    """Return the values that labels need not name, by preset and key.
+    """Return the values that labels leave out, keyed by preset and setting.
 
-    These are the value of a setting in most curves of a preset, so that the curves of an ablation name only what was
-    changed, and the number of ranks and the absence of a preset if all curves share them.
+    A label leaves out the value that most curves of its preset have, so that the curves of an ablation name only what
+    was changed. It also leaves out the number of ranks, and that there is no preset, if all curves share them.
     """
     curves: dict[str, set[tuple[str, ...]]] = {}
     for run in runs:

@@ -36,7 +36,10 @@ class Run:
     """The lines of metrics.jsonl."""
 
     def curve(self, x: str, y: str) -> tuple[Array, Array]:
-        """Return x and y, `[points]` each, sorted by x. Of several records with the same x, the last one counts."""
+        """Return the values of two keys over all records, `[points]` each, sorted by x.
+
+        Of several records with the same x, the last one counts.
+        """
         points = {r[x]: r[y] for r in self.records if r.get(x) is not None and r.get(y) is not None}
         xs = sorted(points)
         return np.array(xs, dtype=np.float64), np.array([points[x] for x in xs], dtype=np.float64)

@@ -28,7 +28,7 @@ MIN_SEEDS_FOR_BOOTSTRAP = 10
 
 @dataclass(frozen=True)
 class Curve:
-    """What is drawn for one group. All arrays are `[points]`; None is not drawn."""
+    """Hold the arrays that are drawn for one group, `[points]` each; a line that is None is not drawn."""
 
     x: Array
     line: Array

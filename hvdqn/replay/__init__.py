@@ -1,4 +1,4 @@
-"""Replay: a ring of single observations per environment; frame stacks and n-step returns are built when sampled."""
+"""Replay: store single observations in a ring per environment; build frame stacks and n-step returns when sampling."""
 
 from __future__ import annotations
 

@@ -18,22 +18,22 @@ ObservationBatch: TypeAlias = npt.NDArray[Any] | Tensor
 
 @dataclass(slots=True)
 class Batch:
-    """A minibatch of n-step transitions. Its arrays are reused by the second next call of `sample`."""
+    """A minibatch of n-step transitions. `sample` returns the same arrays, overwritten, at every second call."""
 
     observation: ObservationBatch
     """[batch, *shape], or [batch, frame_stack, *shape] with the oldest frame first. A tensor if replay is on a GPU."""
     action: npt.NDArray[np.int64]
-    """[batch, *action_shape]: [batch], or [batch, dimensions] where an action has several."""
+    """The action taken at each observation [batch, *action_shape]: [batch], or [batch, dimensions]."""
     reward: Floats
     """Discounted sum of the rewards between `observation` and `next_observation` [batch]."""
     next_observation: ObservationBatch
     """The observation n_step steps later, or the final one if the episode ended before; same shape."""
     discount: Floats
-    """The factor of the bootstrap value at `next_observation`: gamma ** steps, 0 where terminated [batch]."""
+    """What the value of `next_observation` is multiplied by: gamma ** steps, 0 after a termination [batch]."""
     weight: Floats
     """Importance weights [batch]. Not normalized: the learner divides them by the maximum over all ranks."""
     row_ids: Rows
-    """Identify the transitions in `update_priorities` [batch]."""
+    """Numbers that name the transitions to `update_priorities` [batch]."""
     action_mask: Bools | None = None
     """Legal actions at `observation` [batch, *action_shape, actions]; None if all are legal everywhere."""
     next_action_mask: Bools | None = None
@@ -42,12 +42,12 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Importance:
-    """The settings of importance weights. They must be equal on all ranks, or the job's gradient is biased.
+    """The settings of importance weights. All ranks must use equal ones, or the job's gradient is biased.
 
     Args:
         beta: exponent of the correction; 1 corrects fully, 0 not at all.
-        n_global: transitions in the replay of the whole job.
-        size: ranks that sample, all with the same batch size.
+        n_global: number of transitions in the replays of all ranks together.
+        size: number of ranks that sample, all with the same batch size.
     """
 
     beta: float = 0.0

@@ -1,4 +1,4 @@
-"""Memory of a replay for learners on a GPU: pinned host memory, or the GPU's own.
+"""Allocate the arrays of a replay for a learner on a GPU: in pinned host memory, or in the GPU's own.
 
 Copying stacks of frames to a GPU takes longer than learning from them. With `DeviceMemory` the observations are on the
 GPU: the host still decides which rows make a minibatch, and the GPU reads and stacks them.
@@ -19,10 +19,10 @@ from hvdqn.replay.memory import Array, Memory, ObservationArray
 
 
 class PinnedMemory(Memory):
-    """Observations in host memory, minibatches in pinned host memory, which a GPU copies while the host goes on."""
+    """Keeps observations in host memory, and minibatches in pinned memory, from which a GPU copies asynchronously."""
 
     def batch_observations(self, shape: Sequence[int], dtype: npt.DTypeLike) -> ObservationBatch:
-        """Return a pinned array."""
+        """Return an uninitialized array in pinned memory for the observations of a minibatch `[batch, ...]`."""
         return _empty(shape, dtype, pinned=True)
 
     def batch_array(self, shape: Sequence[int], dtype: npt.DTypeLike) -> Array:
@@ -31,10 +31,10 @@ class PinnedMemory(Memory):
 
 
 class DeviceMemory(Memory):
-    """All observations, and those of a minibatch, in the memory of a device.
+    """Keeps all observations of the replay, and those of a minibatch, in the memory of a GPU.
 
     Args:
-        device: of the learner.
+        device: the learner's device.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -42,11 +42,11 @@ class DeviceMemory(Memory):
         self.note = f", observations on {device}"
 
     def observations(self, shape: Sequence[int], dtype: npt.DTypeLike) -> ObservationArray:
-        """Return an array on the device."""
+        """Return an uninitialized array on the device for the observations of all rows `[rows, ...]`."""
         return DeviceArray(shape, dtype, self.device)
 
     def batch_observations(self, shape: Sequence[int], dtype: npt.DTypeLike) -> ObservationBatch:
-        """Return a tensor on the device."""
+        """Return an uninitialized tensor on the device for the observations of a minibatch `[batch, ...]`."""
         return torch.empty(tuple(shape), dtype=_torch_dtype(dtype), device=self.device)
 
     def batch_array(self, shape: Sequence[int], dtype: npt.DTypeLike) -> Array:
@@ -55,12 +55,12 @@ class DeviceMemory(Memory):
 
 
 class DeviceArray:
-    """An array on a device, with the part of NumPy's interface that `Replay` uses.
+    """An array in the memory of a device, with the part of NumPy's interface that `Replay` uses.
 
     Args:
-        shape: rows first.
-        dtype: as in NumPy.
-        device: where it is.
+        shape: `(rows, *shape of one observation)`.
+        dtype: NumPy's dtype of its numbers.
+        device: the device that holds it.
     """
 
     def __init__(self, shape: Sequence[int], dtype: npt.DTypeLike, device: torch.device) -> None:
@@ -68,12 +68,12 @@ class DeviceArray:
         self.shape, self.dtype, self.nbytes = tuple(shape), np.dtype(dtype), self.tensor.nbytes
 
     def __getitem__(self, rows: slice) -> Array:
-        """Return consecutive rows in host memory: a copy, if the device is a GPU."""
+        """Return consecutive rows as a NumPy array: a copy if the device is a GPU, else a view."""
         found: Array = self.tensor[rows].cpu().numpy()
         return found
 
     def __setitem__(self, rows: slice | Rows, observation: Array) -> None:
-        """Overwrite rows. observation: [batch, *shape]."""
+        """Write `observation` [batch, *shape] over the rows that `rows` names: a slice, or row numbers [batch]."""
         moved = self._to_device(observation)
         if isinstance(rows, slice):
             self.tensor[rows] = moved
@@ -81,7 +81,7 @@ class DeviceArray:
             self.tensor.index_copy_(0, self._to_device(rows), moved)
 
     def take(self, rows: Rows, *, axis: int, out: Tensor, mode: Literal["clip"]) -> Tensor:
-        """Copy `rows` [...] into `out` [..., *shape]. All rows must be in range."""
+        """Copy the observations of the row numbers `rows` [...] into `out` [..., *shape]. All must be in range."""
         flat = out.view(-1, *self.shape[1:])
         torch.index_select(self.tensor, axis, self._to_device(rows.reshape(-1)), out=flat)
         return out
@@ -90,7 +90,7 @@ class DeviceArray:
         tensor = torch.from_numpy(array)
         if not self.tensor.is_cuda:
             return tensor
-        # PyTorch does not reuse pinned memory before the copies from it are done.
+        # The pinned copy may be freed at once: PyTorch does not reuse its memory before the GPU has read it.
         return tensor.pin_memory().to(self.tensor.device, non_blocking=True)
 
 

@@ -1,4 +1,4 @@
-"""Find transitions whose reward or observations are not finite."""
+"""Find transitions whose reward or observations contain NaN or infinity."""
 
 from __future__ import annotations
 
@@ -11,27 +11,30 @@ from hvdqn.step import Bools, Observation, Step
 
 
 class FiniteCheck:
-    """Checks each step for numbers that are not finite. Costs next to nothing as long as there are none.
+    """Checks each step for NaN and infinity. Costs next to nothing as long as there are none.
 
     Args:
-        envs: environments of this rank.
-        frame_stack: consecutive frames that make one network input.
-        observation_dtype: of one observation; only floats can be bad.
+        envs: number of this rank's environments.
+        frame_stack: number of consecutive frames that make one network input.
+        observation_dtype: dtype of the observations; only floats are checked.
     """
 
     def __init__(self, envs: int, frame_stack: int, observation_dtype: npt.DTypeLike) -> None:
         self.frame_stack = frame_stack
         self.observes_floats = np.dtype(observation_dtype).kind == "f"
         self.bad_stacks: npt.NDArray[np.int64] = np.zeros(envs, np.int64)
-        """How many observations, from the current one on, have a frame in their stack that is not finite [envs]."""
+        """For each environment, the number of coming frame stacks that still contain a bad frame [envs].
+
+        The stack that ends with the current observation is the first of them; 0: none has a NaN or infinity.
+        """
         self._any_bad_stack = False
 
     def start(self, observation: Observation) -> None:
-        """Begin an episode in every environment. `observation`: reset observations [envs, *shape]."""
+        """Note that all environments begin an episode. `observation`: what their reset returned [envs, *shape]."""
         self.load(np.where(_finite_rows(observation), 0, self.frame_stack))
 
     def bad_transitions(self, step: Step) -> Bools | None:
-        """Return True for the transitions of this step that nothing can be learned from; None if there are none."""
+        """Return True for environments whose transition holds NaN or infinity [envs]; None if all are finite."""
         checked: list[npt.NDArray[Any]] = [step.reward]
         if self.observes_floats:
             checked.append(step.next_observation)
@@ -51,11 +54,11 @@ class FiniteCheck:
         return bad
 
     def load(self, bad_stacks: npt.NDArray[np.int64]) -> None:
-        """Set `bad_stacks` [envs]."""
+        """Replace `bad_stacks` by the given values [envs], for example those of a checkpoint."""
         self.bad_stacks[:] = bad_stacks
         self._any_bad_stack = bool(self.bad_stacks.any())
 
 
 def _finite_rows(observation: Observation) -> Bools:
-    """Return True where all numbers of an observation are finite. [envs, *shape] -> [envs]."""
+    """Return, for each environment, True if all numbers of its observation are finite. [envs, *shape] -> [envs]."""
     return np.array([np.isfinite(row).all() for row in observation])

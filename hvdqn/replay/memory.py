@@ -1,6 +1,6 @@
-"""Where the arrays of a replay are: the interface, and host memory. `device.py` has what only GPUs need.
+"""Allocate the arrays of a replay in host memory. Subclasses in `device.py` use pinned memory and GPUs.
 
-`replay_memory` in `hvdqn/parts.py` decides which memory a run uses.
+`replay_memory` in `hvdqn/parts.py` decides which of these classes a run uses.
 """
 
 from __future__ import annotations
@@ -17,46 +17,46 @@ Array: TypeAlias = npt.NDArray[Any]
 
 
 class ObservationArray(Protocol):
-    """The observations of all rows [rows, *shape]: a NumPy array, or what takes its place on a GPU."""
+    """The observations of all rows of a replay [rows, *shape]: a NumPy array, or a `DeviceArray` on a GPU."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """`(rows, *shape)`."""
+        """The shape of the array: `(rows, *shape of one observation)`."""
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """The type of one number."""
+        """The NumPy dtype of its numbers."""
 
     @property
     def nbytes(self) -> int:
-        """The bytes reserved."""
+        """The number of bytes that are reserved for all rows."""
 
     def __getitem__(self, rows: slice, /) -> Array:
-        """Return consecutive rows."""
+        """Return consecutive rows as a NumPy array."""
 
     def __setitem__(self, rows: slice | Rows, observation: Array, /) -> None:
-        """Overwrite rows. observation: [batch, *shape]."""
+        """Write `observation` [batch, *shape] over the rows that `rows` names: a slice, or row numbers [batch]."""
 
     def take(self, rows: Rows, /, *, axis: int, out: Any, mode: Literal["clip"]) -> Any:
-        """Copy `rows` [...] into `out` [..., *shape]. axis: 0."""
+        """Copy the observations of the row numbers `rows` [...] into `out` [..., *shape]. `axis` must be 0."""
 
 
 class Memory:
-    """Allocates the arrays of a replay in host memory. `device.py` has pinned memory and GPUs."""
+    """Allocates the arrays of a replay in host memory. `device.py` has subclasses for pinned memory and GPUs."""
 
     note = ""
-    """What the description of a replay says of its memory."""
+    """Words that `Replay.description` appends for the log, such as ", observations on cuda:0"."""
 
     def observations(self, shape: Sequence[int], dtype: npt.DTypeLike) -> ObservationArray:
-        """Return an array for the observations of all rows."""
+        """Return an uninitialized array for the observations of all rows. shape: `(rows, *shape of one)`."""
         return np.empty(shape, dtype)
 
     def batch_observations(self, shape: Sequence[int], dtype: npt.DTypeLike) -> ObservationBatch:
-        """Return an array for the observations of a minibatch, which `ObservationArray.take` can fill."""
+        """Return an uninitialized array for the observations of a minibatch, as `out` of `ObservationArray.take`."""
         return np.empty(shape, dtype)
 
     def batch_array(self, shape: Sequence[int], dtype: npt.DTypeLike) -> Array:
-        """Return an array for another field of a minibatch; always in host memory."""
+        """Return an uninitialized array for another field of a minibatch; always in host memory."""
         return np.empty(shape, dtype)
 
 

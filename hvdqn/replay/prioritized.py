@@ -19,14 +19,14 @@ from hvdqn.step import Bools, Observation, Step
 class PrioritizedReplay(Replay):
     """A replay that samples row i with probability p_i / sum(p), where p = (|td error| + eps) ** alpha.
 
-    Proportional and stratified (Schaul et al. 2016). New transitions get the largest priority so far. Rows that cannot
-    be sampled have priority 0.
+    This is the proportional, stratified variant of Schaul et al. 2016. A new transition gets the largest priority so
+    far. A row at which no complete transition begins has priority 0.
 
     Args:
-        *args: those of `Replay`.
-        alpha: 0: uniform; 1: in proportion to the TD error.
+        *args: the positional arguments of `Replay`.
+        alpha: the exponent; 0 samples uniformly, 1 in proportion to the TD error.
         eps: added to every TD error, so that each transition can be sampled.
-        **kwargs: those of `Replay`.
+        **kwargs: the keyword arguments of `Replay`.
     """
 
     uses_td_errors: ClassVar[bool] = True
@@ -36,28 +36,31 @@ class PrioritizedReplay(Replay):
         self._alpha, self._eps = alpha, eps
         self._max_priority = 1.0
         self._tree = SumTree(self.envs * self.rows_per_env)
-        # The rows around the current one that `add` can make sampleable or not: it writes up to two rows, completes
-        # the n-step returns of n_step rows before them, and takes frames from frame_stack - 1 rows after them.
+        # Offsets from the current row to the rows that `add` can make sampleable or not. `add` writes up to two rows.
+        # That completes the n-step returns of the n_step rows before them, and overwrites frames that the stacks of
+        # the frame_stack - 1 rows after them needed.
         self._affected_offsets = np.arange(-self.n_step - 1, self.frame_stack, dtype=np.int64)
-        # The rows whose n-step returns contain a row.
+        # Offsets from a row to the rows whose n-step returns contain its reward.
         self._return_offsets = np.arange(1 - self.n_step, 1, dtype=np.int64)
 
     def start(self, observation: Observation, action_mask: Bools | None = None) -> None:
-        """Begin an episode in every environment: see `Replay.start`."""
+        """Store the first observation of an episode in every environment; see `Replay.start`."""
         super().start(observation, action_mask)
         self._refresh_priorities(self.current_row, self._affected_offsets)
 
     def add(self, action: npt.NDArray[np.integer[Any]], step: Step) -> None:
-        """Store the transition of every environment. `action`: [envs, *action_shape], that led to `step`."""
+        """Store every environment's transition. `action`: the actions that led to `step` [envs, *action_shape]."""
         super().add(action, step)
         self._refresh_priorities(self.current_row, self._affected_offsets)
 
     def _refresh_priorities(self, changed_rows: Rows, offsets: Rows) -> None:
-        """Give the largest priority to transitions that became sampleable, and 0 to those that no longer are.
+        """Set priorities around rows that were written.
+
+        A row at which a transition begins now gets the largest priority so far, one where none does any more gets 0.
 
         Args:
-            changed_rows: rows that were written [batch].
-            offsets: which rows around them may have become sampleable or not [offsets].
+            changed_rows: numbers of the rows that were written [batch].
+            offsets: distances from them to the rows that may have become sampleable or not [offsets].
         """
         rows = self.shift(changed_rows[:, None], offsets).ravel()
         before = self._tree.priorities.take(rows)
@@ -66,12 +69,17 @@ class PrioritizedReplay(Replay):
         self._tree.set(rows[changed], now[changed])
 
     def _allowed_priorities(self, rows: Rows, priorities: Priorities) -> Priorities:
-        """Return `priorities` of `rows`: 0 if not sampleable, the largest if sampleable but 0. [batch] -> [batch]."""
+        """Correct the priorities of `rows`: 0 for a row that cannot be sampled, the largest so far for a new one.
+
+        Args:
+            rows: row numbers [batch].
+            priorities: their priorities now [batch]; 0 for a row that could not be sampled until now.
+        """
         known = np.where(priorities > 0.0, priorities, self._max_priority)
         return np.where(self.is_sampleable(rows), known, 0.0)
 
     def sample(self, batch_size: int, importance: Importance = NO_CORRECTION) -> Batch:
-        """Return a minibatch: one draw from each of `batch_size` equal parts of the sum of priorities.
+        """Return a minibatch: divide the sum of priorities into `batch_size` equal parts, and draw one row from each.
 
         A rank draws i with probability P_r(i) = p_i / sum_r, so the job draws it with P(i) = P_r(i) / size. Its weight
         is (n_global * P(i)) ** -beta, to be divided by the maximum over all ranks.
@@ -95,13 +103,13 @@ class PrioritizedReplay(Replay):
         return batch
 
     def update_priorities(self, row_ids: Rows, td_errors: npt.NDArray[np.floating[Any]]) -> None:
-        """Set the priorities of sampled transitions. Skips rows overwritten since.
+        """Set the priorities of sampled transitions. Skips transitions that were overwritten since.
 
-        A transition whose TD error is not finite, where others of the minibatch are, is never sampled again. If none is
-        finite, the network is to blame and not the transitions, and nothing changes.
+        If some TD errors of the minibatch are finite and others are not, the transitions of the latter are never
+        sampled again. If none is finite, the network is to blame and not the transitions, and nothing changes.
 
         Args:
-            row_ids: `Batch.row_ids` [batch].
+            row_ids: `Batch.row_ids` of the minibatch [batch].
             td_errors: absolute TD errors [batch].
         """
         rows, held = self.rows_of(row_ids)
@@ -116,17 +124,17 @@ class PrioritizedReplay(Replay):
             self._discard(np.unique(rows[held & ~finite]))
 
     def _discard(self, rows: Rows) -> None:
-        """Remove the transitions that begin at `rows` [batch], and the n-step returns that contain them."""
+        """Never sample the transitions that begin at `rows` [batch], nor n-step returns that contain them."""
         if rows.size:
             self.discarded += rows.size
             self.outcome[rows] = NO_TRANSITION
             self._refresh_priorities(rows, self._return_offsets)
 
     def row_ids(self, rows: Rows) -> Rows:
-        """Return numbers that identify what `rows` hold now, unique in the whole run. [batch] -> [batch].
+        """Return a number for the transition that each of `rows` holds now, unique in the run. [batch] -> [batch].
 
-        A row is overwritten when its ring is full, so TD errors that arrive late may belong to a transition that is
-        gone. `rows_of` finds that out.
+        A full ring overwrites its oldest rows, so TD errors that arrive late may belong to a transition that is gone.
+        `rows_of` uses these numbers to find that out.
         """
         env, slot = np.divmod(rows, self.rows_per_env)
         newest = self._newest_serial.take(env)
@@ -135,18 +143,18 @@ class PrioritizedReplay(Replay):
         return row_ids
 
     def rows_of(self, row_ids: Rows) -> tuple[Rows, Bools]:
-        """Return the rows of `row_ids`, and False where they were overwritten since. [batch] -> [batch], [batch]."""
+        """Return the row of each id [batch], and whether it still holds that transition, not a newer one [batch]."""
         serial, env = np.divmod(row_ids, self.envs)
         held: Bools = serial > self._newest_serial.take(env) - self.rows_per_env
         return self._first_row.take(env) + serial % self.rows_per_env, held
 
     def state(self) -> State:
-        """Return the state of `Replay`, the largest priority so far, and per environment the priorities of its rows."""
+        """Return all that an exact resume needs: `Replay.state`, the priorities per environment, and the largest."""
         priorities = {f"{env}/mass": self._tree.priorities[rows] for env, rows in self.rows_in_use()}
         return {**super().state(), "largest": np.array([self._max_priority]), **priorities}
 
     def load_state(self, state: Mapping[str, Array | StreamedArray]) -> None:
-        """Restore what `state` returned.
+        """Restore what `state` returned; as in `Replay.load_state`.
 
         Raises:
             ValueError: the state does not fit this replay, or its priorities are negative or not finite.

@@ -1,4 +1,4 @@
-"""The replay of one rank: a ring of single observations per environment, sampled uniformly.
+"""Store the transitions of one rank in a ring of single observations per environment, and sample them uniformly.
 
 A row of a ring is one moment of one environment: the observation, the action taken there, the reward, and whether the
 episode went on (`outcome`). The row of the current observation gets its action, reward and outcome from the next call
@@ -26,42 +26,41 @@ from hvdqn.step import Bools, Observation, Step
 
 State: TypeAlias = dict[str, Array | StreamedArray]
 
-# What the action of a row led to. NO_TRANSITION: the row has no action, because it holds the current or the final
-# observation of an episode, or nothing yet.
+# The outcome of a row: whether the episode went on after its action, or how it ended. NO_TRANSITION: the row has no
+# action, because it holds the current or the final observation of an episode, or nothing yet.
 RUNNING, TERMINATED, TRUNCATED, NO_TRANSITION = range(4)
 
-# A row whose transition cannot be learned from, because a reward, an observation or a TD error is not finite, has
-# NO_TRANSITION too. So no minibatch contains it.
+# A row whose reward, observation or TD error is not finite has NO_TRANSITION too, so that no minibatch contains it.
 
 EMPTY_MESSAGE = (
     "replay holds no transition to learn from yet: learning must start after n_step steps of every env"
 )
-# After this many draws that found too few rows, list all rows that can be sampled and draw from the list.
+# `_draw_rows` draws row numbers at random until enough of them can be sampled. After this many draws it lists all rows
+# that can be sampled and draws from the list.
 _MAX_DRAWS = 64
 _ALL = slice(None)
 
 
 class Replay:
-    """The transitions of one rank, in one ring of rows per environment. All of them are equally likely to be sampled.
+    """Holds the transitions of one rank, in one ring of rows per environment, and samples them with equal probability.
 
-    Rows are numbered over all rings: row `env * rows_per_env + slot`. Memory is reserved at once but only used as the
-    rings fill.
+    Rows are numbered over all rings: place `slot` of environment `env`'s ring is row `env * rows_per_env + slot`.
+    Memory is reserved at once but only used as the rings fill.
 
     Args:
-        envs: environments of this rank.
-        capacity: rows for all environments together. Final observations take rows too.
+        envs: number of this rank's environments.
+        capacity: number of rows for all environments together. Final observations take rows too.
         observation_shape: shape of one observation, without frame stack.
-        observation_dtype: its dtype.
-        rng: source of all random draws.
-        frame_stack: consecutive frames that make one network input; 1: the observation itself.
-        actions: number of actions, in each dimension; needed only for masks.
-        action_shape: of one action: (), or (dimensions,).
-        n_step: rewards summed before bootstrapping.
+        observation_dtype: dtype of one observation.
+        rng: generator of all random draws.
+        frame_stack: number of consecutive frames that make one network input; 1: the observation itself.
+        mask_shape: shape of the mask of one observation: (actions,), or (dimensions, actions).
+        n_step: number of rewards that are summed before bootstrapping.
         gamma: discount of one step.
-        memory: allocates the arrays.
+        memory: allocates the arrays, in host memory or on a GPU.
 
     Attributes:
-        discarded: transitions that are never sampled because a reward, an observation or a TD error is not finite.
+        discarded: number of transitions never sampled because a reward, observation or TD error is not finite.
 
     Raises:
         ValueError: a ring would be too short for one frame stack and one n-step return.
@@ -81,20 +80,18 @@ class Replay:
         n_step: int = 1,
         gamma: float = 0.99,
         memory: Memory = HOST_MEMORY,
-        actions: int = 0,
-        action_shape: tuple[int, ...] = (),
+        mask_shape: tuple[int, ...] = (0,),
     ) -> None:
         check_sizes(envs, capacity, frame_stack, n_step)
         self.envs, self.rows_per_env = envs, capacity // envs + 1
         self.frame_stack, self.n_step, self.gamma = frame_stack, n_step, gamma
-        self.memory = memory
-        self._rng = rng
+        self.memory, self._rng = memory, rng
         rows = envs * self.rows_per_env
         self.observation = memory.observations((rows, *observation_shape), observation_dtype)
-        self.action: npt.NDArray[np.int64] = np.empty((rows, *action_shape), np.int64)
+        self.action: npt.NDArray[np.int64] = np.empty((rows, *mask_shape[:-1]), np.int64)
         self.reward: npt.NDArray[np.float32] = np.empty(rows, np.float32)
         self.outcome: npt.NDArray[np.uint8] = np.full(rows, NO_TRANSITION, np.uint8)
-        # How many frames before this one belong to the same episode, as far as a frame stack needs them.
+        # How many frames before a row's own belong to the same episode, counted up to frame_stack - 1.
         self.previous_frames: npt.NDArray[np.uint8] = np.zeros(rows, np.uint8)
         # The arrays of all rows, by their names in a saved state. Two names are older than the attributes, and stay so
         # that old checkpoints load.
@@ -105,15 +102,12 @@ class Replay:
             "kind": self.outcome,
             "reach": self.previous_frames,
         }
-        self.illegal: BitRows | None = None
-        """The illegal actions of each row; None if all actions are legal everywhere."""
-        self._mask_shape = (*action_shape, actions)
-        # The rows of an environment have serial numbers 0, 1, 2... in the order written; number s is in slot
-        # s % rows_per_env.
+        self.illegal: BitRows | None = None  # the illegal actions of each row, if environments give masks
+        self._mask_shape = mask_shape
+        # An environment's rows have serial numbers 0, 1, 2... in the order written. Number s is at s % rows_per_env.
         self._newest_serial: Rows = np.full(envs, -1, np.int64)
         self._first_row: Rows = np.arange(envs, dtype=np.int64) * self.rows_per_env
-        self.current_row: Rows = self._first_row.copy()
-        """The row of each environment's current observation [envs]."""
+        self.current_row: Rows = self._first_row.copy()  # of each environment's current observation
         self._stack_offsets: Rows = np.arange(frame_stack, dtype=np.int64)[::-1].copy()
         self._n_step_offsets: Rows = np.arange(n_step, dtype=np.int64)[:, None]
         self._discounts = (gamma ** np.arange(n_step + 1)).astype(np.float32)
@@ -124,24 +118,24 @@ class Replay:
         self._buffers: list[Batch] = []
 
     def __len__(self) -> int:
-        """Return the number of transitions. Reads all rows: for logs, not for the training loop."""
+        """Return the number of stored transitions. Reads all rows, so the training loop must not call it."""
         return int(np.count_nonzero(self.outcome != NO_TRANSITION))
 
     @property
     def nbytes(self) -> int:
-        """The bytes reserved for rows, all of them in use once the rings are full."""
+        """The number of bytes that are reserved for rows; all are in use once the rings are full."""
         return sum(field.nbytes for field in self._fields.values())
 
     @property
     def description(self) -> str:
-        """How much memory replay takes and where, for the log."""
+        """One line for the log: how much memory the replay takes when full, and where it lies."""
         return f"replay {self.nbytes / 1e6:,.3g} MB when full{self.memory.note}"
 
     def start(self, observation: Observation, action_mask: Bools | None = None) -> None:
-        """Begin an episode in every environment: at the start of a run, or after a resume that reset them.
+        """Store the first observation of every environment, after the reset of a new or a resumed run.
 
         Args:
-            observation: reset observations [envs, *shape].
+            observation: the observations that reset returned [envs, *shape].
             action_mask: their legal actions [envs, *action_shape, actions]; None if all are legal everywhere.
         """
         if action_mask is not None:
@@ -150,7 +144,7 @@ class Replay:
         self._finite.start(observation)
 
     def add(self, action: npt.NDArray[np.integer[Any]], step: Step) -> None:
-        """Store the transition of every environment. `action`: [envs, *action_shape], that led to `step`."""
+        """Store every environment's transition. `action`: the actions that led to `step` [envs, *action_shape]."""
         assert self._newest_serial[0] >= 0, "start() comes before add()"
         # With NEXT_STEP autoreset, a step that only reset an environment is no transition.
         envs = _ALL if np.count_nonzero(step.valid) == self.envs else np.flatnonzero(step.valid)
@@ -196,7 +190,7 @@ class Replay:
     def sample(self, batch_size: int, importance: Importance = NO_CORRECTION) -> Batch:
         """Return a minibatch drawn with replacement. All weights are 1: uniform sampling needs no correction.
 
-        The second next call reuses its arrays, so the learner can still read one batch while the next is built.
+        Calls use two sets of arrays in turn, so the learner can still read one batch while the next is built.
 
         If every transition was discarded, all rewards of the minibatch are NaN. All ranks then skip the update and
         count it, which ends the run after `--max-skipped-updates` in a row.
@@ -211,7 +205,7 @@ class Replay:
         """Do nothing: uniform sampling has no priorities."""
 
     def _draw_rows(self, count: int) -> Rows:
-        """Draw `count` rows that can be sampled, all equally likely. [count], or [0] if all were discarded."""
+        """Draw `count` rows at which transitions begin, all equally likely: [count], or [0] if all were discarded."""
         written = max(self._newest_serial.tolist()) + 1
         used = min(max(written, 1), self.rows_per_env)  # rows in use of the fullest ring
         found = np.empty(0, np.int64)
@@ -230,7 +224,7 @@ class Replay:
         return rows[self._rng.integers(rows.size, size=count)]
 
     def _nan_batch(self, batch_size: int) -> Batch:
-        """Return a minibatch of rewards that are NaN, with weights of 1.
+        """Return a minibatch whose rewards are NaN, so that all ranks skip this update; its weights are 1.
 
         Raises:
             ValueError: no transition was discarded, so replay is simply empty.
@@ -244,7 +238,7 @@ class Replay:
         return batch
 
     def is_sampleable(self, rows: Rows) -> Bools:
-        """Return True for rows at which a complete transition begins. [batch] -> [batch].
+        """Return True for each of `rows` at which a complete transition begins. [batch] -> [batch].
 
         The n-step return must end before the current observation, unless the episode ends first. The frame stack must
         not need frames that were overwritten.
@@ -255,18 +249,18 @@ class Replay:
             outcomes = self.outcome.take(self.n_step_rows(rows))
             sampleable = ~(_is_in_return(outcomes) & (outcomes == NO_TRANSITION)).any(axis=0)
         if self.frame_stack > 1:
-            # Counted round the ring from the current row, the oldest row is number 1.
+            # Rows are counted round the ring from the current row, number 0, so the oldest row is number 1.
             number = (rows - self.current_row.take(rows // self.rows_per_env)) % self.rows_per_env
             sampleable &= number > self.previous_frames.take(rows)
         return sampleable
 
     def sampleable_rows(self) -> Rows:
-        """Return all rows that can be sampled. Reads all rows: not for the training loop."""
+        """Return the numbers of all rows that can be sampled. Reads all rows, so it is slow."""
         rows: Rows = np.flatnonzero(self.outcome != NO_TRANSITION)
         return rows[self.is_sampleable(rows)]
 
     def build_batch(self, rows: Rows) -> Batch:
-        """Return the transitions that begin at `rows` [batch], all of them sampleable, with weights of 1."""
+        """Return the transitions that begin at `rows` [batch], for which `is_sampleable` must be True; weights: 1."""
         if not self._buffers or self._buffers[0].reward.size != rows.size:
             self._buffers = [self._allocate_batch(rows.size) for _ in range(2)]
         self._buffers.reverse()
@@ -286,14 +280,14 @@ class Replay:
         return batch
 
     def _n_step_returns(self, rows: Rows, batch: Batch) -> Rows:
-        """Set reward and discount of the batch and return the rows of its next observations. [batch] -> [batch].
+        """Set the batch's rewards and discounts, and return the rows of its next observations. [batch] -> [batch].
 
         R = sum_{m<k} gamma^m r_m over k = n_step steps, or fewer where the episode ends (Sutton 1988).
         """
         path = self.n_step_rows(rows)
         outcomes = self.outcome.take(path)
         in_return = _is_in_return(outcomes)
-        # Rewards after the end belong to another episode or were never written, so they may be NaN.
+        # Rewards after an episode's end belong to another episode or were never written, so they may be NaN.
         rewards = np.where(in_return, self.reward.take(path), np.float32(0.0))
         (rewards * self._discounts[:-1, None]).sum(axis=0, out=batch.reward)
         steps = in_return.sum(axis=0)
@@ -307,11 +301,11 @@ class Replay:
             # A stack longer than the episode so far repeats the episode's first frame.
             back = np.minimum(self._stack_offsets, self.previous_frames.take(rows)[:, None])
             rows = self.shift(rows[:, None], -back)
-        # All rows are in range. Without "clip", NumPy copies through a temporary array.
+        # "clip" never clips here, since all rows are in range. Without it, NumPy copies through a temporary array.
         self.observation.take(rows, axis=0, out=out, mode="clip")
 
     def shift(self, rows: Rows, steps: int | Rows) -> Rows:
-        """Return the rows `steps` later in the same rings, earlier where negative; broadcasts."""
+        """Return the rows of the same environments `steps` later, or earlier where negative. Both are broadcast."""
         slots = rows % self.rows_per_env
         shifted: Rows = rows - slots + (slots + steps) % self.rows_per_env
         return shifted
@@ -336,10 +330,9 @@ class Replay:
         return batch
 
     def state(self) -> State:
-        """Return all that an exact resume needs, without copies: views of host memory, and streams from a GPU.
+        """Return all that an exact resume needs, as views of host memory and, for a GPU, `StreamedArray`s: no copies.
 
-        Keys: `serial` and `bad_stacks` [envs], `discarded` [1], `{env}/{field}` for each field of the rows in use, and
-        `rng`.
+        Keys: `serial` and `bad_stacks` [envs], `discarded` [1], `rng`, and for the rows ever written `{env}/{field}`.
         """
         state: State = {"serial": self._newest_serial, "discarded": np.array([self.discarded])}
         state["bad_stacks"] = self._finite.bad_stacks
@@ -348,9 +341,9 @@ class Replay:
         return {**state, "rng": _pack_rng(self._rng)}
 
     def load_state(self, state: Mapping[str, Array | StreamedArray]) -> None:
-        """Restore what `state` returned: from then on this replay is the same, bit for bit.
+        """Restore what `state` returned; this replay then samples the same as the saved one, bit for bit.
 
-        A resharded state has no random state and no count; this replay then keeps its own.
+        A state from `reshard` has no random state and no count of discarded transitions; both then stay as they are.
 
         Raises:
             ValueError: the state has another number of environments, capacity, observation or frame stack.
@@ -381,18 +374,18 @@ class Replay:
             self._rng.bit_generator.state = json.loads(np.asarray(state["rng"]).tobytes())
 
     def rows_in_use(self) -> Iterator[tuple[int, slice]]:
-        """Yield each environment and the rows of its ring that were ever written."""
+        """Yield, for each environment, its number and the slice of the rows that were ever written."""
         for env, first in enumerate(self._first_row.tolist()):
             yield env, slice(first, first + min(int(self._newest_serial[env]) + 1, self.rows_per_env))
 
 
 def _is_in_return(outcomes: npt.NDArray[np.uint8]) -> Bools:
-    """Return True for n-step rows whose reward counts: until the episode ends. [n_step, batch] -> the same."""
+    """Return True for rows up to the episode's end, whose rewards count. [n_step, batch] -> [n_step, batch]."""
     in_return = np.ones(outcomes.shape, np.bool_)
     np.logical_and.accumulate(outcomes[:-1] == RUNNING, axis=0, out=in_return[1:])
     return in_return
 
 
 def _pack_rng(rng: np.random.Generator) -> npt.NDArray[np.uint8]:
-    """Return the generator's state as bytes of JSON, because its integers are wider than any dtype."""
+    """Return the generator's state as JSON in bytes [n]: its integers are wider than any NumPy dtype."""
     return np.frombuffer(json.dumps(rng.bit_generator.state).encode(), np.uint8)

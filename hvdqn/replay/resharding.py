@@ -1,4 +1,4 @@
-"""Distribute saved replays over another number of ranks."""
+"""Distribute the replays of a checkpoint over another number of ranks, when a run resumes with more or fewer."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from hvdqn.replay.streamed import StreamedArray
 
 
 def reshard(states: Sequence[Mapping[str, Array]], replay: Replay, rank: int, size: int) -> State:
-    """Return an equal share of all saved replays, as a state that `replay` can load.
+    """Return this rank's share of all saved replays, as large as every other rank's; `replay` can load it.
 
-    All old rings are put end to end, each from its oldest row to its newest, and cut into one piece per new ring. A
-    piece that is too long loses its oldest rows. Episodes that were going on are cut off, so call `Replay.start` next.
-    Random states are not distributed: a rank keeps its own.
+    This puts all saved rings (one per environment) end to end, each from its oldest row to its newest, and cuts the
+    result into one piece per new ring. A piece that is too long loses its oldest rows. The last episode of each saved
+    ring gets no end, so call `Replay.start` next. A rank keeps its own random state.
 
-    The new rings are streams that read the old ones piece by piece while they are loaded: there is no copy of a ring in
-    memory besides the one that is filled.
+    The arrays returned read the saved ones piece by piece while `replay` loads them, so that memory never holds a
+    second copy of a ring.
 
     Args:
         states: `Replay.state` of every rank of the old run, in order of rank; may be memory-mapped.
         replay: the empty replay of this rank.
-        rank: this rank, among those that have a replay.
+        rank: the number of this rank among those that have a replay.
         size: number of ranks that have a replay now.
     """
     old = [OldRing(state, env) for state in states for env in range(state["serial"].size)]
@@ -55,11 +55,11 @@ def reshard(states: Sequence[Mapping[str, Array]], replay: Replay, rank: int, si
 
 
 class OldRing:
-    """The rows in use of one saved ring, numbered by age: 0 is the oldest.
+    """Reads the rows of one saved ring by age: number 0 is the oldest row.
 
     Args:
-        state: of the rank that the ring belongs to.
-        env: its environment.
+        state: what `Replay.state` returned on the rank that had this ring.
+        env: the number of the ring's environment on that rank.
     """
 
     def __init__(self, state: Mapping[str, Array], env: int) -> None:
@@ -68,31 +68,31 @@ class OldRing:
         self.oldest_serial = int(state["serial"][env]) + 1 - self.rows
 
     def read(self, field: str, ages: Rows) -> Array:
-        """Return these rows of a field."""
+        """Return the rows of these ages [n] of the array `field`, as `[n, ...]`."""
         array: Array = self.state[f"{self.env}/{field}"][(self.oldest_serial + ages) % self.rows]
         return array
 
 
 @dataclass(frozen=True)
 class Part:
-    """Consecutive rows of an old ring, of ages `first` up to `end`, that become part of a new ring."""
+    """Consecutive rows of a saved ring, from age `first` up to but not including `end`; they go into one new ring."""
 
     ring: OldRing
     first: int
     end: int
 
     def read(self, field: str, first: int, end: int) -> Array:
-        """Return rows of a field, counted from the beginning of this part."""
+        """Return the rows [first, end) of the array `field`; this part's first row has number 0."""
         ages = np.arange(self.first + first, self.first + end)
         array = self.ring.read(field, ages)
         if field == "kind":
-            # No transition begins where the frame stack needs rows before this part.
+            # A row whose frame stack needs rows from before this part cannot begin a transition.
             array[self.ring.read("reach", ages) > np.arange(first, end)] = NO_TRANSITION
         return array
 
 
 def _read(parts: Sequence[Part], field: str, first: int, end: int) -> Array:
-    """Return the rows from `first` up to `end` of a new ring that consists of these parts."""
+    """Return the rows [first, end) of the array `field` of a new ring that consists of `parts`, in this order."""
     found, begin = [], 0
     for part in parts:
         rows = part.end - part.first
@@ -102,5 +102,5 @@ def _read(parts: Sequence[Part], field: str, first: int, end: int) -> Array:
         begin += rows
     array = found[0] if len(found) == 1 else np.concatenate(found)
     if field == "kind" and end == begin:
-        array[-1:] = NO_TRANSITION  # the newest row of a ring is that of the current observation
+        array[-1:] = NO_TRANSITION  # a ring's newest row holds the current observation, without an action yet
     return array

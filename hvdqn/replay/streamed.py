@@ -1,4 +1,4 @@
-"""Arrays that are read piece by piece, because a copy of all of it would double the memory of a replay."""
+"""Read a large array piece by piece, because a copy of all of a replay would double the memory that it takes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _PIECE_BYTES = 1 << 24
 
 @dataclass(frozen=True)
 class StreamedArray:
-    """An array that exists only piece by piece.
+    """An array whose rows are read or computed only when asked for, a piece at a time.
 
     Args:
-        shape: `(rows, *shape)`.
-        dtype: of its numbers.
-        read: returns the rows [first, end) as an array.
+        shape: `(rows, *shape of one row)`.
+        dtype: dtype of its numbers.
+        read: called as `read(first, end)`; returns the rows [first, end) as an array.
     """
 
     shape: tuple[int, ...]
@@ -30,17 +30,17 @@ class StreamedArray:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of all rows."""
+        """The number of bytes of all rows together."""
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> Array:
-        """Return all rows as one array."""
+        """Read all rows into one array `[rows, ...]`; NumPy calls this, as in `np.asarray(streamed)`."""
         array = self.read(0, self.shape[0]) if self.shape[0] else np.empty(self.shape, self.dtype)
         return array.astype(self.dtype if dtype is None else dtype)
 
 
 def view_rows(field: Any, rows: slice) -> Array | StreamedArray:
-    """Return rows of a field: a view of host memory, or a stream of pieces from a device."""
+    """Return rows of a field without a copy: a view of host memory, or a `StreamedArray` that reads from a GPU."""
     if isinstance(field, np.ndarray):
         return field[rows]
     shape = (rows.stop - rows.start, *field.shape[1:])
@@ -48,7 +48,7 @@ def view_rows(field: Any, rows: slice) -> Array | StreamedArray:
 
 
 def pieces(array: Array | StreamedArray) -> Iterator[tuple[int, Array]]:
-    """Yield consecutive rows of an array, up to 16 MiB at a time, each with the number of its first row."""
+    """Yield pieces of about 16 MiB of consecutive rows, each as the number of its first row and the rows."""
     rows = array.shape[0]
     step = max(_PIECE_BYTES * rows // max(array.nbytes, 1), 1)
     for first in range(0, rows, step):

@@ -1,4 +1,4 @@
-"""A sum tree over priorities, vectorized over the batch."""
+"""Find rows by the cumulative sum of their priorities, with a tree of sums, for a whole minibatch at once."""
 
 from __future__ import annotations
 
@@ -12,26 +12,27 @@ from hvdqn.replay.batch import Rows
 
 Priorities: TypeAlias = npt.NDArray[np.float64]
 
-# Wide nodes make few levels (5 for a million rows). Each level takes a handful of NumPy calls for the whole batch.
+# Children per node. Many children make few levels (5 for a million rows), and a search takes a few NumPy calls a level.
 _FANOUT = 16
 
 
 class SumTree:
-    """Priorities of `rows` rows, not negative and all zero at first, searchable by their cumulative sum.
+    """Holds one priority for each of `rows` rows, and finds rows by the cumulative sum of priorities.
 
-    A parent is always computed anew as the sum of its children, in one order. So the sums do not drift and do not
-    depend on the order of updates. Takes 8.5 bytes per row.
+    Priorities are 0 at first and never negative. `set` computes every changed node anew as the sum of its children, in
+    a fixed order. So rounding errors do not add up, and the sums do not depend on the order of updates. The tree takes
+    8.5 bytes per row.
     """
 
     def __init__(self, rows: int) -> None:
-        # Leaves first, each level [nodes, fanout], with zeros where the rows do not fill the last node.
+        # The levels of the tree from leaves to root, each [nodes, fanout]; zeros fill up the last node.
         self._levels: list[Priorities] = []
         nodes = rows
         while not self._levels or nodes > 1:
             nodes = -(-nodes // _FANOUT)
             self._levels.append(np.zeros((nodes, _FANOUT)))
         self.priorities: Priorities = self._levels[0].reshape(-1)[:rows]
-        """The priorities of all rows [rows]. Read only: call `set` or `fill` to change them."""
+        """The priorities of all rows [rows]. Change them only through `set` or `fill`."""
 
     @property
     def total(self) -> float:
@@ -48,16 +49,18 @@ class SumTree:
             parents.reshape(-1)[nodes] = children.take(nodes, axis=0).cumsum(axis=1)[:, -1]
 
     def fill(self, priorities: Priorities) -> None:
-        """Replace all priorities [rows]."""
+        """Replace the priorities of all rows by `priorities` [rows]."""
         self.priorities[:] = priorities
         for children, parents in pairwise(self._levels):
             parents.reshape(-1)[: len(children)] = children.cumsum(axis=1)[:, -1]
 
     def find(self, targets: Priorities) -> Rows:
-        """Return the rows at which the cumulative sum first exceeds `targets`. Never a row of priority 0.
+        """Return, for each target, the first row at which the cumulative sum of priorities exceeds it [batch].
+
+        It never returns a row of priority 0.
 
         Args:
-            targets: in [0, total). [batch].
+            targets: numbers in [0, total) [batch].
         """
         left = targets.copy()
         nodes = np.zeros(left.shape, np.int64)
@@ -68,7 +71,7 @@ class SumTree:
             child = (sums > left[:, None]).argmax(axis=1)
             at = first + child
             before = np.where(child > 0, sums.take(at - 1, mode="clip"), 0.0)
-            # Rounding can make the rest as large as the child's sum. The search could then end at a priority of 0.
+            # Rounding can make `left` as large as the child's sum. The search could then end at a priority of 0.
             left = np.minimum(left - before, np.nextafter(children.take(at), 0.0))
             nodes = nodes * _FANOUT + child
         return nodes

@@ -1,4 +1,7 @@
-"""How replicas agree. The training loop knows a strategy by the interface `Strategy` alone."""
+"""Keep the ranks' copies of the network in agreement, by one of the strategies that `--sync` offers.
+
+The training loop uses a strategy only through the interface `Strategy`.
+"""
 
 from __future__ import annotations
 
@@ -30,15 +33,15 @@ def make_strategy(
     clock: Clock,
     record: Record | None = None,
 ) -> Strategy:
-    """Make this rank's part of the strategy that `--sync` names; a collective call.
+    """Create this rank's object of the strategy that `--sync` names. All ranks must call it together.
 
     Args:
-        config: of the run; `check_engine` has accepted it.
-        learner: of this rank.
-        comm: the ranks.
+        config: the configuration of the run; `check_engine` must have accepted it.
+        learner: this rank's learner.
+        comm: the collectives over all ranks.
         timer: counts the seconds that this rank waits for others.
-        clock: of this rank.
-        record: how to record CUDA graphs; None: none are used.
+        clock: this rank's clock.
+        record: records a function as a CUDA graph; None: the run uses no CUDA graphs.
     """
     parallel, limit = config.parallel, config.learning.max_skipped_updates
     if parallel.sync == "parameters":

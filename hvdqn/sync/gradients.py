@@ -18,21 +18,24 @@ from hvdqn.sync.statistics import LOSS, REPORTED, STOP, Outcome, Received, Trail
 from hvdqn.sync.strategy import Strategy, broadcast_target, check_skipped, compare_learners
 
 LARGEST_WEIGHT, FINITE = range(2)
-"""Slots of the trailer; the second is finite if the rank's loss and gradient are."""
+"""The numbers that every rank puts into the trailer for itself: its minibatch's largest importance weight, and one
+that is finite if its loss and gradient are."""
 
 
 class Gradients(Strategy):
-    """One named allreduce per update carries the flat gradient and a trailer of statistics and votes.
+    """Averages the gradient over all ranks at every update, with one allreduce.
 
-    Each rank multiplies its gradient by 1 / ranks, so that the sum over ranks is the average. Importance weights enter
-    undivided, and the learner divides by the largest of the whole job (Schaul et al. 2016, section 3.4): a rank that
-    divided by its own largest would count its samples differently.
+    Its message is the flat gradient, followed by the trailer: a few numbers with statistics and votes to stop.
+
+    Each rank multiplies its gradient by 1 / ranks, so that the sum over ranks is the average. The gradient is computed
+    with importance weights that are not normalized, and divided by the largest weight of the whole job afterwards
+    (Schaul et al. 2016, section 3.4). If each rank divided by its own largest, its samples would count differently.
 
     Args:
         learner: computes and applies gradients.
-        comm: the ranks.
+        comm: the collectives over all ranks.
         timer: counts the seconds that this rank waits for the others.
-        max_skipped_updates: updates skipped in a row before the run ends.
+        max_skipped_updates: number of updates skipped in a row that ends the run.
     """
 
     description = "gradients averaged at every update"
@@ -49,7 +52,7 @@ class Gradients(Strategy):
     def launch(
         self, reported: Sequence[float], learned: Tensor | None, largest_weight: float, progress: float
     ) -> None:
-        """Launch the allreduce of the gradient and its trailer."""
+        """Launch the allreduce of the gradient and of the statistics behind it; arguments as in `Strategy.launch`."""
         self.progress = progress
         if learned is None:
             self.learner.gradient.zero_()
@@ -77,7 +80,7 @@ class Gradients(Strategy):
         return self._outcome(received, applied)
 
     def exchange_stats(self, reported: Sequence[float]) -> Outcome:
-        """Exchange the trailer alone."""
+        """Sum statistics and votes over all ranks without a gradient; used while no update is due."""
         self.trailer.pack(reported)
         self.sent_messages += 1
         self.sent_bytes += self.trailer.tensor.nbytes
@@ -91,22 +94,31 @@ class Gradients(Strategy):
         return broadcast_target(self.learner, self.comm, self.timer)
 
     def differing_ranks(self) -> list[int]:
-        """Return the ranks whose networks or moments differ from those of most ranks."""
+        """Return the ranks whose networks or optimizer moments differ from those of most ranks."""
         return compare_learners(self.learner, self.comm, self.timer)
 
     def expected_traffic(self) -> tuple[float, float]:
-        """Return the messages and bytes that one rank should send per update."""
+        """Return how many messages and bytes one rank should send per update."""
         return 1.0, float(self.message.nbytes)
 
     def _outcome(self, received: Received, applied: bool) -> Outcome:
-        """Average what the ranks learned; count a skipped update and end the run after too many in a row."""
+        """Return the averaged statistics of this update; end the run if too many in a row were skipped.
+
+        Args:
+            received: what the ranks' trailers summed to.
+            applied: whether the optimizer step was taken.
+
+        Raises:
+            NonFiniteError: `max_skipped_updates` in a row had a gradient that is not finite.
+        """
         statistics = received.statistics
-        # Each rank's loss is scaled neither by 1 / ranks nor by the importance weights' maximum.
+        # The sum of losses is divided here by the number of ranks and by the largest importance weight, as the
+        # gradient was.
         statistics[len(REPORTED) :] /= received.present
         statistics[LOSS] /= max(received.slots[LARGEST_WEIGHT])
         self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
         if not applied:
-            statistics[len(REPORTED) :] = 0.0  # may be NaN; the means are over updates taken
+            statistics[len(REPORTED) :] = 0.0  # may be NaN; metrics average over steps taken
             bad = [rank for rank, value in enumerate(received.slots[FINITE]) if not math.isfinite(value)]
             check_skipped(self.skipped_in_a_row, bad, self.max_skipped_updates)
         return Outcome(statistics, int(applied), int(not applied), bool(statistics[STOP] > 0))

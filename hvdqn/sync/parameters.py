@@ -1,11 +1,12 @@
-"""Periodic averaging: ranks take their own steps, and average weights and moments every K updates.
+"""Average parameters periodically: ranks take steps of their own, and average weights and moments every K updates.
 
-Distributed DQN with independent agents whose parameters are averaged now and then: local SGD (Stich 2019, "Local SGD
-Converges Fast and Communicates Little", algorithm 1). The averaged change can also serve as the gradient of an outer
-optimizer (DiLoCo, Douillard et al. 2023, algorithm 1).
+This is local SGD (Stich 2019, "Local SGD Converges Fast and Communicates Little", algorithm 1) for DQN. The averaged
+change of the weights can also serve as the gradient of a second, outer optimizer (DiLoCo, Douillard et al. 2023,
+algorithm 1).
 
-With K = 1 and SGD this equals `gradients`, except that clipping acts on each rank's own gradient. Otherwise ranks drift
-apart between averages, the further the larger K, the learning rate and the difference between their replays are.
+With K = 1 and SGD this equals `--sync gradients`, except that each rank clips its own gradient. Otherwise the ranks'
+weights drift apart between averages. They drift further the larger K, the learning rate and the difference between the
+ranks' replays are.
 """
 
 from __future__ import annotations
@@ -24,23 +25,27 @@ from hvdqn.metrics import PhaseTimer
 from hvdqn.sync.statistics import REPORTED, STATISTICS, STOP, Outcome, Trailer
 from hvdqn.sync.strategy import Strategy, broadcast_target, check_skipped
 
-# A signal must be answered within half a minute: where averages are rarer, the trailer travels alone in between.
+# Every so many updates at least, ranks exchange statistics and votes, without weights if no average is due: a run must
+# stop within half a minute of a signal.
 UPDATES_BETWEEN_VOTES = 16
 SLOTS = (
-    3  # of the trailer: this rank's largest importance weight, skipped updates, and those skipped in a row
+    3  # numbers for each rank in the trailer: largest importance weight, skipped updates, and those in a row
 )
 
 
 class Nesterov:
-    """The outer optimizer of DiLoCo: it descends along the averaged change as if that were a gradient.
+    """The outer optimizer of DiLoCo: SGD with Nesterov momentum on the change between two averages.
 
-    With g = theta - mean: v = momentum v + g; theta = theta - lr (g + momentum v). With lr 1 and without momentum the
-    result is the mean.
+    The anchor is the weights with which all ranks began after the last outer step. With g = anchor - mean:
+
+        v = momentum v + g,   anchor = anchor - lr (g + momentum v)
+
+    With lr 1 and momentum 0 the new anchor is the mean itself.
 
     Args:
-        parameters: the starting point `[parameters]`.
-        lr: of the outer step.
-        momentum: of the outer step, as in `torch.optim.SGD(nesterov=True)`.
+        parameters: the weights at the start, which become the first anchor `[parameters]`.
+        lr: learning rate of the outer step.
+        momentum: momentum of the outer step, as in `torch.optim.SGD(nesterov=True)`.
     """
 
     def __init__(self, parameters: Tensor, lr: float, momentum: float) -> None:
@@ -49,28 +54,32 @@ class Nesterov:
         self.velocity = torch.zeros_like(parameters)
 
     def step(self, mean: Tensor) -> Tensor:
-        """Take a step from the anchor, given the ranks' mean; return the next anchor. Both `[parameters]`."""
+        """Take an outer step from the anchor toward `mean`, the ranks' average parameters; return the new anchor.
+
+        Both are `[parameters]`.
+        """
         change = self.anchor - mean
         self.velocity.mul_(self.momentum).add_(change)
         self.anchor.sub_(change.add_(self.velocity, alpha=self.momentum), alpha=self.lr)
         return self.anchor
 
     def state(self) -> dict[str, Tensor]:
-        """Return the tensors carried from step to step. They are not copies."""
+        """Return the tensors that the next step depends on, for a checkpoint: the object's own, not copies."""
         return {"anchor": self.anchor, "velocity": self.velocity}
 
 
 class Parameters(Strategy):
-    """One named allreduce every `sync_every` updates carries weights, moments and a trailer.
+    """Averages weights and optimizer moments over all ranks every `sync_every` updates, with one allreduce.
 
-    A target network that follows the online network (`target_tau` below 1) is averaged with them.
+    Its message ends with the trailer: a few numbers with statistics and votes to stop. A target network that follows
+    the online network (`target_tau` below 1) is averaged too.
 
     Args:
-        learner: whose parameters are averaged.
-        comm: the ranks.
+        learner: holds the parameters and moments to average.
+        comm: the collectives over all ranks.
         timer: counts the seconds that this rank waits for the others.
-        config: `sync_every`, `outer_lr`, `outer_momentum`.
-        max_skipped_updates: updates skipped in a row by one rank before the run ends.
+        config: the settings `sync_every`, `outer_lr` and `outer_momentum`.
+        max_skipped_updates: number of updates skipped in a row by one rank that ends the run.
     """
 
     def __init__(
@@ -90,8 +99,8 @@ class Parameters(Strategy):
         self.message = torch.zeros(sum(sizes), dtype=learner.dtype, device=learner.device)
         *self.parts, trailer = torch.split(self.message, sizes)
         self.trailer = Trailer(trailer, comm.rank, comm.size, SLOTS)
-        # All ranks must divide by the same importance weight, or samples of one would count for more than another's.
-        # The largest of this update is not known without asking, so that from before the last trailer is used.
+        # All ranks must divide by the same largest importance weight, or samples of one rank would count more than
+        # another's. Ranks learn each other's largest only with a trailer, so they divide by that of the last trailer.
         self.largest_weight = torch.zeros(1, dtype=torch.float64)
         self.outer: Nesterov | None = None
         if config.outer_lr != 1.0 or config.outer_momentum != 0.0:
@@ -99,7 +108,7 @@ class Parameters(Strategy):
         self.handle: Handle | None = None
         self.updates_since_average = 0
         self.updates_since_trailer = 0
-        # Of this rank, since the last trailer.
+        # What this rank will report in its next trailer.
         self.statistics = np.zeros(len(STATISTICS))
         self.own_largest_weight = 0.0
         self.own_skipped = 0
@@ -107,14 +116,14 @@ class Parameters(Strategy):
 
     @property
     def description(self) -> str:
-        """How ranks agree, for the header of a run."""
+        """One line for the log: what the ranks average and how often."""
         outer = f", outer lr {self.outer.lr:g}, momentum {self.outer.momentum:g}" if self.outer else ""
         return f"weights and moments averaged every {self.every} updates{outer}"
 
     def launch(
         self, reported: Sequence[float], learned: Tensor | None, largest_weight: float, progress: float
     ) -> None:
-        """Take this rank's own step; launch an average or a trailer if one is due."""
+        """Take this rank's own optimizer step; launch an allreduce of weights, or of statistics alone, if due."""
         assert learned is not None, "every rank takes its own steps"
         self._step(reported, learned, largest_weight, progress)
         self.exchanged_updates += 1
@@ -126,37 +135,40 @@ class Parameters(Strategy):
             self._launch_trailer()
 
     def wait(self) -> Outcome:
-        """Wait for what `launch` launched, if anything."""
+        """Wait for the allreduce that `launch` launched, if any, and load the averages that it brought."""
         if self.handle is None:
             return Outcome()
         self.timer.start("compute")
         return self._finish(average=self.updates_since_average >= self.every)
 
     def exchange_stats(self, reported: Sequence[float]) -> Outcome:
-        """Exchange the trailer alone."""
+        """Sum statistics and votes over all ranks without averaging weights; used while no update is due."""
         self.statistics[: len(REPORTED)] += reported
         self._launch_trailer()
         return self._finish(average=False)
 
     def synchronize(self) -> Outcome:
-        """Average now, unless nothing has changed since the last average."""
+        """Average the weights now, unless no rank has taken a step since the last average."""
         if self.updates_since_average == 0:
             return Outcome()
         self._launch_average()
         return self._finish(average=True)
 
     def update_target(self) -> list[int] | None:
-        """Copy the averaged weights to all target networks; None between averages, to be called after the next one."""
+        """Copy the averaged weights to all target networks; return the ranks whose own weights differ.
+
+        Returns None, and copies nothing, between two averages; call it again after the next one.
+        """
         if self.updates_since_average:
             return None
         return broadcast_target(self.learner, self.comm, self.timer)
 
     def state(self) -> dict[str, Tensor]:
-        """Return the tensors that a checkpoint keeps besides the learner's."""
+        """Return the tensors that a checkpoint keeps besides the learner's: the object's own, not copies."""
         return {"largest_weight": self.largest_weight, **(self.outer.state() if self.outer else {})}
 
     def expected_traffic(self) -> tuple[float, float]:
-        """Return the messages and bytes that one rank should send per update."""
+        """Return how many messages and bytes one rank should send per update."""
         trailers = (self.every - 1) // UPDATES_BETWEEN_VOTES
         sent_bytes = self.message.nbytes + trailers * self.trailer.tensor.nbytes
         return (1 + trailers) / self.every, sent_bytes / self.every
@@ -196,7 +208,7 @@ class Parameters(Strategy):
         self.own_largest_weight, self.own_skipped = 0.0, 0
 
     def _finish(self, average: bool) -> Outcome:
-        """Wait for the message under way, take the average over, and return what the trailer holds."""
+        """Wait for the allreduce in progress, load its averages if it has any, and return the statistics in it."""
         assert self.handle is not None, "nothing was launched"
         with self.timer.during("comm"):
             self.handle.wait()

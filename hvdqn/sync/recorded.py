@@ -1,4 +1,4 @@
-"""`Gradients` with CUDA graphs: one graph computes the gradient, a second one takes the step."""
+"""Average gradients at every update with CUDA graphs: one computes the gradient, a second one takes the step."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ from hvdqn.sync.statistics import Outcome
 
 
 class RecordedGradients(Gradients):
-    """As `Gradients`, but the device decides whether a step is taken, and the host learns of it afterwards.
+    """Averages gradients as `Gradients` does, but takes the step by a CUDA graph.
+
+    The GPU decides whether to take or to skip the step, and the host reads the decision afterwards.
 
     Args:
-        learner: its `differentiate` is to be recorded as well.
-        comm: the ranks.
+        learner: computes gradients; its `differentiate` must be recorded too.
+        comm: the collectives over all ranks.
         timer: counts the seconds that this rank waits for the others.
-        max_skipped_updates: updates skipped in a row before the run ends.
-        record: how to record a function.
+        max_skipped_updates: number of updates skipped in a row that ends the run.
+        record: records a function as a CUDA graph.
     """
 
     def __init__(

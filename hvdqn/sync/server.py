@@ -1,16 +1,16 @@
-"""Asynchronous DQN: workers push gradients to rank 0 and pull fresh weights, and none waits for another.
+"""Train asynchronously: workers push gradients to rank 0 and pull fresh weights, and none waits for another.
 
-Gorila's parameter server (Nair et al. 2015, "Massively Parallel Methods for Deep Reinforcement Learning") with one
-shard, as in DistBelief's Downpour SGD (Dean et al. 2012). Rank 0 serves and does not act: on a core of its own it
-answers at once, where a thread of an acting rank would wait for Python's lock and for that rank's kernels.
+This is Gorila's parameter server (Nair et al. 2015, "Massively Parallel Methods for Deep Reinforcement Learning") on a
+single process, as in DistBelief's Downpour SGD (Dean et al. 2012). Rank 0 only serves. A process of its own answers at
+once, where a thread of an acting rank would wait for Python's global lock and for that rank's computations.
 
-A gradient is computed with the weights that its worker pulled last; other workers' gradients have been applied since.
-The number of updates in between is its staleness. Beyond `max_staleness` it is dropped, as in Gorila. With W equal
-workers the staleness is W - 1.
+A worker computes a gradient with the weights that it pulled last. The number of updates that the server has applied
+since then is the gradient's staleness. The server drops a gradient whose staleness exceeds `max_staleness`, as Gorila
+does. With W equally fast workers the staleness is W - 1.
 
 Before evaluations, checkpoints and the end all ranks synchronize: the server's replies say that a synchronization is
-due, each worker waits as soon as it reads that, and all go on with the same clock and weights. In between only rank 0's
-clock is exact.
+due, each worker then stops and waits, and all continue with the same clock and weights. Between synchronizations only
+rank 0 knows the exact number of env steps.
 """
 
 from __future__ import annotations
@@ -35,21 +35,22 @@ from hvdqn.sync.strategy import Strategy, check_skipped
 
 log = logging.getLogger(__name__)
 
-# How long rank 0 waits for a push before it looks at signals and silent workers.
+# How long rank 0 waits for a worker's message before it checks for stop signals and silent workers.
 PATIENCE_SECONDS = 0.1
-# Probes without a pause. After that rank 0 sleeps between probes, which leaves its core to others where cores are few.
+# How often rank 0 looks for a message without a pause. After that it sleeps between looks, which leaves its core to
+# other ranks where cores are few.
 EAGER_PROBES = 200
 PAUSE_SECONDS = 5e-5
 
 
 def rejoin(comm: MpiComm, learner: Learner, living: Sequence[int], remaining: Sequence[int]) -> list[int]:
-    """Continue as one job of the remaining ranks, all with rank 0's weights; a collective call.
+    """Shrink the job to the remaining ranks and give all of them rank 0's weights. All remaining ranks must call it.
 
     Args:
-        comm: the ranks that took part until now, numbered in the order of `living`.
-        learner: of this rank.
-        living: the ranks that took part until now, by their first numbers.
-        remaining: those that still do.
+        comm: the collectives over the ranks that took part until now; it numbers them in the order of `living`.
+        learner: this rank's learner.
+        living: the ranks that took part until now, by their numbers at the start of the job.
+        remaining: the ranks that still take part, by the same numbers.
 
     Returns:
         `remaining`, as a list.
@@ -63,15 +64,15 @@ def rejoin(comm: MpiComm, learner: Learner, living: Sequence[int], remaining: Se
 
 
 class Server(Strategy):
-    """Owns optimizer, clock and target network, and applies the workers' gradients; rank 0.
+    """Runs on rank 0: applies the workers' gradients, and owns the optimizer, the clock and the target network.
 
     Args:
         learner: applies gradients.
-        comm: the ranks.
+        comm: the collectives over all ranks.
         timer: counts the seconds that rank 0 waits for all workers.
-        config: `pull_every`, `max_staleness`, `stall_timeout`, `tolerate_dead_workers`.
-        clock: of the job.
-        max_skipped_updates: updates of one worker skipped in a row before the run ends.
+        config: the settings `pull_every`, `max_staleness`, `stall_timeout` and `tolerate_dead_workers`.
+        clock: counts the env steps and updates of the whole job.
+        max_skipped_updates: number of updates of one worker skipped in a row that ends the run.
     """
 
     def __init__(
@@ -86,23 +87,23 @@ class Server(Strategy):
         super().__init__(learner, timer)
         self.comm, self.config, self.clock = comm, config, clock
         self.max_skipped_updates = max_skipped_updates
-        self.size = comm.size  # it stays as it is when ranks leave the job
+        self.size = comm.size  # the ranks at the start; `comm.size` shrinks when ranks leave the job
         self.channel = comm.duplicate()
         self.living = list(range(comm.size))
         self.workers = set(range(1, comm.size))
-        # One buffer per worker: a message that breaks off when its worker dies must not block the others'.
+        # Each worker has a buffer of its own, so that a worker that dies while it sends does not block the others.
         self.pushes = {worker: Message.push(learner) for worker in self.workers}
         self.replies = {worker: Message.reply(learner, comm.size) for worker in self.workers}
         self.receiving: dict[int, Any] = {}
         self.sending: dict[int, Any] = {}
         self.synchronized = self.stop = False
         self.waiting: set[int] = set()  # workers that wait for the synchronization
-        self.due_since: int | None = None  # env steps before the synchronization came due
+        self.due_since: int | None = None  # env steps before the step that made a synchronization due
         self.last_push_at: dict[int, float] = {}
         self.checked_at = 0.0
         self.largest_weights = dict.fromkeys(self.workers, 0.0)
         self.skipped_of = dict.fromkeys(self.workers, 0)
-        self.failed = (0, 0)  # updates skipped in a row, by this worker
+        self.failed = (0, 0)  # (updates skipped in a row, the worker) once they are enough to end the run
         self.version = self.target_version = 0
         self.dropped_updates = 0
         self.staleness: Counter[int] = Counter()
@@ -110,17 +111,17 @@ class Server(Strategy):
 
     @property
     def description(self) -> str:
-        """How ranks agree, for the header of a run."""
+        """One line for the log: how often workers push gradients and pull weights."""
         return describe(self.size - 1, self.config.pull_every)
 
     def serve(self, stop: bool) -> Outcome:
-        """Serve one push, or check on the workers where none comes for a while.
+        """Wait up to `PATIENCE_SECONDS` for a worker's message, and answer it; also look for silent workers.
 
         Args:
             stop: whether rank 0 votes to stop.
 
         Returns:
-            What the push brought.
+            The statistics and votes of the message, and whether its gradient was applied.
         """
         if self.synchronized or not self.last_push_at:  # nobody could push while all ranks synchronized
             self.last_push_at = dict.fromkeys(self.workers, time.monotonic())
@@ -133,20 +134,20 @@ class Server(Strategy):
     def launch(
         self, reported: Sequence[float], learned: Tensor | None, largest_weight: float, progress: float
     ) -> None:
-        """Raise: rank 0 has no gradient of its own."""
+        """Raise AssertionError: rank 0 has no gradient of its own."""
         raise AssertionError("rank 0 serves and does not learn from minibatches")
 
     def wait(self) -> Outcome:
-        """Raise: rank 0 has no gradient of its own."""
+        """Raise AssertionError: rank 0 has no gradient of its own."""
         raise AssertionError("rank 0 serves and does not learn from minibatches")
 
     def exchange_stats(self, reported: Sequence[float]) -> Outcome:
-        """Return rank 0's own statistics; the workers' come with their pushes."""
+        """Return rank 0's own statistics, without communication; workers send theirs with each of their messages."""
         self.stop = self.stop or reported[STOP] > 0
         return Outcome(np.array([*reported, *[0.0] * len(LEARNED)]), stop=self.stop)
 
     def synchronize(self) -> Outcome:
-        """Serve until all workers wait, then give everyone the same clock and weights."""
+        """Answer messages until all workers wait, then give all ranks the same clock and weights."""
         outcome = Outcome()
         if self.synchronized:
             return outcome
@@ -169,30 +170,30 @@ class Server(Strategy):
         return outcome
 
     def update_target(self) -> list[int]:
-        """Copy the weights to the target network; workers get it with the next weights that they pull."""
+        """Copy the weights to rank 0's target network; each worker gets it with the next weights that it pulls."""
         if self.learner.target_tau == 1.0:
             self.learner.update_target()
             self.target_version += 1
         return []
 
     def expected_traffic(self) -> tuple[float, float]:
-        """Return the messages and bytes between one worker and rank 0, both ways, per update."""
+        """Return how many messages and bytes one worker and rank 0 exchange per update, both directions together."""
         return expected_traffic(self.learner, self.size, self.config.pull_every)
 
     def counters(self) -> dict[str, Any]:
-        """Return the numbers that a checkpoint and the summary keep."""
+        """Return what a checkpoint and the summary keep: dropped updates, and a histogram of gradients' staleness."""
         return {
             "dropped_updates": self.dropped_updates,
             "staleness": {str(key): count for key, count in sorted(self.staleness.items())},
         }
 
     def load_counters(self, counters: Mapping[str, Any]) -> None:
-        """Load what `counters` returned."""
+        """Restore the counts that `counters` returned."""
         self.dropped_updates = counters["dropped_updates"]
         self.staleness = Counter({int(key): count for key, count in counters["staleness"].items()})
 
     def metrics(self) -> dict[str, float]:
-        """Return the staleness since the last line of metrics, and the dropped updates so far."""
+        """Return what rank 0 adds to a line of metrics: dropped updates, workers, and staleness since the last line."""
         recent, self.recent_staleness = self.recent_staleness, []
         values: dict[str, float] = {"dropped_updates": self.dropped_updates, "workers": len(self.workers)}
         if recent:
@@ -200,12 +201,17 @@ class Server(Strategy):
         return values
 
     def apply_push(self, worker: int, push: Push, statistics: np.ndarray) -> Outcome:
-        """Count what a worker reports, and apply `learner.gradient` if the push holds a valid gradient.
+        """Count a worker's env steps and statistics, and apply its gradient if the message has one.
+
+        The gradient must already be in `learner.gradient`.
 
         Args:
-            worker: its rank.
+            worker: the worker's rank.
             push: the header of its message.
-            statistics: its `STATISTICS` `[9]`.
+            statistics: its values of `STATISTICS` `[9]`.
+
+        Returns:
+            The statistics, and whether an update was applied or skipped.
         """
         self.synchronized = False
         self.clock.advance(int(push.env_steps))
@@ -218,13 +224,17 @@ class Server(Strategy):
         return outcome
 
     def _apply_gradient(self, worker: int, push: Push, outcome: Outcome) -> None:
-        """Apply a worker's gradient, or count why not: skipped if it is not finite, dropped if it is too stale."""
+        """Apply a worker's gradient, unless it is not finite (counted as skipped) or too stale (counted as dropped).
+
+        Adds the update, or the skipped update, to `outcome`.
+        """
         staleness = self.version - int(push.version)
         self.staleness[staleness] += 1
         self.recent_staleness.append(staleness)
         self.exchanged_updates += 1
         stale = staleness > self.config.max_staleness
-        # One divisor for all workers, or samples of one would count for more than another's.
+        # The largest importance weight of all workers divides every gradient, or samples of one worker would count
+        # more than another's.
         others = max((w for rank, w in self.largest_weights.items() if rank != worker), default=0.0)
         largest = max(others, push.largest_weight)
         finite = bool(push.finite)
@@ -247,8 +257,8 @@ class Server(Strategy):
         self.clock.updates += 1
 
     def _serve_one(self) -> Outcome:
-        """Wait a while for a push, and answer it."""
-        self.timer.start("other")  # not `comm`: a server without work keeps nobody waiting
+        """Wait up to `PATIENCE_SECONDS` for a worker's message, apply it and answer it."""
+        self.timer.start("other")  # not "comm": while the server has no work, it keeps no rank waiting
         worker = self._next_worker()
         self.timer.start("compute")
         self._check_silent_workers(worker)
@@ -274,7 +284,7 @@ class Server(Strategy):
         return outcome
 
     def _next_worker(self) -> int | None:
-        """Return the rank of a worker whose push has come; None if none comes for a while."""
+        """Return the rank of a worker whose message has arrived; None if none arrives in `PATIENCE_SECONDS`."""
         for worker in self.pushes.keys() - self.receiving.keys() - self.waiting:
             self.receiving[worker] = self.channel.Irecv(self.pushes[worker].buffer, worker)
         workers, requests = list(self.receiving), list(self.receiving.values())
@@ -289,10 +299,13 @@ class Server(Strategy):
         return workers[found]
 
     def _reply(self, worker: int, push: Push | None = None) -> None:
-        """Answer a push; with weights, and a newer target network, if it asks for them."""
+        """Start to send the answer to a worker: with weights if `push` asks for them, else without.
+
+        The target network comes with the weights if the server's is newer than the worker's.
+        """
         message = self.replies[worker]
         if worker in self.sending:
-            self.sending[worker].Wait()  # the last reply has arrived: the worker pushed again
+            self.sending[worker].Wait()  # returns at once: a worker that pushes again has the last reply
         weights = push is not None and push.pull > 0
         follows = self.learner.target_tau < 1.0
         target = push is not None and weights and (follows or push.target_version < self.target_version)
@@ -319,7 +332,10 @@ class Server(Strategy):
         self.sent_bytes += sent.nbytes
 
     def _send_failure(self, answered: set[int]) -> None:
-        """Answer every worker's next push with the failure, so that all ranks end together; then raise it here."""
+        """Tell every worker that too many updates were skipped, so that all ranks end together; then raise.
+
+        Workers in `answered` are not told again. Raises NonFiniteError, always.
+        """
         while not answered >= self.workers:
             worker = self._next_worker()
             self._check_silent_workers(worker)
@@ -333,12 +349,13 @@ class Server(Strategy):
         check_skipped(self.failed[0], [self.failed[1]], self.max_skipped_updates)
 
     def _check_silent_workers(self, sender: int | None) -> None:
-        """Look, every `PATIENCE_SECONDS`, for workers that have been silent for long: drop them, or end the job.
+        """Drop workers that have sent nothing for half of `--stall-timeout`, or end the job.
 
         Args:
-            sender: the worker whose push has just come, if any.
+            sender: the worker whose message has just arrived, if any.
         """
-        limit = self.config.stall_timeout / 2  # sooner than the watchdog of any rank that waits for them
+        # Half, so that this acts before the watchdogs of other ranks that wait for the silent one end the job.
+        limit = self.config.stall_timeout / 2
         now = time.monotonic()
         if sender is not None:
             self.last_push_at[sender] = now

@@ -1,6 +1,6 @@
-"""The statistics and votes that ranks exchange: a few numbers that travel with every message of a strategy.
+"""Exchange statistics and votes to stop between ranks, as a few numbers at the end of every message.
 
-They begin in the same way under every strategy: with `STATISTICS`, which is summed over the ranks.
+Under every strategy these numbers begin with `STATISTICS`, which are summed over the ranks.
 """
 
 from __future__ import annotations
@@ -14,43 +14,45 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-# One rank's vote to stop and its episodes since the last exchange: all of them, and those of the greediest environments
-# of an epsilon ladder.
+# What a rank reports of itself: its vote to stop, then counts and sums over the episodes that ended since the last
+# exchange. The last two are over the environments with the smallest epsilon, where environments have different ones.
 REPORTED = ("stop", "episodes", "return_sum", "length_sum", "greediest_episodes", "greediest_return_sum")
-# Of one rank's minibatch, see `Learner.compute_gradient`.
+# What a rank computes from its minibatch: see `Learner.compute_gradient`.
 LEARNED = ("loss", "td_error", "q_mean")
 STATISTICS = REPORTED + LEARNED
 STOP, LOSS = STATISTICS.index("stop"), STATISTICS.index("loss")
 
 
 class Received(NamedTuple):
-    """What an exchange left in a trailer."""
+    """The statistics and votes of all ranks, which a `Trailer` holds after the sum over ranks."""
 
     statistics: NDArray[np.float64]
-    """`STATISTICS`, summed over ranks `[9]`."""
+    """The values of `STATISTICS`, summed over ranks `[9]`."""
     present: int
-    """Ranks that contributed a gradient."""
+    """Number of ranks that contributed a gradient."""
     slots: list[list[float]]
-    """Numbers of each single rank `[slots][ranks]`."""
+    """For each slot, the number that every rank wrote there `[slots][ranks]`."""
 
 
 class Trailer:
-    """A view of the last numbers of a message: written before an exchange sums them over ranks, read after it.
+    """Writes statistics to the end of a message before an allreduce sums it over ranks, and reads the sums after it.
 
         STATISTICS | absent | slot 0 of every rank | slot 1 of every rank | ...
 
-    In a slot each rank writes its own place and zeros elsewhere, so that the sum holds every rank's number.
+    `absent` sums to the number of ranks without a gradient. A slot has one place for each rank. Each rank writes its
+    number to its own place and 0 to the others, so that after the sum every rank sees the numbers of all.
 
     Args:
-        tensor: the last `length(size, slots)` numbers of a message.
+        tensor: a view of the last `length(size, slots)` numbers of a message.
         rank: this rank.
         size: number of ranks.
-        slots: numbers of each single rank.
+        slots: number of slots.
     """
 
     def __init__(self, tensor: Tensor, rank: int, size: int, slots: int) -> None:
         self.tensor, self.rank, self.size = tensor, rank, size
-        # On a GPU one copy each way; on the host the tensor's own memory.
+        # A message on a GPU has a copy of its trailer in host memory, to be copied as a whole; one on the host needs
+        # none.
         self._host = tensor.cpu().pin_memory() if tensor.is_cuda else tensor
         self._numbers: NDArray[np.floating] = self._host.numpy()
         self._end = len(STATISTICS)
@@ -60,7 +62,7 @@ class Trailer:
 
     @staticmethod
     def length(size: int, slots: int) -> int:
-        """Return the number of numbers in a trailer."""
+        """Return how many numbers the statistics at the end of a message take, in a job with `size` ranks."""
         return len(STATISTICS) + 1 + slots * size
 
     def pack(
@@ -70,13 +72,13 @@ class Trailer:
         learned: Tensor | None = None,
         absent: bool = False,
     ) -> None:
-        """Write this rank's part; what is not given becomes zero.
+        """Write this rank's numbers; what is not given becomes zero.
 
         Args:
-            statistics: the first of `STATISTICS`.
-            slots: this rank's number in the first slots.
-            learned: what only the device knows: `LEARNED`, and the number in the last slot. `[4]`.
-            absent: whether this rank contributes a zero gradient.
+            statistics: values of `STATISTICS`, or of the first of them.
+            slots: numbers that all ranks will see for each single rank, for the first slots.
+            learned: the values of `LEARNED`, and this rank's number for the last slot `[4]`; they may be on a GPU.
+            absent: whether this rank has no gradient to contribute.
         """
         numbers = [0.0] * len(self._numbers)
         numbers[: len(statistics)] = statistics
@@ -91,7 +93,7 @@ class Trailer:
             self._last_slot.copy_(learned[-1])
 
     def unpack(self) -> Received:
-        """Return what the exchange left; on a GPU the host waits for it here."""
+        """Return the sums over ranks after an exchange. If the message is on a GPU, the host waits for it here."""
         if self.tensor.is_cuda:
             self._host.copy_(self.tensor)
         numbers = self._numbers.astype(np.float64)
@@ -99,10 +101,10 @@ class Trailer:
         return Received(numbers[: self._end], self.size - round(numbers[self._end]), slots)
 
     def on_device(self) -> tuple[Tensor, list[Tensor]]:
-        """Return views to be read on the device after an exchange.
+        """Return the sums over ranks as tensors on the message's device, without waiting for it.
 
         Returns:
-            The number of absent ranks `[]`, and each slot `[ranks]`.
+            The number of ranks without a gradient `[]`, and each slot `[ranks]`.
         """
         slots = self.tensor[self._end + 1 :].view(-1, self.size)
         return self.tensor[self._end], list(slots)
@@ -110,12 +112,12 @@ class Trailer:
 
 @dataclass
 class Outcome:
-    """What an exchange brought.
+    """The result of one exchange between ranks.
 
     Attributes:
-        statistics: `STATISTICS`, summed over ranks and over `updates`. [9].
-        updates: optimizer steps taken by ranks since the last outcome.
-        skipped: updates that were skipped because a gradient was not finite.
+        statistics: the values of `STATISTICS` [9]: `REPORTED` summed over ranks, `LEARNED` summed over `updates`.
+        updates: number of optimizer steps that ranks took since the last outcome; a step of all together counts once.
+        skipped: number of updates that were skipped because a gradient was not finite.
         stop: whether some rank voted to stop.
     """
 
@@ -125,7 +127,7 @@ class Outcome:
     stop: bool = False
 
     def add(self, other: Outcome) -> None:
-        """Add a later outcome to this one."""
+        """Add the result of a later exchange to this one."""
         self.statistics += other.statistics
         self.updates += other.updates
         self.skipped += other.skipped
@@ -133,10 +135,10 @@ class Outcome:
 
 
 class Totals:
-    """Adds up the outcomes of exchanges.
+    """Adds up the results of exchanges until the next line of metrics.
 
     Attributes:
-        skipped_updates: updates of the whole run that were skipped because a gradient was not finite.
+        skipped_updates: number of updates of the whole run that were skipped because a gradient was not finite.
     """
 
     def __init__(self) -> None:
@@ -145,16 +147,16 @@ class Totals:
         self._updates = 0
 
     def add(self, outcome: Outcome) -> None:
-        """Add what one exchange brought."""
+        """Add the result of one exchange."""
         self._statistics += outcome.statistics
         self._updates += outcome.updates
         self.skipped_updates += outcome.skipped
 
     def pop(self) -> dict[str, float]:
-        """Return the values of a line of metrics, and start over.
+        """Return the values for a line of metrics, and start to sum anew.
 
-        Losses, TD errors and Q-values are means over updates; returns and lengths are means over episodes, and are left
-        out where no episode has ended.
+        Losses, TD errors and Q-values are means over updates. Returns and lengths are means over episodes; there are
+        none if no episode has ended.
         """
         sums = dict(zip(STATISTICS, self._statistics.tolist(), strict=True))
         values = {name: sums[name] / self._updates if self._updates else math.nan for name in LEARNED}
@@ -171,7 +173,7 @@ class Totals:
         return values
 
     def counters(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps."""
+        """Return the sums and counts so far, for a checkpoint."""
         return {
             "totals": self._statistics,
             "updates_summed": self._updates,
@@ -179,7 +181,7 @@ class Totals:
         }
 
     def load_counters(self, counters: Mapping[str, Any]) -> None:
-        """Load what `counters` returned."""
+        """Continue from the sums and counts that `counters` returned."""
         self._statistics[:] = counters["totals"]
         self._updates = counters["updates_summed"]
         self.skipped_updates = counters["skipped_updates"]

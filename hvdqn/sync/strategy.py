@@ -1,4 +1,4 @@
-"""What the training loop asks of every strategy, that is, of every way for replicas to agree."""
+"""Define the interface of a strategy: a way to keep the ranks' copies of the network in agreement."""
 
 from __future__ import annotations
 
@@ -19,18 +19,20 @@ from hvdqn.sync.statistics import Outcome
 
 
 class Strategy(ABC):
-    """One way for replicas to agree. It owns everything that travels: message, trailer, handle, counters.
+    """Exchanges gradients or parameters between ranks. Each value of `--sync` has a subclass.
 
-    Every method but the plain reads is collective: all ranks call it at the same point of the loop.
+    All ranks must call `launch`, `wait`, `exchange_stats`, `synchronize`, `update_target` and `differing_ranks` at the
+    same point of the loop; with `--sync server`, only `synchronize`. The other methods need no other rank, but `serve`.
 
     Args:
-        learner: whose gradients or parameters are exchanged.
+        learner: computes the gradients, and holds the parameters.
         timer: counts the seconds that this rank waits for others.
 
     Attributes:
-        exchanged_updates, sent_messages, sent_bytes: what this rank sent so far, and for how many updates. An allreduce
-            over p ranks puts up to 2 (p - 1) / p times its payload on the wire, as in a ring.
-        skipped_in_a_row: updates of the job that were skipped in a row, saved in checkpoints.
+        exchanged_updates, sent_messages, sent_bytes: number of updates that this rank has exchanged, and the messages
+            and bytes that it passed to the engine for them. An allreduce of n bytes over p ranks sends up to
+            2 n (p - 1) / p of them over the network, as in a ring.
+        skipped_in_a_row: number of the job's latest updates that were skipped one after another; checkpoints hold it.
     """
 
     def __init__(self, learner: Learner, timer: PhaseTimer) -> None:
@@ -41,7 +43,7 @@ class Strategy(ABC):
     @property
     @abstractmethod
     def description(self) -> str:
-        """How ranks agree, for the header of a run."""
+        """One line for the log: what the ranks exchange and how often."""
 
     @abstractmethod
     def launch(
@@ -50,10 +52,10 @@ class Strategy(ABC):
         """Begin the exchange for the gradient that the learner has computed; return at once.
 
         Args:
-            reported: this rank's `REPORTED` `[6]`.
-            learned: from `Learner.compute_gradient` `[4]`. None contributes a zero gradient, which the average leaves
-                out; elastic training does so while the replay of a new rank is still filling.
-            largest_weight: of the minibatch's importance weights.
+            reported: this rank's values of `REPORTED` `[6]`.
+            learned: what `Learner.compute_gradient` returned `[4]`. None: this rank has no gradient, and the average is
+                over the others; elastic training passes it while the replay of a new rank is still filling.
+            largest_weight: the largest importance weight of the minibatch.
             progress: share of the run that has passed, for the learning rate.
         """
 
@@ -62,7 +64,7 @@ class Strategy(ABC):
         """Finish the exchange that `launch` began. When this returns, the optimizer step is taken or skipped."""
 
     def serve(self, stop: bool) -> Outcome:
-        """Serve another rank's message; called in place of acting and learning on a rank that serves.
+        """Answer one message of another rank. With `--sync server`, rank 0 calls it instead of acting and learning.
 
         Args:
             stop: whether this rank votes to stop.
@@ -71,10 +73,10 @@ class Strategy(ABC):
 
     @abstractmethod
     def exchange_stats(self, reported: Sequence[float]) -> Outcome:
-        """Exchange statistics and votes without a gradient."""
+        """Sum statistics and votes to stop over all ranks without a gradient. `reported`: as in `launch`."""
 
     def synchronize(self) -> Outcome:
-        """Make all ranks hold the same weights now, where the strategy lets them differ for a while."""
+        """Make all ranks hold the same weights now, if the strategy lets them differ between exchanges."""
         return Outcome()
 
     @abstractmethod
@@ -82,44 +84,44 @@ class Strategy(ABC):
         """Copy the online network to the target network on all ranks.
 
         Returns:
-            The ranks whose weights differ from the others' and must not, or None if this has to wait.
+            The ranks whose weights differ from the others' although they must not; None if the strategy copies later.
         """
 
     def differing_ranks(self) -> list[int]:
-        """Return the ranks whose networks or moments differ from the others' and must not; changes nothing."""
+        """Return the ranks whose networks or optimizer moments differ from the others' although they must not."""
         return []
 
     @abstractmethod
     def expected_traffic(self) -> tuple[float, float]:
-        """Return the messages and payload bytes that one rank should send per update."""
+        """Return how many messages and bytes one rank should pass to the engine per update."""
 
     def state(self) -> dict[str, Tensor]:
-        """Return the tensors that a checkpoint keeps, the same on every rank where ranks agree. They are no copies."""
+        """Return the strategy's tensors for a checkpoint, equal on all ranks: the object's own, not copies."""
         return {}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Load what `state` returned."""
+        """Overwrite the strategy's tensors with those that `state` returned."""
         load_tensors(self.state(), state)
 
     def counters(self) -> dict[str, Any]:
-        """Return the plain numbers that a checkpoint and the summary keep."""
+        """Return the strategy's counts, which a checkpoint and the summary keep."""
         return {}
 
     def load_counters(self, counters: Mapping[str, Any]) -> None:  # noqa: B027
-        """Load what `counters` returned."""
+        """Restore the counts that `counters` returned."""
 
     def metrics(self) -> dict[str, float]:
-        """Return what the strategy adds to a line of metrics."""
+        """Return the values that the strategy adds to a line of metrics."""
         return {}
 
 
 def broadcast_target(learner: Learner, comm: Comm, timer: PhaseTimer) -> list[int]:
-    """Copy rank 0's weights to every rank's target network, and compare them with each rank's own.
+    """Copy rank 0's weights to every rank's target network, and compare them bit for bit with each rank's own.
 
-    The comparison is bit for bit, NaNs included, and costs nothing beyond the broadcast.
+    A target network that follows the online network at every update (`target_tau` below 1) is not overwritten.
 
     Returns:
-        The ranks that differ from what most ranks hold, rank 0 or not.
+        The ranks whose weights differ from those of most ranks; rank 0 may be among them.
     """
     incoming = learner.parameters.clone()
     with timer.during("comm"):
@@ -132,12 +134,12 @@ def broadcast_target(learner: Learner, comm: Comm, timer: PhaseTimer) -> list[in
 
 
 def compare_learners(learner: Learner, comm: Comm, timer: PhaseTimer) -> list[int]:
-    """Compare what a checkpoint holds of the learner: both networks and the moments, bit for bit.
+    """Compare between ranks, bit for bit, what a checkpoint holds of the learner: both networks and the moments.
 
-    Only digests travel, so this takes much less time than writing the checkpoint.
+    Ranks exchange only hashes, so this takes much less time than writing the checkpoint.
 
     Returns:
-        The ranks that differ from what most ranks hold, rank 0 or not.
+        The ranks whose tensors differ from those of most ranks; rank 0 may be among them.
     """
     if comm.size == 1:
         return []
@@ -149,18 +151,18 @@ def compare_learners(learner: Learner, comm: Comm, timer: PhaseTimer) -> list[in
 
 
 def minority(digests: Sequence[str]) -> list[int]:
-    """Return the ranks whose digest is not that of most ranks."""
+    """Return the ranks whose hash is not that of most ranks. `digests`: one per rank."""
     common = Counter(digests).most_common(1)[0][0]
     return [rank for rank, digest in enumerate(digests) if digest != common]
 
 
 def check_skipped(skipped_in_a_row: int, ranks: Sequence[int], limit: int) -> None:
-    """End the run if so many updates were skipped in a row that it is no accident.
+    """Raise NonFiniteError, which ends the run, if at least `limit` updates in a row were skipped.
 
     Args:
-        skipped_in_a_row: updates without a finite gradient.
+        skipped_in_a_row: number of updates without a finite gradient, one after another.
         ranks: the ranks whose gradient or loss was not finite.
-        limit: `--max-skipped-updates`.
+        limit: the setting `--max-skipped-updates`.
 
     Raises:
         NonFiniteError: the limit is reached.

@@ -1,4 +1,4 @@
-"""The worker's side of asynchronous DQN: see `sync.server`."""
+"""Push gradients to rank 0 and pull weights from it, on every other rank, under `--sync server`: see `sync.server`."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ log = logging.getLogger(__name__)
 
 
 class Worker(Strategy):
-    """Acts, learns and pushes gradients to rank 0; every rank but rank 0.
+    """Runs on every rank but rank 0: pushes gradients to rank 0, the server, and pulls weights from it.
 
     Args:
-        learner: computes gradients; its weights are replaced by those that are pulled.
-        comm: the ranks.
+        learner: computes gradients; pulled weights overwrite its own.
+        comm: the collectives over all ranks.
         timer: counts the seconds that this rank waits for rank 0.
-        config: `pull_every` and more.
-        clock: of this rank; the server's replies set how far the job is.
-        max_skipped_updates: updates of one worker skipped in a row before the run ends.
+        config: the settings of the strategy; this class reads `pull_every`.
+        clock: this rank's clock; the server's replies set the env steps and updates of the job.
+        max_skipped_updates: number of updates of one worker skipped in a row that ends the run.
     """
 
     def __init__(
@@ -49,11 +49,11 @@ class Worker(Strategy):
         super().__init__(learner, timer)
         self.comm, self.config, self.clock = comm, config, clock
         self.max_skipped_updates = max_skipped_updates
-        self.rank, self.size = comm.rank, comm.size  # they stay as they are when ranks leave the job
+        self.rank, self.size = comm.rank, comm.size  # at the start: `comm` renumbers when ranks leave
         self.channel = comm.duplicate()
         self.living = list(range(comm.size))
         self.push, self.reply = Message.push(learner), Message.reply(learner, comm.size)
-        self.requests: Sequence[Any] = ()  # the push and its reply, while they are under way
+        self.requests: Sequence[Any] = ()  # of MPI, for the last push and its reply
         self.outcome = Outcome()
         self.synchronized = False
         self.pulling = False
@@ -62,38 +62,38 @@ class Worker(Strategy):
 
     @property
     def description(self) -> str:
-        """How ranks agree, for the header of a run."""
+        """One line for the log: how often workers push gradients and pull weights."""
         return describe(self.size - 1, self.config.pull_every)
 
     def launch(
         self, reported: Sequence[float], learned: Tensor | None, largest_weight: float, progress: float
     ) -> None:
-        """Push the gradient; ask for fresh weights if it is time."""
+        """Start to send the gradient to rank 0, and ask for fresh weights every `pull_every` updates."""
         assert learned is not None, "a worker pushes only gradients of its own"
         self._receive()
         self.updates_since_pull += 1
         self.progress = progress
-        self.push.tensors[0].copy_(self.learner.gradient)  # on a GPU the host waits here
+        self.push.tensors[0].copy_(self.learner.gradient)  # the host waits here if it is on a GPU
         *statistics, finite = learned.tolist()
         pull = self.updates_since_pull >= self.config.pull_every
         self._send(GRADIENT, [*reported, *statistics], pull, largest_weight, math.isfinite(finite))
         self.exchanged_updates += 1
 
     def wait(self) -> Outcome:
-        """Wait for fresh weights, if they were asked for."""
+        """Wait for the weights and load them, if `launch` asked for them; return the votes of the last replies."""
         if self.pulling:
             self._receive()
         return self._pop_outcome()
 
     def exchange_stats(self, reported: Sequence[float]) -> Outcome:
-        """Report env steps and episodes to rank 0."""
+        """Send env steps and statistics to rank 0 without a gradient, and wait for its reply."""
         self._receive()
         self._send(REPORT, reported)
         self._receive()
         return self._pop_outcome()
 
     def synchronize(self) -> Outcome:
-        """Wait until all workers are here, then take rank 0's clock and weights."""
+        """Wait until all workers call this, then load rank 0's clock and weights."""
         if self.synchronized:
             return Outcome()
         self._receive()
@@ -109,11 +109,11 @@ class Worker(Strategy):
         return self._pop_outcome()
 
     def update_target(self) -> list[int]:
-        """Do nothing: rank 0's target network comes with its weights."""
+        """Return no differing ranks, and copy nothing: a worker gets rank 0's target network with its weights."""
         return []
 
     def expected_traffic(self) -> tuple[float, float]:
-        """Return the messages and bytes between one worker and rank 0, both ways, per update."""
+        """Return how many messages and bytes one worker and rank 0 exchange per update, both directions together."""
         return expected_traffic(self.learner, self.size, self.config.pull_every)
 
     def _send(
@@ -142,7 +142,7 @@ class Worker(Strategy):
         self.sent_bytes += sent.nbytes
 
     def _receive(self) -> None:
-        """Wait for the reply to the last push, if one is under way, and load what it holds."""
+        """Wait for rank 0's reply to the last message, if it is still to come, and load its clock and weights."""
         if not self.requests:
             return
         before = self.timer.start("comm")
@@ -171,7 +171,7 @@ class Worker(Strategy):
         return outcome
 
     def _leave(self) -> NoReturn:
-        """End this process: the others went on without it and wait for nothing it could send."""
+        """End this process without saying goodbye: the other ranks have dropped it and continue without it."""
         log.error("rank %d was silent for too long and was dropped; it ends", self.rank)
         kill_descendants()
         os._exit(1)

@@ -103,7 +103,7 @@ def test_replay_returns_the_mask_of_each_observation(
 ) -> None:
     with closing(VECTORS[vector]("info", "zeros")) as envs:
         rng = np.random.default_rng(2)
-        settings: dict[str, Any] = {"n_step": n_step, "frame_stack": frame_stack, "actions": ACTIONS}
+        settings: dict[str, Any] = {"n_step": n_step, "frame_stack": frame_stack, "mask_shape": (ACTIONS,)}
         replay = kind(3, 90, (2,), np.float32, rng, **settings)
         play(envs, 60, replay)  # twice round the rings
         assert (replay.outcome == 2).any()  # truncated transitions bootstrap too
@@ -123,7 +123,7 @@ def test_replay_returns_the_mask_of_each_observation(
 
 
 def test_masks_take_one_bit_an_action() -> None:
-    replay = Replay(2, 1000, (2,), np.float32, np.random.default_rng(0), actions=64)
+    replay = Replay(2, 1000, (2,), np.float32, np.random.default_rng(0), mask_shape=(64,))
     before = replay.nbytes
     replay.start(np.zeros((2, 2), np.float32), np.ones((2, 64), bool))
     assert replay.nbytes - before == 2 * replay.rows_per_env * 64 // 8
