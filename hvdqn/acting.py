@@ -212,8 +212,7 @@ class RandomActions:
 def _are_legal(actions: NDArray[np.int64], mask: Bools) -> Bools:
     """Return True where all dimensions of an environment's action are legal, `[envs]`."""
     legal = np.take_along_axis(mask, actions[..., None], axis=-1).reshape(len(actions), -1)
-    all_legal: Bools = legal.all(axis=1)
-    return all_legal
+    return np.asarray(legal.all(axis=1))
 
 
 def _like(flags: Bools, actions: NDArray[np.int64]) -> Bools:

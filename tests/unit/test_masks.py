@@ -184,6 +184,9 @@ EXPLORATION = {
 }
 
 
+# A longer run, on two ranks, for each of the flags above:
+#   mpirun -np 2 python -m hvdqn.train --comm mpi --preset smoke --env tests.unit.masked_envs:Strict-v0
+#       --total-env-steps 100000 FLAGS
 @pytest.mark.parametrize("exploration", EXPLORATION)
 def test_no_exploration_takes_an_illegal_action(exploration: str, tmp_path: Any) -> None:
     argv = f"""--preset smoke --env {STRICT} --total-env-steps 1500 --learning-starts 100 --checkpoint-every 500
