@@ -885,7 +885,8 @@ def test_a_missing_dependency_is_named(monkeypatch: pytest.MonkeyPatch):
             "pygame is not installed; pip install 'hvdqn[video]'",
         ),
         (ImportError("No module named 'Box2D'"), "Box2D is not installed; pip install 'hvdqn[box2d]'"),
-        (ImportError("No module named 'mujoco'"), "No module named 'mujoco'; install what it needs"),
+        (ImportError("No module named 'mujoco'"), "mujoco is not installed; pip install 'hvdqn[mujoco]'"),
+        (ImportError("No module named 'pybullet'"), "No module named 'pybullet'; install what it needs"),
     ],
 )
 def test_a_missing_library_is_described_with_its_extra(error: Exception, described: str):

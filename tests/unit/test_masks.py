@@ -256,7 +256,7 @@ def test_masks_of_an_action_space_are_read() -> None:
     assert actions.to_environment(np.array([0, 2])).tolist() == [2, 4]
     assert actions.read_masks([1, 0, 1]).tolist() == [True, False, True]
     assert actions.read_masks(np.array([[1, 0, 1], [0, 0, 0]], np.float64), 2).dtype == bool
-    for wrong in (np.ones(4), np.full(3, 2), ["a", "b", "c"], None, [[1, 0], [1]]):
+    for wrong in (np.ones(4), np.full(3, 2), ["a", "b", "c"], None, [[1, 0], [1, 1]]):
         with pytest.raises(UserError, match="it must hold 3 booleans"):
             actions.read_masks(wrong)
 
