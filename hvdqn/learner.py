@@ -202,7 +202,7 @@ class Learner:
         mask: Tensor | None = None,
         next_mask: Tensor | None = None,
     ) -> Tensor:
-        """Return the learning target for the head's output for the actions taken, `[batch, ...]`.
+        """Return the targets that the head's outputs for the actions taken are trained toward, `[batch, ...]`.
 
         It is that of DQN (Mnih et al. 2015), Double DQN (van Hasselt et al. 2016) or Munchausen DQN (Vieillard et al.
         2020, eq. 1), as configured. Only legal actions enter, where `mask` and `next_mask` `[batch, *action_shape,

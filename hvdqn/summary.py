@@ -45,7 +45,7 @@ def log_header(config: Config, comm: Comm, parts: Parts, run_dir: Path) -> None:
             line, HEADER_COLUMNS, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
         ):
             log.info("%s", piece)
-    log.info("run directory: %s", run_dir)  # in one piece, to be copied
+    log.info("run directory: %s", run_dir)  # not wrapped, so that it can be copied
     for line in unused_settings(config):
         log.warning("%s", line)
 

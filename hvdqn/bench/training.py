@@ -169,7 +169,7 @@ class TrainingRun:
 
 @contextmanager
 def start_training(config: Config, job: Job) -> Iterator[TrainingRun]:
-    """Build a training in a temporary run directory and close it after the block; a collective call."""
+    """Start a run in a temporary run directory, and close it after the `with` block; a collective call."""
     with tempfile.TemporaryDirectory(prefix="hvdqn-bench-") as folder:
         run_dir = Path(job.comm.broadcast_object(folder))
         run = TrainingRun(start_run(config, job.comm, run_dir, job.stop, job.timer, make_trainer))

@@ -99,8 +99,8 @@ class TorchComm(Comm):
 
     def __init__(self, device: str, rank: int, size: int, stall_timeout: float = 600.0) -> None:
         store, hosts = _connect_store(rank, size)
-        # NCCL only reduces and broadcasts CUDA tensors: Gloo always sends objects, barriers and CPU tensors.
         timeout = collective_timeout(stall_timeout)
+        # Gloo carries objects, barriers and CPU tensors. NCCL, if used, carries CUDA tensors.
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
         self._on_device: dist.ProcessGroup | None = None
         if _each_rank_has_its_own_gpu(size, device):

@@ -151,7 +151,10 @@ class ElasticWorker:
         return trainer
 
     def adapt(self, parts: Parts, config: Config) -> Parts:
-        """Return the parts with a clock, learner and strategy for this world; environments and replay stay."""
+        """Return the parts with a clock, learner and strategy for the ranks that are connected now.
+
+        Network, environments and replay stay.
+        """
         comm = self.comm
         role = assign_role(config.parallel.sync, comm.rank, comm.size)
         clock = make_clock(config, role, comm.size)

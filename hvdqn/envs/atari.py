@@ -67,7 +67,9 @@ def game_settings(spec: EnvSpec, env_kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 class AtariVector(VectorEnv[NDArray[np.uint8], NDArray[np.int64], NDArray[Any]]):
-    """Steps Atari games in ALE's threads: 84x84 gray frames, frameskip 4, up to 30 no-ops and FIRE after a reset.
+    """Steps Atari games in ALE's threads, which also resize frames.
+
+    By default: 84x84 gray frames, frameskip 4, up to 30 no-ops and FIRE after a reset.
 
     The autoreset mode is SAME_STEP. With `episodic_life`, a lost life is a termination. Its final observation is also
     the first one of the next episode, and `infos["final_info"][LIFE_LOST]` is True.

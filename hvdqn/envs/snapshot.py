@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 
 class NotPlain(Exception):  # noqa: N818 - never an error: `save` returns None instead
-    """Raised for a part of the state that is not plain data, so that the environment cannot be saved exactly."""
+    """Raised for a part of the state that is not plain data (numbers, text, arrays, containers) and cannot be saved."""
 
 
 class _PlainClass:

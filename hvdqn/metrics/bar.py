@@ -60,7 +60,7 @@ class StatusProgress(Progress):
     """A rich progress display of a `Status`."""
 
     def __init__(self, status: Status, stream: TextIO) -> None:
-        self._status = status  # rich draws a first frame while it is constructed
+        self._status = status  # before super().__init__(), which draws a first frame
         super().__init__(
             TextColumn("env steps", markup=False),
             BarColumn(bar_width=None),

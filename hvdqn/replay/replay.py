@@ -224,10 +224,10 @@ class Replay:
         return rows[self._rng.integers(rows.size, size=count)]
 
     def _nan_batch(self, batch_size: int) -> Batch:
-        """Return a minibatch whose rewards are NaN, so that all ranks skip this update; its weights are 1.
+        """Return a minibatch of NaN rewards if every transition was discarded: all ranks then skip the update.
 
         Raises:
-            ValueError: no transition was discarded, so replay is simply empty.
+            ValueError: replay is empty, and nothing was discarded.
         """
         if not self.discarded:
             raise ValueError(EMPTY_MESSAGE)

@@ -115,7 +115,8 @@ class Outcome:
     """The result of one exchange between ranks.
 
     Attributes:
-        statistics: the values of `STATISTICS` [9]: `REPORTED` summed over ranks, `LEARNED` summed over `updates`.
+        statistics: the values of `STATISTICS` [9]. Votes and episodes (`REPORTED`) are summed over ranks. Loss, TD
+            error and mean Q-value (`LEARNED`) are summed over `updates`: divide by that for means.
         updates: number of optimizer steps that ranks took since the last outcome; a step of all together counts once.
         skipped: number of updates that were skipped because a gradient was not finite.
         stop: whether some rank voted to stop.
