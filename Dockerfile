@@ -50,6 +50,7 @@ RUN --mount=type=cache,target=/root/.cache \
     && "$HVDQN_VENV/bin/python" -m pip uninstall --yes --quiet hvdqn cmake ninja
 
 COPY README.md LICENSE ./
+COPY launch launch
 COPY hvdqn hvdqn
 RUN "$HVDQN_VENV/bin/python" -m pip install --no-cache-dir --no-deps --no-build-isolation --no-index . \
     && find "$HVDQN_VENV" -name '*.a' -delete \

@@ -1,4 +1,4 @@
-"""The `hvdqn` command: train, eval, bench and plot. Each is imported only when it is called.
+"""The `hvdqn` command. Each of its commands is imported only when it is called.
 
 Shell completion of the commands and their flags, for bash (or zsh, or fish):
 
@@ -11,17 +11,26 @@ import importlib
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Union
 
 from hvdqn import __version__
 
+# Name -> module that is imported, with its function unless that is `main`; and one line of help.
 COMMANDS = {
-    "train": ("hvdqn.train", "train a network; under a launcher, on all its ranks"),
+    "train": ("hvdqn.train:command", "train a network; under a launcher, on all its ranks"),
     "eval": ("hvdqn.evaluate", "play a trained network greedily"),
     "bench": ("hvdqn.bench", "what training costs on this machine, and where the time goes"),
     "plot": ("hvdqn.plot", "draw learning curves of one or many runs"),
+    "tune": ("hvdqn.tune", "search for good settings, with many processes at once"),
+    "launch": ("hvdqn.launchers.launch", "start a run with horovodrun, mpirun, torchrun or elastic"),
+    "install-horovod": (
+        "hvdqn.launchers.launch:install_horovod",
+        "build Horovod for the torch of this environment",
+    ),
+    "presets": ("hvdqn.presets", "list tuned settings, or show what one preset changes"),
 }
 COMPLETION_FLAG = "--tyro-print-completion"
 VERSION_FLAG = "--version"
@@ -48,15 +57,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     with suppress(OSError):  # it was removed
         if words[0] != "eval" and "" not in sys.path and (folder := str(Path.cwd())) not in sys.path:
             sys.path.insert(0, folder)
-    module = importlib.import_module(COMMANDS[words[0]][0])
-    entry = module.command if words[0] == "train" else module.main
-    code: int = entry(words[1:])
+    module, _, function = COMMANDS[words[0]][0].partition(":")
+    code: int = getattr(importlib.import_module(module), function or "main")(words[1:])
     return code
+
+
+@dataclass
+class ScriptOptions:
+    """A script of launch/, which reads its own flags."""
 
 
 def usage() -> str:
     """Return the help of the command itself."""
-    lines = [f"  {name:8}{summary}" for name, (_, summary) in COMMANDS.items()]
+    lines = [f"  {name:17}{summary}" for name, (_, summary) in COMMANDS.items()]
     return "\n".join(
         (
             "usage: hvdqn COMMAND [...]\n",
@@ -91,9 +104,20 @@ def options_of_commands() -> Any:
     from hvdqn.config import Config
     from hvdqn.evaluate import EvalOptions
     from hvdqn.plot import PlotOptions
+    from hvdqn.presets import PresetsOptions
+    from hvdqn.tune import TuneOptions
 
     benchmarks: Any = Union[tuple(Annotated[Config, subcommand(name)] for name in BENCHMARKS)]  # noqa: UP007
-    options: dict[str, Any] = {"train": Config, "eval": EvalOptions, "bench": benchmarks, "plot": PlotOptions}
+    options: dict[str, Any] = {
+        "train": Config,
+        "eval": EvalOptions,
+        "bench": benchmarks,
+        "plot": PlotOptions,
+        "tune": TuneOptions,
+        "presets": PresetsOptions,
+        "launch": ScriptOptions,
+        "install-horovod": ScriptOptions,
+    }
     commands = (
         Annotated[options[name], subcommand(name, description=summary)]
         for name, (_, summary) in COMMANDS.items()

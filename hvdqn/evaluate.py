@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -31,6 +30,7 @@ from hvdqn.parts import network_for
 from hvdqn.paths import absolute, folder_remembered
 from hvdqn.process import usable_cores, use_threads
 from hvdqn.seeds import eval_command_seed, rank_seeds
+from hvdqn.trust import code_to_import
 from hvdqn.video import check_video, record
 
 # The time limit of an environment without one of its own: the 108,000 frames of the Atari papers.
@@ -65,7 +65,7 @@ class Evaluator:
     """Play this rank's share of the `eval_episodes`.
 
     Each call of `run` makes new environments with the same seed, so all evaluations of a training run begin alike.
-    The environments are those of training, but with raw rewards and without `episodic_life`.
+    The environments are those of training, but with raw rewards and without `episodic_life`, or the run's `eval_env`.
 
     Args:
         config: the configuration of the run.
@@ -89,6 +89,7 @@ class Evaluator:
         seed: int | None = None,
     ) -> None:
         self.config, self.comm, self.device, self.timer = config, comm, device, timer
+        self.environment = config.evaluation_environment()
         self.threads, self.record = threads, record
         self.seed = rank_seeds(config.run.seed, comm.rank).evaluation if seed is None else seed
         episodes = config.run.eval_episodes
@@ -137,7 +138,7 @@ class Evaluator:
         return Evaluation(tuple(itertools.chain.from_iterable(returns)))
 
     def _make_player(self, network: QNetwork) -> _Player:
-        environment, run = self.config.environment, self.config.run
+        environment, run = self.environment, self.config.run
         num_envs = min(self.share, MOST_ENVS_PER_RANK)
         try:
             envs = make_environments(environment, num_envs, self.seed, False, self.threads)
@@ -226,6 +227,8 @@ class EvalOptions:
     a run directory of a stranger could name any code."""
     env: str = ""
     """Allows to import the run's `--env module:id`, if it is this one."""
+    eval_env: str = ""
+    """Allows to import the run's `--eval-env module:id`, if it is this one."""
     wrapper: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Allows to import the run's `--wrapper module:attribute`, if it is this one. May be repeated."""
     torso: str = ""
@@ -288,23 +291,6 @@ def check_options(options: EvalOptions) -> None:
         check_video(absolute(options.video))
 
 
-def code_to_import(config: Config) -> list[str]:
-    """Return the settings of a run that name code, as flags: `--torso 'module:attribute'`."""
-    environment = config.environment
-    named = [("--env", environment.env), *(("--wrapper", path) for path in environment.wrapper)]
-    named.append(("--torso", config.network.torso))
-    found = [f"{flag} {value!r}" for flag, value in named if ":" in value]
-    # Some environments import what a keyword argument names, such as the compatibility layers for old Gym.
-    kwargs = environment.env_kwargs
-    with suppress(ValueError):
-        kwargs = json.dumps(
-            json.loads(kwargs), ensure_ascii=False
-        )  # without escapes, which would hide a name
-    if re.search(r'"[^\W\d][\w.]*:', kwargs):
-        found.append(f"--env-kwargs {kwargs!r}")
-    return found
-
-
 def check_trust(options: EvalOptions, config: Config) -> None:
     """Raise an error if a run names code to import and the user does not allow it with `--trust`.
 
@@ -313,8 +299,8 @@ def check_trust(options: EvalOptions, config: Config) -> None:
     Raises:
         UserError: it is not allowed.
     """
-    allowed = [("--env", options.env), *(("--wrapper", path) for path in options.wrapper)]
-    allowed.append(("--torso", options.torso))
+    allowed = [("--env", options.env), ("--eval-env", options.eval_env), ("--torso", options.torso)]
+    allowed += [("--wrapper", path) for path in options.wrapper]
     repeated = [f"{flag} {value!r}" for flag, value in allowed if value]
     found = code_to_import(config)
     if unknown := [flag for flag in repeated if flag not in found]:
@@ -342,30 +328,35 @@ def evaluate(options: EvalOptions) -> Iterator[str]:
     config = Config().replace(**checkpoint.manifest["config"])
     check_trust(options, config)
     config = config.replace(eval_episodes=options.episodes, eval_epsilon=options.epsilon, seed=options.seed)
-    with closing(make_environments(config.environment, 1, options.seed, training=False)) as envs:
+    environment = config.evaluation_environment()
+    with closing(make_environments(environment, 1, options.seed, training=False)) as envs:
         network = load_network(checkpoint, config, envs)
     threads = usable_cores()
     use_threads(network, min(threads, torch.get_num_threads()))
     seed = eval_command_seed(options.seed)
     evaluator = Evaluator(config, LocalComm(), torch.device("cpu"), PhaseTimer(), threads, seed=seed)
-    playing = f"playing {config.environment.env}: {{}} of {options.episodes} episodes".format
+    playing = f"playing {environment.env}: {{}} of {options.episodes} episodes".format
     with closing(ProgressLine(sys.stderr)) as line:
         evaluation = evaluator.run(network, show=lambda finished: line.show(playing(finished)))
     assert evaluation is not None  # only `stop` makes it None
-    yield as_json(options, checkpoint, evaluation) if options.json else f"{options.path}: {evaluation}"
+    yield (
+        as_json(options, environment.env, checkpoint, evaluation)
+        if options.json
+        else f"{options.path}: {evaluation}"
+    )
     if options.video is not None:
         with closing(ProgressLine(sys.stderr)) as line:
             line.show(f"recording one episode in {options.video}")
-            record(network, config.environment, absolute(options.video), options.seed, options.epsilon)
+            record(network, environment, absolute(options.video), options.seed, options.epsilon)
         if not options.json:
             yield f"video of one episode: {options.video}"
 
 
-def as_json(options: EvalOptions, checkpoint: Checkpoint, evaluation: Evaluation) -> str:
+def as_json(options: EvalOptions, env: str, checkpoint: Checkpoint, evaluation: Evaluation) -> str:
     """Return the result as one line of JSON, with null for numbers that are not finite."""
     result = {
         "checkpoint": str(checkpoint.path),
-        "env": checkpoint.manifest["config"]["env"],
+        "env": env,
         "env_steps": checkpoint.env_steps,
         "seed": options.seed,
         "epsilon": options.epsilon,

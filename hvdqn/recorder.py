@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,10 +13,12 @@ from hvdqn.checkpoint import LEARNER, Checkpoints, Progress, best_evaluation, co
 from hvdqn.comm import Comm
 from hvdqn.config import Config
 from hvdqn.evaluate import Evaluator
-from hvdqn.faults import check_replicas
-from hvdqn.metrics import Metrics, WaitHint, write_summary
+from hvdqn.faults import check_replicas, raise_on_all_ranks
+from hvdqn.metrics import Metrics, WaitHint, Writer, open_tracker, write_summary
 from hvdqn.parts import recording
+from hvdqn.provenance import time_now
 from hvdqn.rank import Parts
+from hvdqn.run_directory import read_launches
 from hvdqn.summary import log_summary, summarize
 from hvdqn.sync import Totals
 
@@ -45,7 +48,9 @@ class Recorder:
         self.parts, self.checkpoints = parts, checkpoints
         self.timer = parts.timer
         self.evaluator = Evaluator(config, comm, parts.device, self.timer, parts.threads, recording(config))
-        self.metrics = Metrics(run_dir if comm.rank == 0 else None, config.run.total_env_steps, self.timer)
+        rank_0_dir = run_dir if comm.rank == 0 else None
+        trackers = self.open_trackers()
+        self.metrics = Metrics(rank_0_dir, config.run.total_env_steps, self.timer, trackers=trackers)
         self.hint = WaitHint(self.timer, comm.name, parts.learner.parameters.numel())
         self.best_eval_return = comm.broadcast_object(best_evaluation(run_dir) if comm.rank == 0 else 0.0)
         self.totals, self.progress = Totals(), Progress()
@@ -56,9 +61,24 @@ class Recorder:
         self.timer.when_alive = self.show_progress
         self.reported_discarded = False
 
+    def open_trackers(self) -> list[Writer]:
+        """Return the tracker of `--track` on rank 0, and none elsewhere; a collective call.
+
+        Raises:
+            UserError: on all ranks, if it cannot be opened.
+        """
+        name = self.config.run.track
+        if name == "none":
+            return []
+        return raise_on_all_ranks(
+            self.comm, lambda: [open_tracker(name, self.run_dir)] if self.comm.rank == 0 else [], self.timer
+        )
+
     def resume(self) -> None:
         """Continue the metrics from the clock's env step; drop lines that an earlier attempt wrote after it."""
         self.seconds_before = self.timer.seconds()
+        launches = read_launches(self.run_dir) if self.comm.rank == 0 else []
+        self.metrics.describe({**self.config.flat(), **(launches[-1] if launches else {})})
         self.metrics.resume(self.parts.clock.env_steps, self.parts.clock.updates)
 
     def decide_on_replay(self) -> None:
@@ -139,6 +159,11 @@ class Recorder:
         log.info(f"evaluation at env step {clock.env_steps:,}, {evaluation}")
         return True
 
+    def return_reached(self) -> bool:
+        """Return whether the last evaluation reached the return at which the run stops."""
+        goal = self.config.run.stop_at_return
+        return goal is not None and self.progress.evaluation.get("eval_return_mean", -math.inf) >= goal
+
     def report_discarded(self) -> None:
         """Log a warning, once, if some rank's replay discarded transitions that are not finite."""
         if self.reported_discarded:
@@ -194,11 +219,11 @@ class Recorder:
             )
         return not failure
 
-    def finish(self, stopped: bool, acted_env_steps: int) -> None:
+    def finish(self, stopped_by: str, acted_env_steps: int) -> None:
         """Write `summary.json`, and log how the run ended and where its files are.
 
         Args:
-            stopped: whether a signal ended the run.
+            stopped_by: what ended the run: "finished", "signal" or "return".
             acted_env_steps: env steps of this rank since this process started.
         """
         self.report_discarded()
@@ -208,13 +233,18 @@ class Recorder:
             self.parts,
             self.totals,
             self.progress,
-            stopped,
+            stopped_by,
             acted_env_steps,
             self.seconds_before,
         )
         self.metrics.show(self.parts.clock.env_steps, self.parts.clock.updates, last=True)
-        log_summary(self.run_dir, self.parts.clock.env_steps, stopped, summary["rank_env_steps_per_second"])
+        log_summary(self.run_dir, summary)
         if self.comm.rank == 0:
+            launches = read_launches(self.run_dir)
+            if launches:
+                began = {"started_at": launches[0]["started_at"], "launches": len(launches)}
+                summary = {**summary, **launches[-1], **began, "ended_at": time_now()}
+            self.metrics.summarize(summary)
             try:
                 write_summary(self.run_dir, summary)
             except OSError as error:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os.path
 import re
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -21,6 +23,8 @@ from hvdqn.metrics import replace_file
 from hvdqn.paths import absolute
 
 log = logging.getLogger(__name__)
+
+LAUNCH = "# launch: "  # begins the comment of a launch in config.yaml
 
 
 def open_run_dir(config: Config, comm: Comm) -> Path:
@@ -146,23 +150,41 @@ def _locked(path: Path, patience_seconds: float) -> Iterator[None]:
             lock.release()
 
 
-def record_config(config: Config, comm: Comm, run_dir: Path, anew: bool = False) -> None:
-    """Write the configuration to `config.yaml` on rank 0; if that fails, only log a warning.
+def record_config(
+    config: Config, comm: Comm, run_dir: Path, launch: Mapping[str, Any] | None = None, anew: bool = False
+) -> None:
+    """Write `config.yaml` on rank 0: a comment for each launch, then the settings; if that fails, only log a warning.
 
     Args:
         config: the configuration.
         comm: the collectives over all ranks.
         run_dir: the run directory.
+        launch: what `Launch.describe` returned; None if the file has it already.
         anew: whether the run begins. A different `config.yaml`, perhaps the user's own, is then kept as `*.old`.
     """
-    path, text = run_dir / "config.yaml", as_yaml(config).encode()
+    path, text = run_dir / "config.yaml", as_yaml(config)
     try:
         if comm.rank == 0:
-            if anew and path.is_file() and path.read_bytes() != text:
+            text_before = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+            before = text_before.splitlines()
+            launches = [line for line in before if line.startswith(LAUNCH)]
+            settings = [line for line in before if not line.startswith(LAUNCH)]
+            if anew and settings and settings != text.splitlines():
                 set_aside(path)
-            replace_file(path, text)
+                launches = []
+            if launch is not None:
+                launches.append(LAUNCH + json.dumps(launch))
+            replace_file(path, "\n".join([*launches, text]).encode())
     except OSError as error:
         log.warning(f"config.yaml could not be written: {error}")
+
+
+def read_launches(run_dir: Path) -> list[dict[str, Any]]:
+    """Return the launches that `config.yaml` records, oldest first; none if it cannot be read."""
+    with contextlib.suppress(OSError, ValueError):
+        lines = (run_dir / "config.yaml").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line.removeprefix(LAUNCH)) for line in lines if line.startswith(LAUNCH)]
+    return []
 
 
 def set_aside(path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,11 +13,13 @@ import torch
 from hvdqn.checkpoint import Checkpoint, Checkpoints, find_checkpoint, reset_environments, restore
 from hvdqn.clock import Clock
 from hvdqn.comm import Comm
-from hvdqn.config import Config, check_engine, check_world
+from hvdqn.config import Config, check_engine, check_world, fitting_preset
+from hvdqn.envs import global_generators_kept, make_environments
 from hvdqn.errors import UserError
 from hvdqn.faults import StopSignal, raise_on_all_ranks
 from hvdqn.metrics import PhaseTimer
 from hvdqn.parts import build_parts
+from hvdqn.provenance import Launch
 from hvdqn.rank import Parts
 from hvdqn.recorder import Recorder
 from hvdqn.role import assign_role
@@ -90,6 +93,32 @@ def check_that_it_learns(config: Config, clock: Clock) -> None:
         )
 
 
+def check_evaluation(config: Config, parts: Parts) -> None:
+    """Check, before training, that evaluations can be played where `--eval-env` and `--eval-env-kwargs` say.
+
+    Raises:
+        UserError: the environment cannot be made, or its observations or actions are not those of training.
+    """
+    environment = config.evaluation_environment()
+    if environment is config.environment or parts.acting is None:
+        return
+    trained = parts.acting.envs
+    try:
+        with global_generators_kept(), closing(make_environments(environment, 1, 0, training=False)) as envs:
+            found = envs.observation_shape, envs.observation_dtype, envs.num_actions
+    except UserError as error:
+        raise UserError(f"the environment of evaluations: {error}") from error
+    wanted = trained.observation_shape, trained.observation_dtype, trained.num_actions
+    if found != wanted:
+        described = [
+            f"{dtype} observations {list(shape)} and {n} actions" for shape, dtype, n in (found, wanted)
+        ]
+        raise UserError(
+            f"evaluations in '{environment.env}' have {described[0]}, and training has {described[1]}; give an "
+            "--eval-env and --eval-env-kwargs with the same"
+        )
+
+
 def make_trainer(config: Config, comm: Comm, stop: StopSignal, parts: Parts, recorder: Recorder) -> Trainer:
     """Create the trainer for this rank: `ServingTrainer` if it only serves other ranks, else `Trainer`."""
     kind = Trainer if parts.role.acts else ServingTrainer
@@ -119,13 +148,16 @@ def start_run(
     Raises:
         UserError: on all ranks, if the user's input is wrong.
     """
+    launch = Launch(comm)
     checkpoints = Checkpoints(run_dir / "checkpoints", comm, config.run.checkpoint_keep, timer)
     checkpoint, warnings = find_checkpoint(config, checkpoints, run_dir)
     parts = build_parts(config, comm, timer, checkpoint.env_steps if checkpoint else 0)
     check_that_it_learns(config, parts.clock)
+    if config.evaluation_environment() is not config.environment:
+        raise_on_all_ranks(comm, lambda: check_evaluation(config, parts), timer)
     # A run that has already finished keeps its config.yaml, since it does not train with the new settings.
     if checkpoint is None or checkpoint.env_steps < config.run.total_env_steps:
-        record_config(config, comm, run_dir, anew=checkpoint is None)
+        record_config(config, comm, run_dir, launch.describe(), anew=checkpoint is None)
     trainer = make(config, comm, stop, parts, Recorder(config, comm, run_dir, parts, checkpoints))
     begin(trainer, checkpoint, [*warnings, *compare_cpus(config, comm, parts.device)])
     return trainer
@@ -143,6 +175,9 @@ def begin(trainer: Trainer, checkpoint: Checkpoint | None, warnings: Sequence[st
     changes: list[str] = []
     if checkpoint is None:
         raise_on_all_ranks(comm, lambda: reset_environments(parts), parts.timer)
+        preset = fitting_preset(config.environment.env)
+        if not config.preset and preset:
+            changes.append(f"--preset {preset} has tuned settings for {config.environment.env}")
     else:
         recorder.progress, changes = restore(parts, checkpoint, config, comm, recorder.totals)
         recorder.saved_at_env_steps = parts.clock.env_steps
@@ -161,3 +196,4 @@ def begin(trainer: Trainer, checkpoint: Checkpoint | None, warnings: Sequence[st
     recorder.decide_on_replay()
     if parts.clock.env_steps and parts.clock.due(config.run.eval_every):
         trainer.evaluate()  # a signal may have ended the evaluation that was due at this env step
+    trainer.stop_if_return_reached()

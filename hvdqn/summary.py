@@ -63,7 +63,7 @@ def summarize(
     parts: Parts,
     totals: Totals,
     progress: Progress,
-    stopped: bool,
+    stopped_by: str,
     acted_env_steps: int,
     seconds_before: Mapping[str, float],
 ) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def summarize(
         parts: this rank's parts.
         totals: sums of the ranks' statistics; this reads the skipped updates.
         progress: the last evaluation, and counts of failures.
-        stopped: whether a signal ended the run.
+        stopped_by: what ended the run: "finished", "signal" or "return".
         acted_env_steps: env steps of this rank since this process started or resumed the run.
         seconds_before: this rank's seconds by phase before that.
     """
@@ -102,7 +102,7 @@ def summarize(
         "updates_per_second": clock.updates / wall_seconds,
         **{name: progress.evaluation.get(name) for name in EVALUATION},
         "param_sha256": parts.learner.sha256(),
-        "stopped_by": "signal" if stopped else "finished",
+        "stopped_by": stopped_by,
         "seconds": seconds,
         # Each rank's env steps per second of its own work, waits for others not counted; 0 if the rank does not act.
         "rank_env_steps_per_second": comm.all_gather_object(acted_env_steps / worked),
@@ -126,15 +126,15 @@ def _traffic(strategy: Strategy) -> dict[str, float]:
     }
 
 
-def log_summary(run_dir: Path, env_steps: int, stopped: bool, speeds: Sequence[float]) -> None:
+def log_summary(run_dir: Path, summary: Mapping[str, Any]) -> None:
     """Log how the run ended, which rank was slow, and where the files are.
 
     Args:
         run_dir: the run directory.
-        env_steps: global env steps at the end.
-        stopped: whether a signal ended the run.
-        speeds: for each rank, env steps per second of its own work; 0 if it does not act.
+        summary: what `summarize` returned.
     """
+    env_steps: int = summary["env_steps"]
+    speeds: Sequence[float] = summary["rank_env_steps_per_second"]  # of each rank's own work
     acting = [speed for speed in speeds if speed > 0]
     if acting and max(acting) > 2 * min(acting):
         slowest, fastest = min(acting), max(acting)
@@ -143,7 +143,12 @@ def log_summary(run_dir: Path, env_steps: int, stopped: bool, speeds: Sequence[f
             f"rank {speeds.index(slowest)} is the slowest, {slowest:,.4g} env steps/s of its own work, and the "
             f"others {others}; the fastest, rank {speeds.index(fastest)}, makes {fastest:,.4g}"
         )
-    if stopped:
+    if summary["stopped_by"] == "return":
+        log.info(
+            f"stopped at env step {env_steps:,}: the evaluation reached --stop-at-return "
+            f"({summary['eval_return_mean']:.2f})"
+        )
+    if summary["stopped_by"] == "signal":
         log.info(
             f"stopped by a signal at env step {env_steps:,}: start it again with --run-dir {run_dir} to resume"
         )

@@ -41,7 +41,7 @@ from hvdqn.errors import (
 )
 from hvdqn.faults import StopSignal, Watchdog
 from hvdqn.logs import setup_logging
-from hvdqn.metrics import PhaseTimer
+from hvdqn.metrics import PhaseTimer, check_tracker
 from hvdqn.parts import device_kind
 from hvdqn.paths import folder_remembered
 from hvdqn.process import borrowed_process, tune_process
@@ -80,7 +80,7 @@ def train(config: Config, comm: Comm, stop: StopSignal, timer: PhaseTimer) -> in
         with suppress(OSError):
             run_dir.rmdir()
         raise
-    return EXIT_REQUEUE if trainer.stop_voted else EXIT_FINISHED
+    return EXIT_REQUEUE if trainer.stopped_by == "signal" else EXIT_FINISHED
 
 
 def main(argv: Sequence[str] | None = None, work: Work = train) -> int:
@@ -110,6 +110,7 @@ def run(argv: Sequence[str] | None, work: Work, stop: StopSignal) -> int:
         setup_logging(launcher_rank(), launcher_size())
         config = parse(sys.argv[1:] if argv is None else argv)
         find_spec(config.environment.env)  # raises for an unknown id now: connecting takes seconds
+        check_tracker(config.run.track)
         comm = connect(config.parallel.comm, device_kind(config), config.parallel.stall_timeout)
     except (UserError, LaunchError) as error:
         return refuse_alone(str(error), stop)

@@ -48,7 +48,7 @@ class Trainer:
         if parts.acting is not None:
             self.acting = parts.acting
         self.acted_env_steps = 0  # env steps of this rank since this process started
-        self.stop_voted = False
+        self.stopped_by = ""  # what ends the run early: "signal" or "return"
         self.target_due = False
         self.updating = False
         self.batch: Batch | None = None  # the minibatch of the update in progress
@@ -63,16 +63,16 @@ class Trainer:
         self.stop.all_ranks_agreed = True
         self.recorder.save()
         self.evaluate()
-        self.recorder.finish(self.stop_voted, self.acted_env_steps)
+        self.recorder.finish(self.stopped_by or "finished", self.acted_env_steps)
         self.close()
         with self.timer.during("comm"):
             self.comm.barrier()
 
     def train(self, until_env_steps: int | None = None) -> None:
-        """Train until this many global env steps, by default those of the run, or until a rank votes to stop."""
+        """Train until this many global env steps, by default those of the run, or until it stops early."""
         total = self.config.run.total_env_steps if until_env_steps is None else until_env_steps
         self.exchange_stats()  # a rank may have been asked to stop before the start
-        while self.clock.env_steps < total and not self.stop_voted:
+        while self.clock.env_steps < total and not self.stopped_by:
             self.iterate()
             self.timer.start("other")
             self.run_due_events()
@@ -171,14 +171,15 @@ class Trainer:
         self.accumulate(self.strategy.exchange_stats(self.pop_report()))
 
     def accumulate(self, outcome: Outcome) -> None:
-        """Add up the statistics of an exchange; a rank's vote to stop sets `stop_voted`, which ends `train`."""
+        """Add up the statistics of an exchange; a rank's vote to stop sets `stopped_by`, which ends `train`."""
         self.recorder.totals.add(outcome)
-        self.stop_voted = self.stop_voted or outcome.stop
+        if outcome.stop:
+            self.stopped_by = "signal"
 
     def run_due_events(self) -> None:
         """Copy the target network, log, evaluate and save a checkpoint, each if the last env steps made it due."""
         run, due = self.config.run, self.clock.due
-        over = self.clock.env_steps >= run.total_env_steps or self.stop_voted
+        over = self.clock.env_steps >= run.total_env_steps or self.stopped_by != ""
         if over or due(run.eval_every) or due(run.checkpoint_every):
             self.accumulate(self.strategy.synchronize())
         self.target_due |= due(self.config.learning.target_every)
@@ -201,9 +202,17 @@ class Trainer:
             self.target_due = False
 
     def evaluate(self) -> None:
-        """Evaluate the greedy policy, unless the ranks are stopping; end the run if a rank votes to stop meanwhile."""
-        if not self.stop_voted:
-            self.stop_voted = not self.recorder.evaluate(lambda: self.stop.requested)
+        """Evaluate the greedy policy, unless the run is ending; a vote to stop, or the return, may end it."""
+        if self.stopped_by:
+            return
+        if not self.recorder.evaluate(lambda: self.stop.requested):
+            self.stopped_by = "signal"
+        self.stop_if_return_reached()
+
+    def stop_if_return_reached(self) -> None:
+        """End training if the last evaluation, which is the same on all ranks, reached `stop_at_return`."""
+        if not self.stopped_by and self.recorder.return_reached():
+            self.stopped_by = "return"
 
     def close(self) -> None:
         """Close the environments."""

@@ -34,6 +34,7 @@
 readonly me=${0##*/}
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
 repo=${here%/*}
+[[ -d $repo/hvdqn ]] || repo=${repo%/*} # installed from a wheel, this file is in hvdqn/scripts
 
 # Patterns for the names of variables that ranks get, and for names that must not appear on any command line.
 readonly passed_user='PATH|HOME|USER|LOGNAME|SHELL|LANG|LC_.*|TZ|TERM|COLUMNS|TMPDIR|XDG_CACHE_HOME|SSH_AUTH_SOCK|KRB5CCNAME'

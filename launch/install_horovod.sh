@@ -59,7 +59,10 @@ parse_arguments() {
 }
 
 find_environment() {
-    repo=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
+    local here
+    here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
+    repo=${here%/*}
+    [[ -d $repo/hvdqn ]] || repo=${repo%/*} # installed from a wheel, this file is in hvdqn/scripts
     venv=${HVDQN_VENV:-$repo/.venv}
     python=$venv/bin/python
     [[ -x $python ]] || die 2 "no Python at $python; run launch/setup.sh first, or point HVDQN_VENV at an environment"

@@ -72,20 +72,30 @@ load_python() {
             "an environment that has it: HVDQN_VENV in site.env, from site.env.example"
 }
 
-# Runs a command on every task and returns the highest of their exit codes.
-run_ranks() { # run_ranks [SRUN_FLAG...] COMMAND [ARGUMENT...]
-    local -r flags=(
+# Sets `srun_flags`, with which srun starts ranks.
+set_srun_flags() {
+    srun_flags=(
         --mpi="${HVDQN_MPI:-pmix}" # how ranks find each other; `srun --mpi=list` shows the choices
         --kill-on-bad-exit=1       # when a rank dies, end the others, which would wait for it
         --unbuffered               # write output at once
         --cpus-per-task="$cpus"    # since Slurm 22.05 srun does not inherit it from sbatch
         --export=ALL               # pass on what site.env has set, even under sbatch --export=NONE
     )
+}
+
+# Runs a command on every task and returns the highest of their exit codes.
+run_ranks() { # run_ranks [SRUN_FLAG...] COMMAND [ARGUMENT...]
+    set_srun_flags
     earlier_summary=$(summary)
-    srun "${flags[@]}" "$@" &
+    run_and_forward srun "${srun_flags[@]}" "$@"
+}
+
+# Runs a program, passes signals on to it, and returns its exit code.
+run_and_forward() { # run_and_forward PROGRAM [ARGUMENT...]
+    "$@" &
     local -r step=$!
-    # Slurm signals the ranks directly. Signals to this shell alone (--signal=B:..., scancel --batch) are passed to
-    # srun, which sends USR2 to every rank. They must not end this shell, which has to requeue the job.
+    # Slurm signals the ranks directly. Signals to this shell alone (--signal=B:..., scancel --batch) are passed on, and
+    # srun sends USR2 to every rank. They must not end this shell, which has to requeue the job.
     # shellcheck disable=SC2064 # expand the step's process id now
     trap "kill -USR2 $step 2>/dev/null || true" TERM USR2
     while kill -0 "$step" 2>/dev/null; do wait "$step" || true; done # a trapped signal interrupts `wait`

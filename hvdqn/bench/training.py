@@ -148,7 +148,7 @@ class TrainingRun:
         """
         self._trainer.overlap = self.parts.overlap if overlap else "none"
         self._trainer.train(self.parts.clock.env_steps + iterations * self.env_steps_per_iteration)
-        if self._trainer.stop_voted:
+        if self._trainer.stopped_by:
             raise StoppedError("stopped by a signal before the measurement was complete")
 
     def evaluate(self, training_seconds: float) -> Evaluation:

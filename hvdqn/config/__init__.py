@@ -9,9 +9,11 @@ validation.py  checks of ranges and of settings that contradict each other
 
 from __future__ import annotations
 
-from hvdqn.config.flags import parse_flags, print_completion
+from hvdqn.config.fields import Field, flag_of
+from hvdqn.config.flags import parse_flags, print_completion, print_text
+from hvdqn.config.joining import fitting_preset, preset_names
 from hvdqn.config.names import did_you_mean, import_attribute, import_module
-from hvdqn.config.parsing import as_yaml, parse
+from hvdqn.config.parsing import CONFIG_FILE, as_yaml, parse, read_config_file
 from hvdqn.config.presets import ALGORITHMS, JOINED, PRESETS
 from hvdqn.config.settings import (
     Config,
@@ -25,6 +27,7 @@ from hvdqn.config.settings import (
     incidental_settings,
     preset_config,
     same_setting,
+    setting,
     settings_fixed_on_resume,
     settings_of_exact_resume,
     settings_of_same_curve,
@@ -35,14 +38,17 @@ from hvdqn.config.validation import (
     check_world,
     unused_settings,
 )
+from hvdqn.config.values import json_object, value_of_words
 
 __all__ = [
     "ALGORITHMS",
+    "CONFIG_FILE",
     "JOINED",
     "PRESETS",
     "Config",
     "EnvironmentConfig",
     "ExplorationConfig",
+    "Field",
     "LearningConfig",
     "NetworkConfig",
     "ParallelConfig",
@@ -53,16 +59,24 @@ __all__ = [
     "check_saved",
     "check_world",
     "did_you_mean",
+    "fitting_preset",
+    "flag_of",
     "import_attribute",
     "import_module",
     "incidental_settings",
+    "json_object",
     "parse",
     "parse_flags",
     "preset_config",
+    "preset_names",
     "print_completion",
+    "print_text",
+    "read_config_file",
     "same_setting",
+    "setting",
     "settings_fixed_on_resume",
     "settings_of_exact_resume",
     "settings_of_same_curve",
     "unused_settings",
+    "value_of_words",
 ]

@@ -33,6 +33,7 @@ T = TypeVar("T")
 
 HELP_FLAGS = ("-h", "--help")
 VERSION_FLAG = "--version"
+PRINT_CONFIG_FLAG = "--print-config"
 SHELLS = ("bash", "zsh", "fish")
 OTHER_FLAGS = {flag_of(other): flag_of(name) for other, name in OTHER_NAMES.items()}
 
@@ -148,7 +149,7 @@ def print_version() -> NoReturn:
     Raises:
         SystemExit: 0.
     """
-    _print(f"hvdqn {__version__}")
+    print_text(f"hvdqn {__version__}")
     raise SystemExit(0)
 
 
@@ -162,7 +163,7 @@ def print_help(kind: type[T], prog: str, default: T | None = None) -> NoReturn:
     columns = shutil.get_terminal_size().columns
     # tyro does not wrap the description of the command.
     lines = (line.rstrip() for line in text.splitlines())
-    _print("\n".join(textwrap.fill(line, columns) if len(line) > columns else line for line in lines))
+    print_text("\n".join(textwrap.fill(line, columns) if len(line) > columns else line for line in lines))
     raise SystemExit(0)
 
 
@@ -185,7 +186,7 @@ def print_completion(commands: Any, shell: str, prog: str) -> None:
         line.replace("\\n", " ") if line.startswith("COMPLETION_SPEC = ") else line
         for line in script.splitlines()
     ]
-    _print("\n".join(lines))
+    print_text("\n".join(lines))
 
 
 def _output_of_tyro(kind: Any, prog: str, argv: Sequence[str], default: Any) -> str:
@@ -219,7 +220,7 @@ def _join_help_texts(kind: Any) -> None:
         _join_help_texts(hint)
 
 
-def _print(text: str) -> None:
+def print_text(text: str) -> None:
     """Print text, also into a pipe that closes early (`--help | head`)."""
     try:
         print(text, flush=True)

@@ -14,8 +14,16 @@ from typing import Any
 import yaml
 
 from hvdqn.config.fields import flag_of
-from hvdqn.config.flags import HELP_FLAGS, VERSION_FLAG, print_help, print_version, read_flags
-from hvdqn.config.presets import preset_names
+from hvdqn.config.flags import (
+    HELP_FLAGS,
+    PRINT_CONFIG_FLAG,
+    VERSION_FLAG,
+    print_help,
+    print_text,
+    print_version,
+    read_flags,
+)
+from hvdqn.config.joining import preset_names
 from hvdqn.config.settings import Config, preset_config, setting, settings_of_one_launch
 from hvdqn.config.validation import check
 from hvdqn.config.values import value_of_data
@@ -32,13 +40,13 @@ def parse(argv: Sequence[str], prog: str = "python -m hvdqn.train") -> Config:
 
     Raises:
         UserError: something in it is wrong.
-        SystemExit: 0 after `--help` or `--version`.
+        SystemExit: 0 after `--help`, `--version` or `--print-config`.
     """
     if VERSION_FLAG in argv:
         print_version()
     _refuse_repeated(argv, "--preset", "join them by comma, as in minatar,rainbow")
     _refuse_repeated(argv, "--config", "give one file")
-    words = [word for word in argv if word not in HELP_FLAGS]
+    words = [word for word in argv if word not in (*HELP_FLAGS, PRINT_CONFIG_FLAG)]
     flags = read_flags(Config, words)
     path = flags.pop("config", "")
     in_file = read_config_file(path) if path else {}
@@ -46,11 +54,14 @@ def parse(argv: Sequence[str], prog: str = "python -m hvdqn.train") -> Config:
     preset = _agreed_preset(flags.pop("preset", ""), in_file.pop("preset", None), path)
     preset = _preset_of_run(preset, in_run.pop("preset", None), run_path)
     default = preset_config(preset or "").replace(**{**in_run, **in_file})
-    if len(words) < len(argv):
+    if set(HELP_FLAGS) & set(argv):
         print_help(Config, prog, default)
     config = default.replace(**flags)
     with _blame_file(path, {flag_of(name) for name in in_file if name not in flags}):
         check(config)
+    if PRINT_CONFIG_FLAG in argv:
+        print_text(as_yaml(config).rstrip())
+        raise SystemExit(0)
     if run_path:
         log.info(f"settings not given here are those of {run_path}")
     return config

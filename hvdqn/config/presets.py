@@ -11,9 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hvdqn.config.names import did_you_mean
-from hvdqn.errors import UserError
-
 # Mnih et al. 2015, without any later extension.
 PLAIN: Mapping[str, Any] = {
     "double": False,
@@ -316,6 +313,9 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 }  # fmt: skip
 
 # Presets of algorithms. Joined with an environment's preset, they win.
+# Presets for all environments whose ids begin with these words and a slash.
+FAMILIES: Mapping[str, str] = {"ALE": "atari", "MinAtar": "minatar"}
+
 ALGORITHMS = ("dqn", "double-dueling", "rainbow", "iqn", "m-iqn")
 
 # Settings of an environment and an algorithm together: the best learning rate of an algorithm depends on both.
@@ -355,46 +355,3 @@ JOINED: Mapping[tuple[str, str], Mapping[str, Any]] = {
         "exploration_env_steps": 250_000,
     },
 }  # fmt: skip
-
-
-def preset_names(text: str) -> list[str]:
-    """Return the names in `--preset TEXT`, each once.
-
-    Raises:
-        UserError: there is no such preset.
-    """
-    names = list(dict.fromkeys(filter(None, map(str.strip, text.split(",")))))
-    for name in names:
-        if name not in PRESETS:
-            raise UserError(
-                f"unknown preset '{name}'{did_you_mean(name, PRESETS)}; there are {', '.join(PRESETS)}"
-            )
-    return names
-
-
-def preset_settings(text: str) -> dict[str, Any]:
-    """Return the settings of one preset, or of several joined by commas. Their order does not matter.
-
-    The preset of an algorithm wins over that of an environment, and `smoke` wins over both.
-
-    Raises:
-        UserError: there is no such preset, or two of them exclude each other.
-    """
-    names = preset_names(text)
-    algorithms = [name for name in names if name in ALGORITHMS]
-    environments = [name for name in names if name not in (*algorithms, "smoke")]
-    for kind in (environments, algorithms):
-        if len(kind) > 1:
-            raise UserError(
-                f"--preset {text}: {kind[0]} and {kind[1]} cannot both hold; join an environment's with an "
-                "algorithm's, as atari,rainbow"
-            )
-    settings: dict[str, Any] = {}
-    for name in (*environments, *algorithms):
-        settings |= PRESETS[name]
-    for pair, joined in JOINED.items():
-        if set(pair) <= set(names):
-            settings |= joined
-    if "smoke" in names:
-        settings |= PRESETS["smoke"]
-    return settings

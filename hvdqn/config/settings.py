@@ -8,6 +8,7 @@ the text below it is its help. Nothing in this package imports torch.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -32,9 +33,10 @@ from hvdqn.config.fields import (
     between,
     fields_of,
 )
+from hvdqn.config.joining import preset_names, preset_settings
 from hvdqn.config.names import OTHER_NAMES, did_you_mean
-from hvdqn.config.presets import PRESETS, preset_names, preset_settings
-from hvdqn.config.values import same_value
+from hvdqn.config.presets import PRESETS
+from hvdqn.config.values import json_object, same_value
 from hvdqn.errors import UserError
 
 Count = Annotated[int, at_least(1)]
@@ -265,6 +267,13 @@ class RunConfig:
     """Episodes of an evaluation, shared by all ranks; 0: never evaluate."""
     eval_epsilon: Share = 0.0
     """Share of random actions in evaluation."""
+    eval_env: str = ""
+    """Another environment for evaluations, with the same observations and actions; empty: that of training."""
+    eval_env_kwargs: Annotated[str, JSON_TEXT] = "{}"
+    """JSON object of keyword arguments for the environment of evaluations. They are added to `env_kwargs`, unless
+    there is an `eval_env`, which has these alone."""
+    stop_at_return: Annotated[float | None, SAME_CURVE] = None
+    """Stop as soon as the mean return of an evaluation reaches this."""
     checkpoint_every: Annotated[CountOrZero, SAME_CURVE] = 10_000
     """Env steps between checkpoints; there is always one at the end."""
     checkpoint_keep: Annotated[Count, SAME_CURVE] = 3
@@ -274,6 +283,8 @@ class RunConfig:
     checkpoints will take."""
     log_every: Annotated[CountOrZero, SAME_CURVE] = 1_000
     """Env steps between lines of metrics.jsonl."""
+    track: Annotated[Literal["none", "wandb", "mlflow"], INCIDENTAL, SAME_CURVE] = "none"
+    """Also send metrics to Weights & Biases or MLflow, which their own environment variables configure."""
 
 
 PRESET_HELP = (
@@ -305,6 +316,20 @@ class Config:
                 value = getattr(getattr(self, declared.section) if declared.section else self, name)
                 settings[name] = list(value) if isinstance(value, tuple) else value
         return settings
+
+    def evaluation_environment(self) -> EnvironmentConfig:
+        """Return the environment that evaluations play: that of training, but for `eval_env` and `eval_env_kwargs`.
+
+        Raises:
+            UserError: keyword arguments are no JSON object.
+        """
+        given, environment = json_object("--eval-env-kwargs", self.run.eval_env_kwargs), self.environment
+        if not given and not self.run.eval_env:
+            return environment
+        inherited = {} if self.run.eval_env else json_object("--env-kwargs", environment.env_kwargs)
+        kwargs = json.dumps({**inherited, **given})
+        env = self.run.eval_env or environment.env
+        return dataclasses.replace(environment, env=env, env_kwargs=kwargs, episodic_life=False)
 
     def replace(self, **settings: Any) -> Config:
         """Return a copy with some settings changed, each by its name.

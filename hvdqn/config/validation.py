@@ -25,6 +25,7 @@ def check(config: Config) -> None:
     _check_network(config.network, config.learning)
     _check_munchausen(config.network, config.learning)
     _check_exploration(config)
+    _check_evaluation(config)
     if config.parallel.tolerate_dead_workers and config.parallel.stall_timeout == 0:
         raise UserError(
             "--tolerate-dead-workers needs the watchdog to find them; leave --stall-timeout 0 out, or give seconds"
@@ -53,7 +54,9 @@ def check_saved(settings: Mapping[str, Any]) -> None:
         UserError: a value cannot be right.
     """
     known = {
-        name: value_of_data(SETTINGS[name], value) for name, value in settings.items() if name in SETTINGS
+        name: value_of_data(SETTINGS[name], value)
+        for name, value in settings.items()
+        if name in SETTINGS and value is not None
     }
     _check_ranges({name: list(value) if isinstance(value, tuple) else value for name, value in known.items()})
 
@@ -104,6 +107,15 @@ def _check_exploration(config: Config) -> None:
     if config.exploration.exploration == "noisy" and not config.network.noisy:
         raise UserError(
             "--exploration noisy needs the noise of --noisy; without it the agent would not explore"
+        )
+
+
+def _check_evaluation(config: Config) -> None:
+    config.evaluation_environment()
+    run = config.run
+    if run.stop_at_return is not None and not (run.eval_every and run.eval_episodes):
+        raise UserError(
+            "--stop-at-return needs evaluations during training; give --eval-every, and --eval-episodes of 1 or more"
         )
 
 

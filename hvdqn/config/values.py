@@ -66,6 +66,21 @@ def _read(field: Field, data: Any, kind: Any) -> Any:
     return kind(str(data))
 
 
+def json_object(flag: str, text: str) -> dict[str, Any]:
+    """Return the JSON object in the value of a flag.
+
+    Raises:
+        UserError: it is no JSON object.
+    """
+    try:
+        data = json.loads(text or "{}")
+    except json.JSONDecodeError as error:
+        raise UserError(f'{flag} {text!r} is not JSON ({error.msg}); write {{"name": value}}') from None
+    if not isinstance(data, dict):
+        raise UserError(f'{flag} {text!r} is not a JSON object; write {{"name": value}}')
+    return data
+
+
 def same_value(field: Field, one: Any, other: Any) -> bool:
     """Return True if two values of a setting mean the same. JSON is compared by its content, not by its text."""
     if JSON_TEXT in field.notes:

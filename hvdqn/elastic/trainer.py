@@ -74,7 +74,7 @@ class ElasticTrainer(Trainer):
         return {
             **shared_state(self.parts, recorder.totals, recorder.progress),
             "run_dir": str(recorder.run_dir),
-            "stop_voted": self.stop_voted,
+            "stopped_by": self.stopped_by,
             "saved_at_env_steps": recorder.saved_at_env_steps,
             "logged_at_env_steps": recorder.logged_at_env_steps,
             "seconds": self.timer.seconds(),
@@ -85,7 +85,7 @@ class ElasticTrainer(Trainer):
         recorder = self.recorder
         recorder.progress = load_shared_state(state, self.parts, recorder.totals)
         recorder.progress.world_changes += 1
-        self.stop_voted = state["stop_voted"]
+        self.stopped_by = state["stopped_by"]
         recorder.saved_at_env_steps = state["saved_at_env_steps"]
         recorder.logged_at_env_steps = state["logged_at_env_steps"]
         recorder.resume()

@@ -112,7 +112,7 @@ class ElasticWorker:
                 raise
         with contextlib.suppress(self.world.peer_lost):  # all is done and recorded
             comm.close()
-        return EXIT_REQUEUE if trainer.stop_voted else EXIT_FINISHED
+        return EXIT_REQUEUE if trainer.stopped_by == "signal" else EXIT_FINISHED
 
     def open(self) -> Path:
         """Create the run directory, or open that of a run to resume; return its path."""

@@ -6,7 +6,6 @@ import dataclasses
 import difflib
 import functools
 import importlib
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.wrappers import FlattenObservation
 
-from hvdqn.config import EnvironmentConfig, import_attribute, import_module
+from hvdqn.config import EnvironmentConfig, import_attribute, import_module, json_object
 from hvdqn.envs.actions import Actions
 from hvdqn.envs.atari import AtariGame, AtariVector, game_settings, is_atari
 from hvdqn.envs.atari_variant import AtariVariant, is_variant
@@ -163,14 +162,7 @@ def _read_kwargs(config: EnvironmentConfig, spec: EnvSpec) -> dict[str, Any]:
     Raises:
         UserError: `--env-kwargs` is no JSON object.
     """
-    try:
-        kwargs = json.loads(config.env_kwargs or "{}")
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f'--env-kwargs {config.env_kwargs!r} is not JSON ({error.msg}); write {{"name": value}}'
-        ) from None
-    if not isinstance(kwargs, dict):
-        raise UserError(f'--env-kwargs {config.env_kwargs!r} is not a JSON object; write {{"name": value}}')
+    kwargs = json_object("--env-kwargs", config.env_kwargs)
     return game_settings(spec, kwargs) if is_atari(spec) else kwargs
 
 

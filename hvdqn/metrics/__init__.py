@@ -7,12 +7,14 @@ from hvdqn.metrics.console import LineConsole, ProgressLine
 from hvdqn.metrics.metrics import Metrics
 from hvdqn.metrics.status import Status, number
 from hvdqn.metrics.timing import PHASES, Phase, PhaseTimer, WaitHint
+from hvdqn.metrics.tracking import check_tracker, open_tracker
 from hvdqn.metrics.writers import (
     METRICS_FILE,
     SUMMARY_FILE,
     JsonLines,
     Record,
     TensorBoard,
+    Writer,
     finite,
     read_metrics,
     replace_file,
@@ -33,8 +35,11 @@ __all__ = [
     "Status",
     "TensorBoard",
     "WaitHint",
+    "Writer",
+    "check_tracker",
     "finite",
     "number",
+    "open_tracker",
     "read_metrics",
     "replace_file",
     "write_summary",

@@ -14,10 +14,10 @@ from rich.text import Text
 
 from hvdqn.logs import encodable
 from hvdqn.metrics.status import Status
-from hvdqn.metrics.writers import Record
+from hvdqn.metrics.writers import Record, Writer
 
 
-class BarConsole:
+class BarConsole(Writer):
     """Show a bar with env steps, speed and time left, and below it updates, return, loss and epsilon.
 
     Only `write` redraws it: rich's refresh thread would compete with training and does not survive a fork.
@@ -30,9 +30,6 @@ class BarConsole:
         self.status = Status(total_env_steps)
         self.draw_at = -math.inf
         self._progress = StatusProgress(self.status, stream)
-
-    def resume(self, env_steps: int) -> None:
-        """Do nothing: printed lines stay."""
 
     def write(self, record: Record) -> None:
         """Redraw the bar, at most once a second."""

@@ -63,7 +63,7 @@ def in_batch_job() -> bool:
     return "LSB_JOBID" in environ and environ.get("LSB_INTERACTIVE") != "Y"
 
 
-class LineConsole:
+class LineConsole(Writer):
     """Print plain lines for logs and pipes.
 
     Args:
@@ -79,9 +79,6 @@ class LineConsole:
         self._every_seconds = every_seconds
         self._held_back = False
         self._printed_env_steps = -1
-
-    def resume(self, env_steps: int) -> None:
-        """Do nothing: printed lines stay."""
 
     def write(self, record: Record) -> None:
         """Print a progress line, or keep the record for later if the last line is too recent."""

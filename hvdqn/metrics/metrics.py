@@ -6,7 +6,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -33,6 +33,7 @@ class Metrics:
         timer: its total is the `wall_seconds` of every record.
         line_every_seconds: minimum wall time between two progress lines where there is no terminal.
         stream: the console; standard output if None.
+        trackers: further outputs of rank 0.
 
     Attributes:
         write_failures: number of failed writes.
@@ -47,6 +48,7 @@ class Metrics:
         *,
         line_every_seconds: float = LINE_EVERY_SECONDS,
         stream: TextIO | None = None,
+        trackers: Sequence[Writer] = (),
     ) -> None:
         self.write_failures = 0
         self.draw_at = math.inf
@@ -57,7 +59,17 @@ class Metrics:
         if run_dir is not None:
             self._console = open_console(stream or sys.stdout, total_env_steps, line_every_seconds)
             open_display(self._console)
-            self._writers = [JsonLines(run_dir / METRICS_FILE), TensorBoard(run_dir), self._console]
+            self._writers = [
+                JsonLines(run_dir / METRICS_FILE),
+                TensorBoard(run_dir),
+                *trackers,
+                self._console,
+            ]
+
+    def describe(self, settings: Mapping[str, Any]) -> None:
+        """Give the settings of the run to all outputs."""
+        for writer in self._writers:
+            self._attempt(writer.describe, settings)
 
     def resume(self, env_steps: int, updates: int) -> None:
         """Drop the records beyond the checkpoint that the run resumes from, so that curves do not overlap."""
@@ -90,6 +102,11 @@ class Metrics:
             self._attempt(self._console.write, Record(env_steps, updates, self._timer.total_seconds(), {}))
             self._console.status.activity = ""
         self.draw_at = self._console.draw_at
+
+    def summarize(self, summary: Mapping[str, Any]) -> None:
+        """Give the summary of a run that has ended without an error to all outputs."""
+        for writer in self._writers:
+            self._attempt(writer.summarize, summary)
 
     def close(self) -> None:
         """Show the last record if the console has not yet, and remove the bar."""

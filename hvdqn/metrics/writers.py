@@ -35,19 +35,29 @@ class Record:
 
 
 class Writer(Protocol):
-    """A destination of records. Any method may raise OSError; `Metrics` catches it."""
+    """A destination of records; by default a method does nothing. Any may raise OSError, which `Metrics` catches."""
+
+    def describe(self, settings: Mapping[str, Any]) -> None:
+        """Take the settings of the run, before the first record."""
+        return
 
     def resume(self, env_steps: int) -> None:
         """Drop the records beyond `env_steps`."""
+        return
 
     def write(self, record: Record) -> None:
         """Write one record."""
 
+    def summarize(self, summary: Mapping[str, Any]) -> None:
+        """Take the summary of a run that has ended without an error."""
+        return
+
     def close(self) -> None:
         """Write what `write` has not written yet."""
+        return
 
 
-class JsonLines:
+class JsonLines(Writer):
     """Write `metrics.jsonl`: one JSON object per line, with null for non-finite numbers."""
 
     def __init__(self, path: Path) -> None:
@@ -76,12 +86,9 @@ class JsonLines:
         line = json.dumps(finite({**counters, **record.values}), allow_nan=False)
         _append(self._path, line.encode() + b"\n")
 
-    def close(self) -> None:
-        """Do nothing: `write` has written every line."""
 
-
-class TensorBoard:
-    """Write an event file with the scalars `train/*`, `eval/*` and `time/*` over global env steps.
+class TensorBoard(Writer):
+    """Write an event file: scalars `train/*`, `eval/*`, `time/*` over global env steps; settings as text and hparams.
 
     It does not use TensorBoard's own writer: that writes in a thread, which hides errors of the disk and does not
     survive a fork. Without the tensorboard package no event file is written, and one warning is logged.
@@ -93,6 +100,11 @@ class TensorBoard:
         self._purge_env_steps: int | None = None
         self._header_written = False
         self._installed = True
+        self._settings: Mapping[str, Any] = {}
+
+    def describe(self, settings: Mapping[str, Any]) -> None:
+        """Keep the settings for the header of the file."""
+        self._settings = settings
 
     def resume(self, env_steps: int) -> None:
         """Make TensorBoard drop what earlier event files hold beyond `env_steps`."""
@@ -110,14 +122,11 @@ class TensorBoard:
             log.warning(f"no TensorBoard events are written ({error}): pip install tensorboard")
             return
         named = {**record.values, "updates": record.updates, "wall_seconds": record.wall_seconds}
-        scalars = [Summary.Value(tag=_tag(name), simple_value=value) for name, value in named.items()]
+        scalars = [Summary.Value(tag=tag_of(name), simple_value=value) for name, value in named.items()]
         event = Event(wall_time=time.time(), step=record.env_steps, summary=Summary(value=scalars))
         events = [event] if self._header_written else [*self._header(), event]
         _append(self._path, _encode(events))
         self._header_written = True
-
-    def close(self) -> None:
-        """Do nothing: `write` has written every event."""
 
     def _header(self) -> list[Event]:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -126,10 +135,43 @@ class TensorBoard:
         if self._purge_env_steps is not None:
             restart = SessionLog(status=SessionLog.START)
             header.append(Event(wall_time=time.time(), step=self._purge_env_steps, session_log=restart))
+        if self._settings:
+            header.append(_settings_event(self._settings, self._purge_env_steps or 0))
         return header
 
 
-def _tag(name: str) -> str:
+def _settings_event(settings: Mapping[str, Any], env_steps: int) -> Event:
+    """Return the event with the settings of a run: as text, and for the table of TensorBoard's HPARAMS tab."""
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+    from tensorboard.compat.proto.tensor_pb2 import TensorProto
+    from tensorboard.compat.proto.types_pb2 import DT_STRING
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionStartInfo
+
+    text = "".join(f"    {name}: {value}\n" for name, value in settings.items())  # indented: a block of code
+    session = SessionStartInfo(start_time_secs=time.time())
+    for name, value in settings.items():
+        if isinstance(value, bool):
+            session.hparams[name].bool_value = value
+        elif isinstance(value, (int, float)):
+            session.hparams[name].number_value = value
+        else:
+            session.hparams[name].string_value = str(value)
+    hparams = HParamsPluginData(version=0, session_start_info=session).SerializeToString()
+    plugins = {
+        "config": SummaryMetadata.PluginData(plugin_name="text"),
+        "_hparams_/session_start_info": SummaryMetadata.PluginData(plugin_name="hparams", content=hparams),
+    }
+    tensor = TensorProto(dtype=DT_STRING, string_val=[text.encode()])
+    values = [
+        Summary.Value(tag=tag, metadata=SummaryMetadata(plugin_data=plugin), tensor=tensor)
+        for tag, plugin in plugins.items()
+    ]
+    return Event(wall_time=time.time(), step=env_steps, summary=Summary(value=values))
+
+
+def tag_of(name: str) -> str:
+    """Return the tag of a value, such as `train/loss`, `eval/return_mean` and `time/env_steps_per_second`."""
     if name.startswith("eval_"):
         return "eval/" + name.removeprefix("eval_")
     return ("time/" if "second" in name else "train/") + name

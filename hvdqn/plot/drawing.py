@@ -54,7 +54,7 @@ Y_LABELS = {
 }
 
 
-def draw(panels: list[Panel], x: str, title: str | None = None) -> Figure:
+def draw(panels: list[Panel], x: str, title: str | None = None, smooth: int | None = None) -> Figure:
     """Return a figure with one axes per panel and one legend above all of them.
 
     Raises:
@@ -78,7 +78,7 @@ def draw(panels: list[Panel], x: str, title: str | None = None) -> Figure:
     for index, (axes, panel) in enumerate(zip(all_axes, panels, strict=False)):
         only_line = len(panel.groups) > MAX_CURVES_WITH_BANDS
         for group in panel.groups:
-            curve = summarize(group, x, panel.y, only_line=only_line)
+            curve = summarize(group, x, panel.y, only_line=only_line, smooth=smooth)
             handles[group.label] = _draw_curve(axes, curve, list(legend).index(group.label), scale)
             notes += [note for note in curve.notes if note not in notes]
         _label_axes(axes, panel)

@@ -73,6 +73,26 @@ def arrange(runs: list[Run], group: str | None, y: str | None) -> list[Panel]:
     ]
 
 
+def rename(panels: list[Panel], labels: str) -> list[Panel]:
+    """Return the panels with other names for the curves: `labels` has them in their order, joined by commas.
+
+    Raises:
+        UserError: there are more or fewer names than curves.
+    """
+    names = [name.strip() for name in labels.split(",")]
+    curves = list(dict.fromkeys(group.label for panel in panels for group in panel.groups))
+    if len(names) != len(curves) or len(set(names)) < len(names):
+        raise UserError(
+            f"--labels has {len(names)} names, for the {len(curves)} curves {', '.join(map(repr, curves))}; give each "
+            "a name of its own, in this order and joined by commas"
+        )
+    new = dict(zip(curves, names, strict=True))
+    return [
+        Panel(panel.env, [Group(new[group.label], group.runs) for group in panel.groups], panel.y)
+        for panel in panels
+    ]
+
+
 def value_of(run: Run, key: str) -> str:
     """Return a setting as text, to compare runs by; "?" if it is unknown."""
     value = run.settings.get(key)

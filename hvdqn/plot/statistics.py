@@ -39,17 +39,18 @@ class Curve:
     """Explanations for the reader, printed below the figure."""
 
 
-def summarize(group: Group, x: str, y: str, *, only_line: bool = False) -> Curve:
+def summarize(group: Group, x: str, y: str, *, only_line: bool = False, smooth: int | None = None) -> Curve:
     """Return the curve of a group: statistics over several runs, or a single run, smoothed if it is long.
 
-    With `only_line`, the curve has no band, no dashed line and no pale line.
+    With `only_line`, the curve has no band, no dashed line and no pale line. `smooth` is the number of points over
+    which each run is averaged; None: a long single run over 5% of its points.
 
     Raises:
         UserError: there is no x that all runs reach.
     """
     if len(group.runs) == 1:
-        return _summarize_single(group.runs[0], x, y, only_line)
-    curves = [run.curve(x, y) for run in group.runs]
+        return _summarize_single(group.runs[0], x, y, only_line, smooth)
+    curves = [curve_of(run, x, y, smooth) for run in group.runs]
     try:
         grid, values = common_grid(curves)
     except ValueError as error:
@@ -57,7 +58,7 @@ def summarize(group: Group, x: str, y: str, *, only_line: bool = False) -> Curve
             f"the runs of '{group.label}' have no common range of {x}: {error}; "
             f"plot them separately, or separate them with --group"
         ) from None
-    notes, band, dashed = ["mean over seeds"], None, None
+    notes, band, dashed = [*smoothing_note(smooth), "mean over seeds"], None, None
     if not only_line:
         band = bootstrap_band(values)
         too_few = len(values) < MIN_SEEDS_FOR_BOOTSTRAP
@@ -72,8 +73,23 @@ def summarize(group: Group, x: str, y: str, *, only_line: bool = False) -> Curve
     return Curve(grid, values.mean(axis=0), band, dashed, notes=tuple(notes))
 
 
-def _summarize_single(run: Run, x: str, y: str, only_line: bool) -> Curve:
+def curve_of(run: Run, x: str, y: str, smooth: int | None) -> tuple[Array, Array]:
+    """Return x and y of a run, `[points]` each, with the moving mean over `smooth` points, if that is given."""
     xs, values = run.curve(x, y)
+    return (xs, moving_mean(values, smooth // 2)) if smooth and smooth > 1 else (xs, values)
+
+
+def smoothing_note(smooth: int | None) -> list[str]:
+    """Return what the reader must know of smoothing, if anything."""
+    return [f"moving mean over {smooth} points"] if smooth and smooth > 1 else []
+
+
+def _summarize_single(run: Run, x: str, y: str, only_line: bool, smooth: int | None) -> Curve:
+    xs, values = run.curve(x, y)
+    if smooth is not None:
+        xs, line = curve_of(run, x, y, smooth)
+        pale = values if smooth > 1 and not only_line else None
+        return Curve(xs, line, pale=pale, notes=tuple(smoothing_note(smooth)))
     xs_of_std, std = run.curve(x, y.removesuffix("_mean") + "_std")
     if np.array_equal(xs, xs_of_std):
         if only_line:
@@ -85,8 +101,8 @@ def _summarize_single(run: Run, x: str, y: str, only_line: bool) -> Curve:
     if len(xs) < MIN_POINTS_FOR_SMOOTHING:
         return Curve(xs, values)
     if only_line:
-        return Curve(xs, smooth(values), notes=("single run, smoothed",))
-    return Curve(xs, smooth(values), pale=values, notes=("single run, smoothed", "pale: as recorded"))
+        return Curve(xs, smooth_share(values), notes=("single run, smoothed",))
+    return Curve(xs, smooth_share(values), pale=values, notes=("single run, smoothed", "pale: as recorded"))
 
 
 def bootstrap_band(values: Array, confidence: float = 0.95, seed: int = 0) -> tuple[Array, Array]:
@@ -137,12 +153,16 @@ def common_grid(curves: list[tuple[Array, Array]]) -> tuple[Array, Array]:
     return grid, np.stack([np.interp(grid, x, y) for x, y in curves])
 
 
-def smooth(y: Array, share: float = 0.05) -> Array:
-    """Return the centered moving mean, `[points]` -> `[points]`, over a window of a share of all points.
+def smooth_share(y: Array, share: float = 0.05) -> Array:
+    """Return the moving mean over a window of a share of all points: `[points]` -> `[points]`."""
+    return moving_mean(y, max(1, round(len(y) * share / 2)))
+
+
+def moving_mean(y: Array, radius: int) -> Array:
+    """Return the mean over each point and `radius` points on either side: `[points]` -> `[points]`.
 
     The window is narrower near the ends.
     """
-    radius = max(1, round(len(y) * share / 2))
     total = np.concatenate([[0.0], np.cumsum(y)])
     index = np.arange(len(y))
     radii = np.minimum(np.minimum(index, len(y) - 1 - index), radius)

@@ -52,6 +52,9 @@ def result_case(line: str) -> Case:
     return Case("2 episodes: mean", replaced, needs)
 
 
+TUNE = "hvdqn tune STUDY --trials 50 --search lr=1e-5:1e-2:log --search n_step=1,3,5 -- --preset cartpole"
+TUNE_RANKS = 'hvdqn tune STUDY --launcher "mpirun -np 4" --search lr=1e-5:1e-2:log -- --preset cartpole'
+TUNED = f"-- --preset cartpole {SHORT}"
 MEASURE_NETWORK = "python -m tests.launch.measure_sync network"
 RUN_HERE = {line: result_case(line) for line in commands() if re.fullmatch(RESULTS, line)} | {
     "horovodrun -np 8 python -m hvdqn.train --preset atari --env ALE/Breakout-v5": Case(
@@ -72,6 +75,21 @@ RUN_HERE = {line: result_case(line) for line in commands() if re.fullmatch(RESUL
         r"play\.mp4", {"RUN_OR_CHECKPOINT": "runs/short"}, needs="imageio_ffmpeg"
     ),
     "hvdqn plot RUN... -o curves.png": Case(r"curves\.png", {"RUN...": "runs/short"}),
+    "hvdqn plot RUN... --labels DQN --smooth 5 -o curves.svg": Case(r"curves\.svg", {"RUN...": "runs/short"}),
+    "hvdqn plot RUN... --csv curves.csv --json scores.json": Case(r"scores\.json", {"RUN...": "runs/short"}),
+    "hvdqn presets": Case("cartpole +CartPole-v1, 50,000 env steps"),
+    "hvdqn presets atari,rainbow": Case("head: c51 +# default: scalar"),
+    "python -m hvdqn.train --preset cartpole --print-config": Case("^preset: cartpole\n"),
+    TUNE: Case(
+        "best: trial",
+        {"--trials 50": "--trials 1", "--preset cartpole": f"--preset cartpole {SHORT}"},
+        "optuna",
+    ),
+    TUNE_RANKS: Case(
+        "best: trial",
+        {"-np 4": "-np 2", "STUDY": "RANKS --trials 1", "--preset cartpole": f"--preset cartpole {SHORT}"},
+        "optuna",
+    ),
     "python -m tests.launch.measure_sync traffic": Case("server: .*bytes", {"traffic": "traffic --short"}),
     "python -m tests.launch.measure_sync straggler": Case(
         "server: .* is left", {"straggler": "straggler --short"}
@@ -109,6 +127,11 @@ RUN_BY_OTHER_TESTS = {
         "launch/elastic.sh --hosts h1:4,h2:4,h3:4 --interfaces eth0 -- --preset minatar"
         " --run-dir /shared/runs/breakout",
     ),
+    "tests/launch/test_slurm_scripts.py": (
+        "sbatch --array=1-8 slurm/tune.sbatch STUDY --search lr=1e-5:1e-2:log -- --preset minatar",
+        "sbatch --array=1-8 slurm/tune.sbatch STUDY --trials 100 --search lr=1e-5:1e-2:log -- --preset minatar",
+    ),
+    "tests/launch/test_package.py": ("hvdqn launch mpirun -np 8 -- --preset atari",),
     "tests/launch/test_setup.py": ("./launch/quickstart.sh", "./launch/setup.sh"),
     "tests/launch/test_slurm.py": (
         "git clone <this repository> hvdqn && cd hvdqn",
@@ -139,6 +162,7 @@ CHECKED_ONLY = {
     "apptainer build hvdqn.sif docker-daemon://hvdqn:latest": "there is no Apptainer in Debian",
 }
 
+RAW = "https://raw.githubusercontent.com/hvdqn/hvdqn/main/"  # README's pictures, for the index of packages
 PLACEHOLDERS = {" S": " 1", "<this repository>": "hvdqn.git"}
 README_WORDS = 1_500
 
@@ -173,6 +197,7 @@ def test_readme_is_short() -> None:
 @pytest.mark.parametrize("page", pages(), ids=name_of)
 def test_links_and_pictures_exist(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", without_blocks(page)):
+        target = target.removeprefix(RAW)
         if re.match(r"\w+:", target):
             continue  # another site
         path, _, anchor = target.partition("#")
@@ -184,7 +209,7 @@ def test_links_and_pictures_exist(page: Path) -> None:
 
 def test_every_picture_is_shown() -> None:
     shown = {
-        (page.parent / target).resolve()
+        (page.parent / target.removeprefix(RAW)).resolve()
         for page in pages()
         for target in re.findall(r"!\[[^]]*\]\(([^)\s]+)\)", without_blocks(page))
     }
@@ -219,7 +244,11 @@ def flags_of_training(words: list[str]) -> list[str]:
     for number, word in enumerate(words):
         if word in ("hvdqn.train", "--") or re.fullmatch(r"slurm/(train|sweep).*", word):
             flags = words[number + 1 :]
-            return [] if "--help" in flags else flags[flags[:1] == ["slurm/sweep.example.txt"] :]
+            return (
+                []
+                if {"--help", "--print-config"} & set(flags)
+                else flags[flags[:1] == ["slurm/sweep.example.txt"] :]
+            )
     return []
 
 

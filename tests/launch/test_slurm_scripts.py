@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from tests.readme import command
 
 REPOSITORY = Path(__file__).parents[2]
 pytestmark = pytest.mark.launch
@@ -239,3 +243,59 @@ def test_a_job_is_requeued_only_if_ranks_or_slurm_say_that_it_was_stopped(
         assert done.code == {"75": 1, "140": 140}[code], done
         assert "no rank recorded that it stopped after a checkpoint; not requeued" in done.output
         assert f"submit again with --run-dir {folder}/runs/7\n" in done.output
+
+
+# A process of a study
+
+
+RUN = """#!/bin/sh
+printf '%s\\n' "$@" >>"$RECORDS/srun"
+while [ "${1#--}" != "$1" ]; do shift; done
+exec "$@"
+"""
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "sbatch --array=1-8 slurm/tune.sbatch STUDY --search lr=1e-5:1e-2:log -- --preset minatar",
+        "sbatch --array=1-8 slurm/tune.sbatch STUDY --trials 100 --search lr=1e-5:1e-2:log -- --preset minatar",
+    ],
+)
+def test_tune_trains_under_srun(folder: Path, line: str) -> None:
+    if importlib.util.find_spec("optuna") is None:
+        pytest.skip("optuna is not installed: slurm/tune.sbatch is NOT tested; launch/setup.sh installs it")
+    (folder / "programs" / "srun").write_text(RUN)
+    short = "--preset smoke --total-env-steps 600 --eval-episodes 2"
+    words = shlex.split(command(line, {"--preset minatar": short}))[3:]
+    if "--trials" in words:
+        words[words.index("--trials") + 1] = "1"
+    else:
+        words[1:1] = ["--trials", "1"]
+    done = batch(folder, "tune.sbatch", *words)
+    assert done.code == 0, done
+    assert "--mpi=pmix" in done.srun
+    assert (
+        done.srun.index("--cpus-per-task=1") < done.srun.index("-m") < done.srun.index("--threads-per-rank")
+    )
+    assert "best: trial 0" in done.output
+    assert (folder / "STUDY" / "best.yaml").exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["--search", "lr=1,2"]])
+def test_tune_without_a_study_is_wrong(folder: Path, arguments: list[str]) -> None:
+    done = batch(folder, "tune.sbatch", *arguments)
+    assert (done.code, done.srun) == (2, [])
+    assert "no study; usage: sbatch" in done.output
+
+
+def test_a_process_of_a_study_that_is_stopped_is_requeued(folder: Path) -> None:
+    """srun ends with 75, as ranks do that Slurm has stopped, and the trial is put back."""
+    if importlib.util.find_spec("optuna") is None:
+        pytest.skip("optuna is not installed: slurm/tune.sbatch is NOT tested; launch/setup.sh installs it")
+    record = "JobId=7 JobState=RUNNING Reason=None TimeLimit=01:00:00 PreemptTime=None"
+    words = ("STUDY", "--trials", "1", "--search", "lr=1,2", "--", "--preset", "smoke")
+    done = batch(folder, "tune.sbatch", *words, SRUN_CODE="75", JOB_RECORD=record)
+    assert done.code == 75, done
+    assert "trial 0 was interrupted" in done.output
+    assert "requeue 7" in done.scontrol

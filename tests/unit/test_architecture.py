@@ -21,10 +21,10 @@ LAYERS = (
     {"comm", "config", "logs"},
     {"clock", "graphs", "losses", "optimizers", "role", "seeds"},
     {"envs", "faults", "metrics", "networks", "plot", "replay"},
-    {"acting", "checkpoint", "learner", "process", "rank", "run_directory", "sync"},
+    {"acting", "checkpoint", "learner", "process", "provenance", "rank", "run_directory", "sync", "trust"},
     {"parts"},
     {"evaluate", "export", "policy", "recorder", "startup", "summary", "trainer", "video"},
-    {"bench", "elastic", "launchers", "train"},
+    {"bench", "elastic", "launchers", "presets", "train", "tune"},
     {"__main__"},
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
@@ -48,6 +48,9 @@ ONLY: Mapping[str, set[str]] = {
     "minatar": {"envs/make.py"},
     "matplotlib": {"plot", "bench/scaling.py"},
     "scipy": {"plot"},
+    "wandb": {"metrics/tracking.py"},
+    "mlflow": {"metrics/tracking.py"},
+    "optuna": {"tune"},
 }
 
 MOST_FILE_LINES = 400
@@ -57,7 +60,16 @@ LONG_FILES = {"config/settings.py"}
 
 # Files and rooms that write to standard error themselves; all others use `logging`. Commands other than training refuse
 # wrong input with a prefix of their own, as `hvdqn eval: error: `.
-MAY_PRINT_TO_STDERR = {"logs", "launchers", "__main__", "evaluate", "plot", "bench/report.py"}
+MAY_PRINT_TO_STDERR = {
+    "logs",
+    "launchers",
+    "__main__",
+    "evaluate",
+    "plot",
+    "presets",
+    "tune",
+    "bench/report.py",
+}
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 PUBLIC_API = PACKAGE / "__init__.py"

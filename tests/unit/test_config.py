@@ -291,14 +291,14 @@ def test_settings_that_an_exact_resume_must_keep():
 
 
 def test_settings_whose_change_a_resume_does_not_report():
-    assert set(incidental_settings()) == {"run_dir", "resume", "preset"}
+    assert set(incidental_settings()) == {"run_dir", "resume", "preset", "track"}
 
 
 def test_settings_in_which_runs_of_one_curve_may_differ():
     assert set(settings_of_same_curve()) == {
         "seed", "run_dir", "resume", "device", "comm", "threads_per_rank", "log_every", "checkpoint_every",
         "checkpoint_keep", "checkpoint_replay", "eval_every", "eval_episodes", "stall_timeout", "replay_device",
-        "cuda_graphs",
+        "cuda_graphs", "stop_at_return", "track",
     }  # fmt: skip
 
 

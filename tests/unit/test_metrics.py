@@ -569,3 +569,27 @@ def test_summary_that_cannot_be_written_leaves_the_old_one(
         write_summary(tmp_path, {"env": "new"})
     assert json.loads((tmp_path / "summary.json").read_text()) == {"env": "old"}
     assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
+
+
+# Settings in TensorBoard
+
+
+def test_tensorboard_shows_the_settings_as_text_and_hparams(tmp_path: Path) -> None:
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    metrics, _ = open_metrics(tmp_path)
+    settings = {"env": "CartPole-v1", "lr": 0.5, "double": True, "hidden": [64, 32], "stop_at_return": None}
+    metrics.describe(settings)
+    metrics.log(10, 5, {"loss": 1.0})
+    metrics.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert events.PluginTagToContent("text").keys() == {"config"}
+    [text] = events.Tensors("config")
+    assert "    lr: 0.5\n" in text.tensor_proto.string_val[0].decode()
+    content = events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
+    session = HParamsPluginData.FromString(content).session_start_info
+    assert session.hparams["lr"].number_value == 0.5
+    assert session.hparams["double"].bool_value is True
+    assert session.hparams["hidden"].string_value == "[64, 32]"
+    assert scalars_of(tmp_path, "train/loss") == [(10, 1.0)]

@@ -20,7 +20,7 @@ from hvdqn.plot import COLOURS, STYLE, main
 from hvdqn.plot.drawing import MAX_CURVES_WITH_BANDS, draw, legend_labels, shared_facts
 from hvdqn.plot.groups import Group, Panel, arrange, in_words
 from hvdqn.plot.runs import Run, read_runs
-from hvdqn.plot.statistics import bootstrap_band, common_grid, interquartile_mean, smooth, summarize
+from hvdqn.plot.statistics import bootstrap_band, common_grid, interquartile_mean, smooth_share, summarize
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -129,10 +129,10 @@ def test_common_grid_keeps_shared_points_and_interpolates_others() -> None:
 
 def test_smoothing_keeps_straight_lines_and_spreads_a_spike() -> None:
     line = np.arange(50.0)
-    assert smooth(line) == pytest.approx(line)
+    assert smooth_share(line) == pytest.approx(line)
     spike = np.zeros(40)
     spike[20] = 3.0
-    assert smooth(spike, share=0.05)[18:23] == pytest.approx([0, 1, 1, 1, 0])
+    assert smooth_share(spike, share=0.05)[18:23] == pytest.approx([0, 1, 1, 1, 0])
 
 
 def test_summary_over_seeds() -> None:
@@ -479,7 +479,9 @@ def with_closed_folders(monkeypatch: pytest.MonkeyPatch) -> None:
         (["run", "--y", "episode_return"], "did you mean 'episode_return_mean'"),
         (["run", "--group", "presets"], "did you mean 'preset'"),
         (["run", "--x", "hours"], "'hours'"),
-        (["run", "--smooth"], "unknown argument '--smooth'"),
+        (["run", "--smoothing"], "unknown argument '--smoothing'"),
+        (["run", "--smooth", "-1"], "--smooth is -1; give a number of points"),
+        (["run", "--labels", "a,b"], "--labels has 2 names, for the 1 curves"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(

@@ -55,6 +55,15 @@ HERE = {
     "two algorithms' presets": wrong("--preset rainbow,iqn", "rainbow and iqn", "cannot both hold"),
     "layers by commas": wrong("--hidden 64,64", "--hidden", "blanks between", "64 64"),
     "no whole number": wrong("--total-env-steps 1.5e0", "--total-env-steps", "'1.5e0' is no whole number"),
+    "another evaluation environment": wrong(
+        "--eval-env Acrobot-v1", "'Acrobot-v1' have float32 observations [6] and 3 actions", "--eval-env"
+    ),
+    "evaluation without such an argument": wrong(
+        '--eval-env-kwargs {"x":1}', "the environment of evaluations: ", "does not suit 'CartPole-v1'"
+    ),
+    "evaluation arguments are a list": wrong("--eval-env-kwargs []", "--eval-env-kwargs '[]'", "JSON object"),
+    "a return without evaluations": wrong("--stop-at-return 5", "--stop-at-return needs", "--eval-every"),
+    "unknown tracker": wrong("--track comet", "--track is 'comet'", "none, wandb, mlflow"),
     "unknown preset": wrong("--preset cartpol", "unknown preset 'cartpol'", "did you mean 'cartpole'", "atari"),
     "continuous actions": wrong(
         "--env Pendulum-v1", "'Pendulum-v1'", "action space Box", "needs Discrete", "--wrapper"
