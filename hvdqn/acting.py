@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hvdqn.config import ExplorationConfig
-from hvdqn.envs import Environments, Step, draw_actions
+from hvdqn.envs import Environments, Step, draw_legal
 from hvdqn.graphs import Record, Recorded
 from hvdqn.networks import QNetwork, make_passes
 from hvdqn.step import Bools
@@ -181,9 +181,11 @@ class RandomActions:
             mask: legal actions `[envs, *shape, actions]`; None: all are legal.
         """
         begun = self.rng.random(len(greedy)) < epsilon
-        drawn = draw_actions(self.rng, greedy.shape, self.actions, mask)
+        drawn = (
+            self.rng.integers(self.actions, size=greedy.shape) if mask is None else draw_legal(self.rng, mask)
+        )
         if self.repeat == 0:
-            return np.where(_like(begun, greedy), drawn, greedy)
+            return np.where(begun if greedy.ndim == 1 else begun[:, None], drawn, greedy)
         if mask is not None:
             self.left[~_are_legal(self.action, mask)] = 0
         begun &= self.left == 0

@@ -214,7 +214,9 @@ class Learner:
             if not config.double:
                 return head.target(head.greedy(next_output, next_mask), reward, discount)
             next_q = self.passes.q_values(next_observation)
-            next_action = mask_q(next_q, next_mask).argmax(dim=-1)
+            if next_mask is not None:
+                next_q = mask_q(next_q, next_mask)
+            next_action = next_q.argmax(dim=-1)
             return head.target(select(next_output, next_action), reward, discount)
         # With n-step returns, Munchausen's bonus covers only the first action: a minibatch does not hold the
         # observations of the others.

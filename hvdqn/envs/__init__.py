@@ -6,7 +6,7 @@ fields for every environment, observation space and autoreset mode.
 
 from __future__ import annotations
 
-from hvdqn.envs.actions import draw_actions
+from hvdqn.envs.actions import draw_legal
 from hvdqn.envs.global_random import global_generators_kept
 from hvdqn.envs.make import describe_missing_library, find_spec, make_environments
 from hvdqn.envs.single import as_exception
@@ -20,7 +20,7 @@ __all__ = [
     "Step",
     "as_exception",
     "describe_missing_library",
-    "draw_actions",
+    "draw_legal",
     "find_spec",
     "global_generators_kept",
     "kill_all_workers",

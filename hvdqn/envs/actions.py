@@ -32,6 +32,7 @@ class Actions:
     Attributes:
         shape: `()` for Discrete actions, else `(dimensions,)`.
         count: number of actions in each dimension, the largest if they differ.
+        translates: whether the environment has other names for its actions than these integers.
         exists: `[*shape, count]`, False where a dimension has fewer actions than others; None if all have as many.
 
     Raises:
@@ -53,6 +54,7 @@ class Actions:
         self._space_shape = space.shape
         self._dimension = () if self.shape == () else (np.arange(len(sizes)),)
         self._values = _environment_values(space, self.count)  # [*shape, count]
+        self.translates = self._values is not None
 
     def to_environment(self, actions: Integers) -> NDArray[Any]:
         """Return the environments' own actions `[envs, ...]` for integers `[envs, *shape]`."""
@@ -125,19 +127,8 @@ def _environment_values(space: Any, count: int) -> NDArray[Any] | None:
     return (np.broadcast_to(first, space.shape).reshape(-1, 1) + np.arange(count)).astype(space.dtype)
 
 
-def draw_actions(
-    rng: np.random.Generator, shape: tuple[int, ...], count: int, mask: Bools | None
-) -> Integers:
-    """Return random actions of this shape, all legal ones equally likely.
-
-    Args:
-        rng: draws them.
-        shape: `[envs, *shape]`.
-        count: number of actions.
-        mask: of legal actions `[envs, *shape, count]`; None: all are legal.
-    """
-    if mask is None:
-        return rng.integers(count, size=shape)
+def draw_legal(rng: np.random.Generator, mask: Bools) -> Integers:
+    """Return random legal actions, all equally likely: a mask `[envs, *shape, count]` gives `[envs, *shape]`."""
     drawn: Integers = np.where(mask, rng.random(mask.shape), -1.0).argmax(axis=-1)
     return drawn
 

@@ -11,7 +11,7 @@ from dataclasses import fields
 import numpy as np
 from numpy.typing import NDArray
 
-from hvdqn.envs.actions import draw_actions
+from hvdqn.envs.actions import draw_legal
 from hvdqn.envs.global_random import global_generators_kept
 from hvdqn.envs.vector import Environments
 from hvdqn.step import Step
@@ -66,7 +66,9 @@ def _repeats_steps(make_copy: Callable[[int], Environments]) -> bool:
 
 def _draw(rng: np.random.Generator, envs: Environments) -> NDArray[np.int64]:
     """Return random legal actions `[envs, *action_shape]`."""
-    return draw_actions(rng, (envs.num_envs, *envs.action_shape), envs.num_actions, envs.action_mask)
+    if envs.action_mask is not None:
+        return draw_legal(rng, envs.action_mask)
+    return rng.integers(envs.num_actions, size=(envs.num_envs, *envs.action_shape))
 
 
 def _equal(one: Step, other: Step) -> bool:

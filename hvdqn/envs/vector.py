@@ -130,7 +130,7 @@ class Environments:
         environments step in `receive`.
         """
         assert self._pending is None, "send was called twice without receive"
-        self._pending = self.actions.to_environment(action)
+        self._pending = self.actions.to_environment(action) if self.actions.translates else action
         if self._step_async is not None:
             self._step_async(self._pending)
 

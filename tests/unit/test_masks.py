@@ -16,7 +16,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from hvdqn.acting import RandomActions, greedy_actions, softmax_actions
 from hvdqn.config import EnvironmentConfig
 from hvdqn.envs import Environments, make_environments
-from hvdqn.envs.actions import Actions, draw_actions
+from hvdqn.envs.actions import Actions, draw_legal
 from hvdqn.errors import UserError
 from hvdqn.losses import mask_q, munchausen_bonus, soft_policy
 from hvdqn.replay import PrioritizedReplay, Replay
@@ -64,7 +64,7 @@ def play(envs: Environments, steps: int, replay: Replay | None = None) -> None:
         replay.start(first, envs.action_mask)
     ends = {"terminated": 0, "truncated": 0}
     for _ in range(steps):
-        actions = draw_actions(rng, (envs.num_envs,), envs.num_actions, envs.action_mask)
+        actions = draw_legal(rng, envs.action_mask)
         step = envs.step(actions)
         live = ~step.terminated
         assert (step.next_action_mask[live] == mask_of(step.next_observation)[live]).all()
@@ -270,7 +270,7 @@ def test_states_keep_masks() -> None:
         rng = np.random.default_rng(5)
         for _ in range(30):
             assert np.array_equal(envs.action_mask, other.action_mask)
-            actions = draw_actions(rng, (3,), ACTIONS, envs.action_mask)
+            actions = draw_legal(rng, envs.action_mask)
             one, two = envs.step(actions), other.step(actions)
             for field in dataclasses.fields(one):
                 assert np.array_equal(getattr(one, field.name), getattr(two, field.name))
@@ -282,7 +282,7 @@ def test_taxi_of_gymnasium_is_masked() -> None:
         envs.reset()
         rng = np.random.default_rng(0)
         for _ in range(250):
-            actions = draw_actions(rng, (4,), 6, envs.action_mask)
+            actions = draw_legal(rng, envs.action_mask)
             step = envs.step(actions)
             assert step.action_mask is not None
             assert (step.reward > -10).all()  # -10 is the price of an illegal pick-up or drop-off
