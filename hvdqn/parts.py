@@ -55,9 +55,7 @@ def build_parts(config: Config, comm: Comm, timer: PhaseTimer, env_steps: int = 
     spaces = share_spaces(envs, comm, timer)
     group = make_group(config, comm, timer)
     torch.manual_seed(config.run.seed)
-    network = raise_on_all_ranks(
-        comm, lambda: first_network(config, spaces, comm.rank, env_steps, group), timer
-    )
+    network = raise_on_all_ranks(comm, lambda: first_network(config, spaces, comm, env_steps, group), timer)
     # If a GPU computes the network, more threads on the host would only take cores from the environments.
     use_threads(network, threads if device.type == "cpu" else 1)
     torch.manual_seed(noise_seed(config, comm, env_steps))  # from here on ranks draw different numbers
@@ -131,7 +129,7 @@ def noise_seed(config: Config, comm: Comm, env_steps: int) -> int:
 
 
 def first_network(
-    config: Config, spaces: Spaces, rank: int, env_steps: int, group: RankGroup | None = None
+    config: Config, spaces: Spaces, comm: Comm, env_steps: int, group: RankGroup | None = None
 ) -> QNetwork:
     """Make the network of a run; rank 0 of a new run loads the weights of `--init-from`, which the others get from it.
 
@@ -139,7 +137,7 @@ def first_network(
         UserError: the weights cannot be read, or belong to another network.
     """
     network, source = network_for(config, spaces, group), config.run.init_from
-    if source and env_steps == 0 and rank == 0:
+    if source and env_steps == 0 and comm.rank == 0:
         torso = config.run.init_torso_only
         remedy = (
             "give its settings of the torso" if torso else "give its network's settings, or --init-torso-only"
@@ -154,7 +152,7 @@ def network_for(config: Config, spaces: Spaces | Environments, group: RankGroup 
     With a group, create this rank's part of the network that the ranks of the group hold between them.
 
     Raises:
-        UserError: the torso does not fit the observations, or the network does not fit into memory.
+        UserError: the torso does not fit the observations, the head the actions, or the network the memory.
     """
     try:
         return make_network(
@@ -164,6 +162,7 @@ def network_for(config: Config, spaces: Spaces | Environments, group: RankGroup 
             config.environment.frame_stack,
             spaces.is_image,
             spaces.num_actions,
+            spaces.action_shape,
             group,
         )
     except (MemoryError, RuntimeError) as error:
@@ -295,6 +294,7 @@ def make_replay(
         "n_step": config.replay.n_step,
         "gamma": config.learning.gamma,
         "memory": memory,
+        "mask_shape": (*envs.action_shape, envs.num_actions),
     }
     try:
         if config.replay.replay == "prioritized":

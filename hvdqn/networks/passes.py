@@ -35,7 +35,7 @@ class Passes(Protocol):
         """Return the head's output for each action, `[batch, actions, ...]`."""
 
     def q_values(self, observation: Tensor) -> Tensor:
-        """Return the Q-values, `[batch, actions]`."""
+        """Return the Q-values, `[batch, *action_shape, actions]`."""
 
     def forward(self, observation: Tensor) -> tuple[Tensor, Any]:
         """Return what `output` returns, and a record of this pass, the tape, for `backward`."""
