@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hvdqn.config import ExplorationConfig
-from hvdqn.envs import Environments, Step
+from hvdqn.envs import Environments, Step, draw_legal
 from hvdqn.graphs import Record, Recorded
 from hvdqn.networks import QNetwork, make_passes
+from hvdqn.step import Bools
 
 
 def linear_epsilon(config: ExplorationConfig, env_steps: int) -> float:
@@ -107,13 +108,32 @@ class FrameStack:
         return self.frames if self.depth > 1 else self.frames[:, 0]
 
 
-def softmax_actions(q: NDArray[Any], temperature: float, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Draw an action for each environment from softmax(q / temperature): q `[envs, actions]` gives `[envs]`."""
-    # The argmax of q / temperature + Gumbel noise is distributed like this, and needs no exponential of large numbers.
-    actions: NDArray[np.int64] = (q.astype(np.float64) / temperature + rng.gumbel(size=q.shape)).argmax(
-        axis=1
-    )
+def greedy_actions(q: NDArray[Any], mask: Bools | None = None) -> NDArray[np.int64]:
+    """Return the best legal action of each environment, `[envs, *action_shape]`.
+
+    Args:
+        q: `[envs, *action_shape, actions]`.
+        mask: legal actions, of the same shape; None: all are legal.
+    """
+    actions: NDArray[np.int64] = (q if mask is None else _legal(q, mask)).argmax(axis=-1)
     return actions
+
+
+def softmax_actions(
+    q: NDArray[Any], temperature: float, rng: np.random.Generator, mask: Bools | None = None
+) -> NDArray[np.int64]:
+    """Draw a legal action for each environment from softmax(q / temperature); shapes as in `greedy_actions`.
+
+    With several dimensions q is the mean of theirs, so that each is drawn from softmax(q / (dimensions temperature)).
+    """
+    temperature *= q.shape[1] if q.ndim == 3 else 1
+    # The argmax of q / temperature + Gumbel noise is distributed like this, and needs no exponential of large numbers.
+    return greedy_actions(q.astype(np.float64) / temperature + rng.gumbel(size=q.shape), mask)
+
+
+def _legal(q: NDArray[Any], mask: Bools) -> NDArray[Any]:
+    """Return q with -inf at illegal actions. A legal action that has -inf itself is lifted above them."""
+    return np.where(mask, np.maximum(q, np.finfo(q.dtype).min), -np.inf)
 
 
 class RandomActions:
@@ -123,31 +143,58 @@ class RandomActions:
     action is taken n times or until its episode ends, where n is drawn from a zeta distribution, p(n) ~ n ** -repeat.
     It explores further where single random actions cancel out, as in MountainCar.
 
+    A random action is one of the legal ones, and is not repeated where it is illegal. With several dimensions all of
+    them are random at once.
+
     Args:
         envs: number of this rank's environments.
-        actions: number of actions.
+        actions: number of actions, in each dimension.
         rng: generator of all random draws.
         repeat: the exponent above, larger than 1; 0: random actions last one step.
+        shape: of the action of one environment: `()`, or `(dimensions,)`.
     """
 
-    def __init__(self, envs: int, actions: int, rng: np.random.Generator, repeat: float = 0.0) -> None:
+    def __init__(
+        self,
+        envs: int,
+        actions: int,
+        rng: np.random.Generator,
+        repeat: float = 0.0,
+        shape: tuple[int, ...] = (),
+    ) -> None:
         self.actions, self.rng, self.repeat = actions, rng, repeat
-        self.action: NDArray[np.int64] = np.zeros(envs, np.int64)
+        self.action: NDArray[np.int64] = np.zeros((envs, *shape), np.int64)
         self.left: NDArray[np.int64] = np.zeros(envs, np.int64)
         """How many more times each environment will take its random `action` [envs]."""
 
-    def replace(self, greedy: NDArray[np.int64], epsilon: float | NDArray[np.float64]) -> NDArray[np.int64]:
-        """Return the actions `greedy` `[envs]` with some replaced by random ones; epsilon is a number or `[envs]`."""
+    def replace(
+        self,
+        greedy: NDArray[np.int64],
+        epsilon: float | NDArray[np.float64],
+        mask: Bools | None = None,
+    ) -> NDArray[np.int64]:
+        """Return the actions `greedy` with some replaced by random ones.
+
+        Args:
+            greedy: `[envs, *shape]`.
+            epsilon: probability of a random action; a number or `[envs]`.
+            mask: legal actions `[envs, *shape, actions]`; None: all are legal.
+        """
         begun = self.rng.random(len(greedy)) < epsilon
-        drawn = self.rng.integers(self.actions, size=len(greedy))
+        drawn = (
+            self.rng.integers(self.actions, size=greedy.shape) if mask is None else draw_legal(self.rng, mask)
+        )
         if self.repeat == 0:
-            return np.where(begun, drawn, greedy)
+            return np.where(begun if greedy.ndim == 1 else begun[:, None], drawn, greedy)
+        if mask is not None:
+            self.left[~_are_legal(self.action, mask)] = 0
         begun &= self.left == 0
         lengths = self.rng.zipf(self.repeat, len(greedy))
-        self.action, self.left = np.where(begun, drawn, self.action), np.where(begun, lengths, self.left)
+        self.action = np.where(_like(begun, drawn), drawn, self.action)
+        self.left = np.where(begun, lengths, self.left)
         random = self.left > 0
         self.left -= random
-        return np.where(random, self.action, greedy)
+        return np.where(_like(random, greedy), self.action, greedy)
 
     def interrupt(self, fresh: NDArray[np.bool_]) -> None:
         """Stop repeating random actions in the environments where a new episode began: `fresh` `[envs]`."""
@@ -162,6 +209,17 @@ class RandomActions:
         """Restore the generator's state and the repeated actions that `state` returned."""
         self.rng.bit_generator.state = state["rng"]
         self.action, self.left = state["action"].copy(), state["left"].copy()
+
+
+def _are_legal(actions: NDArray[np.int64], mask: Bools) -> Bools:
+    """Return True where all dimensions of an environment's action are legal, `[envs]`."""
+    legal = np.take_along_axis(mask, actions[..., None], axis=-1).reshape(len(actions), -1)
+    return np.asarray(legal.all(axis=1))
+
+
+def _like(flags: Bools, actions: NDArray[np.int64]) -> Bools:
+    """Return flags `[envs]` in a shape that broadcasts with actions `[envs, *shape]`."""
+    return flags.reshape(-1, *(1 for _ in actions.shape[1:]))
 
 
 class Actor:
@@ -193,7 +251,7 @@ class Actor:
         self.passes = make_passes(network)
         self.rng, self.device, self.temperature = rng, device, temperature
         self.q_values = Recorded(self._q_values, record, device) if record else self._q_values
-        self.random = RandomActions(envs.num_envs, envs.num_actions, rng, repeat)
+        self.random = RandomActions(envs.num_envs, envs.num_actions, rng, repeat, envs.action_shape)
 
     def set_network(self, network: QNetwork) -> None:
         """Act with this network from now on. Call it also when the network's parameters moved to other memory."""
@@ -211,14 +269,18 @@ class Actor:
         return first
 
     def choose(self, epsilon: float | NDArray[np.float64]) -> NDArray[np.int64]:
-        """Return actions for all environments `[envs]`, by Q-values or, with probability `epsilon`, random ones.
+        """Return actions for all environments, by Q-values or, with probability `epsilon`, random ones.
 
-        `epsilon` is a number or `[envs]`.
+        `epsilon` is a number or `[envs]`; the actions are `[envs, *action_shape]`.
         """
         (q_values,) = self.q_values(torch.from_numpy(self.frames.observation))
         q: NDArray[Any] = q_values.cpu().numpy()  # the host waits for a GPU here
-        chosen = softmax_actions(q, self.temperature, self.rng) if self.temperature > 0 else q.argmax(axis=1)
-        return self.random.replace(chosen, epsilon)
+        mask = self.envs.action_mask
+        if self.temperature > 0:
+            chosen = softmax_actions(q, self.temperature, self.rng, mask)
+        else:
+            chosen = greedy_actions(q, mask)
+        return self.random.replace(chosen, epsilon, mask)
 
     def step(self, actions: NDArray[np.int64]) -> Step:
         """Take one env step in every environment, with these actions `[envs]`."""

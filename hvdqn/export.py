@@ -1,7 +1,7 @@
 """`hvdqn export`: the policy of a run as an ONNX model, as a program of torch.export, or as a policy file.
 
 The model takes observations as the environment returns them, and gives `q_values [batch, actions]` and the greedy
-`action [batch]` of the environment. It holds all preprocessing. With a frame stack, an input has the last frames:
+`action [batch, ...]` of the environment. It holds all preprocessing. With a frame stack, an input has the last frames:
 `[batch, stack, *shape]`, oldest first. A Dict or Tuple space becomes one input for each of its parts.
 """
 
@@ -72,15 +72,23 @@ class ExportedPolicy(nn.Module):
         self.stacked = int(policy.config.environment.frame_stack > 1)
         self.shape = policy.spaces.observation_shape
         self.dtype = getattr(torch, policy.spaces.observation_dtype)
-        self.first_action = policy.spaces.first_action
+        self.exists = _tensor(policy.actions.exists)
+        self.values, self.action_shape = _tensor(policy.actions.values), policy.actions.space_shape
 
     def forward(self, *observation: Tensor) -> tuple[Tensor, Tensor]:
-        """Map parts of observations `[batch, (stack,) ...]` to Q-values `[batch, actions]` and actions `[batch]`."""
+        """Map parts of observations `[batch, (stack,) ...]` to Q-values and the environment's actions, as `Policy`."""
         lead = 1 + self.stacked
         flat = [self._flat(space, part, lead) for space, part in zip(self.leaves, observation, strict=True)]
         whole = flat[0] if self.is_box else torch.cat(flat, dim=lead)
         q = self.network.q_values(whole.reshape(*whole.shape[:lead], *self.shape))
-        return q, q.argmax(dim=1) + self.first_action
+        action = (q if self.exists is None else q.masked_fill(~self.exists, -math.inf)).argmax(dim=-1)
+        if self.values is not None:
+            first = torch.arange(
+                0, self.values.numel(), self.values.shape[-1]
+            )  # place of each dimension's values
+            action = self.values.flatten()[action + first]
+            action = action.unflatten(1, self.action_shape) if self.action_shape else action
+        return q, action
 
     def _flat(self, space: gym.Space[Any], part: Tensor, lead: int) -> Tensor:
         """Return a part of the observation as numbers `[batch, (stack,) numbers]`, as Gymnasium flattens it."""
@@ -93,6 +101,10 @@ class ExportedPolicy(nn.Module):
                 [functional.one_hot(c, n) for c, n in zip(columns, sizes, strict=True)], lead
             ).to(self.dtype)
         return part.flatten(lead).to(self.dtype) if part.ndim > lead else part.unsqueeze(lead).to(self.dtype)
+
+
+def _tensor(array: NDArray[Any] | None) -> Tensor | None:
+    return None if array is None else torch.from_numpy(array)
 
 
 def leaves(space: gym.Space[Any], name: str = "observation") -> Leaves:
@@ -125,10 +137,8 @@ def sample(policy: Policy, count: int, rng: np.random.Generator) -> list[NDArray
     return arrays
 
 
-def reference(
-    policy: Policy, inputs: Sequence[NDArray[Any]]
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Return what the policy itself answers to `sample`: Q-values `[batch, actions]` and actions `[batch]`."""
+def reference(policy: Policy, inputs: Sequence[NDArray[Any]]) -> tuple[NDArray[np.float32], NDArray[Any]]:
+    """Return what the policy itself answers to `sample`: Q-values `[batch, actions]` and actions `[batch, ...]`."""
     policy.reset()
     frames = [inputs]
     if policy.is_stacked:
@@ -230,7 +240,7 @@ def export(policy: Policy, path: Path) -> str:
     found, actions = answer(inputs)
     difference = float(np.abs(found - expected).max())
     scale = max(1.0, float(np.abs(expected).max()))
-    same = int(np.count_nonzero(actions == expected_actions))
+    same = int(np.count_nonzero((actions == expected_actions).reshape(OBSERVATIONS, -1).all(axis=1)))
     if not difference <= TOLERANCE * scale or not math.isfinite(difference):
         raise RuntimeError(f"{path} gives Q-values that differ from the policy's by up to {difference:.3g}")
     return (

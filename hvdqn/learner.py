@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hvdqn.config import LearningConfig
 from hvdqn.dense_update import DenseUpdate
-from hvdqn.losses import expectation, munchausen_bonus, select, soft_policy
+from hvdqn.losses import expectation, mask_q, munchausen_bonus, select, soft_policy
 from hvdqn.networks import QNetwork, autograd_passes, split_first
 from hvdqn.optimizers import SGD, Adam, Optimizer, RMSProp
 from hvdqn.replay import Batch
@@ -158,17 +158,19 @@ class Learner:
             Four numbers on the device `[4]`: the loss, the mean of `td_errors`, the mean Q-value, and a number that is
             finite only if loss and gradient are.
         """
-        if self.dense is not None:
+        if self.dense is not None and batch.action_mask is None:
             statistics, self.td_errors = self.dense.differentiate(batch)
             return statistics
-        arrays = (
+        arrays = [
             batch.observation,
             batch.action,
             batch.reward,
             batch.next_observation,
             batch.discount,
             batch.weight,
-        )
+        ]
+        if batch.action_mask is not None and batch.next_action_mask is not None:
+            arrays += [batch.action_mask, batch.next_action_mask]
         tensors = list(map(torch.as_tensor, arrays))
         if self.dtype != torch.float32:
             for index in (2, 4, 5):
@@ -183,12 +185,12 @@ class Learner:
 
         Args:
             tensors: the fields of `Batch` as tensors, on any device: observation, action, reward, next observation,
-                discount, weight.
+                discount, weight, and if there are masks, those of the observation and of the next one.
         """
         with torch.no_grad():
             moved = map(self.move, tensors)
-            observation, action, reward, next_observation, discount, weight = moved
-            target = self.td_target(observation, action, reward, next_observation, discount)
+            observation, action, reward, next_observation, discount, weight, *masks = moved
+            target = self.td_target(observation, action, reward, next_observation, discount, *masks)
             output, tape = self.passes.forward(observation)
             head = self.online.head
             loss, td_errors, slope = head.loss_and_gradient(output, action, target, weight)
@@ -200,26 +202,37 @@ class Learner:
         return statistics, td_errors
 
     def td_target(
-        self, observation: Tensor, action: Tensor, reward: Tensor, next_observation: Tensor, discount: Tensor
+        self,
+        observation: Tensor,
+        action: Tensor,
+        reward: Tensor,
+        next_observation: Tensor,
+        discount: Tensor,
+        mask: Tensor | None = None,
+        next_mask: Tensor | None = None,
     ) -> Tensor:
         """Return the targets that the head's outputs for the actions taken are trained toward, `[batch, ...]`.
 
         It is that of DQN (Mnih et al. 2015), Double DQN (van Hasselt et al. 2016) or Munchausen DQN (Vieillard et al.
-        2020, eq. 1), as configured.
+        2020, eq. 1), as configured. Only legal actions enter, where `mask` and `next_mask` `[batch, *action_shape,
+        actions]` give them.
         """
         config, head = self.config, self.target.head
         next_output = self.target_passes.output(next_observation)
         if not config.munchausen:
             if not config.double:
-                return head.target(head.greedy(next_output), reward, discount)
-            next_action = self.passes.q_values(next_observation).argmax(dim=1)
+                return head.target(head.greedy(next_output, next_mask), reward, discount)
+            next_q = self.passes.q_values(next_observation)
+            if next_mask is not None:
+                next_q = mask_q(next_q, next_mask)
+            next_action = next_q.argmax(dim=-1)
             return head.target(select(next_output, next_action), reward, discount)
         # With n-step returns, Munchausen's bonus covers only the first action: a minibatch does not hold the
         # observations of the others.
-        q = self.target_passes.q_values(observation)
-        temperature = config.munchausen_temperature
+        q = mask_q(self.target_passes.q_values(observation), mask)
+        temperature = config.munchausen_temperature * head.dimensions
         bonus = munchausen_bonus(q, action, config.munchausen_alpha, temperature, config.munchausen_clip)
-        policy, entropy = soft_policy(head.q_values(next_output), temperature)
+        policy, entropy = soft_policy(mask_q(head.q_values(next_output), next_mask), temperature)
         return head.target(expectation(next_output, policy), reward + bonus + discount * entropy, discount)
 
     def apply_gradient(self, progress: float, largest_weight: float = 1.0, scale: float = 1.0) -> bool:

@@ -3,11 +3,15 @@
 Shapes: `q: [batch, actions]`, `action: [batch]` int64, `reward, discount: [batch]`. `discount` is gamma^k times
 0 after a termination, 1 otherwise, where k is the number of rewards summed in `reward`.
 
+Where an action has several dimensions, `action` is `[batch, dimensions]`, `q` is `[batch, dimensions, actions]`, and
+the value of an action is the mean over its dimensions (Tavakoli et al. 2018, Seyde et al. 2023).
+
 To add a loss of the scalar TD error, write it and its derivative here and add both to `TD_LOSSES`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,17 +21,32 @@ from torch.nn import functional
 
 
 def select(values: Tensor, action: Tensor) -> Tensor:
-    """Return, for each row of `values` `[batch, actions, ...]`, the entry of its action `[batch]`: `[batch, ...]`."""
+    """Return, for each row of `values` `[batch, actions, ...]`, the entry of its action `[batch]`: `[batch, ...]`.
+
+    With actions `[batch, dimensions]`, values are `[batch, dimensions * actions, ...]`, and the mean of the dimensions'
+    entries is returned.
+    """
     assert values.shape[0] == action.shape[0]
+    if action.ndim == 2:
+        each = select(values.reshape(action.numel(), -1, *values.shape[2:]), action.flatten())
+        return each.view(*action.shape, *values.shape[2:]).mean(dim=1)
     index = action.view(-1, *[1] * (values.ndim - 1)).expand(-1, 1, *values.shape[2:])
     return values.gather(1, index).squeeze(1)
+
+
+def mask_q(q: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the Q-values with -inf for illegal actions; q itself without a mask. Both `[batch, actions]`."""
+    return q if mask is None else q.masked_fill(~mask, -math.inf)
 
 
 def expectation(values: Tensor, policy: Tensor) -> Tensor:
     """Return the mean of `values` `[batch, actions, ...]` under the probabilities `policy` `[batch, actions]`.
 
-    The result is `[batch, ...]`.
+    The result is `[batch, ...]`. With a policy `[batch, dimensions, actions]`, values are as in `select`, and the
+    dimensions are averaged.
     """
+    if policy.ndim == 3:
+        policy = policy.flatten(1) / policy.shape[1]
     assert values.shape[:2] == policy.shape
     return torch.einsum("ba...,ba->b...", values, policy)
 
@@ -161,11 +180,11 @@ def quantile_huber_loss(td_error: Tensor, fraction: Tensor, kappa: float = 1.0) 
 
 
 def scaled_log_policy(q: Tensor, temperature: float) -> Tensor:
-    """Return the log-probabilities of the softmax policy times its temperature, `[batch, actions]`, all <= 0.
+    """Return the log-probabilities of the softmax policy times its temperature, shaped as q, all <= 0.
 
     tau log pi(a|s),   pi = softmax(q / tau)       (Vieillard et al. 2020, section 2)
     """
-    return temperature * functional.log_softmax(q / temperature, dim=1)
+    return temperature * functional.log_softmax(q / temperature, dim=-1)
 
 
 def munchausen_bonus(q: Tensor, action: Tensor, alpha: float, temperature: float, clip: float) -> Tensor:
@@ -176,16 +195,22 @@ def munchausen_bonus(q: Tensor, action: Tensor, alpha: float, temperature: float
     `q` `[batch, actions]` are the target network's Q-values for the state in which `action` `[batch]` was taken. The
     scaled log-policy has no lower bound, so it is clipped to [`clip`, 0] (the paper's "numerical considerations").
     """
-    return alpha * select(scaled_log_policy(q, temperature), action).clamp(clip, 0.0)
+    return alpha * select(scaled_log_policy(q, temperature).flatten(1), action).clamp(clip, 0.0)
 
 
 def soft_policy(q: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Return the softmax policy `[batch, actions]`, and its entropy times the temperature `[batch]`.
+    """Return the softmax policy, shaped as q, and its entropy times the temperature `[batch]`.
 
         pi = softmax(q / tau),   -tau sum_a pi(a|s') log pi(a|s')
 
     Munchausen DQN adds the scaled entropy to the expected value of the next state (Vieillard et al. 2020, eq. 1).
+
+    With D dimensions, Q is their mean, so that the policy is a product of softmax(q_d / (D tau)). Give D tau as the
+    temperature, here and above: the mean over dimensions is then the log-policy, or the entropy, of the whole action
+    times tau.
     """
     log_policy = scaled_log_policy(q, temperature)
-    policy = functional.softmax(q / temperature, dim=1)
-    return policy, -(policy * log_policy).sum(dim=1)
+    policy = functional.softmax(q / temperature, dim=-1)
+    finite = log_policy.clamp_min(torch.finfo(q.dtype).min)  # the log-policy of an illegal action is -inf
+    entropy = -(policy * finite).sum(dim=-1)
+    return policy, entropy if q.ndim == 2 else entropy.mean(dim=1)

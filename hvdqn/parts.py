@@ -53,10 +53,10 @@ def build_parts(config: Config, comm: Comm, timer: PhaseTimer, env_steps: int = 
     spaces = share_spaces(envs, comm, timer)
     group = make_group(config, comm, timer)
     torch.manual_seed(config.run.seed)
-    weights = (
+    source = (
         config.run.init_from if env_steps == 0 and comm.rank == 0 else ""
-    )  # the others get them from rank 0
-    network = raise_on_all_ranks(comm, lambda: first_network(config, spaces, weights, group), timer)
+    )  # rank 0 sends its weights to all
+    network = raise_on_all_ranks(comm, lambda: first_network(config, spaces, source, group), timer)
     # If a GPU computes the network, more threads on the host would only take cores from the environments.
     use_threads(network, threads if device.type == "cpu" else 1)
     torch.manual_seed(noise_seed(config, comm, env_steps))  # from here on ranks draw different numbers
@@ -151,7 +151,7 @@ def network_for(config: Config, spaces: Spaces | Environments, group: RankGroup 
     With a group, create this rank's part of the network that the ranks of the group hold between them.
 
     Raises:
-        UserError: the torso does not fit the observations, or the network does not fit into memory.
+        UserError: the torso does not fit the observations, the head the actions, or the network the memory.
     """
     try:
         return make_network(
@@ -161,6 +161,7 @@ def network_for(config: Config, spaces: Spaces | Environments, group: RankGroup 
             config.environment.frame_stack,
             spaces.is_image,
             spaces.num_actions,
+            spaces.action_shape,
             group,
         )
     except (MemoryError, RuntimeError) as error:
@@ -292,6 +293,7 @@ def make_replay(
         "n_step": config.replay.n_step,
         "gamma": config.learning.gamma,
         "memory": memory,
+        "mask_shape": (*envs.action_shape, envs.num_actions),
     }
     try:
         if config.replay.replay == "prioritized":

@@ -7,22 +7,24 @@ action = policy.act(observation)
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hvdqn.acting import FrameStack
+from hvdqn.acting import FrameStack, greedy_actions
 from hvdqn.checkpoint import SavedPolicy, load_parameters, policy_part, read_policy, write_part
 from hvdqn.config import Config
-from hvdqn.envs import Spaces, make_environments, make_space, to_inputs
+from hvdqn.envs import ACTION_MASK, Spaces, make_actions, make_environments, make_space, split_mask, to_inputs
 from hvdqn.errors import UserError
 from hvdqn.networks import QNetwork, make_passes
 from hvdqn.parts import network_for
 from hvdqn.paths import absolute
+from hvdqn.step import Bools
 from hvdqn.trust import check_trust, code_to_import
 
 
@@ -43,7 +45,8 @@ class Policy:
         device: of the network.
 
     Attributes:
-        observation_space: of the environment, without bounds.
+        observation_space: of the environment, without bounds and without action masks.
+        actions: its action space.
     """
 
     def __init__(
@@ -52,34 +55,41 @@ class Policy:
         self.config, self.spaces, self.env_steps, self.device = config, spaces, env_steps, device
         self.network = network.to(device).eval()
         self.observation_space = make_space(spaces.observation_space)
+        self.actions = make_actions(spaces, config.environment.env, config.environment.action_bins)
         self._passes = make_passes(self.network)
         self._stack: FrameStack | None = None
         self._fresh: NDArray[np.bool_] = np.zeros(0, np.bool_)
 
-    def act(self, observation: Any, action_mask: Any = None) -> int | NDArray[np.int64]:
-        """Return the greedy action of the environment; of a batch, the actions `[batch]`.
+    def act(self, observation: Any, action_mask: Any = None) -> int | NDArray[Any]:
+        """Return the greedy action of the environment; of a batch, the actions `[batch, ...]`.
 
         Args:
             observation: one, or a batch.
-            action_mask: 1 or True for the actions that are allowed: `[actions]`, or `[batch, actions]`.
+            action_mask: 1 or True for the actions that are allowed: `[actions]`, or `[batch, actions]`; those of all
+                dimensions in a row. By default it is taken from a Dict observation that has an `action_mask`.
 
         Raises:
             UserError: the observation or the mask does not fit.
         """
-        inputs, alone = to_inputs(self.spaces, self.observation_space, observation)
+        inputs, alone, own_mask = self._read(observation)
+        mask = self._read_mask(own_mask if action_mask is None else action_mask, len(inputs))
         q = self._values(self._stacked(inputs, remember=True))
-        actions: NDArray[np.int64] = self._masked(q, action_mask).argmax(axis=1) + self.spaces.first_action
-        return int(actions[0]) if alone else actions
+        actions = self.actions.to_environment(greedy_actions(q, mask))
+        if not alone:
+            return actions
+        return actions[0] if self.actions.space_shape else int(actions[0])
 
     def q_values(self, observation: Any) -> NDArray[np.float32]:
         """Return the expected return of each action, `[actions]`; of a batch, `[batch, actions]`.
+
+        With several dimensions they are `[dimensions, actions]`, without meaning where a dimension has fewer actions.
 
         The frame stacks do not change: to have the values of an observation and act on it, call this before `act`.
 
         Raises:
             UserError: the observation does not fit.
         """
-        inputs, alone = to_inputs(self.spaces, self.observation_space, observation)
+        inputs, alone, _ = self._read(observation)
         q = self._values(self._stacked(inputs, remember=False))
         return q[0] if alone else q
 
@@ -135,18 +145,32 @@ class Policy:
         values: NDArray[np.float32] = q.cpu().numpy()
         return values
 
-    def _masked(self, q: NDArray[np.float32], action_mask: Any) -> NDArray[np.float32]:
-        """Return the Q-values `[batch, actions]` with -inf for actions that are not allowed."""
+    def _read(self, observation: Any) -> tuple[NDArray[Any], bool, Any]:
+        """Return inputs `[batch, *shape]`, whether it was a single observation, and the mask in it or None."""
+        mask, space = None, self.observation_space
+        masked = isinstance(observation, Mapping) and len(observation) > 1 and ACTION_MASK in observation
+        if masked and not (isinstance(space, gym.spaces.Dict) and ACTION_MASK in space.spaces):
+            observation, mask = split_mask(observation)
+        return *to_inputs(self.spaces, space, observation), mask
+
+    def _read_mask(self, action_mask: Any, batch: int) -> Bools | None:
+        """Return the actions that are allowed `[batch, *action_shape, actions]`; None if all are."""
         if action_mask is None:
-            return q
-        mask = np.atleast_2d(np.asarray(action_mask).astype(np.bool_))
-        if mask.shape not in (q.shape, (1, q.shape[1])):
-            raise UserError(
-                f"an action mask of shape {np.shape(action_mask)}; the policy takes [{q.shape[1]}], or one of each row"
-            )
-        if not mask.any(axis=1).all():
+            exists = self.actions.exists
+            return None if exists is None else np.broadcast_to(exists, (batch, *exists.shape))
+        try:
+            mask = self.actions.read_masks(action_mask, batch)
+        except UserError:
+            try:
+                mask = self.actions.read_masks(action_mask)
+            except UserError:
+                raise UserError(
+                    f"the action mask does not fit: the policy takes [{self.actions.total}] booleans or numbers 0 and "
+                    f"1, or a mask for each of {batch} observations"
+                ) from None
+        if not mask.any(axis=-1).all():
             raise UserError("an action mask allows no action; at least one must be")
-        return np.where(mask, q, np.float32(-np.inf))
+        return np.broadcast_to(mask, (batch, *self.actions.shape, self.actions.count))
 
 
 def load(path: str | Path, trust: bool = False, device: str | torch.device = "cpu") -> Policy:

@@ -28,6 +28,10 @@ def prefill(config: Config, parts: Parts) -> int:
     acting, source, spaces = parts.acting, config.run.prefill, parts.spaces
     if acting is None:
         return 0
+    if spaces.action_shape:
+        raise UserError(
+            f"--prefill does not support actions of several dimensions, as of '{config.environment.env}'"
+        )
     is_minari = source.startswith(MINARI)
     arrays = read_minari(source, spaces) if is_minari else read_npz(absolute(source))
     known = make_transitions(source, arrays, acting.replay, spaces.num_actions, spaces.first_action)

@@ -108,13 +108,15 @@ def check_evaluation(config: Config, parts: Parts) -> None:
     trained = parts.acting.envs
     try:
         with global_generators_kept(), closing(make_environments(environment, 1, 0, training=False)) as envs:
-            found = envs.observation_shape, envs.observation_dtype, envs.num_actions
+            found = envs.observation_shape, envs.observation_dtype, envs.num_actions, envs.action_shape
     except UserError as error:
         raise UserError(f"the environment of evaluations: {error}") from error
-    wanted = trained.observation_shape, trained.observation_dtype, trained.num_actions
+    wanted = trained.observation_shape, trained.observation_dtype, trained.num_actions, trained.action_shape
     if found != wanted:
         described = [
-            f"{dtype} observations {list(shape)} and {n} actions" for shape, dtype, n in (found, wanted)
+            f"{dtype} observations {list(shape)} and {n} actions"
+            + "".join(f" in {d} dimensions" for d in actions)
+            for shape, dtype, n, actions in (found, wanted)
         ]
         raise UserError(
             f"evaluations in '{environment.env}' have {described[0]}, and training has {described[1]}; give an "

@@ -31,3 +31,7 @@ class Step:
     """Whether `observation` begins a new episode [envs]."""
     valid: Bools
     """Whether this step is a transition; False if it only reset the environment (NEXT_STEP autoreset) [envs]."""
+    action_mask: Bools | None = None
+    """Legal actions at `observation` [envs, *action_shape, actions]; None if all are legal everywhere."""
+    next_action_mask: Bools | None = None
+    """Legal actions at `next_observation`; all of them where it is terminal."""

@@ -84,7 +84,7 @@ def make_batch(shape: tuple[int, ...], seed: int) -> Batch:
 def share(batch: Batch, index: int, of: int) -> Batch:
     """Return one of equal shares of a minibatch."""
     rows = slice(index * GLOBAL_BATCH // of, (index + 1) * GLOBAL_BATCH // of)
-    return Batch(*(getattr(batch, name)[rows] for name in Batch.__slots__))
+    return Batch(*(getattr(batch, name)[rows] for name in Batch.__slots__ if "mask" not in name))
 
 
 def build(network: Network, group: RankGroup | None, seed: int = 5) -> QNetwork:

@@ -198,7 +198,7 @@ def build_filled_parts(config: Config, random_iterations: int) -> Parts:
     """
     parts = build_parts(config, connect("local"), PhaseTimer())
     actor, replay = acting_parts(parts).actor, acting_parts(parts).replay
-    replay.start(actor.start())
+    replay.start(actor.start(), actor.envs.action_mask)
     for _ in range(random_iterations):
         actions = actor.choose(1.0)
         replay.add(actions, actor.step(actions))

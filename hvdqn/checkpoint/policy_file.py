@@ -98,7 +98,10 @@ def spaces_of(about: Mapping[str, Any]) -> Spaces:
     """Return the spaces in the plain data of a policy file."""
     data = about["spaces"]
     make_space(data["observation_space"])
-    return Spaces(**{**data, "observation_shape": tuple(data["observation_shape"])})
+    if data.get("action_space") is not None:
+        make_space(data["action_space"])
+    shapes = {"observation_shape": data["observation_shape"], "action_shape": data.get("action_shape", ())}
+    return Spaces(**{**data, **{name: tuple(shape) for name, shape in shapes.items()}})
 
 
 def find_checkpoint(path: Path) -> Checkpoint:

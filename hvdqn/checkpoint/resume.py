@@ -176,7 +176,8 @@ def reset_environments(parts: Parts, seed: int | None = None) -> None:
         seed: of the environments; without it they continue their random streams.
     """
     if parts.acting is not None:
-        parts.acting.replay.start(parts.acting.actor.start(seed))
+        first = parts.acting.actor.start(seed)
+        parts.acting.replay.start(first, parts.acting.envs.action_mask)
 
 
 def restore(

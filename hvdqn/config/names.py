@@ -31,6 +31,7 @@ OTHER_NAMES: Mapping[str, str] = {
         "n_step": "n_steps nstep multi_step n_step_return",
         "env": "env_id environment env_name gym_id game",
         "envs_per_rank": "num_envs n_envs nenv num_env num_workers",
+        "action_bins": "bins num_bins n_bins discretization",
         "frame_stack": "stack_num num_stack framestack history_length",
         "env_kwargs": "env_config env_args",
         "clip_rewards": "reward_clipping clip_reward",

@@ -23,7 +23,7 @@ from hvdqn.config.flags import (
     print_version,
     read_flags,
 )
-from hvdqn.config.presets import preset_names
+from hvdqn.config.joining import preset_names
 from hvdqn.config.settings import Config, preset_config, setting, settings_of_one_launch
 from hvdqn.config.validation import check
 from hvdqn.config.values import value_of_data

@@ -11,9 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hvdqn.config.names import did_you_mean
-from hvdqn.errors import UserError
-
 # Mnih et al. 2015, without any later extension.
 PLAIN: Mapping[str, Any] = {
     "double": False,
@@ -210,6 +207,28 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "v_min": 0.0,
         "v_max": 25.0,
     },
+    # Seyde et al. 2023 (DecQN), appendix: bang-off-bang actions, 3-step returns, batch 256, epsilon 0.1, lr 1e-4 (here
+    # 3e-4, falling), gamma 0.99, Double DQN. A soft target and layer norm keep learning steady.
+    "mujoco": {
+        "env": "Reacher-v5",
+        "action_bins": 3,
+        "total_env_steps": 500_000,
+        "replay_capacity": 500_000,
+        "learning_starts": 5_000,
+        "replay_ratio": 64.0,
+        "batch_per_rank": 256,
+        "n_step": 3,
+        "hidden": (256, 256),
+        "layer_norm": True,
+        "lr": 3e-4,
+        "lr_final": 0.1,
+        "exploration_env_steps": 10_000,
+        "epsilon_end": 0.1,
+        "target_tau": 0.01,
+        "target_every": 5_000,
+        "eval_every": 50_000,
+        "checkpoint_every": 50_000,
+    },
     "atari": ATARI,
     # A shorter `atari` with centered images (otherwise learning starts much later), 3-step returns, dueling, and a
     # learning rate that falls, which keeps the policy steady at the end.
@@ -336,57 +355,3 @@ JOINED: Mapping[tuple[str, str], Mapping[str, Any]] = {
         "exploration_env_steps": 250_000,
     },
 }  # fmt: skip
-
-
-def preset_names(text: str) -> list[str]:
-    """Return the names in `--preset TEXT`, each once.
-
-    Raises:
-        UserError: there is no such preset.
-    """
-    names = list(dict.fromkeys(filter(None, map(str.strip, text.split(",")))))
-    for name in names:
-        if name not in PRESETS:
-            raise UserError(
-                f"unknown preset '{name}'{did_you_mean(name, PRESETS)}; there are {', '.join(PRESETS)}"
-            )
-    return names
-
-
-def fitting_preset(env: str) -> str:
-    """Return the preset for an environment, or "" if there is none.
-
-    A preset of one environment comes before that of a family, such as `minatar`.
-    """
-    environments = [name for name in PRESETS if name not in ALGORITHMS and not name.startswith("bench-")]
-    envs = {name: str(PRESETS[name].get("env", "")) for name in environments}
-    exact = [name for name, own in envs.items() if own == env and own.split("/")[0] not in FAMILIES]
-    return exact[0] if exact else FAMILIES.get(env.partition("/")[0], "")
-
-
-def preset_settings(text: str) -> dict[str, Any]:
-    """Return the settings of one preset, or of several joined by commas. Their order does not matter.
-
-    The preset of an algorithm wins over that of an environment, and `smoke` wins over both.
-
-    Raises:
-        UserError: there is no such preset, or two of them exclude each other.
-    """
-    names = preset_names(text)
-    algorithms = [name for name in names if name in ALGORITHMS]
-    environments = [name for name in names if name not in (*algorithms, "smoke")]
-    for kind in (environments, algorithms):
-        if len(kind) > 1:
-            raise UserError(
-                f"--preset {text}: {kind[0]} and {kind[1]} cannot both hold; join an environment's with an "
-                "algorithm's, as atari,rainbow"
-            )
-    settings: dict[str, Any] = {}
-    for name in (*environments, *algorithms):
-        settings |= PRESETS[name]
-    for pair, joined in JOINED.items():
-        if set(pair) <= set(names):
-            settings |= joined
-    if "smoke" in names:
-        settings |= PRESETS["smoke"]
-    return settings

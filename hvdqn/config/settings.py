@@ -33,8 +33,9 @@ from hvdqn.config.fields import (
     between,
     fields_of,
 )
+from hvdqn.config.joining import preset_names, preset_settings
 from hvdqn.config.names import OTHER_NAMES, did_you_mean
-from hvdqn.config.presets import PRESETS, preset_names, preset_settings
+from hvdqn.config.presets import PRESETS
 from hvdqn.config.values import json_object, same_value
 from hvdqn.errors import UserError
 
@@ -52,12 +53,14 @@ class EnvironmentConfig:
     """The environment, and how many copies of it a rank steps."""
 
     env: Annotated[str, FIXED] = "CartPole-v1"
-    """A Gymnasium id with a Discrete action space, or `module:id` (the module is imported first), or `module:name` of a
-    function or class that makes the environment."""
+    """A Gymnasium id, or `module:id` (the module is imported first), or `module:name` of a function or class that makes
+    the environment."""
     env_kwargs: Annotated[str, JSON_TEXT, FIXED] = "{}"
     """JSON object of keyword arguments for the environment's constructor."""
     wrapper: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, FIXED] = ()
     """`module:attribute`, called with each single environment. May be repeated; applied in order."""
+    action_bins: Annotated[int, Range("0, or 2 or more", low=0, excluded=(1,)), FIXED] = 0
+    """Box action spaces: number of values of each dimension, evenly spaced between its bounds, both included."""
     envs_per_rank: Annotated[Count, EXACT_ONLY] = 8
     """Environments that one rank steps."""
     vectorization: Annotated[Literal["auto", "native", "sync", "async"], EXACT_ONLY] = "auto"

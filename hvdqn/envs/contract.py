@@ -24,7 +24,6 @@ from hvdqn.errors import UserError
 
 log = logging.getLogger(__name__)
 
-ACTION_MASK = "action_mask"
 RESET_RESULT = "it must return (observation, info)"
 STEP_RESULT = "it must return (observation, reward, terminated, truncated, info)"
 SUPPORTED_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)

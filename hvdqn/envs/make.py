@@ -18,6 +18,7 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
 from hvdqn.config import EnvironmentConfig, import_attribute, import_module, json_object
+from hvdqn.envs.actions import Actions
 from hvdqn.envs.atari import AtariGame, AtariVector, game_settings, is_atari
 from hvdqn.envs.atari_variant import AtariVariant, is_variant
 from hvdqn.envs.contract import (
@@ -29,6 +30,7 @@ from hvdqn.envs.contract import (
     one_line,
     warn_once,
 )
+from hvdqn.envs.masks import MaskFromObservation
 from hvdqn.envs.process_settings import process_settings_kept
 from hvdqn.envs.rehearsal import continues_exactly
 from hvdqn.envs.single import SingleEnvironment, as_exception, describe_close_failure
@@ -41,7 +43,13 @@ from hvdqn.faults import leave_signals_to_rank
 # For each namespace of optional environments: the module that registers its ids, and the extra that installs it.
 _FAMILIES = {"ALE": ("ale_py", "atari"), "MinAtar": ("minatar.gym", "minatar")}
 # For each library that environments of Gymnasium need, as their error messages name it: the extra that installs it.
-_LIBRARIES = {"pygame": "video", "Box2D": "box2d", "MinAtar": "minatar", "ale_py": "atari"}
+_LIBRARIES = {
+    "pygame": "video",
+    "Box2D": "box2d",
+    "MinAtar": "minatar",
+    "ale_py": "atari",
+    "mujoco": "mujoco",
+}
 
 
 def make_environments(
@@ -68,13 +76,14 @@ def make_environments(
     with process_settings_kept():
         vector, kind = _make_vector(build, num_envs, threads)
     try:
-        _check_actions(vector.single_action_space, config.env)
+        actions = Actions(vector.single_action_space, config.env, config.action_bins)
     except UserError:
         vector.close()
         raise
     return Environments(
         vector,
         seed,
+        actions=actions,
         description=_describe(build, vector, kind),
         clip_rewards=training and config.clip_rewards,
         continues_exactly=functools.partial(
@@ -232,7 +241,9 @@ def _make_single(build: _Build, index: int, rank_pid: int) -> gym.Env[Any, Any]:
     if own_process:
         leave_signals_to_rank()
     try:
-        return SingleEnvironment(_make_wrapped(build), index, build.config.env, own_process)
+        env, config = _make_wrapped(build), build.config
+        actions = Actions(env.action_space, config.env, config.action_bins)
+        return SingleEnvironment(env, index, config.env, own_process, actions)
     except BaseException as raised:
         error = as_exception(raised)
         if index == 0 or own_process or isinstance(error, (UserError, KeyboardInterrupt)):
@@ -273,6 +284,7 @@ def _read_spaces(build: _Build) -> _Spaces:
     leave_signals_to_rank()
     try:
         env = _make_wrapped(build)
+        Actions(env.action_space, build.config.env, build.config.action_bins)  # raises if a DQN cannot act
     except BaseException as error:
         raise as_exception(error)  # noqa: B904 - the same error, or one with its traceback
     found = _Spaces(env)
@@ -295,6 +307,8 @@ def _make_wrapped(build: _Build) -> gym.Env[Any, Any]:
             env = gym.make(build.spec, disable_env_checker=True, **build.kwargs)
     for path in config.wrapper:
         env = _wrap(env, path)
+    if MaskFromObservation.applies_to(env.observation_space):
+        env = MaskFromObservation(env)
     check_spaces(env, config.env)
     check_observations(env.observation_space, config.env)
     if not isinstance(env.observation_space, spaces.Box):
@@ -363,14 +377,6 @@ def _wrap(env: gym.Env[Any, Any], path: str) -> gym.Env[Any, Any]:
             f"--wrapper '{path}' returned a {type(wrapped).__name__}; it must return a gymnasium.Env"
         )
     return wrapped
-
-
-def _check_actions(space: gym.Space[Any], env: str) -> None:
-    if not isinstance(space, spaces.Discrete):
-        raise UserError(
-            f"'{env}' has the action space {one_line(space)}; DQN needs Discrete actions: "
-            "choose another environment, or use a --wrapper that makes them Discrete"
-        )
 
 
 def _describe(build: _Build, vector: VectorEnv[Any, Any, Any], kind: str) -> str:

@@ -9,7 +9,9 @@ from contextlib import closing
 from dataclasses import fields
 
 import numpy as np
+from numpy.typing import NDArray
 
+from hvdqn.envs.actions import draw_legal
 from hvdqn.envs.global_random import global_generators_kept
 from hvdqn.envs.vector import Environments
 from hvdqn.step import Step
@@ -42,10 +44,9 @@ def _repeats_steps(make_copy: Callable[[int], Environments]) -> bool:
     with closing(make_copy(1)) as original, closing(make_copy(2)) as restored:
         deadline = time.monotonic() + _CHECK_SECONDS
         rng = np.random.default_rng(0)
-        actions = rng.integers(original.num_actions, size=(2 * _CHECKED_STEPS, original.num_envs))
         original.reset()
-        for action in actions[:_CHECKED_STEPS]:
-            original.step(action)
+        for _ in range(_CHECKED_STEPS):
+            original.step(_draw(rng, original))
             if time.monotonic() > deadline:
                 return False
         state = original._save()
@@ -55,16 +56,25 @@ def _repeats_steps(make_copy: Callable[[int], Environments]) -> bool:
             restored.load_state(state)
         except ValueError:  # the copy has other attributes than the original
             return False
-        same_steps = all(
-            time.monotonic() <= deadline and _equal(original.step(action), restored.step(action))
-            for action in actions[_CHECKED_STEPS:]
-        )
+        for _ in range(_CHECKED_STEPS):
+            action = _draw(rng, original)
+            if not _equal(original.step(action), restored.step(action)) or time.monotonic() > deadline:
+                return False
         # A reset may draw from another random generator, and perhaps no episode ended in these steps.
-        return same_steps and np.array_equal(original.reset(), restored.reset(), equal_nan=True)
+        return np.array_equal(original.reset(), restored.reset(), equal_nan=True)
+
+
+def _draw(rng: np.random.Generator, envs: Environments) -> NDArray[np.int64]:
+    """Return random legal actions `[envs, *action_shape]`."""
+    if envs.action_mask is not None:
+        return draw_legal(rng, envs.action_mask)
+    return rng.integers(envs.num_actions, size=(envs.num_envs, *envs.action_shape))
 
 
 def _equal(one: Step, other: Step) -> bool:
     for field in fields(Step):
-        if not np.array_equal(getattr(one, field.name), getattr(other, field.name), equal_nan=True):
+        mine, others = getattr(one, field.name), getattr(other, field.name)
+        same = mine is others if mine is None else np.array_equal(mine, others, equal_nan=True)
+        if not same:
             return False
     return True

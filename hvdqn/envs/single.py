@@ -8,10 +8,12 @@ import gymnasium as gym
 import numpy as np
 
 from hvdqn.envs import snapshot
+from hvdqn.envs.actions import Actions
 from hvdqn.envs.atari_variant import LIFE_LOST
-from hvdqn.envs.contract import ACTION_MASK, one_line, to_number, warn_once
+from hvdqn.envs.contract import one_line, to_number, warn_once
 from hvdqn.envs.episode_info import EPISODE_INFO, plain_info
 from hvdqn.envs.global_random import seed_global_generators
+from hvdqn.envs.masks import ACTION_MASK, EnvironmentMask
 
 
 class SingleEnvironment(gym.Wrapper[Any, Any, Any, Any]):
@@ -22,39 +24,45 @@ class SingleEnvironment(gym.Wrapper[Any, Any, Any, Any]):
         index: the environment's number in its vector.
         name: the environment's name, for messages.
         own_process: whether it runs in a process of its own, as in an async vector.
+        actions: the environment's action space.
     """
 
-    def __init__(self, env: gym.Env[Any, Any], index: int, name: str, own_process: bool):
+    def __init__(
+        self, env: gym.Env[Any, Any], index: int, name: str, own_process: bool, actions: Actions
+    ) -> None:
         super().__init__(env)
         self._index, self._name, self._own_process = index, name, own_process
+        self._mask = EnvironmentMask(env, actions)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
-        """Reset the environment; see `gym.Env`. Of its info only whether it has an action mask is kept."""
+        """Reset the environment; see `gym.Env`. Of its info only the action mask is kept, if there is one."""
         if self._own_process and seed is not None:
             seed_global_generators(seed, own_process=True)
         try:
             observation, info = self.env.reset(seed=seed, options=options)
         except BaseException as error:
             raise as_exception(error)  # noqa: B904 - the same error, or one with its traceback
-        masked = seed is not None and isinstance(info, dict) and ACTION_MASK in info
-        return observation, {ACTION_MASK: True} if masked else {}
+        mask = self._mask.read(info)
+        return observation, {} if mask is None else {ACTION_MASK: mask}
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        """See `gym.Env`. The info of an episode's last step is kept as `EPISODE_INFO`, with a mark of a lost life."""
+        """See `gym.Env`. The info holds the action mask, if any, and of an episode's last step what logs see of it."""
         try:
             observation, reward, terminated, truncated, info = self.env.step(action)
         except BaseException as error:
             raise as_exception(error)  # noqa: B904
         if not isinstance(reward, float):
             reward = to_number(reward, self._name)
+        mask = self._mask.read(info, may_lack=bool(terminated))
+        kept: dict[str, Any] = {} if mask is None else {ACTION_MASK: mask}
         if not (terminated or truncated):
-            return observation, reward, False, False, {}
+            return observation, reward, False, False, kept
         # Copy, because the reset that follows may write to the same buffer.
         final = np.array(observation)
-        last = {LIFE_LOST: bool(info.get(LIFE_LOST)), EPISODE_INFO: (plain_info(info),)}
-        return final, reward, bool(terminated), bool(truncated), last
+        kept |= {LIFE_LOST: bool(info.get(LIFE_LOST)), EPISODE_INFO: (plain_info(info),)}
+        return final, reward, bool(terminated), bool(truncated), kept
 
     def close(self) -> None:
         """Close the environment. One that fails to close must not end a run whose training is over."""

@@ -14,6 +14,7 @@ from gymnasium import spaces
 from gymnasium.wrappers import FlattenObservation
 from numpy.typing import NDArray
 
+from hvdqn.envs.actions import Actions
 from hvdqn.errors import UserError
 
 _SOURCE = "flattened_from"
@@ -31,7 +32,11 @@ class Spaces(NamedTuple):
     observation_space: Mapping[str, Any]
     """Of the environment, from `describe_space`."""
     first_action: int
-    """Number of the environment's first action."""
+    """Number of the environment's first action, if it is Discrete."""
+    action_shape: tuple[int, ...] = ()
+    """Of the integers that the network chooses: see `Actions`."""
+    action_space: Mapping[str, Any] | None = None
+    """Of the environment, from `describe_actions`; None: Discrete."""
 
 
 def flatten_observations(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
@@ -68,8 +73,29 @@ def describe_space(space: gym.Space[Any]) -> dict[str, Any]:
     raise TypeError(f"a {type(space).__name__} space has no description")
 
 
+def describe_actions(space: gym.Space[Any]) -> dict[str, Any] | None:
+    """Return an action space as plain data for JSON, with bounds; None for Discrete."""
+    if isinstance(space, spaces.Discrete):
+        return None
+    bounds = {"low": space.low.tolist(), "high": space.high.tolist()} if isinstance(space, spaces.Box) else {}
+    return {**describe_space(space), **bounds}
+
+
+def make_actions(known: Spaces, name: str, bins: int) -> Actions:
+    """Return the action space of environments.
+
+    Args:
+        known: their spaces.
+        name: of the environment, for messages.
+        bins: `--action-bins`.
+    """
+    if known.action_space is None:
+        return Actions(spaces.Discrete(known.num_actions, start=known.first_action), name)
+    return Actions(make_space(known.action_space), name, bins)
+
+
 def make_space(data: Mapping[str, Any]) -> gym.Space[Any]:
-    """Return the space that `describe_space` described.
+    """Return the space that `describe_space` or `describe_actions` described.
 
     Raises:
         KeyError, TypeError, ValueError, AssertionError: the data is no such description.
@@ -80,6 +106,8 @@ def make_space(data: Mapping[str, Any]) -> gym.Space[Any]:
         low, high = (0, 255) if dtype == np.uint8 else (-np.inf, np.inf)
         if dtype.kind in "iub" and dtype != np.uint8:
             low, high = (0, 1) if dtype.kind == "b" else (np.iinfo(dtype).min, np.iinfo(dtype).max)
+        if "low" in data:
+            return spaces.Box(np.array(data["low"], dtype), np.array(data["high"], dtype), dtype=dtype.type)
         return spaces.Box(low, high, tuple(data["shape"]), dtype.type)
     if kind == "Discrete":
         return spaces.Discrete(data["n"], start=data["start"])

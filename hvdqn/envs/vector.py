@@ -13,13 +13,15 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 from numpy.typing import NDArray
 
 from hvdqn.envs import snapshot
+from hvdqn.envs.actions import Actions
 from hvdqn.envs.atari import AtariVector
 from hvdqn.envs.atari_variant import LIFE_LOST
-from hvdqn.envs.contract import ACTION_MASK, warn_once
+from hvdqn.envs.contract import warn_once
 from hvdqn.envs.episode_info import info_of
 from hvdqn.envs.global_random import seed_global_generators
+from hvdqn.envs.masks import ACTION_MASK, Masks
 from hvdqn.envs.process_settings import process_settings_kept
-from hvdqn.envs.spaces import Spaces, describe_space, source_of
+from hvdqn.envs.spaces import Spaces, describe_actions, describe_space, source_of
 from hvdqn.step import Bools, Observation, Step
 
 log = logging.getLogger(__name__)
@@ -45,11 +47,13 @@ class Environments:
     """Steps the vectorized environments of one rank.
 
     Observations are single frames, without frame stack, in the dtype that `stored_dtype` returns. Images keep their
-    shape; all other observations are flattened.
+    shape; all other observations are flattened. Actions are integers `[envs, *action_shape]`, each in [0, num_actions):
+    see `actions`.
 
     Args:
-        vector: any Gymnasium vector environment with a Box observation space and a Discrete action space.
+        vector: any Gymnasium vector environment with a Box observation space.
         seed: the seed of the first `reset`; each environment's own seed is derived from it.
+        actions: its action space; by default that of the vector's environments.
         description: one line that describes the environments, for the log.
         clip_rewards: whether to clip `Step.reward` to [-1, 1]; the returns in `Episode` are never clipped.
         continues_exactly: tests on small copies whether a restored state reproduces the same steps. None: `state`
@@ -61,15 +65,19 @@ class Environments:
         vector: VectorEnv[Any, Any, Any],
         seed: int,
         *,
+        actions: Actions | None = None,
         description: str = "",
         clip_rewards: bool = False,
         continues_exactly: Callable[[], bool] | None = None,
     ):
-        box, discrete = vector.single_observation_space, vector.single_action_space
+        box = vector.single_observation_space
         assert isinstance(box, gym.spaces.Box)
-        assert isinstance(discrete, gym.spaces.Discrete)
+        self.actions = actions or Actions(vector.single_action_space)
         self.num_envs = vector.num_envs
-        self.num_actions = int(discrete.n)
+        self.num_actions, self.action_shape = self.actions.count, self.actions.shape
+        self.action_mask: Bools | None = None
+        """Legal actions at the current observations `[envs, *action_shape, num_actions]`; None: all are legal."""
+        self._masks = Masks(self.actions, self.num_envs)
         self.description = description
         self.is_image = is_image(box)
         self.observation_shape = box.shape if self.is_image else (math.prod(box.shape),)
@@ -79,7 +87,6 @@ class Environments:
         self._clip_rewards = clip_rewards
         self._continues_exactly = continues_exactly
         self._restores_exactly: bool | None = None  # unknown until `state` is called for the first time
-        self._first_action = int(discrete.start)
         self._make_step = {
             AutoresetMode.NEXT_STEP: self._step_next_step,
             AutoresetMode.SAME_STEP: self._step_same_step,
@@ -88,7 +95,7 @@ class Environments:
         self._step_async = getattr(vector, "step_async", None)
         self._step_wait = getattr(vector, "step_wait", None)
         self._seeded = False
-        self._pending: NDArray[np.int64] | None = None  # the actions that `send` sent
+        self._pending: NDArray[Any] | None = None  # the actions that `send` sent
         self._episodes: list[Episode] = []
         self._all = _constant(self.num_envs, True)
         self._none = _constant(self.num_envs, False)
@@ -105,7 +112,9 @@ class Environments:
             self.num_actions,
             str(self.observation_dtype),
             describe_space(source_of(self._vector.single_observation_space)),
-            self._first_action,
+            int(getattr(self._vector.single_action_space, "start", 0)) if self.action_shape == () else 0,
+            self.action_shape,
+            describe_actions(self._vector.single_action_space),
         )
 
     def reset(self, seed: int | None = None) -> Observation:
@@ -124,29 +133,25 @@ class Environments:
             seed_global_generators(seeds[0], own_process=False)
         with process_settings_kept():
             observation, infos = self._vector.reset(seed=seeds if takes_list or seeds is None else seeds[0])  # type: ignore[arg-type]
-        if infos and ACTION_MASK in infos:
-            warn_once(
-                f"the environment's infos hold an {ACTION_MASK}, which hvdqn does not read yet: impossible actions are "
-                "chosen like all others"
-            )
+        self.action_mask = self._masks.of_reset(infos)
         self._clear()
         self._seeded = True
         self._observation = self._to_storage(observation)
         return self._observation
 
     def step(self, action: NDArray[np.int64]) -> Step:
-        """Take one action in every env. `action`: int64 `[envs]`, each in [0, num_actions)."""
+        """Take one action in every env. `action`: int64 `[envs, *action_shape]`, each in [0, num_actions)."""
         self.send(action)
         return self.receive()
 
     def send(self, action: NDArray[np.int64]) -> None:
-        """Start a step with these actions, int64 `[envs]`; `receive` returns its result.
+        """Start a step with these actions, int64 `[envs, *action_shape]`; `receive` returns its result.
 
         ALE's threads and the worker processes of an async vector compute it in the background meanwhile. Other
         environments step in `receive`.
         """
         assert self._pending is None, "send was called twice without receive"
-        self._pending = action + self._first_action if self._first_action else action
+        self._pending = self.actions.to_environment(action) if self.actions.translates else action
         if self._step_async is not None:
             self._step_async(self._pending)
 
@@ -158,6 +163,9 @@ class Environments:
         )
         self._pending = None
         step = self._make_step(self._to_storage(observation), reward, terminated, truncated, infos)
+        if self.action_mask is not None or ACTION_MASK in infos:
+            self._masks.add_to(step, infos, self.action_mask)
+            self.action_mask = step.action_mask
         if self._clip_rewards:
             step.reward = np.minimum(np.maximum(step.reward, -1.0), 1.0)
         step.reward = step.reward.astype(np.float32, copy=False)
@@ -239,8 +247,12 @@ class Environments:
         if shape != self._shape:
             raise ValueError(f"the saved state has observations of shape {shape}, not {self._shape}")
         self.reset()  # some envs create attributes in their first reset, and `snapshot.load` only fills existing ones
+        mask = state.get("action_mask")
+        if (mask is None) != (self.action_mask is None):
+            raise ValueError("the saved state and the environments do not both have action masks")
         self._load_vector(state["vector"])
         self._observation = state["observation"].copy()
+        self.action_mask = mask
         self._done = state["done"].copy()
         self._returns = state["returns"].copy()
         self._lengths = state["lengths"].copy()
@@ -257,7 +269,9 @@ class Environments:
             vector = snapshot.save(self._vector)
         if vector is None:
             return None
+        masks = {} if self.action_mask is None else {"action_mask": self.action_mask.copy()}
         return {
+            **masks,
             "vector": vector,
             "observation": self._observation.copy(),
             "done": self._done.copy(),
@@ -330,18 +344,11 @@ class Environments:
         self._count(reward, done, infos)
         if np.count_nonzero(done):
             next_observation = observation.copy()
-            first, _ = self._vector.reset(options={"reset_mask": done.copy()})
+            first, first_infos = self._vector.reset(options={"reset_mask": done.copy()})
+            self._masks.after_manual_reset(infos, first_infos, done)
             mask = done.reshape(-1, *(1 for _ in self.observation_shape))
             observation = np.where(mask, self._to_storage(first), next_observation)
-        return Step(
-            reward,
-            terminated,
-            truncated,
-            next_observation,
-            observation,
-            done,
-            self._all,
-        )
+        return Step(reward, terminated, truncated, next_observation, observation, done, self._all)
 
     def _count(self, reward: NDArray[Any], ended: Bools, infos: Any) -> None:
         """Add unclipped rewards `[envs]` to the running returns, and record the episodes where `ended` `[envs]`.

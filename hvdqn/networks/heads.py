@@ -19,6 +19,7 @@ from hvdqn.losses import (
     TD_LOSSES,
     categorical_loss,
     categorical_projection,
+    mask_q,
     pairwise_td_error,
     q_learning_target,
     quantile_huber_loss,
@@ -32,12 +33,14 @@ class Head(nn.Module, ABC):
     """The last part of a Q-network, with the Q-values, the target and the loss that belong to its output.
 
     Attributes:
-        streams: the head's layers, from features to outputs.
+        streams: the layers from features to outputs.
         is_streams: whether `forward` and `act` do nothing but call `streams`; hand-written passes need that.
+        dimensions: of an action.
     """
 
     streams: nn.Module
     is_streams = True
+    dimensions = 1
 
     @abstractmethod
     def forward(self, features: Tensor) -> Tensor:
@@ -47,9 +50,14 @@ class Head(nn.Module, ABC):
     def q_values(self, output: Tensor) -> Tensor:
         """Return the expected return of each action, `[batch, actions]`, from the head's output."""
 
-    def greedy(self, output: Tensor) -> Tensor:
-        """Return, for each row of the output, the entry of the action with the largest Q-value, `[batch, ...]`."""
-        return select(output, self.q_values(output).argmax(dim=1))
+    def greedy(self, output: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return the entry of each row's best legal action, `[batch, ...]`.
+
+        Args:
+            output: `[batch, actions, ...]`.
+            mask: legal actions, shaped as the Q-values; None: all are legal.
+        """
+        return select(output, mask_q(self.q_values(output), mask).argmax(dim=-1))
 
     @abstractmethod
     def target(self, next_output: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
@@ -124,9 +132,10 @@ class ScalarHead(Head):
         """Return the output itself, which holds the Q-values `[batch, actions]`."""
         return output
 
-    def greedy(self, output: Tensor) -> Tensor:
-        """Return the largest Q-value of each row, `[batch]`."""
-        return output.amax(dim=1)
+    def greedy(self, output: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return the largest Q-value of each row's legal actions, `[batch]`."""
+        # Not the largest masked value: in a terminal state perhaps no action is legal, and -inf times 0 is NaN.
+        return output.amax(dim=1) if mask is None else super().greedy(output, mask)
 
     def target(self, next_output: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
         """Return the Q-learning target `reward + discount * next_output`, `[batch]`."""
@@ -301,6 +310,7 @@ def make_head(
     hidden: Sequence[int],
     actions: int,
     splitter: Splitter | None = None,
+    dimensions: int = 1,
 ) -> Head:
     """Create the head that `--head` names.
 
@@ -309,12 +319,13 @@ def make_head(
         loss: name of the loss, in `losses.TD_LOSSES`; used by a scalar head only.
         features: number of features that the torso returns.
         hidden: number of units of each hidden layer of the head.
-        actions: number of actions.
+        actions: number of actions, those of all dimensions together.
         splitter: splits the layers over a group of ranks; None: they are not split.
+        dimensions: of an action, for the dueling streams.
     """
 
     def streams(*outputs: int) -> nn.Module:
-        return make_streams(features, hidden, actions, outputs, config, splitter)
+        return make_streams(features, hidden, actions, outputs, config, splitter, dimensions)
 
     if config.head == "c51":
         return CategoricalHead(

@@ -96,6 +96,7 @@ def make_streams(
     outputs: tuple[int, ...],
     config: NetworkConfig,
     splitter: Splitter | None,
+    dimensions: int = 1,
 ) -> nn.Module:
     """Return the layers of a head, which map features `[rows, features]` to outputs `[rows, actions, *outputs]`.
 
@@ -104,10 +105,11 @@ def make_streams(
     Args:
         features: number of input features.
         hidden: number of units of each hidden layer; each stream has its own hidden layers.
-        actions: number of actions.
-        outputs: shape of the output for one action; () for one number.
+        actions: number of actions, those of all dimensions together.
+        outputs: shape of the output of one action; () for one number.
         config: whether the head is dueling, and whether layers are noisy or have layer norm.
         splitter: splits the layers over a group of ranks; None: they are not split.
+        dimensions: number of dimensions of an action.
     """
 
     def stream(*shape: int) -> nn.Sequential:
@@ -117,7 +119,7 @@ def make_streams(
         return nn.Sequential(*layers, last, *([nn.Unflatten(1, shape)] if len(shape) > 1 else []))
 
     advantage = stream(actions, *outputs)
-    return Dueling(advantage, stream(1, *outputs)) if config.dueling else advantage
+    return Dueling(advantage, stream(1, *outputs), dimensions) if config.dueling else advantage
 
 
 class Dueling(nn.Module):
@@ -125,20 +127,26 @@ class Dueling(nn.Module):
 
         q(s, a) = v(s) + adv(s, a) - mean_a' adv(s, a')
 
-    With several outputs per action, such as C51's atoms, this holds for each of them (Hessel et al. 2018).
+    With several outputs per action, such as C51's atoms, this holds for each of them (Hessel et al. 2018), and with
+    several dimensions of an action for the actions of each dimension (Tavakoli et al. 2018, eq. 1).
 
     Args:
         advantage: maps `[rows, features]` to `[rows, actions, ...]`.
         value: maps `[rows, features]` to `[rows, 1, ...]`.
+        dimensions: number of dimensions of an action.
     """
 
-    def __init__(self, advantage: nn.Module, value: nn.Module) -> None:
+    def __init__(self, advantage: nn.Module, value: nn.Module, dimensions: int = 1) -> None:
         super().__init__()
         self.advantage = advantage
         self.value = value
+        self.dimensions = dimensions
 
     def forward(self, features: Tensor) -> Tensor:
         """Map features `[rows, features]` to outputs of each action `[rows, actions, ...]`."""
         advantage: Tensor = self.advantage(features)
         value: Tensor = self.value(features)
+        if self.dimensions > 1:
+            each = advantage.unflatten(1, (self.dimensions, -1))
+            return value + (each - each.mean(dim=2, keepdim=True)).flatten(1, 2)
         return value + advantage - advantage.mean(dim=1, keepdim=True)

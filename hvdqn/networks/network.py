@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from hvdqn.config import NetworkConfig
+from hvdqn.errors import UserError
+from hvdqn.networks.decoupled import make_decoupled_head
 from hvdqn.networks.heads import Head, make_head
 from hvdqn.networks.sharded import Group, Layout, Splitter, whole_network
 from hvdqn.networks.torsos import make_torso
@@ -50,7 +52,7 @@ class QNetwork(nn.Module):
         return output.to(scaled.dtype)  # under autocast the output is bf16, too coarse for the loss
 
     def q_values(self, observation: Tensor) -> Tensor:
-        """Map observations `[batch, ...]` to the expected return of each action, `[batch, actions]`, for acting."""
+        """Map observations `[batch, ...]` to the expected return of each action, `[batch, *action_shape, actions]`."""
         scaled = scale_observation(observation, self.dtype)
         output = self.head.act(self.torso(scaled))
         return self.head.q_values(output.to(scaled.dtype))
@@ -95,6 +97,7 @@ def make_network(
     frame_stack: int,
     is_image: bool,
     actions: int,
+    action_shape: tuple[int, ...] = (),
     group: Group | None = None,
 ) -> QNetwork:
     """Create the Q-network of a run.
@@ -105,12 +108,21 @@ def make_network(
         frame_shape: shape of a single observation, without frame stack.
         frame_stack: number of frames that are stacked to one input.
         is_image: whether observations are images.
-        actions: number of actions.
+        actions: number of actions, in each dimension.
+        action_shape: `()`, or `(dimensions,)` where an action has several.
         group: the ranks that hold the network between them; None: this rank holds all of it.
 
     Raises:
-        UserError: the torso does not fit the observation.
+        UserError: the torso does not fit the observation, or the head the actions.
     """
+    if action_shape and group:
+        raise UserError(
+            f"--model-parallel {group.size} does not support actions of several dimensions; use --model-parallel 1"
+        )
     splitter = Splitter(group, layers=len(config.hidden) + 1) if group else None
     torso, hidden = make_torso(config, frame_shape, frame_stack, is_image, splitter)
-    return QNetwork(torso, make_head(config, loss, torso.features, hidden, actions, splitter), group)
+    if action_shape:
+        head: Head = make_decoupled_head(config, loss, torso.features, hidden, actions, *action_shape)
+    else:
+        head = make_head(config, loss, torso.features, hidden, actions, splitter)
+    return QNetwork(torso, head, group)

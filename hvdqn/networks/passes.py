@@ -24,7 +24,7 @@ class Passes(Protocol):
         """Whether to keep observations in pinned host memory, from which they are copied to a GPU faster."""
 
     def q_values(self, observation: Tensor) -> Tensor:
-        """Return the Q-values `[batch, actions]` for observations `[batch, ...]` as environments return them."""
+        """Return the Q-values `[batch, *action_shape, actions]` for observations `[batch, ...]` of the environments."""
 
 
 class AutogradPasses:

@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from hvdqn.step import Bools
+
 Floats: TypeAlias = npt.NDArray[np.float32]
 Rows: TypeAlias = npt.NDArray[np.int64]
 ObservationBatch: TypeAlias = npt.NDArray[Any] | Tensor
@@ -21,7 +23,7 @@ class Batch:
     observation: ObservationBatch
     """[batch, *shape], or [batch, frame_stack, *shape] with the oldest frame first. A tensor if replay is on a GPU."""
     action: npt.NDArray[np.int64]
-    """The action taken at each observation [batch]."""
+    """The action taken at each observation [batch, *action_shape]: [batch], or [batch, dimensions]."""
     reward: Floats
     """Discounted sum of the rewards between `observation` and `next_observation` [batch]."""
     next_observation: ObservationBatch
@@ -32,6 +34,10 @@ class Batch:
     """Importance weights [batch]. Not normalized: the learner divides them by the maximum over all ranks."""
     row_ids: Rows
     """Numbers that name the transitions to `update_priorities` [batch]."""
+    action_mask: Bools | None = None
+    """Legal actions at `observation` [batch, *action_shape, actions]; None if all are legal everywhere."""
+    next_action_mask: Bools | None = None
+    """Legal actions at `next_observation`, among which the bootstrap value is found; same shape."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,9 +25,9 @@ class PinnedMemory(Memory):
         """Return an uninitialized array in pinned memory for the observations of a minibatch `[batch, ...]`."""
         return _empty(shape, dtype, pinned=True)
 
-    def batch_array(self, size: int, dtype: npt.DTypeLike) -> Array:
-        """Return an uninitialized array in pinned memory for another field of a minibatch `[size]`."""
-        return _empty((size,), dtype, pinned=True)
+    def batch_array(self, shape: Sequence[int], dtype: npt.DTypeLike) -> Array:
+        """Return a pinned array."""
+        return _empty(shape, dtype, pinned=True)
 
 
 class DeviceMemory(Memory):
@@ -49,9 +49,9 @@ class DeviceMemory(Memory):
         """Return an uninitialized tensor on the device for the observations of a minibatch `[batch, ...]`."""
         return torch.empty(tuple(shape), dtype=_torch_dtype(dtype), device=self.device)
 
-    def batch_array(self, size: int, dtype: npt.DTypeLike) -> Array:
-        """Return an uninitialized array `[size]` in host memory, pinned if the device is a GPU."""
-        return _empty((size,), dtype, pinned=self.device.type == "cuda")
+    def batch_array(self, shape: Sequence[int], dtype: npt.DTypeLike) -> Array:
+        """Return an array in host memory, pinned if it will be copied to a GPU."""
+        return _empty(shape, dtype, pinned=self.device.type == "cuda")
 
 
 class DeviceArray:

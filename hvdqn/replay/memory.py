@@ -55,9 +55,28 @@ class Memory:
         """Return an uninitialized array for the observations of a minibatch, as `out` of `ObservationArray.take`."""
         return np.empty(shape, dtype)
 
-    def batch_array(self, size: int, dtype: npt.DTypeLike) -> Array:
-        """Return an uninitialized array [size] for another field of a minibatch; always in host memory."""
-        return np.empty(size, dtype)
+    def batch_array(self, shape: Sequence[int], dtype: npt.DTypeLike) -> Array:
+        """Return an uninitialized array for another field of a minibatch; always in host memory."""
+        return np.empty(shape, dtype)
 
 
 HOST_MEMORY = Memory()
+
+
+def check_sizes(envs: int, capacity: int, frame_stack: int, n_step: int) -> None:
+    """Check that each ring of a replay holds at least one transition.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if min(envs, frame_stack, n_step) < 1 or frame_stack > 255:
+        raise ValueError(
+            f"envs {envs}, frame stack {frame_stack} and n_step {n_step} must be positive, "
+            f"and the stack at most 255"
+        )
+    shortest = frame_stack + n_step - 1
+    if capacity // envs < shortest:
+        raise ValueError(
+            f"replay capacity {capacity} over {envs} envs is too small for frame stack {frame_stack} "
+            f"and n_step {n_step}: at least {envs * shortest} transitions per rank"
+        )

@@ -43,13 +43,13 @@ class PrioritizedReplay(Replay):
         # Offsets from a row to the rows whose n-step returns contain its reward.
         self._return_offsets = np.arange(1 - self.n_step, 1, dtype=np.int64)
 
-    def start(self, observation: Observation) -> None:
-        """Store the first observation of an episode in every environment. `observation`: [envs, *shape]."""
-        super().start(observation)
+    def start(self, observation: Observation, action_mask: Bools | None = None) -> None:
+        """Store the first observation of an episode in every environment; see `Replay.start`."""
+        super().start(observation, action_mask)
         self._refresh_priorities(self.current_row, self._affected_offsets)
 
     def add(self, action: npt.NDArray[np.integer[Any]], step: Step) -> None:
-        """Store every environment's transition. `action`: the actions that led to `step` [envs]."""
+        """Store every environment's transition. `action`: the actions that led to `step` [envs, *action_shape]."""
         super().add(action, step)
         self._refresh_priorities(self.current_row, self._affected_offsets)
 

@@ -18,9 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from hvdqn.replay.batch import NO_CORRECTION, Batch, Importance, ObservationBatch, Rows
+from hvdqn.replay.bits import BitRows
 from hvdqn.replay.finite import FiniteCheck
-from hvdqn.replay.memory import HOST_MEMORY, Array, Memory, ObservationArray
-from hvdqn.replay.streamed import StreamedArray, pieces
+from hvdqn.replay.memory import HOST_MEMORY, Array, Memory, ObservationArray, check_sizes
+from hvdqn.replay.streamed import StreamedArray, pieces, view_rows
 from hvdqn.step import Bools, Observation, Step
 
 State: TypeAlias = dict[str, Array | StreamedArray]
@@ -53,6 +54,7 @@ class Replay:
         observation_dtype: dtype of one observation.
         rng: generator of all random draws.
         frame_stack: number of consecutive frames that make one network input; 1: the observation itself.
+        mask_shape: shape of the mask of one observation: (actions,), or (dimensions, actions).
         n_step: number of rewards that are summed before bootstrapping.
         gamma: discount of one step.
         memory: allocates the arrays, in host memory or on a GPU.
@@ -78,15 +80,15 @@ class Replay:
         n_step: int = 1,
         gamma: float = 0.99,
         memory: Memory = HOST_MEMORY,
+        mask_shape: tuple[int, ...] = (0,),
     ) -> None:
-        _check_sizes(envs, capacity, frame_stack, n_step)
+        check_sizes(envs, capacity, frame_stack, n_step)
         self.envs, self.rows_per_env = envs, capacity // envs + 1
         self.frame_stack, self.n_step, self.gamma = frame_stack, n_step, gamma
-        self.memory = memory
-        self._rng = rng
+        self.memory, self._rng = memory, rng
         rows = envs * self.rows_per_env
         self.observation = memory.observations((rows, *observation_shape), observation_dtype)
-        self.action: npt.NDArray[np.int64] = np.empty(rows, np.int64)
+        self.action: npt.NDArray[np.int64] = np.empty((rows, *mask_shape[:-1]), np.int64)
         self.reward: npt.NDArray[np.float32] = np.empty(rows, np.float32)
         self.outcome: npt.NDArray[np.uint8] = np.full(rows, NO_TRANSITION, np.uint8)
         # How many frames before a row's own belong to the same episode, counted up to frame_stack - 1.
@@ -100,12 +102,12 @@ class Replay:
             "kind": self.outcome,
             "reach": self.previous_frames,
         }
-        # An environment's rows have serial numbers 0, 1, 2... in the order in which they were written. Number s is at
-        # place s % rows_per_env of the ring.
+        self.illegal: BitRows | None = None  # the illegal actions of each row, if environments give masks
+        self._mask_shape = mask_shape
+        # An environment's rows have serial numbers 0, 1, 2... in the order written. Number s is at s % rows_per_env.
         self._newest_serial: Rows = np.full(envs, -1, np.int64)
         self._first_row: Rows = np.arange(envs, dtype=np.int64) * self.rows_per_env
-        self.current_row: Rows = self._first_row.copy()
-        """The row of each environment's current observation [envs]."""
+        self.current_row: Rows = self._first_row.copy()  # of each environment's current observation
         self._stack_offsets: Rows = np.arange(frame_stack, dtype=np.int64)[::-1].copy()
         self._n_step_offsets: Rows = np.arange(n_step, dtype=np.int64)[:, None]
         self._discounts = (gamma ** np.arange(n_step + 1)).astype(np.float32)
@@ -129,17 +131,20 @@ class Replay:
         """One line for the log: how much memory the replay takes when full, and where it lies."""
         return f"replay {self.nbytes / 1e6:,.3g} MB when full{self.memory.note}"
 
-    def start(self, observation: Observation) -> None:
+    def start(self, observation: Observation, action_mask: Bools | None = None) -> None:
         """Store the first observation of every environment, after the reset of a new or a resumed run.
 
         Args:
             observation: the observations that reset returned [envs, *shape].
+            action_mask: their legal actions [envs, *action_shape, actions]; None if all are legal everywhere.
         """
-        self._append(_ALL, observation, first=True)
+        if action_mask is not None:
+            self._store_masks()
+        self._append(_ALL, observation, action_mask, first=True)
         self._finite.start(observation)
 
     def add(self, action: npt.NDArray[np.integer[Any]], step: Step) -> None:
-        """Store every environment's transition. `action`: the actions that led to `step` [envs]."""
+        """Store every environment's transition. `action`: the actions that led to `step` [envs, *action_shape]."""
         assert self._newest_serial[0] >= 0, "start() comes before add()"
         # With NEXT_STEP autoreset, a step that only reset an environment is no transition.
         envs = _ALL if np.count_nonzero(step.valid) == self.envs else np.flatnonzero(step.valid)
@@ -153,13 +158,18 @@ class Replay:
             outcome[bad] = NO_TRANSITION
             self.discarded += int(np.count_nonzero(bad))
         self.outcome[rows] = outcome[envs]
-        self._append(envs, step.next_observation[envs], first=False)
+        self._append(envs, step.next_observation[envs], step.next_action_mask, first=False)
         if np.count_nonzero(step.fresh):
             fresh = np.flatnonzero(step.fresh)
-            self._append(fresh, step.observation[fresh], first=True)
+            self._append(fresh, step.observation[fresh], step.action_mask, first=True)
 
-    def _append(self, envs: slice | Rows, observation: Observation, *, first: bool) -> None:
-        """Write an observation to the next row of each environment's ring. `first`: whether it begins an episode."""
+    def _append(
+        self, envs: slice | Rows, observation: Observation, action_mask: Bools | None, *, first: bool
+    ) -> None:
+        """Write the current observations of these environments to their next rows.
+
+        `action_mask` is that of all environments. `first`: the observations are the first of an episode.
+        """
         self._newest_serial[envs] += 1
         rows = self._first_row[envs] + self._newest_serial[envs] % self.rows_per_env
         if self.frame_stack > 1:
@@ -167,7 +177,15 @@ class Replay:
             self.previous_frames[rows] = 0 if first else np.minimum(frames, self.frame_stack - 1)
         self.outcome[rows] = NO_TRANSITION
         self.observation[rows] = observation
+        if self.illegal is not None and action_mask is not None:
+            self.illegal[rows] = ~action_mask[envs]
         self.current_row[envs] = rows
+
+    def _store_masks(self) -> None:
+        """Reserve memory for masks, unless that is done. All actions are legal in rows without one."""
+        if self.illegal is None:
+            self.illegal = BitRows(len(self.action), self._mask_shape)
+            self._fields["illegal"] = self.illegal.packed
 
     def sample(self, batch_size: int, importance: Importance = NO_CORRECTION) -> Batch:
         """Return a minibatch drawn with replacement. All weights are 1: uniform sampling needs no correction.
@@ -248,7 +266,7 @@ class Replay:
         self._buffers.reverse()
         batch = self._buffers[0]
         batch.row_ids = rows
-        self.action.take(rows, out=batch.action, mode="clip")
+        self.action.take(rows, axis=0, out=batch.action, mode="clip")
         if self.n_step == 1:
             self.reward.take(rows, out=batch.reward, mode="clip")
             self._discount_of_outcome.take(self.outcome.take(rows), out=batch.discount, mode="clip")
@@ -257,6 +275,8 @@ class Replay:
             next_rows = self._n_step_returns(rows, batch)
         self._read_observations(rows, batch.observation)
         self._read_observations(next_rows, batch.next_observation)
+        if self.illegal is not None:
+            batch.action_mask, batch.next_action_mask = ~self.illegal[rows], ~self.illegal[next_rows]
         return batch
 
     def _n_step_returns(self, rows: Rows, batch: Batch) -> Rows:
@@ -299,11 +319,11 @@ class Replay:
         observation = (size, *stack, *self.observation.shape[1:]), self.observation.dtype
         batch = Batch(
             observation=self.memory.batch_observations(*observation),
-            action=self.memory.batch_array(size, np.int64),
-            reward=self.memory.batch_array(size, np.float32),
+            action=self.memory.batch_array((size, *self.action.shape[1:]), np.int64),
+            reward=self.memory.batch_array((size,), np.float32),
             next_observation=self.memory.batch_observations(*observation),
-            discount=self.memory.batch_array(size, np.float32),
-            weight=self.memory.batch_array(size, np.float32),
+            discount=self.memory.batch_array((size,), np.float32),
+            weight=self.memory.batch_array((size,), np.float32),
             row_ids=np.empty(size, np.int64),
         )
         batch.weight.fill(1.0)
@@ -317,7 +337,7 @@ class Replay:
         state: State = {"serial": self._newest_serial, "discarded": np.array([self.discarded])}
         state["bad_stacks"] = self._finite.bad_stacks
         for env, rows in self.rows_in_use():
-            state.update({f"{env}/{name}": _view(field, rows) for name, field in self._fields.items()})
+            state.update({f"{env}/{name}": view_rows(field, rows) for name, field in self._fields.items()})
         return {**state, "rng": _pack_rng(self._rng)}
 
     def load_state(self, state: Mapping[str, Array | StreamedArray]) -> None:
@@ -334,6 +354,8 @@ class Replay:
         self._newest_serial[:] = serial
         self.current_row[:] = self._first_row + np.maximum(self._newest_serial, 0) % self.rows_per_env
         self.outcome[:] = NO_TRANSITION
+        if "0/illegal" in state:
+            self._store_masks()
         for env, rows in self.rows_in_use():
             for name, field in self._fields.items():
                 saved, shape = state[f"{env}/{name}"], (rows.stop - rows.start, *field.shape[1:])
@@ -355,29 +377,6 @@ class Replay:
         """Yield, for each environment, its number and the slice of the rows that were ever written."""
         for env, first in enumerate(self._first_row.tolist()):
             yield env, slice(first, first + min(int(self._newest_serial[env]) + 1, self.rows_per_env))
-
-
-def _view(field: ObservationArray, rows: slice) -> Array | StreamedArray:
-    """Return rows of a field without a copy: a view of host memory, or a `StreamedArray` that reads from a GPU."""
-    if isinstance(field, np.ndarray):
-        view: Array = field[rows]
-        return view
-    shape = (rows.stop - rows.start, *field.shape[1:])
-    return StreamedArray(shape, field.dtype, lambda first, end: field[rows.start + first : rows.start + end])
-
-
-def _check_sizes(envs: int, capacity: int, frame_stack: int, n_step: int) -> None:
-    if min(envs, frame_stack, n_step) < 1 or frame_stack > 255:
-        raise ValueError(
-            f"envs {envs}, frame stack {frame_stack} and n_step {n_step} must be positive, "
-            f"and the stack at most 255"
-        )
-    shortest = frame_stack + n_step - 1
-    if capacity // envs < shortest:
-        raise ValueError(
-            f"replay capacity {capacity} over {envs} envs is too small for frame stack {frame_stack} "
-            f"and n_step {n_step}: at least {envs * shortest} transitions per rank"
-        )
 
 
 def _is_in_return(outcomes: npt.NDArray[np.uint8]) -> Bools:

@@ -39,6 +39,14 @@ class StreamedArray:
         return array.astype(self.dtype if dtype is None else dtype)
 
 
+def view_rows(field: Any, rows: slice) -> Array | StreamedArray:
+    """Return rows of a field without a copy: a view of host memory, or a `StreamedArray` that reads from a GPU."""
+    if isinstance(field, np.ndarray):
+        return field[rows]
+    shape = (rows.stop - rows.start, *field.shape[1:])
+    return StreamedArray(shape, field.dtype, lambda first, end: field[rows.start + first : rows.start + end])
+
+
 def pieces(array: Array | StreamedArray) -> Iterator[tuple[int, Array]]:
     """Yield pieces of about 16 MiB of consecutive rows, each as the number of its first row and the rows."""
     rows = array.shape[0]

@@ -53,7 +53,7 @@ def make_rank(comm: Comm, group: RankGroup | None, width: int, batch: int) -> Le
     """Return a rank that holds a whole network, or its part of one."""
     config = Config().replace(hidden=(width, width), batch_per_rank=batch)
     torch.manual_seed(0)
-    network = make_network(config.network, "huber", (INPUTS,), 1, False, ACTIONS, group)
+    network = make_network(config.network, "huber", (INPUTS,), 1, False, ACTIONS, group=group)
     return LearningRank(config, comm, network, group=group)
 
 

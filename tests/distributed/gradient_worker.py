@@ -52,7 +52,7 @@ def make_batch(shape: tuple[int, ...]) -> Batch:
 def shard(batch: Batch, rank: int, size: int) -> Batch:
     """Return this rank's share of the batch."""
     share = slice(rank * GLOBAL_BATCH // size, (rank + 1) * GLOBAL_BATCH // size)
-    return Batch(*(getattr(batch, name)[share] for name in Batch.__slots__))
+    return Batch(*(getattr(batch, name)[share] for name in Batch.__slots__ if "mask" not in name))
 
 
 def make_rank(

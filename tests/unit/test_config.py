@@ -282,7 +282,7 @@ def test_settings_that_a_resume_must_keep():
     assert set(settings_fixed_on_resume()) == {
         "seed", "env", "env_kwargs", "wrapper", "frame_stack", "torso", "hidden", "head", "dueling", "noisy",
         "layer_norm", "center_images", "atoms", "v_min", "v_max", "quantiles", "iqn_embedding", "optimizer", "replay",
-        "sync", "outer_lr", "outer_momentum",
+        "sync", "outer_lr", "outer_momentum", "action_bins",
     }  # fmt: skip
 
 

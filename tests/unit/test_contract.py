@@ -221,16 +221,12 @@ def test_the_test_of_exact_resume_leaves_shared_generators_alone() -> None:
         ("OwnVector", {"kwargs": {"fault": "mask"}}),
     ],
 )
-def test_an_action_mask_is_reported_once(
-    name: str, settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
-    warn_once.cache_clear()
-    for _ in range(2):
-        with closing(make(name, **settings)) as environments:
-            list(play(environments))
-            environments.reset()
-    out = capsys.readouterr().out
-    assert out.count("warning: the environment's infos hold an action_mask") == 1
+def test_an_action_mask_of_reset_alone_is_refused(name: str, settings: dict[str, Any]) -> None:
+    with (
+        closing(make(name, **settings)) as environments,
+        pytest.raises(UserError, match=r"gives an action_mask with some observations and not with others"),
+    ):
+        list(play(environments))
 
 
 # --- Environments that cannot be made twice, or closed --------------------------------------------------------------

@@ -86,6 +86,9 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "c51": ("pt2", {"head": "c51", "v_max": 100.0, "v_min": 0.0}),
     "minatar": ("onnx", {"env": "MinAtar/Breakout-v1", "head": "qr", "quantiles": 25}),
     "wide": ("onnx", {"hidden": (1024, 512)}),
+    "uneven dimensions": ("onnx", {"env": "tests.unit.action_envs:AdditiveUneven-v0", "dueling": True}),
+    "a matrix of actions": ("pt2", {"env": "tests.unit.action_envs:AdditiveMatrix-v0", "head": "qr"}),
+    "box actions": ("onnx", {"env": "tests.unit.action_envs:AdditiveBox-v0", "action_bins": 3}),
 }
 
 

@@ -21,12 +21,15 @@ from gymnasium.vector import SyncVectorEnv
 import hvdqn
 from hvdqn import train
 from hvdqn.acting import FrameStack
+from hvdqn.checkpoint import write_part
+from hvdqn.checkpoint.files import read_part
 from hvdqn.config import preset_config
 from hvdqn.envs.episode_info import info_of
 from hvdqn.envs.spaces import describe_space, make_space
 from tests.launchers import clean_environment
 from tests.unit import library_envs
 from tests.unit.library_envs import EPISODE_STEPS, Fails, Recording, Rich, StopsEarly, make_cartpole
+from tests.unit.masked_envs import Strict
 
 SMALL: dict[str, Any] = {"preset": "smoke", "total_env_steps": 600, "eval_episodes": 2}
 
@@ -191,6 +194,52 @@ def test_masks_and_wrong_observations(rich: tuple[hvdqn.Result, Recording]) -> N
     ):
         with pytest.raises(hvdqn.UserError, match="does not fit"):
             policy.act(broken)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("Uneven", {}), ("Masked", {}), ("Matrix", {}), ("Binary", {}), ("Box", {"action_bins": 3})],
+)
+def test_a_policy_acts_in_several_dimensions(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    env_id = f"tests.unit.action_envs:Additive{name}-v0"
+    result = hvdqn.train(env=env_id, run_dir=tmp_path / "run", hidden=(16,), **SMALL, **settings)
+    policy, env = result.policy(), gym.make(env_id)
+    observation, info = env.reset(seed=0)
+    batch = policy.act(np.arange(4), action_mask=info.get("action_mask"))
+    assert batch.shape == (4, *env.action_space.shape)
+    for _ in range(10):  # the environment refuses actions outside of its space, and illegal ones
+        assert policy.q_values(observation).shape == (*policy.spaces.action_shape, policy.spaces.num_actions)
+        action = policy.act(observation, info.get("action_mask"))
+        np.testing.assert_array_equal(action, batch[observation])
+        observation, _, _, _, info = env.step(action)
+    policy.save(tmp_path / "policy.safetensors")
+    again = hvdqn.load(tmp_path / "policy.safetensors")
+    np.testing.assert_array_equal(again.act(np.arange(4), action_mask=info.get("action_mask")), batch)
+
+
+@pytest.mark.parametrize("source", ["info", "method", "observation"])
+def test_a_policy_keeps_to_masks(source: str, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"env": "tests.unit.masked_envs:Strict-v0", "env_kwargs": {"source": source}}
+    policy = hvdqn.train(run_dir=tmp_path / "run", hidden=(16,), **SMALL, **settings).policy()
+    env = Strict(source)
+    observation, info = env.reset(seed=0)
+    for _ in range(30):  # the environment raises on an illegal action
+        mask = env.action_masks() if source == "method" else info.get("action_mask")
+        observation, _, terminated, truncated, info = env.step(policy.act(observation, mask))
+        if terminated or truncated:
+            observation, info = env.reset()
+
+
+def test_policy_files_without_an_action_space_have_discrete_actions(
+    rich: tuple[hvdqn.Result, Recording], tmp_path: Path
+) -> None:
+    part = read_part(rich[0].checkpoint / "policy.safetensors")
+    for name in ("action_shape", "action_space"):
+        del part["policy"]["spaces"][name]
+    write_part(tmp_path / "old.safetensors", part)
+    batch = make_batch(1)
+    expected = rich[0].policy().act(batch)
+    assert hvdqn.load(tmp_path / "old.safetensors").act(batch).tolist() == expected.tolist()
 
 
 def test_a_policy_file_is_a_state_dict_for_other_programs(rich: tuple[hvdqn.Result, Recording]) -> None:

@@ -15,6 +15,7 @@ from hvdqn.parts import build_parts
 
 NEEDS = {
     "lunarlander": "Box2D",
+    "mujoco": "mujoco",
     "minatar": "minatar",
     "atari": "ale_py",
     "pong": "ale_py",

@@ -26,7 +26,8 @@ def run(size: int, steps: int) -> tuple[ScriptedEnvs, list[PrioritizedReplay]]:
     for _ in range(steps):
         action, step = envs.step()
         for replay, mine in zip(replays, shares, strict=True):
-            part = type(step)(*(getattr(step, name)[mine] for name in step.__dataclass_fields__))
+            names = (name for name in step.__dataclass_fields__ if "mask" not in name)
+            part = type(step)(*(getattr(step, name)[mine] for name in names))
             replay.add(action[mine], part)
     return envs, replays
 

@@ -1,0 +1,86 @@
+"""Heads for actions of several dimensions: decoupled Q-values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from hvdqn.config import NetworkConfig
+from hvdqn.errors import UserError
+from hvdqn.networks.heads import Head, make_head
+from hvdqn.networks.layers import Dueling
+
+
+class DecoupledHead(Head):
+    """Values of each action dimension by itself; the value of an action is their mean.
+
+        Q(s, a) = 1/D sum_d Q_d(s, a_d)
+
+    The best action is the best one in each dimension (BDQ, Tavakoli et al. 2018; DecQN, Seyde et al. 2023, eq. 2). The
+    mean of quantiles is that of returns which rise and fall together. Outputs are `[batch, D * actions, ...]`.
+
+    Args:
+        inner: a head with the actions of all dimensions in a row.
+        dimensions: D.
+    """
+
+    def __init__(self, inner: Head, dimensions: int) -> None:
+        super().__init__()
+        self.inner, self.dimensions = inner, dimensions
+        self.is_streams = inner.is_streams and not isinstance(inner.streams, Dueling)
+
+    @property
+    def streams(self) -> nn.Module:  # type: ignore[override]
+        """The layers of the inner head."""
+        return self.inner.streams
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map `[batch, features]` to the output of the inner head."""
+        output: Tensor = self.inner(features)
+        return output
+
+    def act(self, features: Tensor) -> Tensor:
+        """Return what the inner head does."""
+        return self.inner.act(features)
+
+    def become_target(self) -> None:
+        """Make this the head of a target network."""
+        self.inner.become_target()
+
+    def q_values(self, output: Tensor) -> Tensor:
+        """Return the values of each dimension's actions, `[batch, D, actions]`."""
+        return self.inner.q_values(output).unflatten(1, (self.dimensions, -1))
+
+    def target(self, next_output: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
+        """Return the target of the mean over dimensions, as the inner head does."""
+        return self.inner.target(next_output, reward, discount)
+
+    def loss(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss of the mean over dimensions, as the inner head does."""
+        return self.inner.loss(output, target)
+
+
+def make_decoupled_head(
+    config: NetworkConfig, loss: str, features: int, hidden: Sequence[int], actions: int, dimensions: int
+) -> DecoupledHead:
+    """Make the head that `--head` names, for actions of several dimensions.
+
+    Args:
+        config: which head, and how its layers are made.
+        loss: name of a scalar head's loss.
+        features: number of features the torso returns.
+        hidden: units of the head's own hidden layers.
+        actions: number of actions in each dimension.
+        dimensions: of an action.
+
+    Raises:
+        UserError: the head is not defined for several dimensions.
+    """
+    if config.head == "c51":
+        raise UserError(
+            "--head c51 is not defined for actions of several dimensions, whose distributions have no mean on its "
+            "atoms; use --head scalar, qr or iqn"
+        )
+    inner = make_head(config, loss, features, hidden, dimensions * actions, dimensions=dimensions)
+    return DecoupledHead(inner, dimensions)
