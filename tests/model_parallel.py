@@ -32,6 +32,7 @@ class Network:
 
     shape: tuple[int, ...] = VECTOR
     settings: dict[str, Any] = field(default_factory=dict)
+    masked: bool = False
 
 
 NETWORKS = {
@@ -46,6 +47,10 @@ NETWORKS = {
     "c51": Network(settings={"hidden": (32, 20, 16), "head": "c51", "atoms": 11}),
     "qr": Network(FRAMES, {"hidden": (32, 16), "head": "qr", "quantiles": 9}),
     "munchausen": Network(settings={"hidden": (32,), "munchausen": True, "double": False}),
+    "masked": Network(settings={"hidden": (32, 20)}, masked=True),
+    "masked munchausen": Network(
+        settings={"hidden": (32,), "munchausen": True, "double": False}, masked=True
+    ),
     "target follows": Network(settings={"hidden": (32,), "target_tau": 0.05, "loss": "mse"}),
 }
 
@@ -61,16 +66,16 @@ def config_of(network: Network, ranks: int) -> Config:
     return Config().replace(**{**settings, **network.settings}, batch_per_rank=GLOBAL_BATCH // ranks)
 
 
-def make_batch(shape: tuple[int, ...], seed: int) -> Batch:
+def make_batch(network: Network, seed: int) -> Batch:
     """Return a global minibatch, the same on every rank, with terminations and importance weights."""
-    rng = np.random.default_rng(seed)
+    rng, shape = np.random.default_rng(seed), network.shape
 
     def observations() -> np.ndarray:
         if shape == FRAMES:
             return rng.integers(256, size=(GLOBAL_BATCH, *shape)).astype(np.uint8)
         return rng.normal(size=(GLOBAL_BATCH, *shape)).astype(np.float32)
 
-    return Batch(
+    batch = Batch(
         observation=observations(),
         action=rng.integers(ACTIONS, size=GLOBAL_BATCH),
         reward=rng.normal(size=GLOBAL_BATCH).astype(np.float32) * 3,
@@ -79,12 +84,18 @@ def make_batch(shape: tuple[int, ...], seed: int) -> Batch:
         weight=rng.uniform(0.1, 1, GLOBAL_BATCH).astype(np.float32),
         row_ids=np.arange(GLOBAL_BATCH),
     )
+    if network.masked:
+        batch.action_mask, batch.next_action_mask = rng.random((2, GLOBAL_BATCH, ACTIONS)) < 0.5
+        batch.action_mask[batch.row_ids, batch.action] = True
+        batch.next_action_mask[batch.row_ids, rng.integers(ACTIONS, size=GLOBAL_BATCH)] = True
+    return batch
 
 
 def share(batch: Batch, index: int, of: int) -> Batch:
     """Return one of equal shares of a minibatch."""
     rows = slice(index * GLOBAL_BATCH // of, (index + 1) * GLOBAL_BATCH // of)
-    return Batch(*(getattr(batch, name)[rows] for name in Batch.__slots__ if "mask" not in name))
+    fields = [getattr(batch, name) for name in Batch.__slots__]
+    return Batch(*(None if field is None else field[rows] for field in fields))
 
 
 def build(network: Network, group: RankGroup | None, seed: int = 5) -> QNetwork:
@@ -125,7 +136,7 @@ def check_same_as_whole(comm: Comm, group: RankGroup, network: Network) -> None:
     split = make_rank(network, comm, group, torch.float64)
     assert torch.equal(whole(split, group, split.learner.parameters), alone.learner.parameters)
     for step in range(STEPS):
-        batch = make_batch(network.shape, step)
+        batch = make_batch(network, step)
         alone.update(batch)
         split.update(share(batch, comm.rank, comm.size))
         assert split.learner.grad_norm > CLIP, "clipping is not tested"
@@ -150,7 +161,7 @@ def check_same_as_data_parallel(comm: Comm, group: RankGroup, network: Network) 
     data = make_rank(network, group.peers, None, torch.float64)
     split = make_rank(network, comm, group, torch.float64)
     for step in range(STEPS):
-        batch = make_batch(network.shape, step)
+        batch = make_batch(network, step)
         data.update(share(batch, comm.rank // group.size, groups))
         split.update(share(batch, comm.rank, comm.size))
     assert_close(whole(split, group, split.learner.parameters), data.learner.parameters, "parameters")
@@ -160,7 +171,7 @@ def check_round_trip(comm: Comm, group: RankGroup, network: Network) -> None:
     """Check that the state of a split learner loads into a whole one and back, bit for bit, and plays the same."""
     split = make_rank(network, comm, group, torch.float32)
     for step in range(3):
-        split.update(share(make_batch(network.shape, step), comm.rank, comm.size))
+        split.update(share(make_batch(network, step), comm.rank, comm.size))
     saved = comm.broadcast_object(split.strategy.learner_state())
     alone = make_rank(network, LocalComm(), None, torch.float32)
     alone.strategy.load_learner_state(saved)
@@ -170,7 +181,7 @@ def check_round_trip(comm: Comm, group: RankGroup, network: Network) -> None:
         assert torch.equal(again.learner.state()[name], tensor), name
     assert split.strategy.param_sha256() == alone.strategy.param_sha256()
     player = split.strategy.whole_network()
-    observation = torch.from_numpy(make_batch(network.shape, 9).observation)
+    observation = torch.from_numpy(make_batch(network, 9).observation)
     assert torch.equal(player.q_values(observation), alone.learner.online.q_values(observation))
     assert player.num_parameters == alone.learner.parameters.numel() == split.learner.online.num_parameters
 
@@ -198,7 +209,7 @@ def check_not_finite(comm: Comm, group: RankGroup, network: Network) -> None:
     """Check that all ranks skip an update together, and that the rank whose minibatch was at fault is named."""
     rank = make_rank(network, comm, group, torch.float32)
     before = rank.strategy.param_sha256()
-    batch = share(make_batch(network.shape, 0), comm.rank, comm.size)
+    batch = share(make_batch(network, 0), comm.rank, comm.size)
     if comm.rank == 1:
         batch.reward[2] = np.nan
     rank.strategy.max_skipped_updates = 2  # type: ignore[attr-defined]

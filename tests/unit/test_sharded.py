@@ -9,7 +9,7 @@ from torch import nn
 from hvdqn.config import parse
 from hvdqn.errors import UserError
 from hvdqn.metrics import PhaseTimer
-from hvdqn.networks import Layout
+from hvdqn.networks import Layout, make_network
 from hvdqn.networks.passes import GroupPasses, make_passes
 from hvdqn.networks.sharded import ColumnLinear, RowLinear, split_first
 from hvdqn.sync import RankGroup
@@ -130,6 +130,19 @@ def test_which_layers_are_split():
 def test_what_is_not_supported_is_refused(flags, message):
     with pytest.raises(UserError, match=message):
         parse(["--model-parallel", "2", *flags.split()])
+
+
+def test_actions_of_several_dimensions_are_refused():
+    config = checks.config_of(checks.NETWORKS["two hidden layers"], 2)
+
+    def body(comm):
+        group = RankGroup(comm, 2, PhaseTimer())
+        with pytest.raises(
+            UserError, match="--model-parallel 2 does not support actions of several dimensions"
+        ):
+            make_network(config.network, "huber", (6,), 1, False, actions=3, action_shape=(4,), group=group)
+
+    run_ranks(2, body)
 
 
 def test_only_layers_that_are_split_by_their_outputs_need_units_for_every_rank():

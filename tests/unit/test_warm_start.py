@@ -12,6 +12,7 @@ import pytest
 
 import hvdqn
 from hvdqn import train
+from hvdqn.checkpoint import reset_environments
 from hvdqn.comm.local import LocalComm
 from hvdqn.config import preset_config
 from hvdqn.metrics import PhaseTimer
@@ -20,6 +21,7 @@ from hvdqn.prefill import prefill
 from hvdqn.replay import PrioritizedReplay, Replay
 from hvdqn.replay.prefill import fill, make_transitions, share
 from hvdqn.replay.replay import TERMINATED, TRUNCATED
+from tests.unit import masked_envs
 from tests.unit.library_envs import make_minari_dataset
 
 SMALL: dict[str, Any] = {"preset": "smoke", "total_env_steps": 300, "eval_episodes": 0, "hidden": (16, 8)}
@@ -212,3 +214,44 @@ def test_a_resumed_run_goes_on_with_its_own_weights(source: hvdqn.Result, tmp_pa
     hvdqn.train(run_dir=resumed, **more, init_from=str(source.run_dir), seed=1)
     shas = [json.loads((path / "summary.json").read_text())["param_sha256"] for path in (plain, resumed)]
     assert shas[0] == shas[1]
+
+
+def test_transitions_without_masks_precede_those_with(tmp_path: Path) -> None:
+    """All actions are legal in rows of a file; the run goes on with the environment's masks."""
+    numbers = np.arange(40, dtype=np.float32)
+    observations = np.stack([numbers % 10, numbers], axis=1)
+    arrays = {
+        "observations": observations,
+        "actions": np.arange(40) % masked_envs.ACTIONS,
+        "rewards": numbers,
+        "next_observations": observations + 1,
+        "terminations": np.ones(40, bool),
+    }
+    np.savez(tmp_path / "known.npz", **arrays)
+    config = preset_config("smoke").replace(
+        env="tests.unit.masked_envs:Strict-v0", prefill=str(tmp_path / "known.npz")
+    )
+    parts = build_parts(config, LocalComm(), PhaseTimer())
+    assert parts.acting is not None
+    actor, replay = parts.acting.actor, parts.acting.replay
+    known = prefill(config, parts)
+    reset_environments(parts)
+    for _ in range(30):
+        actions = actor.choose(0.5)
+        replay.add(actions, actor.step(actions))
+    batch = replay.sample(500)
+    assert batch.action_mask is not None
+    of_file = batch.reward == batch.observation[:, 1]
+    of_file &= (batch.observation[:, 0] < 10) & (batch.discount == 0)
+    assert known == 40
+    assert 0 < of_file.sum() < 500
+    assert batch.action_mask[of_file].all()
+    expected = masked_envs.mask_of(batch.observation[~of_file])
+    np.testing.assert_array_equal(batch.action_mask[~of_file], expected)
+
+
+def test_actions_of_several_dimensions_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(hvdqn.UserError, match="--prefill does not support actions of several dimensions"):
+        hvdqn.train(
+            run_dir=tmp_path / "run", env="tests.unit.action_envs:AdditiveEven-v0", prefill="x.npz", **SMALL
+        )
