@@ -101,6 +101,8 @@ RUN_HERE = {line: result_case(line) for line in commands() if re.fullmatch(RESUL
         {"-np 4": "-np 2", "STUDY": "RANKS --trials 1", "--preset cartpole": f"--preset cartpole {SHORT}"},
         "optuna",
     ),
+    "hvdqn bench kernels --preset cartpole": Case("products", {"cartpole": "cartpole --calls 20"}),
+    "hvdqn bench allreduce --json links.json": Case("", {"links.json": "links.json --seconds 0.05"}),
     "python -m tests.launch.measure_sync traffic": Case("server: .*bytes", {"traffic": "traffic --short"}),
     "python -m tests.launch.measure_sync straggler": Case(
         "server: .* is left", {"straggler": "straggler --short"}
@@ -182,6 +184,13 @@ CHECKED_ONLY = {
     "module load gcc": "there are no modules",
     "docker run --cpus=2": "there is no Docker daemon; unit tests read made-up quotas",
     "docker stop": "there is no Docker daemon; test_container.py sends its signal",
+    "hvdqn bench peers w1-ranks --rounds 5": "it measures for minutes; test_bench.py runs its parts",
+    "hvdqn bench peers w2-ranks --rounds 5": "it measures for minutes; test_bench.py runs its parts",
+    "mpirun --oversubscribe -np N hvdqn bench loop --comm mpi --preset bench-cartpole": "it measures for minutes;"
+    " test_bench.py runs its parts",
+    "horovodrun -np 8 hvdqn bench loop --preset cartpole": "it measures for minutes; test_bench.py runs its parts",
+    "hvdqn bench scaling --np 1,2 --between links.json --to 4,6": "it needs the links of two hosts;"
+    " test_bench_scaling.py projects with such a file",
     "apptainer build hvdqn.sif docker-daemon://hvdqn:latest": "there is no Apptainer in Debian",
 }
 
