@@ -69,7 +69,7 @@ def summarize(
     acted_env_steps: int,
     seconds_before: Mapping[str, float],
 ) -> dict[str, Any]:
-    """Return the content of `summary.json`. All ranks must call it together.
+    """Return the content of `summary.json` but for the launches, which `Recorder.finish` adds; a collective call.
 
     Args:
         config: the configuration of the run.

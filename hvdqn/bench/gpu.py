@@ -112,7 +112,15 @@ def largest_errors(config: Config, updates: int) -> dict[str, tuple[float, float
 
 
 def measure(config: Config, updates: int) -> Iterator[Row]:
-    """Measure the goals of a GPU except Pong; yield one row for each."""
+    """Measure the samples learned per second, and how far the updates differ from the CPU's.
+
+    Args:
+        config: the settings of the learner.
+        updates: how many updates to time and to compare.
+
+    Yields:
+        One row for each measurement, with its goal.
+    """
     batch_size, on_gpu = config.replay.batch_per_rank, device_kind(config) == "cuda"
     for name, settings in VARIANTS.items():
         if on_gpu or not settings.get("cuda_graphs"):

@@ -39,10 +39,10 @@ def is_atari(spec: EnvSpec) -> bool:
 
 
 def game_settings(spec: EnvSpec, env_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the keyword arguments for ALE's vector environment.
+    """Return the settings of an Atari game: those registered with the id, no sticky actions, and `env_kwargs`.
 
-    They are those registered with the id and no sticky actions, both overridden by `env_kwargs`. `mode`, `difficulty`
-    and `obs_type="ram"` stay among them for `AtariVariant`; ALE's vector environment does not take them.
+    `env_kwargs` overrides the others. All are arguments of ALE's vector environment, except `mode`, `difficulty` and
+    `obs_type="ram"`, which only `AtariVariant` handles.
 
     Raises:
         UserError: `env_kwargs` sets an argument that hvdqn sets itself, or an unknown `obs_type`.

@@ -46,7 +46,7 @@ class DecoupledHead(Head):
         return self.inner.act(features)
 
     def become_target(self) -> None:
-        """Make this the head of a target network."""
+        """Change what the inner head does differently in a target network."""
         self.inner.become_target()
 
     def q_values(self, output: Tensor) -> Tensor:

@@ -107,7 +107,10 @@ class Head(nn.Module, ABC):
         return output
 
     def become_target(self) -> None:
-        """Adapt this head to a target network; `QNetwork.target_copy` calls it once, on the copy."""
+        """Change what this head does differently in a target network; by default nothing.
+
+        `QNetwork.target_copy` calls it once, on the copy.
+        """
 
 
 class ScalarHead(Head):

@@ -28,7 +28,7 @@ class Passes(Protocol):
 
 
 class AutogradPasses:
-    """Computes the passes of any network by autograd.
+    """Computes the forward and backward passes of any network by autograd.
 
     Args:
         network: the Q-network, already on its device.
