@@ -337,9 +337,10 @@ def with_host_sum(engine: Comm, choice: str, several_hosts: bool = True) -> Comm
     Raises:
         LaunchError: on all ranks, if it cannot be had and `choice` is `on`.
     """
-    if choice == "off":
+    # Ranks with and without a GPU may differ in their choice; they are refused later, and must not wait here.
+    hosts, choices = zip(*engine.all_gather_object((socket.gethostname(), choice)), strict=True)
+    if "off" in choices:
         return engine
-    hosts = engine.all_gather_object(socket.gethostname())
     ranks = [rank for rank, host in enumerate(hosts) if host == hosts[engine.rank]]
     if len(set(hosts)) == engine.size:  # no two ranks share a host
         return engine
