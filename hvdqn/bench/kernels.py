@@ -19,6 +19,7 @@ from hvdqn.config import Config, check_engine, parse
 from hvdqn.dense_update import DenseUpdate
 from hvdqn.errors import UserError
 from hvdqn.networks.dense import DenseNetwork
+from hvdqn.process import flush_denormals, keep_freed_memory
 
 PROG = "hvdqn bench kernels"
 WARM_UP_CALLS = 50
@@ -107,6 +108,8 @@ def main(argv: Sequence[str]) -> int:
     options, flags = parser.parse_known_args(argv)
     config = parse(flags, PROG)
     check_engine(config, "local", 1)
+    flush_denormals()  # as training does, and the next
+    keep_freed_memory()
     seconds = measure(config, options.calls)
     ratio = seconds["update"] / seconds["products"]
     names = {
