@@ -87,7 +87,7 @@ class ExportedPolicy(nn.Module):
                 0, self.values.numel(), self.values.shape[-1]
             )  # place of each dimension's values
             action = self.values.flatten()[action + first]
-            action = action.unflatten(1, self.action_shape) if self.action_shape else action
+            action = torch.unflatten(action, 1, self.action_shape) if self.action_shape else action
         return q, action
 
     def _flat(self, space: gym.Space[Any], part: Tensor, lead: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from hvdqn.config import NetworkConfig
@@ -50,7 +51,7 @@ class DecoupledHead(Head):
 
     def q_values(self, output: Tensor) -> Tensor:
         """Return the values of each dimension's actions, `[batch, D, actions]`."""
-        return self.inner.q_values(output).unflatten(1, (self.dimensions, -1))
+        return torch.unflatten(self.inner.q_values(output), 1, (self.dimensions, -1))
 
     def target(self, next_output: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
         """Return the target of the mean over dimensions, as the inner head does."""

@@ -147,6 +147,6 @@ class Dueling(nn.Module):
         advantage: Tensor = self.advantage(features)
         value: Tensor = self.value(features)
         if self.dimensions > 1:
-            each = advantage.unflatten(1, (self.dimensions, -1))
+            each = torch.unflatten(advantage, 1, (self.dimensions, -1))
             return value + (each - each.mean(dim=2, keepdim=True)).flatten(1, 2)
         return value + advantage - advantage.mean(dim=1, keepdim=True)
