@@ -142,7 +142,7 @@ class Policy:
     def _values(self, inputs: NDArray[Any]) -> NDArray[np.float32]:
         with torch.inference_mode():
             q = self._passes.q_values(torch.from_numpy(np.ascontiguousarray(inputs)).to(self.device))
-        values: NDArray[np.float32] = q.cpu().numpy()
+        values: NDArray[np.float32] = q.cpu().numpy().copy()  # passes reuse their memory
         return values
 
     def _read(self, observation: Any) -> tuple[NDArray[Any], bool, Any]:

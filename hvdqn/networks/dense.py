@@ -208,7 +208,7 @@ class DenseNetwork:
         return cls(network, trunk, (advantage, value))
 
     def q_values(self, observation: Tensor) -> Tensor:
-        """Return the Q-values `[batch, actions]` for observations `[batch, ...]` of the environments."""
+        """Return the Q-values `[batch, actions]` for observations `[batch, ...]`; the next call may overwrite them."""
         scaled = scale_observation(observation, self.dtype)
         output, _ = self.forward(scaled.numpy().reshape(len(scaled), -1))
         return self.head.q_values(torch.from_numpy(output))

@@ -199,7 +199,7 @@ def test_actions_are_random_unless_the_whole_run_is_timed(flags, monkeypatch: py
     chosen: list[float] = []
     monkeypatch.setattr(
         "hvdqn.acting.RandomActions.replace",
-        lambda self, greedy, epsilon: chosen.append(float(np.mean(epsilon))) or greedy,
+        lambda self, greedy, epsilon, mask=None: chosen.append(float(np.mean(epsilon))) or greedy,
     )
     config = parse(["--preset", "smoke", "--total-env-steps", "400", *flags.split()])
     for whole in (False, True):
