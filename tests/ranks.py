@@ -89,6 +89,7 @@ class ThreadComm(Comm):
     """One rank, with the methods of `MpiComm`. `names` lists the names of its allreduces."""
 
     name = "mpi"
+    title = "threads"
 
     def __init__(self, rank: int, size: int, shared: Shared) -> None:
         super().__init__(rank, size, rank, size)

@@ -122,8 +122,9 @@ def test_ranks_learn_as_one_learner_with_the_global_batch(size):
 
 def part(batch, index):
     """Return 16 consecutive transitions of a larger minibatch."""
+    arrays = {name: getattr(batch, name) for name in batch.__slots__}  # without masks, theirs are None
     return type(batch)(
-        **{name: getattr(batch, name)[16 * index : 16 * (index + 1)] for name in batch.__slots__}
+        **{name: a if a is None else a[16 * index : 16 * (index + 1)] for name, a in arrays.items()}
     )
 
 
@@ -290,7 +291,8 @@ def test_a_rank_without_a_minibatch_is_left_out_of_the_average():
 def test_priorities_are_updated_only_by_a_rank_with_a_minibatch(has_batch, monkeypatch):
     config = parse(["--preset", "smoke", "--replay", "prioritized", "--device", "cpu"])
     parts = build_parts(config, LocalComm(), PhaseTimer())
-    stop, recorder = SimpleNamespace(requested=False), SimpleNamespace(totals=Totals())
+    stop = SimpleNamespace(requested=False)
+    recorder = SimpleNamespace(totals=Totals(), end_episodes=lambda episodes: None)
     trainer = Trainer(config, LocalComm(), stop, parts, recorder)
     replay, learner = parts.acting.replay, parts.learner
     replay.start(parts.acting.actor.start())
