@@ -15,13 +15,13 @@ from gymnasium import spaces
 
 from hvdqn.acting import RandomActions, softmax_actions
 from hvdqn.config import EnvironmentConfig, NetworkConfig
+from hvdqn.dense_update import dense_head
 from hvdqn.envs import make_environments
 from hvdqn.envs.actions import Actions, draw_legal
 from hvdqn.errors import UserError
 from hvdqn.losses import expectation, mask_q, munchausen_bonus, select, soft_policy
 from hvdqn.networks import QNetwork, make_network
-from hvdqn.networks.dense import DensePasses
-from hvdqn.networks.passes import AutogradPasses
+from hvdqn.networks.dense import DenseNetwork
 from hvdqn.train import main
 from tests.unit.action_envs import BOX
 
@@ -110,23 +110,16 @@ def test_dueling_centers_the_advantages_of_each_dimension() -> None:
     torch.testing.assert_close(made.head.q_values(made.head(features)).mean(dim=2, keepdim=True), expected)
 
 
-def test_passes_by_hand_equal_autograd() -> None:
-    made = network("scalar").double()
-    for parameter in made.parameters():
-        parameter.grad = torch.zeros_like(parameter)
+@pytest.mark.parametrize("head", ["scalar", "qr"])
+def test_actions_are_chosen_by_hand_written_passes_and_learned_by_autograd(head: str) -> None:
+    made = network(head).double()
     observation = torch.randn(BATCH, 6, dtype=torch.float64)
-    action, weight = torch.randint(N, (BATCH, D)), torch.ones(BATCH, dtype=torch.float64)
-    gradients = []
-    by_hand = DensePasses.of(made)
+    by_hand = DenseNetwork.of(made)
     assert by_hand is not None
-    for passes in (by_hand, AutogradPasses(made)):
-        with passes.no_grad():
-            output, tape = passes.forward(observation)
-            slope = made.head.loss_and_gradient(output, action, torch.zeros_like(weight), weight)[2]
-            passes.backward(tape, slope)
-        gradients.append([p.grad.clone() for p in made.parameters() if p.grad is not None])
-    torch.testing.assert_close(*gradients)
-    assert DensePasses.of(network("scalar", dueling=True)) is None
+    with torch.inference_mode():
+        torch.testing.assert_close(by_hand.q_values(observation), made.q_values(observation))
+    assert DenseNetwork.of(network(head, dueling=True)) is None
+    assert dense_head(made.head) is None
 
 
 def test_random_actions_replace_all_dimensions_of_an_environment() -> None:
