@@ -246,6 +246,16 @@ class Large(Plain):
         return np.array([1e300, np.nan])
 
 
+class Typed(Plain):
+    """Observes numbers of this dtype."""
+
+    def __init__(self, dtype: str) -> None:
+        self.observation_space = spaces.Box(0, 1, (2,), np.dtype(dtype).type)
+
+    def observe(self) -> Any:
+        return np.ones(2, self.observation_space.dtype)
+
+
 class RaisesInClose(Plain):
     """Cannot be closed."""
 
@@ -304,6 +314,7 @@ for _class in (
     Changes,
     ClosesOutput,
     Large,
+    Typed,
     RaisesInClose,
 ):
     gym.register(f"Broken{_class.__name__}-v0", _class)

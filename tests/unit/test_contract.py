@@ -375,6 +375,12 @@ def test_numbers_that_float32_does_not_hold_are_refused() -> None:
         envs.reset()
 
 
+@pytest.mark.parametrize("dtype", ["longdouble", "float16", "bool", "int64", "uint8"])
+def test_observations_may_have_any_dtype_of_numbers(dtype: str) -> None:
+    with closing(make("Typed", kwargs={"dtype": dtype})) as envs:
+        assert len(list(play(envs))) == 6
+
+
 # --- Environments that change the current folder --------------------------------------------------------------------
 
 
