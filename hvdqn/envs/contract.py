@@ -74,8 +74,10 @@ def check_observations(space: gym.Space[Any], env: str, where: str = "") -> None
 
 
 def check_flattened_size(space: gym.Space[Any], env: str) -> None:
-    """Raise UserError if a flattened observation would have more than `MOST_FLATTENED_NUMBERS` numbers."""
+    """Raise UserError if a flattened observation would have no numbers, or more than `MOST_FLATTENED_NUMBERS`."""
     numbers = spaces.flatdim(space)
+    if numbers == 0:
+        raise UserError(f"'{env}' observes {one_line(space, 60)}, which holds no number")
     if numbers > MOST_FLATTENED_NUMBERS:
         raise UserError(
             f"'{env}' observes {one_line(space, 60)}; as a one-hot vector each observation would take {numbers:,} "

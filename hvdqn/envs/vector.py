@@ -22,6 +22,7 @@ from hvdqn.envs.global_random import seed_global_generators
 from hvdqn.envs.masks import ACTION_MASK, Masks
 from hvdqn.envs.process_settings import process_settings_kept
 from hvdqn.envs.spaces import Spaces, describe_actions, describe_space, source_of
+from hvdqn.errors import UserError
 from hvdqn.step import Bools, Observation, Step
 
 log = logging.getLogger(__name__)
@@ -179,7 +180,7 @@ class Environments:
 
     def with_raw_rewards(self, seed: int) -> Environments:
         """Return environments that step the same vector, for an evaluation. This object must be reset afterwards."""
-        return Environments(self._vector, seed, description=self.description)
+        return Environments(self._vector, seed, actions=self.actions, description=self.description)
 
     @property
     def observation(self) -> Observation:
@@ -328,6 +329,11 @@ class Environments:
         if not np.count_nonzero(done):
             self._returns += reward
             return Step(reward, terminated, truncated, observation, observation, self._none, self._all)
+        if "final_obs" not in infos:
+            raise UserError(
+                "the environment's own vector resets in the step that ends an episode, and its infos have no "
+                "'final_obs': correct it, or use --vectorization sync or async"
+            )
         next_observation = observation.copy()
         for env in np.flatnonzero(done):
             next_observation[env] = np.reshape(infos["final_obs"][env], self.observation_shape)

@@ -106,6 +106,13 @@ class OutOfDiscrete(Plain):
         return 7
 
 
+class Nothing(Plain):
+    observation_space = spaces.Dict({})
+
+    def observe(self) -> Any:
+        return {}
+
+
 class NoSpace(Plain):
     observation_space = None  # type: ignore[assignment]
 
@@ -276,7 +283,8 @@ class OwnVector(VectorEnv[Any, Any, Any]):
         self.single_observation_space, self.single_action_space = Plain.observation_space, Plain.action_space
         self.observation_space = batch_space(Plain.observation_space, num_envs)
         self.action_space = batch_space(Plain.action_space, num_envs)
-        self.metadata = {"autoreset_mode": gym.vector.AutoresetMode.NEXT_STEP}
+        mode = gym.vector.AutoresetMode.SAME_STEP if fault == "final" else gym.vector.AutoresetMode.NEXT_STEP
+        self.metadata = {"autoreset_mode": mode}
 
     def reset(self, *, seed: Any = None, options: Any = None) -> Any:
         size = 3 if self.fault == "observation" else 2
@@ -286,7 +294,8 @@ class OwnVector(VectorEnv[Any, Any, Any]):
     def step(self, actions: Any) -> Any:
         none = np.zeros(self.num_envs, bool)
         rewards = np.zeros((self.num_envs, 1) if self.fault == "reward" else self.num_envs)
-        result = np.zeros((self.num_envs, 2), np.float32), rewards, none, none, {}
+        ended = np.full(self.num_envs, self.fault == "final")
+        result = np.zeros((self.num_envs, 2), np.float32), rewards, ended, none, {}
         return result[:4] if self.fault == "step" else result
 
 
@@ -304,6 +313,7 @@ for _class in (
     WrongDtype,
     MissingKey,
     OutOfDiscrete,
+    Nothing,
     NoSpace,
     NoEnvironment,
     Masked,

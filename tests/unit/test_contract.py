@@ -59,6 +59,7 @@ BROKEN = {
     "WrongDtype": r"WrongDtype\.reset\(\) returned an observation of dtype float32, .* has uint8",
     "MissingKey": r"MissingKey\.reset\(\) .* does not fit its observation_space \(KeyError: 'b'\)",
     "OutOfDiscrete": r"OutOfDiscrete\.reset\(\) .* does not fit its observation_space \(IndexError",
+    "Nothing": r"observes Dict\(\), which holds no number",
     "NoSpace": r"has no observation_space: NoSpace\.observation_space is a NoneType",
     "NoEnvironment": r"is no environment of Gymnasium: .* must inherit from the gymnasium.Env class",
 }
@@ -98,6 +99,7 @@ def test_the_wrapper_that_breaks_a_rule_is_named() -> None:
         ("observation", r"OwnVector\.reset\(\) returned an observation of shape \(2, 3\), .* needs \(2, 2\)"),
         ("step", r"OwnVector\.step\(\) returned a tuple of 4 values"),
         ("reward", r"OwnVector\.step\(\) returned a reward of shape \(2, 1\)"),
+        ("final", r"resets in the step that ends an episode, and its infos have no 'final_obs'"),
     ],
 )
 def test_the_rule_that_a_vector_environment_breaks_is_named(fault: str, message: str) -> None:
