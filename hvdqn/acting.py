@@ -282,6 +282,18 @@ class Actor:
             chosen = greedy_actions(q, mask)
         return self.random.replace(chosen, epsilon, mask)
 
+    def values(self, observation: NDArray[Any] | Tensor, mask: Bools | None = None) -> NDArray[np.float32]:
+        """Return the Q-value of each observation's best legal action `[batch]`, the mean over the action's dimensions.
+
+        Args:
+            observation: inputs of the network `[batch, ...]`.
+            mask: legal actions `[batch, *action_shape, actions]`; None: all are legal.
+        """
+        q: NDArray[Any] = self._q_values(torch.as_tensor(observation))[0].float().cpu().numpy()
+        best = np.take_along_axis(q, greedy_actions(q, mask)[..., None], axis=-1)
+        values: NDArray[np.float32] = best.reshape(len(q), -1).mean(axis=1)
+        return values
+
     def step(self, actions: NDArray[np.int64]) -> Step:
         """Take one env step in every environment, with these actions `[envs]`."""
         self.send(actions)

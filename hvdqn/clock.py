@@ -23,6 +23,7 @@ class Clock:
         global_batch: number of transitions in the minibatches of one update, all ranks together.
         replay_ratio: number of transitions to learn from for each env step.
         learning_starts: number of global env steps before the first update.
+        rollout_steps: iterations after which updates become due, all at once; 0: each becomes due on its own.
         env_steps: global env steps so far.
         updates: updates so far.
         origin_env_steps, origin_updates: counts from which updates are owed anew, after a resume at another rate.
@@ -33,6 +34,7 @@ class Clock:
     global_batch: int
     replay_ratio: float
     learning_starts: int
+    rollout_steps: int = 0
     env_steps: int = 0
     updates: int = 0
     origin_env_steps: int = 0
@@ -46,8 +48,13 @@ class Clock:
     def updates_owed(self, env_steps: int) -> int:
         """Return how many updates must have been taken after this many global env steps."""
         since = max(env_steps - max(self.learning_starts, self.origin_env_steps), 0)
-        learned_from = since * self._ratio.numerator
-        return self.origin_updates + learned_from // (self._ratio.denominator * self.global_batch)
+        return self.origin_updates + self._updates_after(since)
+
+    def _updates_after(self, env_steps: int) -> int:
+        """Return how many updates this many env steps make due."""
+        if self.rollout_steps:
+            env_steps -= env_steps % (self.rollout_steps * self.envs)
+        return env_steps * self._ratio.numerator // (self._ratio.denominator * self.global_batch)
 
     def updates_due(self) -> int:
         """Return how many updates are to be taken now: those owed so far minus those taken."""
@@ -99,6 +106,7 @@ class Clock:
             "global_batch": self.global_batch,
             "replay_ratio": self.replay_ratio,
             "learning_starts": self.learning_starts,
+            "rollout_steps": self.rollout_steps,
         }
 
     def resume(self, state: Mapping[str, Any], refill: bool = False) -> None:
@@ -115,7 +123,7 @@ class Clock:
         self.last_tick = state["last_tick"]
         if refill:
             self.refill()
-        elif all(state[name] == value for name, value in self._rate().items()):
+        elif all(state.get(name, value) == value for name, value in self._rate().items()):
             self.origin_env_steps, self.origin_updates = state["origin_env_steps"], state["origin_updates"]
         else:
             # Replay may still be filling after an earlier resume, and updates already owed are still to be taken.
@@ -158,8 +166,7 @@ class WorkerClock(Clock):
             if not filled or self.own_env_steps < self.own_earliest:
                 return 0
             self.learning_since = self.own_env_steps
-        learned_from = (self.own_env_steps - self.learning_since) * self._ratio.numerator
-        return learned_from // (self._ratio.denominator * self.global_batch) - self.own_updates
+        return self._updates_after(self.own_env_steps - self.learning_since) - self.own_updates
 
     def tick(self) -> None:
         """Count one env step in every environment of this rank."""

@@ -11,6 +11,7 @@ belongs to one class of `hvdqn/networks/heads.py`, which names the papers. Their
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -202,7 +203,7 @@ class DenseUpdate:
         self.gradient, self.scale = gradient, scale
         self.double = config.double and not config.munchausen
         self.dtype = gradient.numpy().dtype
-        # The observations of a minibatch, then its next observations `[2 batch, inputs]`; and `0 ... batch - 1`.
+        # The observations of a minibatch, then its next ones, if any `[2 batch, inputs]`; and `0 ... batch - 1`.
         self.observations: Array = np.empty((0, 0), self.dtype)
         self.rows: NDArray[np.int64] = np.empty(0, np.int64)
 
@@ -228,7 +229,10 @@ class DenseUpdate:
                 self.observations if self.double else self.observations[:size]
             )
             q = head.q_values(output)
-            target = self.td_target(batch, q)
+            if len(batch.next_observation):
+                target = self.td_target(batch, q)
+            else:  # discount is 0, so that the value beside it does not matter
+                target = head.target(output[self.rows, action], batch.reward, batch.discount)
             losses, priorities, derivative = head.losses(output[self.rows, action], target)
             mean_weight = np.asarray(batch.weight, self.dtype) * (1.0 / size)
             slope = np.zeros((size, *output.shape[1:]), self.dtype)
@@ -245,13 +249,12 @@ class DenseUpdate:
 
     def load_observations(self, batch: Batch) -> None:
         """Write the observations and the next observations into one matrix of floats; bytes are scaled to [0, 1]."""
-        size = len(batch.action)
+        size, inputs = len(batch.action), math.prod(batch.observation.shape[1:])
         if size != len(self.rows):
-            inputs = int(np.prod(batch.observation.shape[1:]))
             self.rows = np.arange(size)
-            self.observations = np.empty((2 * size, inputs), self.dtype)
+            self.observations = np.empty((size + len(batch.next_observation), inputs), self.dtype)
         self.observations[:size] = batch.observation.reshape(size, -1)
-        self.observations[size:] = batch.next_observation.reshape(size, -1)
+        self.observations[size:] = batch.next_observation.reshape(len(self.observations) - size, inputs)
         if batch.observation.dtype == np.uint8:
             self.observations /= 255
 

@@ -19,7 +19,7 @@ from hvdqn.config import LearningConfig
 from hvdqn.dense_update import DenseUpdate
 from hvdqn.losses import expectation, mask_q, munchausen_bonus, select, soft_policy
 from hvdqn.networks import QNetwork, autograd_passes, split_first
-from hvdqn.optimizers import SGD, Adam, Optimizer, RMSProp
+from hvdqn.optimizers import SGD, Adam, Optimizer, RAdam, RMSProp
 from hvdqn.replay import Batch
 
 
@@ -74,6 +74,8 @@ def make_optimizer(config: LearningConfig, parameters: Tensor, batch_factor: flo
     eps = config.optimizer_eps / batch_factor if inverse else config.optimizer_eps
     if config.optimizer == "adam":
         return Adam(parameters, eps)
+    if config.optimizer == "radam":
+        return RAdam(parameters, eps)
     if config.optimizer == "rmsprop":
         return RMSProp(parameters, eps)
     return SGD(parameters)
@@ -190,9 +192,12 @@ class Learner:
         with torch.no_grad():
             moved = map(self.move, tensors)
             observation, action, reward, next_observation, discount, weight, *masks = moved
-            target = self.td_target(observation, action, reward, next_observation, discount, *masks)
+            head, bootstraps = self.online.head, len(next_observation) > 0
+            if bootstraps:
+                target = self.td_target(observation, action, reward, next_observation, discount, *masks)
             output, tape = self.passes.forward(observation)
-            head = self.online.head
+            if not bootstraps:  # discount is 0, so that the value beside it does not matter
+                target = head.target(select(output, action), reward, discount)
             loss, td_errors, slope = head.loss_and_gradient(output, action, target, weight)
             # Scaling `slope`, the small gradient with respect to the output, is cheaper than scaling the gradient.
             self.passes.backward(tape, slope if self.gradient_scale == 1.0 else slope * self.gradient_scale)

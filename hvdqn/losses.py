@@ -65,6 +65,29 @@ def q_learning_target(reward: Tensor, discount: Tensor, next_value: Tensor) -> T
     return reward + discount * next_value
 
 
+def lambda_returns(reward: Tensor, discount: Tensor, next_value: Tensor, trace: Tensor) -> Tensor:
+    """Return the lambda-return of every step of a rollout, by recursion from the last one; all `[steps, envs]`.
+
+        G_t = r_t + discount_t ((1 - lambda_t) V(s_{t+1}) + lambda_t G_{t+1})
+
+    It is the return of Peng's Q(lambda) (Peng and Williams 1996), as in PQN (Gallici et al. 2025, section 4).
+
+    Args:
+        reward: r.
+        discount: gamma, or 0 after a termination.
+        next_value: V(s_{t+1}), the largest Q-value of the next observation.
+        trace: lambda_t: lambda, or 0 where row t + 1 does not continue the episode, as after a truncation; the last
+            row's is not used.
+    """
+    assert reward.shape == discount.shape == next_value.shape == trace.shape
+    returns = torch.empty_like(reward)
+    following = next_value[-1]
+    for t in range(len(reward) - 1, -1, -1):
+        following = reward[t] + discount[t] * torch.lerp(next_value[t], following, trace[t])
+        returns[t] = following
+    return returns
+
+
 def mse_loss(td_error: Tensor) -> Tensor:
     """Return half the square of each TD error, `[...]`: 1/2 d^2, so that its derivative is d, as Huber's near 0."""
     return 0.5 * td_error.square()

@@ -1,4 +1,4 @@
-"""Step a flat parameter tensor by Adam, RMSProp or SGD.
+"""Step a flat parameter tensor by Adam, RAdam, RMSProp or SGD.
 
 `torch.optim` walks lists of parameters, runs hooks, and imports `torch._dynamo`, which takes seconds on every rank.
 With one flat parameter tensor a step is a few operations, and a checkpoint holds a few tensors.
@@ -69,6 +69,32 @@ class Adam:
     def moments(self) -> dict[str, Tensor]:
         """Return both moments and the number of steps: the optimizer's own tensors, not copies."""
         return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, "step": self.steps}
+
+
+class RAdam(Adam):
+    """Steps parameters by rectified Adam (Liu et al. 2020, algorithm 2): the first steps are small, as in a warm-up.
+
+    With few steps taken, the second moment of Adam varies so much that its steps do too. RAdam multiplies the learning
+    rate by r_t <= 1, and leaves the second moment out of the first steps, where rho_t <= 5:
+
+        rho_t = rho - 2 t beta2^t / (1 - beta2^t),   rho = 2 / (1 - beta2) - 1
+        r_t = sqrt((rho_t - 4) (rho_t - 2) rho / ((rho - 4) (rho - 2) rho_t))
+    """
+
+    def step(self, gradient: Tensor, lr: float | Tensor, skip: Tensor | None = None) -> None:
+        """Take one step, or none if `skip` is 1; see `Optimizer.step`."""
+        beta1, beta2 = self.betas
+        t = self.steps.double() + 1  # float32 would lose rho_t, a small difference of large numbers
+        longest = 2 / (1 - beta2) - 1
+        length = longest - 2 * t * beta2**t / (1 - beta2**t)
+        trusted = length > 5
+        known = length.clamp(min=5)
+        factor = (known - 4) * (known - 2) * longest / ((longest - 4) * (longest - 2) * known)
+        super().step(gradient, (lr * trusted * factor.sqrt()).float(), skip)
+        momentum_lr = lr * ~trusted / (1 - beta1**t)
+        if skip is not None:
+            momentum_lr = momentum_lr * (1 - skip)
+        self.parameters.addcmul_(self.exp_avg, -momentum_lr.to(self.parameters.dtype))
 
 
 class RMSProp:

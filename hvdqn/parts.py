@@ -26,7 +26,16 @@ from hvdqn.networks import Layout, QNetwork, make_network
 from hvdqn.paths import absolute
 from hvdqn.process import share_of_cores, use_threads
 from hvdqn.rank import Acting, Parts
-from hvdqn.replay import HOST_MEMORY, Importance, Memory, PrioritizedReplay, Replay
+from hvdqn.replay import (
+    HOST_MEMORY,
+    Importance,
+    Memory,
+    PrioritizedReplay,
+    Replay,
+    Rollout,
+    Values,
+    rollout_rows,
+)
 from hvdqn.replay.device import DeviceMemory, PinnedMemory
 from hvdqn.role import Role, assign_role
 from hvdqn.seeds import rank_seeds
@@ -60,15 +69,14 @@ def build_parts(config: Config, comm: Comm, timer: PhaseTimer, env_steps: int = 
     # If a GPU computes the network, more threads on the host would only take cores from the environments.
     use_threads(network, threads if device.type == "cpu" else 1)
     torch.manual_seed(noise_seed(config, comm, env_steps))  # from here on ranks draw different numbers
-    replay = raise_on_all_ranks(
-        comm, lambda: make_own_replay(config, role, envs, seeds.replay, device, sharing), timer
-    )
     clock = make_clock(config, role, comm.size)
     learner = make_learner(config, comm, network, device, group)
     strategy = make_strategy(config, learner, comm, timer, clock, recording(config), group)
-    acting = None
-    if envs is not None and replay is not None:
-        acting = Acting(envs, make_actor(config, envs, network, seeds.exploration, device), replay)
+    actor = make_actor(config, envs, network, seeds.exploration, device) if envs else None
+    replay = raise_on_all_ranks(
+        comm, lambda: make_own_replay(config, role, actor, seeds.replay, device, sharing), timer
+    )
+    acting = Acting(actor.envs, actor, replay) if actor and replay is not None else None
     overlap: Literal["exchange", "update"] = "exchange" if device.type == "cpu" else "update"
     return Parts(
         role=role,
@@ -99,15 +107,16 @@ def make_own_envs(config: Config, role: Role, seed: int, threads: int) -> Enviro
 def make_own_replay(
     config: Config,
     role: Role,
-    envs: Environments | None,
+    actor: Actor | None,
     rng: np.random.Generator,
     device: torch.device,
     sharing: int,
 ) -> Replay | None:
     """Create this rank's replay in the memory that `replay_memory` chooses; return None on a rank that does not act."""
-    if envs is None:
+    if actor is None:
         return None
-    return make_replay(config, role, envs, rng, replay_memory(config, role, envs, device, sharing))
+    memory = replay_memory(config, role, actor.envs, device, sharing)
+    return make_replay(config, role, actor.envs, rng, memory, actor.values)
 
 
 def share_spaces(envs: Environments | None, comm: Comm, timer: PhaseTimer) -> Spaces:
@@ -178,7 +187,7 @@ def batch_factor(config: Config, size: int) -> float:
     Under `--sync server` an update is one worker's, so its batch is that of one rank.
     """
     ranks = 1 if config.parallel.sync == "server" else size
-    batch = config.replay.batch_per_rank
+    batch = config.batch_per_rank
     return ranks * batch / (config.learning.lr_reference_batch or batch)
 
 
@@ -229,17 +238,20 @@ def make_actor(
 
 def make_clock(config: Config, role: Role, size: int) -> Clock:
     """Create the clock of the job or, on a worker under `--sync server`, the worker's own clock."""
-    replay, envs_per_rank = config.replay, config.environment.envs_per_rank
+    replay, envs_per_rank, batch = config.replay, config.environment.envs_per_rank, config.batch_per_rank
     envs = role.of * envs_per_rank
-    # Replay can be sampled once each environment has made n steps in one episode. A reset may come in between.
-    earliest = 2 * (replay.n_step + 1)
-    starts = max(replay.learning_starts, earliest * envs)
-    batch, ratio = replay.batch_per_rank, replay.replay_ratio
+    if replay.replay == "none":
+        earliest, starts, ratio, rollout_steps = 0, 0, float(replay.epochs), replay.rollout_steps
+    else:
+        # Replay can be sampled once each environment has made n steps in one episode. A reset may come in between.
+        earliest = 2 * (replay.n_step + 1)
+        starts, ratio, rollout_steps = max(replay.learning_starts, earliest * envs), replay.replay_ratio, 0
     if config.parallel.sync != "server":
-        return Clock(envs, size * batch, ratio, starts)
+        return Clock(envs, size * batch, ratio, starts, rollout_steps)
     if not role.acts:
-        return Clock(envs, batch, ratio, starts)
-    return WorkerClock(envs_per_rank, batch, ratio, starts, own_earliest=earliest * envs_per_rank)
+        return Clock(envs, batch, ratio, starts, rollout_steps)
+    own_earliest = earliest * envs_per_rank
+    return WorkerClock(envs_per_rank, batch, ratio, starts, rollout_steps, own_earliest=own_earliest)
 
 
 def replay_memory(
@@ -268,21 +280,42 @@ def replay_memory(
             )
         return HOST_MEMORY
     frame = math.prod(envs.observation_shape) * envs.observation_dtype.itemsize
-    needed = frame * config.replay.replay_capacity // role.of
+    needed = frame * replay_rows(config, role)
     fits = needed * sharing <= torch.cuda.mem_get_info(device)[0] / 2
     on_gpu = wanted == "cuda" or (wanted == "auto" and fits)
     return DeviceMemory(device) if on_gpu else PinnedMemory()
 
 
+def replay_rows(config: Config, role: Role) -> int:
+    """Return the capacity of this rank's replay: its share of `--replay-capacity`, or what a rollout needs."""
+    environment, replay = config.environment, config.replay
+    if replay.replay == "none":
+        return rollout_rows(environment.envs_per_rank, replay.rollout_steps, environment.frame_stack)
+    return replay.replay_capacity // role.of
+
+
 def make_replay(
-    config: Config, role: Role, envs: Environments, rng: np.random.Generator, memory: Memory = HOST_MEMORY
+    config: Config,
+    role: Role,
+    envs: Environments,
+    rng: np.random.Generator,
+    memory: Memory = HOST_MEMORY,
+    values: Values | None = None,
 ) -> Replay:
-    """Create this rank's replay, still empty, for its share of `--replay-capacity`.
+    """Create this rank's replay, still empty.
+
+    Args:
+        config: the configuration of the run.
+        role: this rank's role.
+        envs: this rank's environments.
+        rng: generator of all random draws.
+        memory: where observations lie.
+        values: `Actor.values`, which `--replay none` needs.
 
     Raises:
         UserError: the replay does not fit into memory.
     """
-    capacity = config.replay.replay_capacity // role.of
+    settings, capacity = config.replay, replay_rows(config, role)
     arguments: dict[str, Any] = {
         "envs": envs.num_envs,
         "capacity": capacity,
@@ -290,18 +323,24 @@ def make_replay(
         "observation_dtype": envs.observation_dtype,
         "rng": rng,
         "frame_stack": config.environment.frame_stack,
-        "n_step": config.replay.n_step,
+        "n_step": 1 if settings.replay == "none" else settings.n_step,
         "gamma": config.learning.gamma,
         "memory": memory,
         "mask_shape": (*envs.action_shape, envs.num_actions),
     }
     try:
-        if config.replay.replay == "prioritized":
-            return PrioritizedReplay(alpha=config.replay.priority_alpha, **arguments)
+        if settings.replay == "prioritized":
+            return PrioritizedReplay(alpha=settings.priority_alpha, **arguments)
+        if settings.replay == "none":
+            assert values is not None
+            return Rollout(
+                settings.rollout_steps, settings.td_lambda, settings.epochs, values=values, **arguments
+            )
         return Replay(**arguments)
     except (MemoryError, torch.OutOfMemoryError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"a replay of {capacity:,} transitions: {reason}; lower --replay-capacity") from None
+        lower = "--envs-per-rank" if settings.replay == "none" else "--replay-capacity"
+        raise UserError(f"a replay of {capacity:,} transitions: {reason}; lower {lower}") from None
 
 
 def importance_at(config: Config, role: Role, env_steps: int) -> Importance:

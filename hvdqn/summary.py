@@ -28,7 +28,7 @@ def log_header(config: Config, comm: Comm, parts: Parts, run_dir: Path) -> None:
     All ranks must call it together.
     """
     ranks = f"{comm.size} rank" + "s" * (comm.size > 1)
-    update_every = parts.clock.global_batch / config.replay.replay_ratio
+    update_every = parts.clock.global_batch / parts.clock.replay_ratio
     described = comm.all_gather_object((str(parts.device), _describe_acting(parts)))
     devices = sorted({device for device, _ in described})
     environments, replay = next(acting for _, acting in described if acting)

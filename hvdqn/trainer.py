@@ -45,6 +45,7 @@ class Trainer:
         self.config, self.comm, self.stop, self.parts, self.recorder = config, comm, stop, parts, recorder
         self.clock, self.learner, self.strategy = parts.clock, parts.learner, parts.strategy
         self.timer, self.overlap = parts.timer, parts.overlap
+        self.batch_size = config.batch_per_rank
         if parts.acting is not None:
             self.acting = parts.acting
         self.acted_env_steps = 0  # env steps of this rank since this process started
@@ -149,10 +150,12 @@ class Trainer:
     def sample(self) -> Batch | None:
         """Return this rank's next minibatch, with importance weights if replay is prioritized."""
         self.timer.start("sample")
-        replay, batch_size = self.acting.replay, self.config.replay.batch_per_rank
+        replay = self.acting.replay
         if not replay.uses_td_errors:
-            return replay.sample(batch_size)
-        return replay.sample(batch_size, importance_at(self.config, self.parts.role, self.clock.env_steps))
+            return replay.sample(self.batch_size)
+        return replay.sample(
+            self.batch_size, importance_at(self.config, self.parts.role, self.clock.env_steps)
+        )
 
     def pop_report(self) -> Sequence[float]:
         """Return this rank's values of `REPORTED`: its vote to stop, and sums over episodes since the last call."""

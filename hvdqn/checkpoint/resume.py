@@ -186,7 +186,7 @@ def restore(
     """Load a checkpoint into the parts of this rank. All ranks must call this together.
 
     If the number of ranks or the size of their replays has changed, this distributes the stored transitions over the
-    ranks anew, and the environments and random generators start afresh.
+    ranks anew, and the environments and random generators start afresh. An unfinished rollout is dropped then.
 
     Returns:
         The progress of the run, and lines for the log: where it resumes, and everything that differs from before.
@@ -200,7 +200,7 @@ def restore(
         comm, lambda: _load(parts, checkpoint, totals, comm.rank, same_shapes), parts.timer
     )
     shared, progress, own = loaded
-    has_replay = bool(shared["progress"]["keeps_replay"]) and not checkpoint.unreadable
+    has_replay = _has_replay(shared, checkpoint, parts.clock, same_shapes)
     exact = False
     if own is not None:
         exact = parts.acting is None or parts.acting.actor.load_state(own["actor"])
@@ -226,7 +226,7 @@ def _load(
     """
     try:
         shared = _read_shared(parts, checkpoint)
-        has_replay = bool(shared["progress"]["keeps_replay"]) and not checkpoint.unreadable
+        has_replay = _has_replay(shared, checkpoint, parts.clock, same_shapes)
         progress = load_shared_state(shared, parts, totals, refill=not has_replay)
         if checkpoint.unreadable:
             return shared, progress, None
@@ -255,6 +255,12 @@ def _load(
         raise UserError(
             f"'{checkpoint.path}' does not fit this run ({reason}); rename it to resume from the one before it"
         ) from error
+
+
+def _has_replay(shared: Mapping[str, Any], checkpoint: Checkpoint, clock: Clock, same_shapes: bool) -> bool:
+    """Return True if the ranks can go on with the transitions in a checkpoint; they never reshard a rollout."""
+    kept = bool(shared["progress"]["keeps_replay"]) and not checkpoint.unreadable
+    return kept and (same_shapes or clock.rollout_steps == 0)
 
 
 def _read_shared(parts: Parts, checkpoint: Checkpoint) -> dict[str, Any]:
@@ -319,20 +325,23 @@ def _describe_resume(
 ) -> list[str]:
     """Return lines for the log: where the run resumes, and what differs from before; settings come separately."""
     lines = [f"resumed from {checkpoint.path} at env step {clock.env_steps:,}"]
+    fills = f"fills for {clock.learning_starts:,} env steps before the next update"
     if checkpoint.world_size != size:
         ranks = "rank" + "s" * (checkpoint.world_size > 1)
+        resharded = "replay is resharded, " if has_replay else ""
         lines.append(
-            f"{checkpoint.world_size} {ranks} before, {size} now: replay is resharded, the global batch was "
+            f"{checkpoint.world_size} {ranks} before, {size} now: {resharded}the global batch was "
             f"{shared['clock']['global_batch']}, is {clock.global_batch}; clock and schedules continue"
         )
     if checkpoint.unreadable:
         lines.append(
-            f"{checkpoint.unreadable}. Replay fills for {clock.learning_starts:,} env steps before the next update"
+            f"{checkpoint.unreadable}. {'A rollout begins' if clock.rollout_steps else f'Replay {fills}'}"
         )
     elif not has_replay:
-        lines.append(
-            f"the checkpoint holds no replay: it fills for {clock.learning_starts:,} env steps before the next update"
+        without = (
+            "a new rollout begins" if clock.rollout_steps else f"the checkpoint holds no replay: it {fills}"
         )
+        lines.append(without)
     if not exact:
         lines.append("environments begin new episodes: this resume is not bit for bit")
     return lines

@@ -38,6 +38,25 @@ IQN: Mapping[str, Any] = {
     "optimizer_eps_scaling": "inverse",
 }
 
+# Gallici et al. 2025 with the settings of the authors' code for Atari: rollouts of 32 steps of 128 environments, 2
+# epochs of 32 minibatches, lambda 0.65, RAdam with lr 2.5e-4, layer norm, squared errors, gradients clipped to norm 10.
+PQN: Mapping[str, Any] = {
+    **PLAIN,
+    "replay": "none",
+    "envs_per_rank": 128,
+    "rollout_steps": 32,
+    "td_lambda": 0.65,
+    "epochs": 2,
+    "minibatches": 32,
+    "layer_norm": True,
+    "loss": "mse",
+    "optimizer": "radam",
+    "optimizer_eps": 1e-8,
+    "lr": 2.5e-4,
+    "max_grad_norm": 10.0,
+    "target_tau": 1.0,
+}
+
 # Mnih et al. 2015 with the settings of CleanRL's dqn_atari (Adam, lr 1e-4): a batch of 32 every 4 steps, 1M transitions
 # of replay, epsilon falls to 0.01 within 1M steps, the target is copied every 1,000 updates.
 ATARI: Mapping[str, Any] = {
@@ -300,6 +319,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "optimizer_eps_scaling": "inverse",
     },
     "iqn": IQN,
+    "pqn": PQN,
     # Vieillard et al. 2020, table 1 and the authors' code: alpha 0.9, tau 0.03, clip -1, softmax policy for acting.
     "m-iqn": {
         **IQN,
@@ -316,7 +336,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 # Presets for all environments whose ids begin with these words and a slash.
 FAMILIES: Mapping[str, str] = {"ALE": "atari", "MinAtar": "minatar"}
 
-ALGORITHMS = ("dqn", "double-dueling", "rainbow", "iqn", "m-iqn")
+ALGORITHMS = ("dqn", "double-dueling", "rainbow", "iqn", "m-iqn", "pqn")
 
 # Settings of an environment and an algorithm together: the best learning rate of an algorithm depends on both.
 JOINED: Mapping[tuple[str, str], Mapping[str, Any]] = {
@@ -346,6 +366,26 @@ JOINED: Mapping[tuple[str, str], Mapping[str, Any]] = {
         "learning_starts": 50_000,
         "target_every": 10_000,
     },
+    # The authors' settings for CartPole have 32 environments, 64 steps, 4 epochs and lambda 0.95.
+    ("cartpole", "pqn"): {
+        "envs_per_rank": 32,
+        "rollout_steps": 64,
+        "td_lambda": 0.95,
+        "epochs": 4,
+        "minibatches": 16,
+        "lr": 1e-3,
+        "lr_final": 0.0,
+    },
+    # The authors' settings for MinAtar: a larger learning rate that falls, and more exploration.
+    ("minatar", "pqn"): {
+        "total_env_steps": 10_000_000,
+        "lr": 5e-4,
+        "lr_final": 0.0,
+        "exploration_env_steps": 1_000_000,
+        "epsilon_end": 0.05,
+    },
+    # The authors' settings for 10M steps of Atari: epsilon falls to 0.001.
+    ("atari", "pqn"): {"epsilon_end": 0.001},
     # Vieillard et al. 2020, table 1.
     ("atari", "m-iqn"): {
         "lr": 5e-5,

@@ -45,7 +45,9 @@ Share = Annotated[float, between(0, 1)]
 Positive = Annotated[float, above(0)]
 NEEDS_SCHEDULE = Needs("exploration", "linear", "softmax")
 NEEDS_LOCKSTEP = Needs("sync", "gradients", "parameters")
-NEEDS_ADAPTIVE = Needs("optimizer", "adam", "rmsprop")
+NEEDS_ADAPTIVE = Needs("optimizer", "adam", "radam", "rmsprop")
+NEEDS_REPLAY = Needs("replay", "uniform", "prioritized")
+NEEDS_ROLLOUT = Needs("replay", "none")
 
 
 @dataclass(frozen=True)
@@ -103,21 +105,30 @@ class ExplorationConfig:
 class ReplayConfig:
     """The replay memory, and how often the agent learns from it."""
 
-    replay_capacity: Annotated[Count, EXACT_ONLY] = 100_000
+    replay_capacity: Annotated[Count, NEEDS_REPLAY, EXACT_ONLY] = 100_000
     """Transitions held by the whole job; a rank holds capacity / size."""
-    learning_starts: CountOrZero = 1_000
+    learning_starts: Annotated[CountOrZero, NEEDS_REPLAY] = 1_000
     """Global env steps before the first update."""
-    replay_ratio: Positive = 8.0
+    replay_ratio: Annotated[Positive, NEEDS_REPLAY] = 8.0
     """Transitions sampled for learning per env step."""
     replay_device: Annotated[Literal["auto", "cpu", "cuda"], LAUNCH, SAME_CURVE] = "auto"
     """Keep observations and build minibatches in the host's memory or on the rank's GPU. `auto`: on the GPU if the rank
     learns there and they take at most half of its free memory."""
-    batch_per_rank: Count = 32
+    batch_per_rank: Annotated[Count, NEEDS_REPLAY] = 32
     """Transitions in one rank's minibatch. Global batch = size x batch_per_rank."""
-    n_step: Count = 1
+    n_step: Annotated[Count, NEEDS_REPLAY] = 1
     """Rewards summed before bootstrapping."""
-    replay: Annotated[Literal["uniform", "prioritized"], FIXED] = "uniform"
-    """How a rank samples from its shard: uniformly, or in proportion to each transition's TD error."""
+    replay: Annotated[Literal["uniform", "prioritized", "none"], FIXED] = "uniform"
+    """How a rank samples from its shard: uniformly, or in proportion to each transition's TD error. `none`: learn from
+    rollouts of many environments with Q(lambda), without replay and target network (PQN)."""
+    rollout_steps: Annotated[int, at_least(2), NEEDS_ROLLOUT, EXACT_ONLY] = 32
+    """Rollouts: steps of each environment between updates."""
+    td_lambda: Annotated[Share, NEEDS_ROLLOUT] = 0.65
+    """Rollouts: lambda of the returns; 0: one-step targets, 1: no bootstrapping before the end of the rollout."""
+    epochs: Annotated[Count, NEEDS_ROLLOUT, EXACT_ONLY] = 2
+    """Rollouts: how often each transition is learned from."""
+    minibatches: Annotated[Count, NEEDS_ROLLOUT, EXACT_ONLY] = 4
+    """Rollouts: minibatches of one rank per epoch, each of envs_per_rank x rollout_steps / minibatches transitions."""
     priority_alpha: Annotated[Share, Needs("replay", "prioritized")] = 0.5
     """Prioritized: the priority is the TD error to this power; 0 is uniform."""
     priority_beta: Annotated[Share, Needs("replay", "prioritized")] = 0.4
@@ -171,11 +182,11 @@ class LearningConfig:
 
     gamma: Annotated[float, between(0, 1, excluded=(0,))] = 0.99
     """Discount per env step."""
-    double: bool = True
+    double: Annotated[bool, NEEDS_REPLAY] = True
     """Double DQN: the online network picks the action that the target network evaluates."""
     loss: Literal["huber", "mse"] = "huber"
     """Loss of the TD error. c51 uses cross-entropy; quantile heads use the quantile Huber loss."""
-    munchausen: bool = False
+    munchausen: Annotated[bool, NEEDS_REPLAY] = False
     """Add the scaled log-policy of the action taken to its reward, and bootstrap from the softmax policy."""
     munchausen_alpha: Annotated[Share, Needs("munchausen", True)] = 0.9
     """Munchausen: factor of the log-policy that is added."""
@@ -183,12 +194,12 @@ class LearningConfig:
     """Munchausen: temperature of the softmax policy, in units of return."""
     munchausen_clip: Annotated[float, at_most(0), Needs("munchausen", True)] = -1.0
     """Munchausen: lower bound of the log-policy times its temperature."""
-    optimizer: Annotated[Literal["adam", "rmsprop", "sgd"], FIXED] = "adam"
+    optimizer: Annotated[Literal["adam", "radam", "rmsprop", "sgd"], FIXED] = "adam"
     """Optimizer. It works on one flat tensor of all parameters."""
     lr: Positive = 2.5e-4
     """Learning rate at the reference batch."""
     optimizer_eps: Annotated[Positive, NEEDS_ADAPTIVE] = 1e-8
-    """Epsilon of Adam or RMSProp."""
+    """Epsilon of Adam, RAdam or RMSProp."""
     optimizer_eps_scaling: Annotated[Literal["none", "inverse"], NEEDS_ADAPTIVE] = "none"
     """`inverse`: divide optimizer_eps by k = global batch / lr_reference_batch, for distributional heads."""
     lr_scaling: Literal["none", "sqrt", "linear"] = "sqrt"
@@ -203,8 +214,9 @@ class LearningConfig:
     """Clip the gradient of each optimizer step to this norm; 0: do not clip. It is the average over ranks under
     `gradients`, and that of one rank otherwise."""
     target_every: CountOrZero = 1_000
-    """Global env steps between hard target updates, each of which also checks that the ranks agree bit for bit."""
-    target_tau: Annotated[float, between(0, 1, excluded=(0,))] = 1.0
+    """Global env steps between hard target updates, each of which also checks that the ranks agree bit for bit. With
+    `replay none`, only the check."""
+    target_tau: Annotated[float, between(0, 1, excluded=(0,)), NEEDS_REPLAY] = 1.0
     """Below 1: no hard copies. The target moves toward the online network by this share per update at the reference
     batch."""
     max_skipped_updates: Count = 10
@@ -326,6 +338,14 @@ class Config:
     learning: LearningConfig = field(default_factory=LearningConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    @property
+    def batch_per_rank(self) -> int:
+        """Transitions in one rank's minibatch, also with `replay none`, where they follow from the rollout."""
+        replay = self.replay
+        if replay.replay == "none":
+            return self.environment.envs_per_rank * replay.rollout_steps // replay.minibatches
+        return replay.batch_per_rank
 
     def flat(self) -> dict[str, Any]:
         """Return all settings by name, without sections and with lists for tuples, ready for YAML."""

@@ -32,12 +32,31 @@ def check(config: Config) -> None:
         raise UserError(
             "--tolerate-dead-workers needs the watchdog to find them; leave --stall-timeout 0 out, or give seconds"
         )
+    if config.run.init_torso_only and not config.run.init_from:
+        raise UserError("--init-torso-only needs --init-from, the run whose torso is taken")
+    if config.replay.replay == "none":
+        _check_rollouts(config)
+    else:
+        _check_replay(config)
+
+
+def _check_rollouts(config: Config) -> None:
+    replay, envs = config.replay, config.environment.envs_per_rank
+    if envs * replay.rollout_steps % replay.minibatches:
+        raise UserError(
+            f"--minibatches {replay.minibatches} does not divide the {envs * replay.rollout_steps} steps of a rank in "
+            f"a rollout (--envs-per-rank {envs} x --rollout-steps {replay.rollout_steps}); change one of them"
+        )
+    if config.run.prefill:
+        raise UserError("--prefill fills replay, and with --replay none there is none; leave one of them out")
+
+
+def _check_replay(config: Config) -> None:
+    """Check that learning starts before the run ends or replay is full, and that a target network is updated."""
     if config.learning.target_every == 0 and config.learning.target_tau == 1.0:
         raise UserError(
             "--target-every 0 would never update the target network; give env steps or a --target-tau below 1"
         )
-    if config.run.init_torso_only and not config.run.init_from:
-        raise UserError("--init-torso-only needs --init-from, the run whose torso is taken")
     starts = config.replay.learning_starts
     if config.replay.replay_capacity <= starts:
         raise UserError(
@@ -195,13 +214,22 @@ def check_world(config: Config, ranks: int) -> None:
     """Check what depends on the number of ranks that act.
 
     Raises:
-        UserError: the replay shard of a rank is too small, or the ladder of epsilons has a single step.
+        UserError: the replay shard of a rank is too small, the run no longer than a rollout, or the ladder of epsilons
+            has a single step.
     """
     envs = ranks * config.environment.envs_per_rank
     if config.exploration.exploration == "ladder" and envs < 2:
         raise UserError(
             "--exploration ladder spreads its epsilons over environments, and there is one; raise --envs-per-rank"
         )
+    if config.replay.replay == "none":
+        rollout = envs * config.replay.rollout_steps
+        if config.run.total_env_steps <= rollout:
+            raise UserError(
+                f"--total-env-steps {config.run.total_env_steps} end before the first update, which follows a rollout "
+                f"of {rollout} (--rollout-steps {config.replay.rollout_steps} of {envs} environments); raise it"
+            )
+        return
     capacity = config.replay.replay_capacity
     shard = capacity // ranks
     if config.replay.batch_per_rank > shard:

@@ -78,6 +78,8 @@ def elastic_config(argv: Sequence[str], max_np: int) -> Config:
         raise UserError(f"--sync {config.parallel.sync} cannot lose ranks; use --sync gradients")
     if config.parallel.model_parallel > 1:
         raise UserError("--model-parallel cannot lose ranks, which hold parts of the network; leave it out")
+    if config.replay.replay == "none":
+        raise UserError("--replay none cannot lose ranks in the middle of a rollout; use --replay uniform")
     # However far the world shrinks, the replay of a rank that counts as filled must hold something to sample.
     earliest = 2 * (config.replay.n_step + 1) * max_np * config.environment.envs_per_rank
     return config.replace(device="cpu", learning_starts=max(config.replay.learning_starts, earliest))

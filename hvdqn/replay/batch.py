@@ -27,7 +27,8 @@ class Batch:
     reward: Floats
     """Discounted sum of the rewards between `observation` and `next_observation` [batch]."""
     next_observation: ObservationBatch
-    """The observation n_step steps later, or the final one if the episode ended before; same shape."""
+    """The observation n_step steps later, or the final one if the episode ended before; same shape. `[0, *shape]` if
+    there is nothing to bootstrap from: `reward` is the whole return, and `discount` 0 (see `Rollout`)."""
     discount: Floats
     """What the value of `next_observation` is multiplied by: gamma ** steps, 0 after a termination [batch]."""
     weight: Floats
