@@ -29,13 +29,13 @@ from hvdqn.api import Result, make_config
 from hvdqn.callbacks import Callback, check_callback
 from hvdqn.comm import Comm, connect, launcher_rank, launcher_size
 from hvdqn.config import Config, parse
+from hvdqn.devices import engine_settings
 from hvdqn.envs import find_spec, kill_all_workers
 from hvdqn.errors import EXIT_FINISHED, EXIT_REQUEUE, FoundAloneError, LaunchError, UserError
 from hvdqn.faults import StopSignal, Watchdog
 from hvdqn.job import TOGETHER, Work, fail, leave, refuse_alone, run_and_leave
 from hvdqn.logs import setup_logging
 from hvdqn.metrics import PhaseTimer, check_tracker
-from hvdqn.parts import engine_settings
 from hvdqn.paths import folder_remembered
 from hvdqn.process import borrowed_process, tune_process
 from hvdqn.run_directory import open_run_dir, sole_job

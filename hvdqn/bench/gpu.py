@@ -28,8 +28,8 @@ from hvdqn.bench.training import (
     update_and_return_gradient,
 )
 from hvdqn.config import Config, check_engine, check_world, parse
+from hvdqn.devices import device_kind
 from hvdqn.metrics import number
-from hvdqn.parts import device_kind
 from hvdqn.rank import Parts
 
 PROG = "hvdqn bench gpu"

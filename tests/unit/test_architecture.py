@@ -25,6 +25,7 @@ LAYERS = (
         "acting",
         "checkpoint",
         "dense_update",
+        "devices",
         "learner",
         "prefill",
         "process",

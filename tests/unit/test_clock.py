@@ -72,7 +72,42 @@ def test_resume_with_a_smaller_batch_owes_nothing_for_the_past():
     assert b.updates_owed(600) - 100 == 50
 
 
+def test_the_updates_of_a_rollout_are_due_at_once():
+    """Rollouts of 4 steps of 8 environments, learned from 3 times in minibatches of 8: 12 updates each."""
+    c = clock(global_batch=8, replay_ratio=3.0, learning_starts=0, rollout_steps=4)
+    due = []
+    for _ in range(9):
+        c.tick()
+        due.append(c.updates_due())
+        c.updates += due[-1]
+    assert due == [0, 0, 0, 12, 0, 0, 0, 12, 0]
+
+
+def test_a_dropped_rollout_begins_anew():
+    a = clock(global_batch=8, replay_ratio=3.0, learning_starts=0, rollout_steps=4)
+    for _ in range(6):
+        a.tick()
+    a.updates = 12
+    b = clock(envs=16, global_batch=16, replay_ratio=3.0, learning_starts=0, rollout_steps=4)
+    b.resume(a.state(), refill=True)
+    due = []
+    for _ in range(5):
+        due.append(b.updates_due())
+        b.tick()
+    assert due == [0, 0, 0, 0, 12]
+
+
 # --- clocks of workers
+
+
+def test_the_updates_of_a_workers_rollout_are_due_at_once():
+    clock = WorkerClock(4, global_batch=8, replay_ratio=2.0, learning_starts=0, rollout_steps=4)
+    due = []
+    for _ in range(8):
+        due.append(clock.updates_due())
+        clock.own_updates += due[-1]
+        clock.tick()
+    assert due == [0, 0, 0, 0, 4, 0, 0, 0]
 
 
 def make_worker_clock(**settings):

@@ -14,7 +14,7 @@ from hvdqn.config import NetworkConfig
 from hvdqn.dense_update import DenseCategorical, DenseQuantile, DenseScalar
 from hvdqn.networks import make_network
 from hvdqn.networks.heads import CategoricalHead, QuantileHead, ScalarHead
-from tests.unit.test_learner import SMALL_HEADS, make_batch, make_learner, update
+from tests.unit.test_learner import SMALL_HEADS, make_batch, make_learner, returns_of, update
 
 TARGETS = {
     "dqn": {"double": False},
@@ -85,6 +85,19 @@ def test_it_equals_autograd(head, loss, target, dueling, layer_norm, hidden):
         for learner in pair:
             assert learner.apply_gradient(progress=0.5, largest_weight=float(batch.weight.max()))
         torch.testing.assert_close(pair[0].parameters, pair[1].parameters)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("head", ["scalar", "c51", "qr"])
+def test_it_equals_autograd_with_whole_returns(head, target):
+    network = NetworkConfig(hidden=(8,), head=head, dueling=True, layer_norm=True, **SMALL_HEADS)
+    pair = make_pair(torch.float64, network=network, **TARGETS[target])
+    for seed in range(2):
+        batch = returns_of(weighted_batch(seed))
+        found, expected = (learner.compute_gradient(batch) for learner in pair)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(pair[0].td_errors, pair[1].td_errors)
+        torch.testing.assert_close(pair[0].gradient, pair[1].gradient)
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -15,7 +15,8 @@ from hvdqn.config import Config, NetworkConfig, parse
 from hvdqn.errors import UserError
 from hvdqn.graphs import record_cuda_graph
 from hvdqn.metrics import PhaseTimer
-from hvdqn.parts import build_parts, choose_device
+from hvdqn.devices import choose_device
+from hvdqn.parts import build_parts
 from hvdqn.replay import HOST_MEMORY, Replay
 from hvdqn.replay.device import DeviceMemory, PinnedMemory
 from hvdqn.seeds import load_torch_state, torch_state

@@ -42,6 +42,12 @@ def make_learner(
     return Learner(made, config, torch.device(device), batch_factor, autocast)
 
 
+def returns_of(batch):
+    """Return the minibatch as `Rollout` makes them: rewards are whole returns, and there is no next observation."""
+    none = batch.next_observation[:0]
+    return dataclasses.replace(batch, next_observation=none, discount=np.zeros_like(batch.discount))
+
+
 def weighted(batch, weight):
     """Return the minibatch with this importance weight for every transition."""
     return dataclasses.replace(batch, weight=np.full(len(batch.reward), weight, np.float32))
@@ -76,13 +82,14 @@ def test_the_gradient_is_scaled_where_ranks_sum_it():
 
 
 @pytest.mark.parametrize("double", [False, True])
-@pytest.mark.parametrize("optimizer", ["adam", "rmsprop", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adam", "radam", "rmsprop", "sgd"])
 def test_updates_equal_plain_pytorch(double, optimizer):
     """The flat, in-place learner against textbook code on a separate copy of the network."""
     learner = make_learner(double=double, optimizer=optimizer, max_grad_norm=0.5, loss="mse")
     plain, target = copy.deepcopy(learner.online), copy.deepcopy(learner.target)
     optimizers = {
         "adam": lambda p: torch.optim.Adam(p, lr=1e-3, eps=1e-8),
+        "radam": lambda p: torch.optim.RAdam(p, lr=1e-3, eps=1e-8),
         "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-3, alpha=0.95, eps=1e-8, centered=True),
         "sgd": lambda p: torch.optim.SGD(p, lr=1e-3),
     }
@@ -103,6 +110,22 @@ def test_updates_equal_plain_pytorch(double, optimizer):
         reference.step()
     expected = torch.nn.utils.parameters_to_vector(plain.parameters())
     torch.testing.assert_close(learner.parameters, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_whole_returns_are_learned_without_target_network_and_next_observations():
+    """The gradient is that of 1/2 (Q(s, a) - G)^2, whatever the target network says."""
+    learner = make_learner(torch.float64, loss="mse")
+    learner.target_parameters.fill_(torch.nan)
+    batch = returns_of(make_batch())
+    for dense in (learner.dense, None):
+        learner.dense = dense
+        learner.compute_gradient(batch)
+        q = learner.online(torch.from_numpy(batch.observation).double())
+        d = q.gather(1, torch.from_numpy(batch.action)[:, None]).squeeze(1) - torch.from_numpy(batch.reward)
+        expected = torch.autograd.grad((0.5 * d * d).mean(), list(learner.online.parameters()))
+        flat = torch.cat([g.reshape(-1) for g in expected])
+        torch.testing.assert_close(learner.gradient, flat)
+        torch.testing.assert_close(learner.td_errors, d.detach().abs())
 
 
 def test_learning_lowers_the_loss_on_one_batch():

@@ -14,6 +14,7 @@ from hvdqn.losses import (
     categorical_projection,
     expectation,
     huber_loss,
+    lambda_returns,
     mse_loss,
     munchausen_bonus,
     pairwise_td_error,
@@ -47,6 +48,31 @@ def test_expectation_averages_over_actions():
     assert expectation(values, policy).tolist() == [1.75, 3.0]
     quantiles = torch.stack([values, 10 * values], dim=2)
     assert expectation(quantiles, policy).tolist() == [[1.75, 17.5], [3.0, 30.0]]
+
+
+def test_lambda_returns_by_hand():
+    """gamma 0.9, lambda 0.5, V = 10: the second step of one environment terminates, of the other is truncated."""
+    reward, value = tensor([1.0, 1.0], [2.0, 2.0], [3.0, 3.0]), torch.full((3, 2), 10.0, dtype=DOUBLE)
+    discount = tensor([0.9, 0.9], [0.0, 0.9], [0.9, 0.9])
+    trace = tensor([0.5, 0.5], [0.0, 0.0], [0.5, 0.5])
+    # 3 + 0.9 x 10 = 12; 2, or 2 + 0.9 x 10 = 11; 1 + 0.9 (5 + 0.5 x 2), or 1 + 0.9 (5 + 0.5 x 11)
+    expected = tensor([6.4, 10.45], [2.0, 11.0], [12.0, 12.0])
+    torch.testing.assert_close(lambda_returns(reward, discount, value, trace), expected)
+
+
+@pytest.mark.parametrize("td_lambda", [0.0, 0.3, 1.0])
+def test_lambda_returns_are_weighted_n_step_returns(td_lambda):
+    """G = (1 - lambda) sum_n lambda^(n-1) G^(n), and what is left of the weight goes to the longest n-step return."""
+    reward, value, steps = randn(6, 1), randn(6, 1, seed=1), 6
+    discount, trace = torch.full_like(reward, 0.9), torch.full_like(reward, td_lambda)
+    found = lambda_returns(reward, discount, value, trace)
+    for t in range(steps):
+        total = 0.0
+        for n in range(1, steps - t + 1):
+            rewards = sum(0.9**k * float(reward[t + k]) for k in range(n))
+            weight = td_lambda ** (n - 1) * (1.0 if n == steps - t else 1 - td_lambda)
+            total += weight * (rewards + 0.9**n * float(value[t + n - 1]))
+        assert float(found[t]) == pytest.approx(total)
 
 
 def test_target_by_hand():

@@ -27,7 +27,8 @@ from hvdqn.config import Config, parse, preset_config
 from hvdqn.config.presets import JOINED, PRESETS
 from hvdqn.errors import UserError
 from hvdqn.metrics import PhaseTimer
-from hvdqn.parts import build_parts, choose_device, importance_at
+from hvdqn.devices import choose_device
+from hvdqn.parts import build_parts, importance_at
 from hvdqn.process import cpu_quota, share_of_cores, usable_cores
 from hvdqn.replay import PrioritizedReplay
 from hvdqn.role import Role
@@ -60,6 +61,8 @@ SWITCHES = {
     "munchausen": "--munchausen --no-double",
     "mse": "--loss mse",
     "layer norm": "--layer-norm",
+    "rollouts": "--replay none --rollout-steps 8 --minibatches 2",
+    "radam": "--optimizer radam",
     "rmsprop": "--optimizer rmsprop",
     "tau": "--target-tau 0.1",
     "bf16": "--precision bf16",
@@ -74,6 +77,8 @@ ALTERNATIVES = (
     ("double", "no double", "munchausen"),
     ("noise explores", "ladder", "softmax", "noisy"),
     ("c51", "qr", "iqn"),
+    ("prioritized", "rollouts"),
+    ("radam", "rmsprop"),
     ("mlp", "minatar", "impala", "centered", "own torso"),
 )
 REFUSED = {
@@ -126,7 +131,7 @@ def learn(argv: list[str], updates: int = 3) -> None:
             parts.clock.tick()
         for _ in range(updates):
             importance = importance_at(config, parts.role, parts.clock.env_steps)
-            batch = acting.replay.sample(config.replay.batch_per_rank, importance)
+            batch = acting.replay.sample(config.batch_per_rank, importance)
             totals.add(update(parts, batch))
             acting.replay.update_priorities(batch.row_ids, parts.learner.td_errors.numpy())
     finally:
@@ -183,6 +188,12 @@ def test_one_action(head):
         ("--head qr --quantiles 0", "--quantiles is 0; it must be at least 1"),
         ("--torso natur", "unknown --torso 'natur'; did you mean 'nature'"),
         ("--priority-alpha 1.5", "--priority-alpha is 1.5; it must be within [0, 1]"),
+        (
+            "--replay none --minibatches 7",
+            "--minibatches 7 does not divide the 256 steps of a rank in a rollout",
+        ),
+        ("--replay none --prefill known.npz", "--prefill fills replay, and with --replay none there is none"),
+        ("--replay none --rollout-steps 1", "--rollout-steps is 1; it must be at least 2"),
         ("--temperature 0", "--temperature is 0.0; it must be above 0"),
     ],
 )
@@ -409,7 +420,7 @@ def devices(
     mine = threading.local()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(mine.gpus))
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
-    monkeypatch.setattr("hvdqn.parts.visible_gpus", lambda: mine.gpus)
+    monkeypatch.setattr("hvdqn.devices.visible_gpus", lambda: mine.gpus)
     monkeypatch.setattr(ThreadComm, "ranks_may_share_a_gpu", engine_shares)
 
     def body(comm):
