@@ -9,12 +9,13 @@ validation.py  checks of ranges and of settings that contradict each other
 
 from __future__ import annotations
 
+from hvdqn.config.algorithms import ALGORITHMS, JOINED
 from hvdqn.config.fields import Field, flag_of
 from hvdqn.config.flags import parse_flags, print_completion, print_text
 from hvdqn.config.joining import fitting_preset, preset_names
 from hvdqn.config.names import did_you_mean, import_attribute, import_module
 from hvdqn.config.parsing import CONFIG_FILE, as_yaml, parse, read_config_file
-from hvdqn.config.presets import ALGORITHMS, JOINED, PRESETS
+from hvdqn.config.presets import PRESETS
 from hvdqn.config.settings import (
     Config,
     EnvironmentConfig,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from hvdqn.config.algorithms import ALGORITHMS, JOINED
 from hvdqn.config.names import did_you_mean
-from hvdqn.config.presets import ALGORITHMS, FAMILIES, JOINED, PRESETS
+from hvdqn.config.presets import FAMILIES, PRESETS
 from hvdqn.errors import UserError
 
 

@@ -288,7 +288,7 @@ def test_settings_that_a_resume_must_keep():
 
 def test_settings_that_an_exact_resume_must_keep():
     assert set(settings_of_exact_resume()) == {
-        "envs_per_rank", "replay_capacity", "vectorization", "model_parallel",
+        "envs_per_rank", "replay_capacity", "rollout_steps", "epochs", "minibatches", "vectorization", "model_parallel",
     }  # fmt: skip
 
 

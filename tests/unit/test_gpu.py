@@ -12,10 +12,10 @@ import torch
 from hvdqn.comm.gpus import visible_gpus
 from hvdqn.comm.local import LocalComm
 from hvdqn.config import Config, NetworkConfig, parse
+from hvdqn.devices import choose_device
 from hvdqn.errors import UserError
 from hvdqn.graphs import record_cuda_graph
 from hvdqn.metrics import PhaseTimer
-from hvdqn.devices import choose_device
 from hvdqn.parts import build_parts
 from hvdqn.replay import HOST_MEMORY, Replay
 from hvdqn.replay.device import DeviceMemory, PinnedMemory

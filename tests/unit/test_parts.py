@@ -24,10 +24,11 @@ from hvdqn.bench.training import acting_parts, update
 from hvdqn.checkpoint import open_checkpoint, rank_part, restore
 from hvdqn.comm.local import LocalComm
 from hvdqn.config import Config, parse, preset_config
-from hvdqn.config.presets import JOINED, PRESETS
+from hvdqn.config.algorithms import JOINED
+from hvdqn.config.presets import PRESETS
+from hvdqn.devices import choose_device
 from hvdqn.errors import UserError
 from hvdqn.metrics import PhaseTimer
-from hvdqn.devices import choose_device
 from hvdqn.parts import build_parts, importance_at
 from hvdqn.process import cpu_quota, share_of_cores, usable_cores
 from hvdqn.replay import PrioritizedReplay
