@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -74,8 +74,8 @@ class Adam:
 class RAdam(Adam):
     """Steps parameters by rectified Adam (Liu et al. 2020, algorithm 2): the first steps are small, as in a warm-up.
 
-    With few steps taken, the second moment of Adam varies so much that its steps do too. RAdam multiplies the learning
-    rate by r_t <= 1, and leaves the second moment out of the first steps, where rho_t <= 5:
+    Adam's second moment is a poor estimate after few steps. RAdam takes Adam's steps times r_t <= 1, and leaves the
+    second moment out of the first steps, those with rho_t <= 5:
 
         rho_t = rho - 2 t beta2^t / (1 - beta2^t),   rho = 2 / (1 - beta2) - 1
         r_t = sqrt((rho_t - 4) (rho_t - 2) rho / ((rho - 4) (rho - 2) rho_t))
@@ -84,17 +84,19 @@ class RAdam(Adam):
     def step(self, gradient: Tensor, lr: float | Tensor, skip: Tensor | None = None) -> None:
         """Take one step, or none if `skip` is 1; see `Optimizer.step`."""
         beta1, beta2 = self.betas
-        t = self.steps.double() + 1  # float32 would lose rho_t, a small difference of large numbers
-        longest = 2 / (1 - beta2) - 1
-        length = longest - 2 * t * beta2**t / (1 - beta2**t)
-        trusted = length > 5
-        known = length.clamp(min=5)
-        factor = (known - 4) * (known - 2) * longest / ((longest - 4) * (longest - 2) * known)
-        super().step(gradient, (lr * trusted * factor.sqrt()).float(), skip)
-        momentum_lr = lr * ~trusted / (1 - beta1**t)
-        if skip is not None:
-            momentum_lr = momentum_lr * (1 - skip)
-        self.parameters.addcmul_(self.exp_avg, -momentum_lr.to(self.parameters.dtype))
+        # A number on the host, or a tensor for a CUDA graph. Float32 would lose rho_t, a difference of large numbers.
+        t: Any = 1 + (self.steps.item() if skip is None else self.steps.double())
+        rho = 2 / (1 - beta2) - 1
+        rho_t = rho - 2 * t * beta2**t / (1 - beta2**t)
+        r_t = abs((rho_t - 4) * (rho_t - 2) * rho / ((rho - 4) * (rho - 2) * rho_t)) ** 0.5
+        adaptive, plain = lr * r_t * (rho_t > 5), lr * (rho_t <= 5) / (1 - beta1**t)
+        if skip is None:
+            super().step(gradient, adaptive)
+        else:
+            super().step(gradient, adaptive.float(), skip)
+            plain = plain * (1 - skip)
+        if skip is not None or plain:
+            self.parameters.add_(self.exp_avg * -plain)
 
 
 class RMSProp:

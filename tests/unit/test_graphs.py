@@ -44,7 +44,6 @@ LEARNERS = {
     "a target that follows": {"target_tau": 0.1},
     "clipped": {"max_grad_norm": 0.01},
     "never clipped": {"max_grad_norm": 0.0},
-    "radam": {"optimizer": "radam"},
     "rmsprop": {"optimizer": "rmsprop"},
     "sgd": {"optimizer": "sgd"},
 }

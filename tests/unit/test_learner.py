@@ -14,6 +14,7 @@ from hvdqn.config import Config, LearningConfig, NetworkConfig
 from hvdqn.learner import Learner, learning_rate
 from hvdqn.losses import select
 from hvdqn.networks import make_network
+from hvdqn.optimizers import RAdam
 from hvdqn.parts import batch_factor
 from hvdqn.replay import Batch
 
@@ -110,6 +111,24 @@ def test_updates_equal_plain_pytorch(double, optimizer):
         reference.step()
     expected = torch.nn.utils.parameters_to_vector(plain.parameters())
     torch.testing.assert_close(learner.parameters, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_radam_skips_steps_on_the_device_and_else_equals_pytorch():
+    """Among the first steps, which leave out the second moment, and among the later ones."""
+    generator = torch.Generator().manual_seed(0)
+    parameters = torch.randn(50, generator=generator)
+    plain = parameters.clone().requires_grad_()
+    optimizer, reference = RAdam(parameters, 1e-8), torch.optim.RAdam([plain], lr=1e-2, eps=1e-8)
+    for step in range(30):
+        gradient, skipped = torch.randn(50, generator=generator), step in (0, 3, 12)
+        before = [tensor.clone() for tensor in (parameters, *optimizer.moments().values())]
+        optimizer.step(gradient, torch.tensor(1e-2), torch.tensor(float(skipped)))
+        if skipped:
+            assert all(map(torch.equal, before, (parameters, *optimizer.moments().values())))
+        else:
+            plain.grad = gradient
+            reference.step()
+        torch.testing.assert_close(parameters, plain.detach(), rtol=1e-5, atol=1e-6)
 
 
 def test_whole_returns_are_learned_without_target_network_and_next_observations():
