@@ -24,6 +24,7 @@ FLAGS = {
     "qr": "--head qr --quantiles 11 --no-double",
     "iqn": IQN,
     "munchausen": "--munchausen --no-double --munchausen-temperature 0.1",
+    "rollouts": "--replay none --td-lambda 0 --rollout-steps 16 --epochs 8 --minibatches 2",
     "n-step": "--n-step 3 --replay prioritized --epsilon-start 0.0 --epsilon-end 0.0",
 }
 

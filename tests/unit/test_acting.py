@@ -78,6 +78,22 @@ def test_with_epsilon_zero_the_actor_is_greedy_with_the_current_parameters(recor
     assert len(np.unique(chosen)) > 1
 
 
+def test_values_are_those_of_the_best_legal_actions():
+    envs = scripted(3)
+    network = network_for(envs, 2)
+    actor = make_actor(envs, 2, network=network)
+    actor.start()
+    observation = actor.frames.observation
+    with torch.no_grad():
+        q = network(torch.from_numpy(observation)).numpy()
+    np.testing.assert_allclose(actor.values(observation), q.max(axis=1), rtol=1e-6)
+    mask = np.ones(q.shape, np.bool_)
+    mask[range(3), q.argmax(axis=1)] = False
+    second = np.sort(q, axis=1)[:, -2]
+    np.testing.assert_allclose(actor.values(observation, mask), second, rtol=1e-6)
+    envs.close()
+
+
 def test_frame_stack_by_hand():
     frames = FrameStack(np.array([[0], [10]]), 3)
     assert frames.observation[..., 0].tolist() == [[0, 0, 0], [10, 10, 10]]
