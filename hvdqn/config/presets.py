@@ -42,6 +42,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "total_env_steps": 2_000,
         "replay_capacity": 2_000,
         "learning_starts": 200,
+        "rollout_steps": 4,
         "exploration_env_steps": 1_000,
         "target_every": 200,
         "eval_episodes": 4,

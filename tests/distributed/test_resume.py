@@ -73,7 +73,7 @@ def recorded(run_dir: Path) -> list[dict[str, Any]]:
         ("python", 1, "native", "prioritized", 3, [1000]),
         ("python", 1, "sync", "prioritized", 1, [500]),
         ("python", 1, "minatar", "uniform", 3, [1000]),
-        ("python", 1, "native", "none", 1, [500, 1500]),  # in the middle of a rollout of 256 env steps
+        ("python", 1, "native", "none", 1, [500, 1500]),  # in the middle of a rollout of 32 env steps
         ("mpirun", 2, "native", "prioritized", 3, [1000]),
         ("mpirun", 2, "sync", "uniform", 3, [500]),  # test_faults.py covers other launchers
         ("mpirun", 2, "minatar", "prioritized", 1, [1500]),
@@ -165,7 +165,7 @@ def test_a_run_resumes_with_another_number_of_ranks_without_a_step_back(tmp_path
 
 def test_another_number_of_ranks_begins_a_new_rollout(tmp_path):
     """Rollouts of 8 environments take 256 env steps, those of 16 take 512; each is learned from 2 x 4 times."""
-    flags = ("--replay", "none", "--checkpoint-every", "400")
+    flags = ("--replay", "none", "--rollout-steps", "32", "--checkpoint-every", "400")
     assert train("mpirun", 2, tmp_path, *flags, "--total-env-steps", "800").returncode == 0
     result = train("python", 1, tmp_path, *flags, "--total-env-steps", "1500", "--resume", "must")
     assert result.returncode == 0, result
