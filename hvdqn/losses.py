@@ -70,7 +70,7 @@ def lambda_returns(reward: Tensor, discount: Tensor, next_value: Tensor, trace: 
 
         G_t = r_t + discount_t ((1 - lambda_t) V(s_{t+1}) + lambda_t G_{t+1})
 
-    It is the return of Peng's Q(lambda) (Peng and Williams 1996), as in PQN (Gallici et al. 2025, section 4).
+    It is the return of Peng's Q(lambda) (Peng and Williams 1996), as PQN uses it (Gallici et al. 2025).
 
     Args:
         reward: r.

@@ -28,11 +28,10 @@ def rollout_rows(envs: int, steps: int, frame_stack: int) -> int:
 class Rollout(Replay):
     """Holds the transitions since the last updates, and hands each out once per epoch, with its lambda-return.
 
-    The network does not change during a rollout. So the first call of `sample` after it evaluates the network for
-    all next observations and computes all lambda-returns, as Gallici et al. 2025 do ("Simplifying Deep Temporal
-    Difference Learning", algorithm 1). Every minibatch has these returns as its rewards, discounts of 0, and no next
-    observations, so that the learner needs no target network. When all minibatches have been handed out, the next
-    rollout has begun.
+    This is PQN (Gallici et al. 2025, "Simplifying Deep Temporal Difference Learning"). The network does not change
+    during a rollout. So the first call of `sample` after it evaluates the network for all next observations, and
+    computes all lambda-returns. Every minibatch has these returns as its rewards, discounts of 0 and no next
+    observations, so that the learner needs no target network. By then the next rollout has begun.
 
     Args:
         steps: number of env steps of each environment in a rollout, 2 or more: with NEXT_STEP autoreset one of them
