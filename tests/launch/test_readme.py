@@ -26,7 +26,7 @@ pytestmark = pytest.mark.launch
 
 
 # Flags that make a run short.
-SHORT = "--total-env-steps 600 --learning-starts 200 --replay-capacity 2000 --eval-episodes 2"
+SHORT = "--total-env-steps 600 --learning-starts 200 --rollout-steps 2 --replay-capacity 2000 --eval-episodes 2"
 SHORT_EPISODES = """--env-kwargs '{"max_num_frames_per_episode": 400}'"""  # of Atari
 
 
@@ -60,6 +60,14 @@ RUN_HERE = {line: result_case(line) for line in commands() if re.fullmatch(RESUL
     "horovodrun -np 8 python -m hvdqn.train --preset atari --env ALE/Breakout-v5": Case(
         "2 ranks, comm horovod",
         {"-np 8": "-np 2", "Breakout-v5": f"Breakout-v5 {SHORT} {SHORT_EPISODES}"},
+        "ale_py",
+    ),
+    "python -m hvdqn.train --preset cartpole,pqn": Case(
+        "2 episodes: mean", {"cartpole,pqn": f"cartpole,pqn {SHORT}"}
+    ),
+    "mpirun -np 4 python -m hvdqn.train --preset atari,pqn --env ALE/Breakout-v5 --comm mpi": Case(
+        "2 episodes: mean",
+        {"-np 4": "-np 2", "Breakout-v5": f"Breakout-v5 --envs-per-rank 16 {SHORT} {SHORT_EPISODES}"},
         "ale_py",
     ),
     "horovodrun -np 8 python -m hvdqn.train --preset minatar --hidden 8192 8192 --model-parallel 2": Case(
