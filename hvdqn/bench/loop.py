@@ -179,7 +179,7 @@ def average_over_ranks(run: TrainingRun, timed: Sequence[Span], waiting: Sequenc
         comm=comm.name,
         world_size=comm.size,
         envs_per_rank=config.environment.envs_per_rank,
-        batch_per_rank=config.replay.batch_per_rank,
+        batch_per_rank=config.batch_per_rank,
         parameters=parts.learner.parameters.numel(),
         replay_bytes_per_transition=acting_parts(parts).replay.nbytes
         / (config.replay.replay_capacity // comm.size),
@@ -204,7 +204,7 @@ def benchmark_config(config: Config, comm: Comm, whole_run: bool) -> Config:
         eval_every=0, checkpoint_every=0, checkpoint_replay="no", log_every=0, resume="never"
     )
     if not whole_run:
-        a_few_minibatches = 10 * comm.size * config.replay.batch_per_rank
+        a_few_minibatches = 10 * comm.size * config.batch_per_rank
         config = config.replace(
             learning_starts=min(config.replay.learning_starts, a_few_minibatches),
             # The measurement may take more env steps than the run, and a schedule must not pass its end.

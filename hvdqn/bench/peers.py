@@ -3,6 +3,7 @@
     hvdqn bench peers w1 w2 solve --peer-python /path/to/venv/bin/python      where Stable-Baselines3 is installed
     hvdqn bench peers w1-sbx w1-64 --peer-python /path/to/venv/bin/python     where SBX is (pip install sbx-rl)
     hvdqn bench peers w1-cleanrl --peer-python ... --cleanrl cleanrl/dqn.py   CleanRL's script, and what it imports
+    hvdqn bench peers pqn-cleanrl --peer-python ... --cleanrl cleanrl/pqn.py
     hvdqn bench peers w1-ranks w2-ranks replay startup                        these need no peer
 
 Without names it makes every comparison whose peer is there. Each row is a ratio of measurements that alternate on the
@@ -43,6 +44,12 @@ CLEANRL_FLAGS = (
     "--total-timesteps=40000", "--learning-rate=2.5e-4", "--buffer-size=10000", "--learning-starts=1000",
     "--batch-size=128", "--train-frequency=8", "--target-network-frequency=500",
 )  # fmt: skip
+# The defaults of CleanRL's pqn.py: rollouts of 128 steps of 4 environments, 4 epochs of 4 minibatches.
+PQN_FLAGS = (
+    "--preset", "bench-cartpole,pqn", "--envs-per-rank", "4", "--rollout-steps", "128", "--epochs", "4",
+    "--minibatches", "4",
+)  # fmt: skip
+CLEANRL_SCRIPTS = {"w1-cleanrl": "dqn.py", "pqn-cleanrl": "pqn.py"}
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,7 @@ class Setting:
 
     peer_python: str
     cleanrl: Path | None
-    """CleanRL's dqn.py."""
+    """CleanRL's dqn.py or pqn.py."""
     rounds: int
     seconds: float
     """Duration of one measurement of the loop."""
@@ -66,8 +73,8 @@ class Setting:
         result = self._run_script("sbx", [workload, "--seed", str(seed)], self.cores[:1])
         return float(result["env_steps_per_second"])
 
-    def run_cleanrl(self, seed: int) -> float:
-        """Run CleanRL's dqn.py once on one core; return its env steps per second.
+    def run_cleanrl(self, seed: int, *flags: str) -> float:
+        """Run CleanRL's script once on one core; return its env steps per second.
 
         Raises:
             UserError: it failed, or printed no speed.
@@ -79,13 +86,13 @@ class Setting:
                 folder,
                 self.peer_python,
                 str(self.cleanrl),
-                *CLEANRL_FLAGS,
+                *flags,
                 f"--seed={seed}",
             ]
             output = run_command(command, self.cores[:1])
         speeds = re.findall(r"SPS: (\d+)", output)
         if not speeds:
-            raise UserError(f"{self.cleanrl} printed no line with SPS; is it CleanRL's dqn.py?")
+            raise UserError(f"{self.cleanrl} printed no line with SPS; is it CleanRL's script?")
         return float(speeds[-1])
 
     def _run_script(self, peer: str, args: Sequence[str], cores: Sequence[int]) -> dict[str, Any]:
@@ -133,11 +140,21 @@ def compare_with_cleanrl(setting: Setting) -> Iterator[Row]:
     """Compare W1 with CleanRL, both with one environment."""
     ratios = []
     for seed in range(setting.rounds):
-        peer = setting.run_cleanrl(seed)
+        peer = setting.run_cleanrl(seed, *CLEANRL_FLAGS)
         flags = ("--envs-per-rank", "1", "--loss", "mse", "--max-grad-norm", "0")
         timing = setting.time_whole_run("--preset", "bench-cartpole", "--seed", str(seed), *flags)
         ratios.append(timing.env_steps_per_second / peer)
     yield Row("W1 with one environment, one core, fp32, over CleanRL", "x", tuple(ratios))
+
+
+def compare_pqn_with_cleanrl(setting: Setting) -> Iterator[Row]:
+    """Compare PQN on CartPole with CleanRL's, both with 4 environments."""
+    ratios = []
+    for seed in range(setting.rounds):
+        peer = setting.run_cleanrl(seed, "--total-timesteps=40000", "--no-cuda")
+        timing = setting.time_whole_run(*PQN_FLAGS, "--seed", str(seed))
+        ratios.append(timing.env_steps_per_second / peer)
+    yield Row("PQN with 4 environments, one core, fp32, over CleanRL", "x", tuple(ratios), 2.0)
 
 
 def compare_pong(setting: Setting) -> Iterator[Row]:
@@ -240,6 +257,7 @@ COMPARISONS: Mapping[str, Callable[[Setting], Iterator[Row]]] = {
     "w1-sbx": compare_with_sbx,
     "w1-64": compare_64_with_sbx,
     "w1-cleanrl": compare_with_cleanrl,
+    "pqn-cleanrl": compare_pqn_with_cleanrl,
     "w2": compare_pong,
     "w1-ranks": scale_cartpole,
     "w2-ranks": scale_pong,
@@ -251,14 +269,15 @@ COMPARISONS: Mapping[str, Callable[[Setting], Iterator[Row]]] = {
 NEEDS = {
     **dict.fromkeys(("w1", "w2", "solve"), "stable_baselines3"),
     **dict.fromkeys(("w1-sbx", "w1-64"), "sbx"),
-    "w1-cleanrl": "torch",
+    **dict.fromkeys(CLEANRL_SCRIPTS, "torch"),
 }
 
 
 def missing_peer(name: str, setting: Setting) -> str:
     """Return what a comparison needs and does not have, as a message; "" if nothing is missing."""
-    if name == "w1-cleanrl" and setting.cleanrl is None:
-        return "w1-cleanrl needs CleanRL's script; give the path of its dqn.py with --cleanrl"
+    script = CLEANRL_SCRIPTS.get(name, "")
+    if script and (setting.cleanrl is None or setting.cleanrl.name != script):
+        return f"{name} needs CleanRL's script; give the path of its {script} with --cleanrl"
     if name in NEEDS:
         try:
             run_command([setting.peer_python, "-c", f"import {NEEDS[name]}"])
@@ -305,7 +324,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--peer-python", default=sys.executable, metavar="PATH", help="a Python with the peers"
     )
-    parser.add_argument("--cleanrl", type=Path, metavar="FILE", help="CleanRL's dqn.py")
+    parser.add_argument("--cleanrl", type=Path, metavar="FILE", help="CleanRL's dqn.py or pqn.py")
     parser.add_argument("--rounds", type=one_or_more, default=3, help="number of rounds")
     parser.add_argument(
         "--seconds", type=above_zero, default=8.0, help="duration of one measurement of the loop"

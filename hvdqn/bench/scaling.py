@@ -82,7 +82,7 @@ def table_rows(timings: Sequence[LoopTiming]) -> list[tuple[str, ...]]:
 def strong_scaling_flags(flags: Sequence[str], counts: Sequence[int]) -> dict[int, list[str]]:
     """Return the flags that divide one rank's work by each number of ranks that divides it."""
     config = parse(flags, PROG)
-    envs, batch = config.environment.envs_per_rank, config.replay.batch_per_rank
+    envs, batch = config.environment.envs_per_rank, config.batch_per_rank
     return {
         count: ["--envs-per-rank", str(envs // count), "--batch-per-rank", str(batch // count)]
         for count in counts

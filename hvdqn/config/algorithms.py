@@ -118,7 +118,8 @@ JOINED: Mapping[tuple[str, str], Mapping[str, Any]] = {
     # The authors' settings for CartPole: 64 steps, 4 epochs of 16 minibatches, lambda 0.95, epsilon falls to 0.2. They
     # scale rewards by 0.1 and take 500k env steps; Huber's loss and a larger learning rate shorten this.
     ("cartpole", "pqn"): {
-        "total_env_steps": 300_000,
+        "total_env_steps": 200_000,
+        "gamma": 0.99,
         "rollout_steps": 64,
         "td_lambda": 0.95,
         "epochs": 4,
@@ -128,7 +129,7 @@ JOINED: Mapping[tuple[str, str], Mapping[str, Any]] = {
         "exploration_env_steps": 60_000,
         "epsilon_end": 0.2,
         "target_every": 10_000,
-        "eval_every": 50_000,
+        "eval_every": 20_000,
         "checkpoint_every": 50_000,
         "log_every": 10_000,
     },

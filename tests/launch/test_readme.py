@@ -26,7 +26,9 @@ pytestmark = pytest.mark.launch
 
 
 # Flags that make a run short.
-SHORT = "--total-env-steps 600 --learning-starts 200 --rollout-steps 2 --replay-capacity 2000 --eval-episodes 2"
+SHORT = (
+    "--total-env-steps 600 --learning-starts 200 --rollout-steps 2 --replay-capacity 2000 --eval-episodes 2"
+)
 SHORT_EPISODES = """--env-kwargs '{"max_num_frames_per_episode": 400}'"""  # of Atari
 
 

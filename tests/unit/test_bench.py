@@ -96,6 +96,9 @@ def test_ratios_over_a_peer_that_is_half_as_fast(
     assert bench.main(["peers", *names, "--peer-python", str(peer), *options, "--json", str(file)]) == 0
     medians = {row["what"]: row["median"] for row in json.loads(file.read_text())["rows"]}
     assert list(medians.values()) == [2.0, 2.0, 2.0, 4.0, 2.0, 2.0, 0.03]
+    options = ["--peer-python", str(peer), "--cleanrl", str(tmp_path / "pqn.py"), "--json", str(file)]
+    assert bench.main(["peers", "pqn-cleanrl", *options]) == 0
+    assert json.loads(file.read_text())["rows"][0]["median"] == 4.0
     assert "W1, one core, fp32" in capsys.readouterr().out
 
 
