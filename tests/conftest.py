@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from hvdqn.faults import signals
+
 # Assertions in this helper show the output of the job that failed.
 pytest.register_assert_rewrite("tests.launchers")
 
@@ -25,8 +27,10 @@ HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGTERM, sign
 
 @pytest.fixture(autouse=True)
 def _restore_signal_handlers() -> Iterator[None]:
-    """Restore the signal handlers that training in this process replaces, in a test or in a fixture of a module."""
+    """Undo what a training that has this process for itself leaves behind, in a test or in a fixture of a module."""
     yield
+    signals._active = None  # else the next training would install its handlers again
+    signal.set_wakeup_fd(-1)
     for number, handler in HANDLERS.items():
         signal.signal(number, handler)
 
