@@ -25,7 +25,8 @@ FLAGS = {
     "iqn": IQN,
     "munchausen": "--munchausen --no-double --munchausen-temperature 0.1",
     "rollouts": "--replay none --td-lambda 0 --rollout-steps 16 --epochs 8 --minibatches 2",
-    "n-step": "--n-step 3 --replay prioritized --epsilon-start 0.0 --epsilon-end 0.0",
+    # Two steps bootstrap from states that are worth less than an action that was never tried.
+    "n-step": "--n-step 2 --replay prioritized --epsilon-start 0.0 --epsilon-end 0.0",
 }
 
 
