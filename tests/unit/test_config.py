@@ -262,6 +262,11 @@ def test_mistakes_are_one_line_with_the_remedy(argv, words):
             ["--exploration", "ladder", "--epsilon-end", "0.2", "--ladder-alpha", "3", "--optimizer", "sgd"],
             ["--epsilon-end does nothing without --exploration linear or --exploration softmax"],
         ),
+        (
+            ["--replay", "none", "--n-step", "3"],
+            ["--n-step does nothing without --replay uniform or --replay prioritized"],
+        ),
+        (["--epochs", "3"], ["--epochs does nothing without --replay none"]),
     ],
 )
 def test_settings_without_effect_are_reported(argv, lines):
@@ -273,6 +278,21 @@ def test_shards_shrink_with_the_number_of_ranks():
     check_world(config, ranks=2)
     with pytest.raises(UserError, match="300"):
         check_world(config, ranks=4)
+
+
+def test_a_run_is_longer_than_a_rollout_of_all_ranks():
+    """8 environments take 32 steps each: 256 env steps on one rank, 512 on two."""
+    config = parse(["--replay", "none", "--total-env-steps", "512"])
+    check_world(config, ranks=1)
+    with pytest.raises(UserError, match="follows a rollout of 512"):
+        check_world(config, ranks=2)
+
+
+def test_the_minibatch_follows_from_the_rollout():
+    flags = "--replay none --envs-per-rank 6 --rollout-steps 10 --minibatches 3 --batch-per-rank 7"
+    config = parse(flags.split())
+    assert config.batch_per_rank == 20
+    assert parse(["--batch-per-rank", "7"]).batch_per_rank == 7
 
 
 # What the annotations of settings declare

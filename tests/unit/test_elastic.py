@@ -244,6 +244,7 @@ def test_options_are_checked(flags, wrong):
         ("--device", "cuda"),
         ("--sync", "server"),
         ("--sync", "parameters"),
+        ("--replay", "none"),
         ("--nonsense", "1"),
     ],
 )
