@@ -45,6 +45,7 @@ NETWORKS = {
     "layer norm": Network(settings={"hidden": (32, 20), "layer_norm": True, "dueling": True}),
     "layer norm, three hidden layers": Network(FRAMES, {"hidden": (16, 12, 24), "layer_norm": True}),
     "c51": Network(settings={"hidden": (32, 20, 16), "head": "c51", "atoms": 11}),
+    "hl-gauss": Network(settings={"hidden": (32, 20), "head": "hl-gauss", "atoms": 11}),
     "qr": Network(FRAMES, {"hidden": (32, 16), "head": "qr", "quantiles": 9}),
     "munchausen": Network(settings={"hidden": (32,), "munchausen": True, "double": False}),
     "masked": Network(settings={"hidden": (32, 20)}, masked=True),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +18,14 @@ from hvdqn.losses import (
     TD_LOSSES,
     categorical_loss,
     categorical_projection,
+    gaussian_histogram,
     mask_q,
     pairwise_td_error,
     q_learning_target,
     quantile_huber_loss,
     select,
+    select_each,
 )
-from hvdqn.networks.layers import make_streams
-from hvdqn.networks.sharded import Splitter
 
 
 class Head(nn.Module, ABC):
@@ -75,9 +74,18 @@ class Head(nn.Module, ABC):
         """Return each sample's loss, and its priority in replay, which is detached from the graph. Both `[batch]`.
 
         Args:
-            output: the head's output for the action that was taken, `[batch, ...]`.
+            output: what `chosen` returned for the action that was taken, `[batch, ...]`.
             target: what the method `target` returned, `[batch, ...]`.
         """
+
+    def chosen(self, output: Tensor, action: Tensor) -> Tensor:
+        """Return what `loss` compares with the target, `[batch, ...]`: the output for the actions taken.
+
+        Args:
+            output: `[batch, actions, ...]`.
+            action: `[batch]`, or `[batch, dimensions]`.
+        """
+        return select(output, action)
 
     def loss_and_gradient(
         self, output: Tensor, action: Tensor, target: Tensor, weight: Tensor
@@ -96,7 +104,7 @@ class Head(nn.Module, ABC):
         with torch.inference_mode(False), torch.enable_grad():
             # Copies, because autograd refuses tensors that were made in inference mode.
             output, target = output.clone().requires_grad_(), target.clone()
-            losses, priorities = self.loss(select(output, action), target)
+            losses, priorities = self.loss(self.chosen(output, action), target)
             loss = torch.dot(weight, losses) / len(losses)
             (gradient,) = torch.autograd.grad(loss, output)
         return loss.detach(), priorities, gradient
@@ -197,6 +205,63 @@ class CategoricalHead(Head):
     def loss(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Return each sample's KL divergence from the target, as loss and as priority (Hessel et al. 2018)."""
         losses = categorical_loss(output, target)
+        return losses, losses.detach()
+
+
+class HLGaussHead(CategoricalHead):
+    """Predicts the probabilities of bins of returns, and learns expected returns: HL-Gauss (Imani and White 2018).
+
+    The target of Q-learning, a number, is spread over the bins by a Gaussian and learned as a classification. The
+    Q-value is the mean of the bins' centers (Farebrother et al. 2024, section 3.1). Logits cannot be averaged over
+    actions or their dimensions as Q-values can, so a target network returns Q-values `[batch, actions]` as its output.
+
+    Args:
+        streams: the layers from features to one logit per action and bin.
+        edges: the edges of the bins, evenly spaced `[bins + 1]`.
+        sigma: standard deviation of the Gaussian, in widths of a bin.
+    """
+
+    edges: Tensor
+
+    def __init__(self, streams: nn.Module, edges: Tensor, sigma: float) -> None:
+        super().__init__(streams, (edges[1:] + edges[:-1]) / 2)
+        self.register_buffer("edges", edges, persistent=False)
+        self.sigma = sigma * float(edges[1] - edges[0])
+        self.is_target = False
+
+    def become_target(self) -> None:
+        """Return Q-values from now on, in place of logits."""
+        self.is_target, self.is_streams = True, False
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map `[batch, features]` to logits `[batch, actions, bins]`; in a target network, to `[batch, actions]`."""
+        logits = super().forward(features)
+        return super().q_values(logits) if self.is_target else logits
+
+    def q_values(self, output: Tensor) -> Tensor:
+        """Return the mean of each action's distribution, `[batch, actions]`."""
+        return output if self.is_target else super().q_values(output)
+
+    def target(self, next_output: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
+        """Return the histogram of a Gaussian around reward + discount * next Q-value, `[batch, bins]`."""
+        mean = q_learning_target(reward, discount, next_output)
+        # The bins clip an infinite mean. This makes its target NaN, so the update is skipped.
+        return gaussian_histogram(mean, self.edges, self.sigma) + 0.0 * mean[:, None]
+
+    def chosen(self, output: Tensor, action: Tensor) -> Tensor:
+        """Return logits `[batch, bins]`; with several dimensions, those of each, `[batch, dimensions, bins]`."""
+        return select(output, action) if action.ndim == 1 else select_each(output, action)
+
+    def loss(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Return each sample's KL divergence from the target, as loss and as priority, as C51 does.
+
+        With several dimensions of an action, each learns the same target, as in BDQ (Tavakoli et al. 2018), and these
+        are means over dimensions.
+        """
+        if output.ndim == 2:
+            return super().loss(output, target)
+        losses, _ = super().loss(output, target[:, None].expand_as(output))
+        losses = losses.mean(dim=1)
         return losses, losses.detach()
 
 
@@ -305,38 +370,3 @@ def midpoints(count: int) -> Tensor:
 def _quantile_loss(prediction: Tensor, fraction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     td_error = pairwise_td_error(prediction, target)
     return quantile_huber_loss(td_error, fraction), td_error.detach().abs().mean(dim=(1, 2))
-
-
-def make_head(
-    config: NetworkConfig,
-    loss: str,
-    features: int,
-    hidden: Sequence[int],
-    actions: int,
-    splitter: Splitter | None = None,
-    dimensions: int = 1,
-) -> Head:
-    """Create the head that `--head` names.
-
-    Args:
-        config: the kind of head, and the options of its layers.
-        loss: name of the loss, in `losses.TD_LOSSES`; used by a scalar head only.
-        features: number of features that the torso returns.
-        hidden: number of units of each hidden layer of the head.
-        actions: number of actions, those of all dimensions together.
-        splitter: splits the layers over a group of ranks; None: they are not split.
-        dimensions: of an action, for the dueling streams.
-    """
-
-    def streams(*outputs: int) -> nn.Module:
-        return make_streams(features, hidden, actions, outputs, config, splitter, dimensions)
-
-    if config.head == "c51":
-        return CategoricalHead(
-            streams(config.atoms), torch.linspace(config.v_min, config.v_max, config.atoms)
-        )
-    if config.head == "qr":
-        return QuantileHead(streams(config.quantiles), config.quantiles)
-    if config.head == "iqn":
-        return ImplicitQuantileHead(streams(), features, config)
-    return ScalarHead(streams(), loss)

@@ -10,8 +10,16 @@ from torch import Tensor, nn
 
 from hvdqn.config import NetworkConfig
 from hvdqn.errors import UserError
-from hvdqn.networks.decoupled import make_decoupled_head
-from hvdqn.networks.heads import Head, make_head
+from hvdqn.networks.decoupled import DecoupledHead
+from hvdqn.networks.heads import (
+    CategoricalHead,
+    Head,
+    HLGaussHead,
+    ImplicitQuantileHead,
+    QuantileHead,
+    ScalarHead,
+)
+from hvdqn.networks.layers import make_streams
 from hvdqn.networks.sharded import Group, Layout, Splitter, whole_network
 from hvdqn.networks.torsos import make_torso
 
@@ -128,10 +136,50 @@ def make_network(
         raise UserError(
             f"--model-parallel {group.size} does not support actions of several dimensions; use --model-parallel 1"
         )
+    if action_shape and config.head == "c51":
+        raise UserError(
+            "--head c51 is not defined for actions of several dimensions, whose distributions have no mean on its "
+            "atoms; use --head scalar, hl-gauss, qr or iqn"
+        )
     splitter = Splitter(group, layers=len(config.hidden) + 1) if group else None
     torso, hidden = make_torso(config, frame_shape, frame_stack, is_image, splitter)
-    if action_shape:
-        head: Head = make_decoupled_head(config, loss, torso.features, hidden, actions, *action_shape)
-    else:
-        head = make_head(config, loss, torso.features, hidden, actions, splitter)
-    return QNetwork(torso, head, group)
+    (dimensions,) = action_shape or (1,)
+    head = make_head(config, loss, torso.features, hidden, dimensions * actions, dimensions, splitter)
+    return QNetwork(torso, DecoupledHead(head, dimensions) if action_shape else head, group)
+
+
+def make_head(
+    config: NetworkConfig,
+    loss: str,
+    features: int,
+    hidden: Sequence[int],
+    actions: int,
+    dimensions: int = 1,
+    splitter: Splitter | None = None,
+) -> Head:
+    """Create the head that `--head` names.
+
+    Args:
+        config: the kind of head, and the options of its layers.
+        loss: name of the loss, in `losses.TD_LOSSES`; used by a scalar head only.
+        features: number of features that the torso returns.
+        hidden: number of units of each hidden layer of the head.
+        actions: number of actions, those of all dimensions together.
+        dimensions: of an action, for the dueling streams.
+        splitter: splits the layers over a group of ranks; None: they are not split.
+    """
+
+    def streams(*outputs: int) -> nn.Module:
+        return make_streams(features, hidden, actions, outputs, config, splitter, dimensions)
+
+    if config.head == "c51":
+        support = torch.linspace(config.v_min, config.v_max, config.atoms)
+        return CategoricalHead(streams(config.atoms), support)
+    if config.head == "hl-gauss":
+        edges = torch.linspace(config.v_min, config.v_max, config.atoms + 1)
+        return HLGaussHead(streams(config.atoms), edges, config.hl_gauss_sigma)
+    if config.head == "qr":
+        return QuantileHead(streams(config.quantiles), config.quantiles)
+    if config.head == "iqn":
+        return ImplicitQuantileHead(streams(), features, config)
+    return ScalarHead(streams(), loss)

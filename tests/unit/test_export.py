@@ -87,6 +87,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "minatar": ("onnx", {"env": "MinAtar/Breakout-v1", "head": "qr", "quantiles": 25}),
     "wide": ("onnx", {"hidden": (1024, 512)}),
     "uneven dimensions": ("onnx", {"env": "tests.unit.action_envs:AdditiveUneven-v0", "dueling": True}),
+    "dimensions, hl-gauss": ("onnx", {"env": "tests.unit.action_envs:AdditiveEven-v0", "head": "hl-gauss"}),
     "a matrix of actions": ("pt2", {"env": "tests.unit.action_envs:AdditiveMatrix-v0", "head": "qr"}),
     "box actions": ("onnx", {"env": "tests.unit.action_envs:AdditiveBox-v0", "action_bins": 3}),
 }

@@ -114,7 +114,7 @@ def test_learning_lowers_the_loss_on_one_batch():
 
 
 @pytest.mark.parametrize("reward", [np.nan, np.inf])
-@pytest.mark.parametrize("head", ["scalar", "c51", "qr", "iqn"])
+@pytest.mark.parametrize("head", ["scalar", "c51", "hl-gauss", "qr", "iqn"])
 def test_the_fourth_statistic_shows_a_reward_that_is_not_finite(head, reward):
     learner = make_learner(network=NetworkConfig(hidden=(32,), **{**SMALL_HEADS, "head": head}))
     batch = make_batch()
@@ -223,7 +223,7 @@ SMALL_HEADS = {
 }
 
 
-@pytest.mark.parametrize("head", ["scalar", "c51", "qr", "iqn"])
+@pytest.mark.parametrize("head", ["scalar", "c51", "hl-gauss", "qr", "iqn"])
 def test_double_chooses_by_the_online_network_and_evaluates_by_the_target(head):
     learner = make_learner(network=NetworkConfig(hidden=(32,), head=head, **SMALL_HEADS), double=True)
     plain = make_learner(network=NetworkConfig(hidden=(32,), head=head, **SMALL_HEADS), double=False)

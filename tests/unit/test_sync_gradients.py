@@ -128,7 +128,7 @@ def part(batch, index):
     )
 
 
-@pytest.mark.parametrize("head", ["scalar", "c51", "qr", "iqn"])
+@pytest.mark.parametrize("head", ["scalar", "c51", "hl-gauss", "qr", "iqn"])
 def test_an_infinite_reward_is_skipped_whatever_the_head(head):
     """Also for C51, whose projection clips it to the last atom."""
     rank = Rank(network=NetworkConfig(hidden=(32,), **{**SMALL_HEADS, "head": head}))
