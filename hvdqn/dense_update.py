@@ -244,7 +244,7 @@ class DenseUpdate:
         return torch.from_numpy(statistics), torch.from_numpy(priorities)
 
     def load_observations(self, batch: Batch) -> None:
-        """Write the observations and the next observations into one matrix of floats; bytes are scaled to [0, 1]."""
+        """Write observations and next observations into one matrix of floats, scaled and normalized as inputs."""
         size = len(batch.action)
         if size != len(self.rows):
             inputs = int(np.prod(batch.observation.shape[1:]))
@@ -254,6 +254,9 @@ class DenseUpdate:
         self.observations[size:] = batch.next_observation.reshape(size, -1)
         if batch.observation.dtype == np.uint8:
             self.observations /= 255
+        if self.online.normalize is not None:
+            rows = torch.from_numpy(self.observations).view(2 * size, *batch.observation.shape[1:])
+            rows.copy_(self.online.normalize(rows))
 
     def td_target(self, batch: Batch, q: Array) -> Array:
         """Return the target of the outputs of the actions taken, `[batch, ...]`: see `Learner.td_target`.

@@ -138,6 +138,9 @@ class NetworkConfig:
     head: Annotated[Literal["scalar", "c51", "hl-gauss", "qr", "iqn"], FIXED] = "scalar"
     """What the network predicts of each action's return. `scalar`: the mean. `c51`: probabilities of fixed returns.
     `hl-gauss`: the mean, by classification into bins. `qr`: fixed quantiles. `iqn`: sampled quantiles."""
+    normalize_observations: Annotated[bool, FIXED] = False
+    """Vector observations: subtract their mean and divide by their standard deviation, clipped to [-10, 10]. Both are
+    those of all ranks' observations so far; evaluations do not change them."""
     dueling: Annotated[bool, FIXED] = False
     """Separate streams for value and advantages, which share all but the last hidden layer."""
     noisy: Annotated[bool, FIXED] = False

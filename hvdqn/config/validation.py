@@ -32,6 +32,11 @@ def check(config: Config) -> None:
         raise UserError(
             "--tolerate-dead-workers needs the watchdog to find them; leave --stall-timeout 0 out, or give seconds"
         )
+    if config.network.normalize_observations and config.parallel.sync == "server":
+        raise UserError(
+            "--normalize-observations does not support --sync server, whose workers would each have a mean of their "
+            "own; use --sync gradients or parameters"
+        )
     if config.learning.target_every == 0 and config.learning.target_tau == 1.0:
         raise UserError(
             "--target-every 0 would never update the target network; give env steps or a --target-tau below 1"

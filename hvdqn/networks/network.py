@@ -20,6 +20,7 @@ from hvdqn.networks.heads import (
     ScalarHead,
 )
 from hvdqn.networks.layers import make_streams
+from hvdqn.networks.normalize import Normalize
 from hvdqn.networks.sharded import Group, Layout, Splitter, whole_network
 from hvdqn.networks.torsos import make_torso
 
@@ -27,19 +28,23 @@ from hvdqn.networks.torsos import make_torso
 class QNetwork(nn.Module):
     """Maps observations to a prediction of each action's return, by a torso and a head.
 
-    It takes observations as environments return them, and calls `scale_observation` itself.
+    It takes observations as environments return them, and scales and normalizes them itself.
 
     Args:
         torso: maps float observations `[batch, ...]` to features `[batch, features]`.
         head: maps features to an output for each action.
         group: the ranks that hold the network between them; None: this rank holds all of it.
+        normalize: normalizes observations before the torso; None: they are not normalized.
     """
 
-    def __init__(self, torso: nn.Module, head: Head, group: Group | None = None) -> None:
+    def __init__(
+        self, torso: nn.Module, head: Head, group: Group | None = None, normalize: Normalize | None = None
+    ) -> None:
         super().__init__()
         self.torso = torso
         self.head = head
         self.group = group
+        self.normalize = normalize
 
     @property
     def dtype(self) -> torch.dtype:
@@ -64,15 +69,20 @@ class QNetwork(nn.Module):
 
     def forward(self, observation: Tensor) -> Tensor:
         """Map observations `[batch, ...]` to the head's output `[batch, actions, ...]`, for computing the loss."""
-        scaled = scale_observation(observation, self.dtype)
-        output: Tensor = self.head(self.torso(scaled))
-        return output.to(scaled.dtype)  # under autocast the output is bf16, too coarse for the loss
+        inputs = self.inputs(observation)
+        output: Tensor = self.head(self.torso(inputs))
+        return output.to(inputs.dtype)  # under autocast the output is bf16, too coarse for the loss
 
     def q_values(self, observation: Tensor) -> Tensor:
         """Map observations `[batch, ...]` to the expected return of each action, `[batch, *action_shape, actions]`."""
+        inputs = self.inputs(observation)
+        output = self.head.act(self.torso(inputs))
+        return self.head.q_values(output.to(inputs.dtype))
+
+    def inputs(self, observation: Tensor) -> Tensor:
+        """Return observations `[batch, ...]` as the torso takes them: scaled, and normalized if configured."""
         scaled = scale_observation(observation, self.dtype)
-        output = self.head.act(self.torso(scaled))
-        return self.head.q_values(output.to(scaled.dtype))
+        return scaled if self.normalize is None else self.normalize(scaled)
 
     def whole(self, full: Tensor) -> QNetwork:
         """Return a copy that is not split; its parameters are views of a flat tensor, in the network's order."""
@@ -93,8 +103,12 @@ class QNetwork(nn.Module):
         return {name: part.view(shapes[name]) for name, part in zip(shapes, parts, strict=True)}
 
     def target_copy(self) -> QNetwork:
-        """Return the target network: a copy with parameters of its own, which need no gradients."""
+        """Return the target network: a copy with parameters of its own, which need no gradients.
+
+        It normalizes observations by the same statistics.
+        """
         target = copy.deepcopy(self).requires_grad_(False)
+        target.normalize = self.normalize
         target.head.become_target()
         return target
 
@@ -145,7 +159,8 @@ def make_network(
     torso, hidden = make_torso(config, frame_shape, frame_stack, is_image, splitter)
     (dimensions,) = action_shape or (1,)
     head = make_head(config, loss, torso.features, hidden, dimensions * actions, dimensions, splitter)
-    return QNetwork(torso, DecoupledHead(head, dimensions) if action_shape else head, group)
+    normalize = Normalize(*frame_shape) if config.normalize_observations else None
+    return QNetwork(torso, DecoupledHead(head, dimensions) if action_shape else head, group, normalize)
 
 
 def make_head(

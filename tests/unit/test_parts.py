@@ -64,6 +64,7 @@ SWITCHES = {
     "rmsprop": "--optimizer rmsprop",
     "tau": "--target-tau 0.1",
     "bf16": "--precision bf16",
+    "normalized": "--normalize-observations",
     "mlp": "--torso mlp",
     "minatar": "--torso minatar",
     "impala": "--torso impala",
@@ -76,6 +77,7 @@ ALTERNATIVES = (
     ("noise explores", "ladder", "softmax", "noisy"),
     ("c51", "hl-gauss", "qr", "iqn"),
     ("mlp", "minatar", "impala", "centered", "own torso"),
+    *(("normalized", images) for images in ("minatar", "impala", "centered")),
 )
 REFUSED = {
     ("c51", "munchausen"): "--munchausen is not defined for --head c51",
