@@ -49,9 +49,13 @@ class DecoupledHead(Head):
         """Return the values of each dimension's actions, `[batch, D, actions]`."""
         return torch.unflatten(self.inner.q_values(output), 1, (self.dimensions, -1))
 
-    def target(self, next_output: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
+    def next_values(self, output: Tensor) -> Tensor:
+        """Return what targets bootstrap from, `[batch, D * actions, ...]`, as the inner head does."""
+        return self.inner.next_values(output)
+
+    def target(self, next_value: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
         """Return the target of the mean over dimensions, as the inner head does."""
-        return self.inner.target(next_output, reward, discount)
+        return self.inner.target(next_value, reward, discount)
 
     def chosen(self, output: Tensor, action: Tensor) -> Tensor:
         """Return the output for the actions taken, as the inner head does."""

@@ -49,21 +49,28 @@ class Head(nn.Module, ABC):
     def q_values(self, output: Tensor) -> Tensor:
         """Return the expected return of each action, `[batch, actions]`, from the head's output."""
 
+    def next_values(self, output: Tensor) -> Tensor:
+        """Return what targets bootstrap from, `[batch, actions, ...]`: by default the output itself.
+
+        It may be averaged over actions, and over dimensions of actions.
+        """
+        return output
+
     def greedy(self, output: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return the entry of each row's best legal action, `[batch, ...]`.
+        """Return the `next_values` of each row's best legal action, `[batch, ...]`.
 
         Args:
             output: `[batch, actions, ...]`.
             mask: legal actions, shaped as the Q-values; None: all are legal.
         """
-        return select(output, mask_q(self.q_values(output), mask).argmax(dim=-1))
+        return select(self.next_values(output), mask_q(self.q_values(output), mask).argmax(dim=-1))
 
     @abstractmethod
-    def target(self, next_output: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
+    def target(self, next_value: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
         """Return the learning target for the output of the action taken, `[batch, ...]`.
 
         Args:
-            next_output: the target network's output for the next observation and the action chosen there
+            next_value: the target network's `next_values` for the next observation and the action chosen there
                 `[batch, ...]`.
             reward: the (n-step) reward `[batch]`.
             discount: what the next value is multiplied by `[batch]`; 0 after a termination.
@@ -148,9 +155,9 @@ class ScalarHead(Head):
         # Not the largest masked value: in a terminal state perhaps no action is legal, and -inf times 0 is NaN.
         return output.amax(dim=1) if mask is None else super().greedy(output, mask)
 
-    def target(self, next_output: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
-        """Return the Q-learning target `reward + discount * next_output`, `[batch]`."""
-        return q_learning_target(reward, discount, next_output)
+    def target(self, next_value: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
+        """Return the Q-learning target `reward + discount * next_value`, `[batch]`."""
+        return q_learning_target(reward, discount, next_value)
 
     def loss(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Return the loss of each sample's TD error, and its absolute TD error as priority. Both `[batch]`."""
@@ -195,9 +202,9 @@ class CategoricalHead(Head):
         # A product and a sum, because autocast would compute a matrix product in bf16.
         return (functional.softmax(output, dim=2) * self.support).sum(dim=2)
 
-    def target(self, next_output: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
+    def target(self, next_value: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
         """Return the distribution of reward + discount * next return, projected onto the atoms, `[batch, atoms]`."""
-        probabilities = functional.softmax(next_output, dim=1)
+        probabilities = functional.softmax(next_value, dim=1)
         target = categorical_projection(probabilities, self.support, reward, discount)
         # The projection clips an infinite reward to the last atom. This makes its target NaN, so the update is skipped.
         return target + 0.0 * reward[:, None]
@@ -212,8 +219,7 @@ class HLGaussHead(CategoricalHead):
     """Predicts the probabilities of bins of returns, and learns expected returns: HL-Gauss (Imani and White 2018).
 
     The target of Q-learning, a number, is spread over the bins by a Gaussian and learned as a classification. The
-    Q-value is the mean of the bins' centers (Farebrother et al. 2024, section 3.1). Logits cannot be averaged over
-    actions or their dimensions as Q-values can, so a target network returns Q-values `[batch, actions]` as its output.
+    Q-value is the mean of the bins' centers (Farebrother et al. 2024, section 3.1).
 
     Args:
         streams: the layers from features to one logit per action and bin.
@@ -227,24 +233,14 @@ class HLGaussHead(CategoricalHead):
         super().__init__(streams, (edges[1:] + edges[:-1]) / 2)
         self.register_buffer("edges", edges, persistent=False)
         self.sigma = sigma * float(edges[1] - edges[0])
-        self.is_target = False
 
-    def become_target(self) -> None:
-        """Return Q-values from now on, in place of logits."""
-        self.is_target, self.is_streams = True, False
+    def next_values(self, output: Tensor) -> Tensor:
+        """Return the Q-values `[batch, actions]`: the mean of logits would be those of another distribution."""
+        return self.q_values(output)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Map `[batch, features]` to logits `[batch, actions, bins]`; in a target network, to `[batch, actions]`."""
-        logits = super().forward(features)
-        return super().q_values(logits) if self.is_target else logits
-
-    def q_values(self, output: Tensor) -> Tensor:
-        """Return the mean of each action's distribution, `[batch, actions]`."""
-        return output if self.is_target else super().q_values(output)
-
-    def target(self, next_output: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
+    def target(self, next_value: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
         """Return the histogram of a Gaussian around reward + discount * next Q-value, `[batch, bins]`."""
-        mean = q_learning_target(reward, discount, next_output)
+        mean = q_learning_target(reward, discount, next_value)
         # The bins clip an infinite mean. This makes its target NaN, so the update is skipped.
         return gaussian_histogram(mean, self.edges, self.sigma) + 0.0 * mean[:, None]
 
@@ -289,9 +285,9 @@ class QuantileHead(Head):
         """Return the mean of each action's quantiles, `[batch, actions]`."""
         return output.mean(dim=2)
 
-    def target(self, next_output: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
+    def target(self, next_value: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
         """Return reward + discount * each quantile of the next return, `[batch, quantiles]`."""
-        return q_learning_target(reward[:, None], discount[:, None], next_output)
+        return q_learning_target(reward[:, None], discount[:, None], next_value)
 
     def loss(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Return each sample's quantile loss, and as priority the mean |TD error| over all pairs of quantiles."""
@@ -340,9 +336,9 @@ class ImplicitQuantileHead(Head):
         """Return the mean of each action's quantiles, `[batch, actions]`."""
         return output[..., 0].mean(dim=2)
 
-    def target(self, next_output: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
+    def target(self, next_value: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
         """Return reward + discount * each quantile of the next return, `[batch, draws]`."""
-        return q_learning_target(reward[:, None], discount[:, None], next_output[..., 0])
+        return q_learning_target(reward[:, None], discount[:, None], next_value[..., 0])
 
     def loss(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Return each sample's quantile loss, and as priority the mean |TD error| over all pairs of quantiles."""
