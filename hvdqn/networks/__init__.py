@@ -6,6 +6,7 @@ from hvdqn.networks.heads import Head
 from hvdqn.networks.network import QNetwork, make_network
 from hvdqn.networks.passes import AutogradPasses, Passes, autograd_passes, make_passes
 from hvdqn.networks.sharded import Group, Layout, split_first
+from hvdqn.networks.spectral import spectral_layers
 from hvdqn.networks.torsos import Images
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "autograd_passes",
     "make_network",
     "make_passes",
+    "spectral_layers",
     "split_first",
 ]
