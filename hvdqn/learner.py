@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -92,6 +92,8 @@ class Learner:
 
     Attributes:
         parameters, target_parameters: all parameters of the online and of the target network, flat `[parameters]`.
+        buffers: the persistent buffers of both networks as "online.NAME" and "target.NAME"; those that the networks
+            share appear once. They change in place only.
         gradient: flat `[parameters]`; `compute_gradient` writes it, `apply_gradient` reads it.
         td_errors: the errors of the last minibatch that prioritized replay ranks transitions by `[batch]`: the second
             result of `Head.loss`.
@@ -117,6 +119,10 @@ class Learner:
         self.target = network.target_copy()
         self.parameters = flatten_parameters(network, device)
         self.target_parameters = flatten_parameters(self.target, device)
+        online, target = network.state_buffers(), self.target.state_buffers()
+        self.copied_buffers = [name for name in online if target[name] is not online[name]]
+        self.buffers = {f"online.{name}": buffer for name, buffer in online.items()}
+        self.buffers |= {f"target.{name}": target[name] for name in self.copied_buffers}
         self.dtype = self.parameters.dtype
         self.optimizer = make_optimizer(config, self.parameters, batch_factor)
         # A k times larger batch means k times fewer updates. The target must still follow as fast per env step.
@@ -295,21 +301,35 @@ class Learner:
         self.lr, self.grad_norm = lr, grad_norm
 
     def update_target(self, parameters: Tensor | None = None) -> None:
-        """Overwrite the target network with these flat parameters `[parameters]`, by default the online network's."""
-        self.target_parameters.copy_(self.parameters if parameters is None else parameters)
+        """Overwrite the target network with these flat parameters `[parameters]`, by default the online network's.
 
-    def sha256(self) -> str:
-        """Return the SHA-256 hash of the online network's parameters, in hexadecimal."""
-        return hashlib.sha256(self.parameters.cpu().numpy().tobytes()).hexdigest()
+        Its buffers become the online network's.
+        """
+        self.target_parameters.copy_(self.parameters if parameters is None else parameters)
+        for name in self.copied_buffers:
+            self.buffers[f"target.{name}"].copy_(self.buffers[f"online.{name}"])
+
+    def sha256(self, parameters: Tensor | None = None) -> str:
+        """Return the hash of these flat parameters, by default the online network's, and of its buffers."""
+        online = [buffer for name, buffer in self.buffers.items() if name.startswith("online.")]
+        return sha256([self.parameters if parameters is None else parameters, *online])
 
     def state(self) -> dict[str, Tensor]:
-        """Return the tensors for a checkpoint: both networks and the optimizer's moments; they are no copies."""
+        """Return the flat tensors for a checkpoint: both networks and the optimizer's moments; they are no copies."""
         moments = {f"optimizer.{name}": value for name, value in self.optimizer.moments().items()}
         return {"online": self.parameters, "target": self.target_parameters, **moments}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Overwrite both networks and the optimizer's moments with those that `state` returned."""
         load_tensors(self.state(), state)
+
+
+def sha256(tensors: Iterable[Tensor]) -> str:
+    """Return the SHA-256 hash of the content of these tensors, in hexadecimal."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_tensors(tensors: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:

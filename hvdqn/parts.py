@@ -20,7 +20,7 @@ from hvdqn.envs import Environments, Spaces, make_environments
 from hvdqn.errors import UserError
 from hvdqn.faults import raise_on_all_ranks
 from hvdqn.graphs import Record, Recorded, record_cuda_graph
-from hvdqn.learner import Learner
+from hvdqn.learner import Learner, load_tensors
 from hvdqn.metrics import PhaseTimer
 from hvdqn.networks import Layout, QNetwork, make_network
 from hvdqn.paths import absolute
@@ -207,6 +207,9 @@ def make_learner(
     if group is not None:
         group.peers.broadcast_(learner.parameters[:split_numel])
     comm.broadcast_(learner.parameters[split_numel:])
+    if learner.buffers:
+        on_host = {name: buffer.cpu() for name, buffer in learner.buffers.items()}
+        load_tensors(learner.buffers, comm.broadcast_object(on_host))
     learner.update_target()
     return learner
 

@@ -175,7 +175,7 @@ class CategoricalHead(Head):
     def __init__(self, streams: nn.Module, support: Tensor) -> None:
         super().__init__()
         self.streams = streams
-        self.register_buffer("support", support)
+        self.register_buffer("support", support, persistent=False)
 
     def forward(self, features: Tensor) -> Tensor:
         """Map `[batch, features]` to logits `[batch, actions, atoms]`."""
@@ -213,7 +213,7 @@ class QuantileHead(Head):
     def __init__(self, streams: nn.Module, quantiles: int) -> None:
         super().__init__()
         self.streams = streams
-        self.register_buffer("fraction", midpoints(quantiles))
+        self.register_buffer("fraction", midpoints(quantiles), persistent=False)
 
     def forward(self, features: Tensor) -> Tensor:
         """Map `[batch, features]` to quantiles `[batch, actions, quantiles]`."""
@@ -254,8 +254,9 @@ class ImplicitQuantileHead(Head):
         self.draws, self.target_draws = config.iqn_samples, config.iqn_target_samples
         self.embedding = nn.Linear(config.iqn_embedding, features)
         self.streams = streams
-        self.register_buffer("order", math.pi * torch.arange(config.iqn_embedding, dtype=torch.float32))
-        self.register_buffer("evenly", midpoints(config.iqn_policy_samples)[None])
+        order = math.pi * torch.arange(config.iqn_embedding, dtype=torch.float32)
+        self.register_buffer("order", order, persistent=False)
+        self.register_buffer("evenly", midpoints(config.iqn_policy_samples)[None], persistent=False)
 
     def forward(self, features: Tensor) -> Tensor:
         """Draw random fractions, and return each quantile with its fraction, `[batch, actions, draws, 2]`."""

@@ -45,6 +45,15 @@ class QNetwork(nn.Module):
             return sum(parameter.numel() for parameter in self.parameters())
         return Layout(self, self.group).full_numel
 
+    def state_buffers(self) -> dict[str, Tensor]:
+        """Return the persistent buffers by name: what the network knows besides its learned parameters; no copies.
+
+        Policies and checkpoints keep them. Buffers that the settings determine are registered with `persistent=False`.
+        """
+        state = self.state_dict(keep_vars=True)
+        tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+        return {name: tensor for name, tensor in tensors.items() if not isinstance(tensor, nn.Parameter)}
+
     def forward(self, observation: Tensor) -> Tensor:
         """Map observations `[batch, ...]` to the head's output `[batch, actions, ...]`, for computing the loss."""
         scaled = scale_observation(observation, self.dtype)

@@ -13,7 +13,7 @@
 
 The layers of `--hidden` follow your module, then the head. It must not contain batch norm, whose statistics would
 differ between ranks, nor other state that a forward pass changes. Tensors that are not learned must be buffers, with
-equal values on every rank.
+equal values on every rank; policies keep them, unless they are registered with `persistent=False`.
 """
 
 from __future__ import annotations
@@ -267,8 +267,7 @@ def _make_own_torso(path: str, frame_shape: Sequence[int], frame_stack: int, is_
     features = _width(module, shape, path)
     if not all(map(torch.equal, before, module.buffers())):
         raise UserError(
-            f"--torso '{path}' has buffers that a forward pass changes: ranks would differ, and checkpoints hold "
-            "learned parameters alone; leave them out"
+            f"--torso '{path}' has buffers that a forward pass changes, so that ranks would differ; leave them out"
         )
     return Torso(features, *images, module)
 
