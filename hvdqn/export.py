@@ -68,7 +68,7 @@ class ExportedPolicy(nn.Module):
             if isinstance(module, WideLinear):  # oneDNN's tensors exist on CPUs only, and not in a model
                 module.__class__ = nn.Linear  # type: ignore[assignment]
             if isinstance(module, nn.AdaptiveMaxPool2d):
-                module.__class__ = SlicedMaxPool  # type: ignore[assignment]
+                module.__class__ = SlicedMaxPool
         self.leaves = [space for _, space in leaves(policy.observation_space)]
         self.is_box = isinstance(policy.observation_space, spaces.Box)
         self.stacked = int(policy.config.environment.frame_stack > 1)

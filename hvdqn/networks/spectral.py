@@ -42,7 +42,8 @@ class SpectralConv2d(nn.Conv2d):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map planes `[batch, inputs, H, W]` to `[batch, outputs, H, W]`."""
-        return self._conv_forward(inputs, self.normalized_weight(), self.bias)
+        planes: Tensor = self._conv_forward(inputs, self.normalized_weight(), self.bias)
+        return planes
 
     def normalized_weight(self) -> Tensor:
         """Return the weight divided by sigma. Its gradient flows through sigma too, with u and v constant (eq. 12)."""

@@ -33,6 +33,10 @@ ENVIRONMENTS = {
     "native": ("--env", "CartPole-v1"),
     "sync": ("--env", "Acrobot-v1"),
     "minatar": ("--env", "MinAtar/Breakout-v1", "--hidden", "16", "--envs-per-rank", "4"),
+    "impala": (
+        *("--env", "MinAtar/Breakout-v1", "--hidden", "16", "--envs-per-rank", "4", "--replay-ratio", "1"),
+        *("--torso", "impala", "--torso-pool", "2", "--spectral-norm", "--noisy", "--head", "iqn"),
+    ),
 }
 
 
@@ -76,6 +80,7 @@ def recorded(run_dir: Path) -> list[dict[str, Any]]:
         ("mpirun", 2, "native", "prioritized", 3, [1000]),
         ("mpirun", 2, "sync", "uniform", 3, [500]),  # test_faults.py covers other launchers
         ("mpirun", 2, "minatar", "prioritized", 1, [1500]),
+        ("mpirun", 2, "impala", "prioritized", 3, [1000]),
     ],
 )
 def test_a_killed_run_ends_with_the_same_bits(
