@@ -189,7 +189,7 @@ def load(path: str | Path, trust: bool = False, device: str | torch.device = "cp
 def load_trusted(
     path: Path, trust: bool, repeated: Sequence[str], remedy: str, device: str | torch.device = "cpu"
 ) -> Policy:
-    """Do the same as `load`; also take code that the user names again, and tell a remedy. See `check_trust`."""
+    """Do the same as `load`, for a command; `check_trust` explains `repeated` and `remedy`."""
     saved = read_policy(absolute(path))
     found = code_to_import(saved.config, torso_only=saved.spaces is not None)
     check_trust(path, found, trust, repeated, remedy)

@@ -45,7 +45,7 @@ class Recorder:
         run_dir: the directory that the run is recorded in.
         parts: this rank's parts.
         checkpoints: reads and writes the checkpoints of the run.
-        stop: tells whether this rank was asked to stop; callbacks may ask for it.
+        stop: holds whether this rank was asked to stop; callbacks may ask for it.
         callbacks: are called with what is recorded.
 
     Attributes:
@@ -200,7 +200,7 @@ class Recorder:
         return True
 
     def end_episodes(self, episodes: Sequence[Episode]) -> None:
-        """Tell callbacks of the episodes of this rank that have ended; not a collective call."""
+        """Call the callbacks for the episodes of this rank that have ended; not a collective call."""
         for episode in episodes:
             if episode.info:
                 self.infos.add(episode.info)

@@ -156,7 +156,7 @@ def start_run(
         config: the checked configuration, the same on every rank.
         comm: the collectives over all ranks.
         run_dir: the directory that the run is recorded in.
-        stop: tells whether this rank received a signal to stop.
+        stop: holds whether this rank received a signal to stop.
         timer: counts this rank's seconds by phase.
         make: creates the trainer, as `make_trainer` does.
         callbacks: of the program; those of `--callback` are added.

@@ -99,7 +99,7 @@ def train_here(
     Args:
         config: settings, or a YAML file of them. By default those of `preset`, if it is among `settings`.
         env: id of the environment, or a function of a module that makes one.
-        callbacks: are told of episodes, logs, evaluations and checkpoints.
+        callbacks: called after episodes, logs, evaluations and checkpoints.
         signals: let SIGINT, SIGTERM and SIGUSR2 stop the run after a checkpoint. Only on the main thread.
         **settings: by name, as the keys of a YAML file: `total_env_steps=20_000`.
 

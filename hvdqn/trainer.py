@@ -32,7 +32,7 @@ class Trainer:
     Args:
         config: the checked configuration, the same on every rank.
         comm: the collectives over all ranks.
-        stop: tells whether this rank received a signal to stop.
+        stop: holds whether this rank received a signal to stop.
         parts: this rank's parts.
         recorder: writes metrics, evaluations and checkpoints.
     """

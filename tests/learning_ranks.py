@@ -42,6 +42,33 @@ def make_batch(size: int = 16, seed: int = 0) -> Batch:
     )
 
 
+def weighted_batch(size: int, shape: tuple[int, ...], actions: int, rng: np.random.Generator) -> Batch:
+    """Return a random minibatch with terminations and importance weights; observations of three axes are images."""
+
+    def observations() -> np.ndarray:
+        if len(shape) == 3:
+            return rng.integers(256, size=(size, *shape)).astype(np.uint8)
+        return rng.normal(size=(size, *shape)).astype(np.float32)
+
+    return Batch(
+        observation=observations(),
+        action=rng.integers(actions, size=size),
+        reward=rng.normal(size=size).astype(np.float32) * 3,
+        next_observation=observations(),
+        discount=np.where(rng.random(size) < 0.2, 0, 0.97).astype(np.float32),
+        weight=rng.uniform(0.1, 1, size).astype(np.float32),
+        row_ids=np.arange(size),
+    )
+
+
+def share(batch: Batch, index: int, of: int) -> Batch:
+    """Return one of `of` equal shares of a minibatch."""
+    size = len(batch.reward)
+    rows = slice(index * size // of, (index + 1) * size // of)
+    fields = [getattr(batch, name) for name in Batch.__slots__]
+    return Batch(*(None if field is None else field[rows] for field in fields))
+
+
 def nan_batch(seed: int) -> Batch:
     """Return a random minibatch with one reward that is NaN."""
     batch = make_batch(seed=seed)

@@ -18,7 +18,7 @@ from hvdqn.errors import NonFiniteError
 from hvdqn.networks import QNetwork, make_network
 from hvdqn.replay import Batch
 from hvdqn.sync import RankGroup
-from tests.learning_ranks import LearningRank
+from tests.learning_ranks import LearningRank, share, weighted_batch
 
 GLOBAL_BATCH, ACTIONS, STEPS = 24, 4, 20
 VECTOR, FRAMES = (6,), (10, 10, 4)
@@ -68,34 +68,13 @@ def config_of(network: Network, ranks: int) -> Config:
 
 def make_batch(network: Network, seed: int) -> Batch:
     """Return a global minibatch, the same on every rank, with terminations and importance weights."""
-    rng, shape = np.random.default_rng(seed), network.shape
-
-    def observations() -> np.ndarray:
-        if shape == FRAMES:
-            return rng.integers(256, size=(GLOBAL_BATCH, *shape)).astype(np.uint8)
-        return rng.normal(size=(GLOBAL_BATCH, *shape)).astype(np.float32)
-
-    batch = Batch(
-        observation=observations(),
-        action=rng.integers(ACTIONS, size=GLOBAL_BATCH),
-        reward=rng.normal(size=GLOBAL_BATCH).astype(np.float32) * 3,
-        next_observation=observations(),
-        discount=np.where(rng.random(GLOBAL_BATCH) < 0.2, 0, 0.97).astype(np.float32),
-        weight=rng.uniform(0.1, 1, GLOBAL_BATCH).astype(np.float32),
-        row_ids=np.arange(GLOBAL_BATCH),
-    )
+    rng = np.random.default_rng(seed)
+    batch = weighted_batch(GLOBAL_BATCH, network.shape, ACTIONS, rng)
     if network.masked:
         batch.action_mask, batch.next_action_mask = rng.random((2, GLOBAL_BATCH, ACTIONS)) < 0.5
         batch.action_mask[batch.row_ids, batch.action] = True
         batch.next_action_mask[batch.row_ids, rng.integers(ACTIONS, size=GLOBAL_BATCH)] = True
     return batch
-
-
-def share(batch: Batch, index: int, of: int) -> Batch:
-    """Return one of equal shares of a minibatch."""
-    rows = slice(index * GLOBAL_BATCH // of, (index + 1) * GLOBAL_BATCH // of)
-    fields = [getattr(batch, name) for name in Batch.__slots__]
-    return Batch(*(None if field is None else field[rows] for field in fields))
 
 
 def build(network: Network, group: RankGroup | None, seed: int = 5) -> QNetwork:

@@ -1,4 +1,4 @@
-"""What the ranks of one host share: memory, and pipes that tell when it may be read.
+"""What the ranks of one host share: memory, and pipes that signal when it may be read.
 
 Memory order: a rank writes a message into shared memory and then a byte into a pipe; another rank reads the byte and
 then the message. The kernel copies the byte in and out under the lock of the pipe. The writer releases that lock after

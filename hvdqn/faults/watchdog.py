@@ -84,7 +84,7 @@ class Watchdog:
         timer: this rank's phases; a change of phase is progress.
         timeout_seconds: maximum time without progress; 0 disables the watchdog.
         exit_code: the exit code of a job that the watchdog ends.
-        stop: tells whether this rank was asked to stop.
+        stop: holds whether this rank was asked to stop.
     """
 
     def __init__(

@@ -93,7 +93,7 @@ def make_transitions(
 
 
 def share(lengths: list[int], index: int, envs: int, of: int) -> list[list[int]]:
-    """Deal segments over the rings of all ranks, each to the ring that has fewest transitions so far.
+    """Divide segments among the rings of all ranks, each to the ring that has the fewest transitions so far.
 
     Args:
         lengths: of all segments.
@@ -119,9 +119,9 @@ def fill(replay: Replay, known: Transitions, index: int, of: int, clip_rewards: 
     Rings that are too short keep the newest ones. Call `Replay.start` before the first env step.
     """
     segments = known.segments()
-    dealt = share([end - first for first, end in segments], index, replay.envs, of)
-    rows = [[row for number in ring for row in range(*segments[number])] for ring in dealt]
-    last = {segments[number][1] - 1 for ring in dealt for number in ring}
+    shares = share([end - first for first, end in segments], index, replay.envs, of)
+    rows = [[row for number in ring for row in range(*segments[number])] for ring in shares]
+    last = {segments[number][1] - 1 for ring in shares for number in ring}
     first = np.array([ring[0] if ring else 0 for ring in rows])
     replay.start(known.observation[first])
     reward = np.clip(known.reward, -1.0, 1.0) if clip_rewards else known.reward

@@ -68,11 +68,7 @@ class Gradients(Strategy):
 
     def wait(self) -> Outcome:
         """Wait for the average and take the step; skip it on all ranks alike if it is not finite."""
-        self.timer.start("comm")
-        if self.handle is not None:
-            self.handle.wait()
-            self.handle = None
-        self.timer.start("optimizer")
+        self._wait_for_sum()
         received = self.trailer.unpack()
         assert received.present > 0, "an update is due, but no rank has anything to learn from"
         applied = all(map(math.isfinite, received.slots[FINITE])) and self.learner.apply_gradient(
@@ -101,6 +97,14 @@ class Gradients(Strategy):
     def expected_traffic(self) -> tuple[float, float]:
         """Return how many messages and bytes one rank should send per update."""
         return 1.0, float(self.message.nbytes)
+
+    def _wait_for_sum(self) -> None:
+        """Wait until the message holds the sum over all ranks."""
+        self.timer.start("comm")
+        if self.handle is not None:
+            self.handle.wait()
+            self.handle = None
+        self.timer.start("optimizer")
 
     def _outcome(self, received: Received, applied: bool) -> Outcome:
         """Return the averaged statistics of this update; end the run if too many in a row were skipped.

@@ -36,11 +36,7 @@ class RecordedGradients(Gradients):
 
     def wait(self) -> Outcome:
         """Wait for the average and take the step; skip it on all ranks alike if it is not finite."""
-        self.timer.start("comm")
-        if self.handle is not None:
-            self.handle.wait()
-            self.handle = None
-        self.timer.start("optimizer")
+        self._wait_for_sum()
         learner = self.learner
         lr = learning_rate(learner.config, learner.batch_factor, self.progress)
         (norm,) = self.step(torch.full((), lr, device=learner.device))

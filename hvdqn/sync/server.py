@@ -334,9 +334,9 @@ class Server(Strategy):
         self.sent_bytes += sent.nbytes
 
     def _send_failure(self, answered: set[int]) -> None:
-        """Tell every worker that too many updates were skipped, so that all ranks end together; then raise.
+        """Answer every worker that too many updates were skipped, so that all ranks end together; then raise.
 
-        Workers in `answered` are not told again. Raises NonFiniteError, always.
+        Workers in `answered` get no second answer. Raises NonFiniteError, always.
         """
         while not answered >= self.workers:
             worker = self._next_worker()

@@ -18,7 +18,6 @@ from hvdqn.learner import Learner
 from hvdqn.metrics import PhaseTimer
 from hvdqn.networks import Layout, QNetwork
 from hvdqn.sync.gradients import Gradients
-from hvdqn.sync.statistics import Outcome
 from hvdqn.sync.strategy import minority
 
 
@@ -140,9 +139,8 @@ class ShardedGradients(Gradients):
         group: the ranks that hold the network.
     """
 
-    slots = (
-        3  # between those of `Gradients` is the loss, which tells whose minibatch made a group's gradient NaN
-    )
+    slots = 3
+    """Between those of `Gradients` is the loss, which shows whose minibatch made the gradient of a group NaN."""
 
     def __init__(
         self, learner: Learner, comm: Comm, timer: PhaseTimer, max_skipped_updates: int, group: RankGroup
@@ -177,14 +175,6 @@ class ShardedGradients(Gradients):
         if self.peers.size > 1:
             self.split_handle = self.peers.allreduce_sum_async(self.split_gradient, name="split gradient")
         self.handle = self.comm.allreduce_sum_async(self.message, name="gradient")
-
-    def wait(self) -> Outcome:
-        """Wait for the averages and take the step; skip it on all ranks alike if they are not finite."""
-        self.timer.start("comm")
-        if self.split_handle is not None:
-            self.split_handle.wait()
-            self.split_handle = None
-        return super().wait()
 
     def update_target(self) -> list[int]:
         """Copy the weights of the first rank that holds each part to all target networks; compare them."""
@@ -244,6 +234,14 @@ class ShardedGradients(Gradients):
     def close(self) -> None:
         """Leave the groups; a collective call."""
         self.group.close()
+
+    def _wait_for_sum(self) -> None:
+        """Wait until the split parameters' gradient and the message hold their sums."""
+        self.timer.start("comm")
+        if self.split_handle is not None:
+            self.split_handle.wait()
+            self.split_handle = None
+        super()._wait_for_sum()
 
     def _message_bytes(self) -> int:
         return self.message.nbytes + (self.split_gradient.nbytes if self.peers.size > 1 else 0)

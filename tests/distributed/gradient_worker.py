@@ -21,7 +21,7 @@ from hvdqn.networks import make_network
 from hvdqn.replay import Batch
 from hvdqn.sync.statistics import LEARNED
 from hvdqn.trainer import Trainer
-from tests.learning_ranks import LearningRank
+from tests.learning_ranks import LearningRank, share, weighted_batch
 
 GLOBAL_BATCH = 48
 ACTIONS = 5
@@ -30,29 +30,8 @@ VECTOR, FRAMES = (6,), (10, 10, 4)
 
 
 def make_batch(shape: tuple[int, ...]) -> Batch:
-    """Return the global batch, the same on every rank, with terminations, n-step discounts, importance weights."""
-    rng = np.random.default_rng(7)
-
-    def observations() -> np.ndarray:
-        if shape == FRAMES:
-            return rng.integers(256, size=(GLOBAL_BATCH, *shape)).astype(np.uint8)
-        return rng.normal(size=(GLOBAL_BATCH, *shape)).astype(np.float32)
-
-    return Batch(
-        observation=observations(),
-        action=rng.integers(ACTIONS, size=GLOBAL_BATCH),
-        reward=rng.normal(size=GLOBAL_BATCH).astype(np.float32) * 3,
-        next_observation=observations(),
-        discount=np.where(rng.random(GLOBAL_BATCH) < 0.2, 0, 0.97).astype(np.float32),
-        weight=rng.uniform(0.1, 1, GLOBAL_BATCH).astype(np.float32),
-        row_ids=np.arange(GLOBAL_BATCH),
-    )
-
-
-def shard(batch: Batch, rank: int, size: int) -> Batch:
-    """Return this rank's share of the batch."""
-    share = slice(rank * GLOBAL_BATCH // size, (rank + 1) * GLOBAL_BATCH // size)
-    return Batch(*(getattr(batch, name)[share] for name in Batch.__slots__ if "mask" not in name))
+    """Return the global batch, the same on every rank."""
+    return weighted_batch(GLOBAL_BATCH, shape, ACTIONS, np.random.default_rng(7))
 
 
 def make_rank(
@@ -80,7 +59,7 @@ def check_gradient(comm: Comm, shape: tuple[int, ...], dtype: torch.dtype) -> No
     shared = make_rank(comm, shape, dtype, comm.rank)
     assert torch.equal(shared.learner.parameters, alone.learner.parameters)
     alone.update(batch)
-    shared.update(shard(batch, comm.rank, comm.size))
+    shared.update(share(batch, comm.rank, comm.size))
     gradient, expected = shared.learner.gradient, alone.learner.gradient
     assert gradient.dtype == dtype
     # Where the terms of a sum cancel, the rest has a large relative error: hence the largest entry sets the scale.
@@ -98,7 +77,7 @@ def check_parameters(comm: Comm, dtype: torch.dtype) -> None:
     """
     # Without importance weights: `parameters` divides by the largest of the update before, `gradients` of this one.
     batch = replace(make_batch(VECTOR), weight=np.ones(GLOBAL_BATCH, np.float32))
-    batch = shard(batch, comm.rank, comm.size)
+    batch = share(batch, comm.rank, comm.size)
     strategies = (("gradients", 1), ("parameters", 1), ("parameters", 3))
     ranks = [make_rank(comm, VECTOR, dtype, comm.rank, sync, every) for sync, every in strategies]
     gradients, every_update, every_third = (rank.learner for rank in ranks)

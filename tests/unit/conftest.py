@@ -1,21 +1,9 @@
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 from hvdqn import logs
-
-
-@pytest.fixture(autouse=True)
-def _restore_signal_handlers() -> Iterator[None]:
-    """Restore the signal handlers that training in this process replaces."""
-    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)

@@ -431,7 +431,9 @@ def devices(
     ],
     ids=["all see all", "each sees its own", "two hosts, in turn", "more ranks than GPUs", "one for all"],
 )
-def test_gpus_are_dealt_to_the_ranks_that_see_them(seen, numbers, sharing, monkeypatch: pytest.MonkeyPatch):
+def test_gpus_are_assigned_to_the_ranks_that_see_them(
+    seen, numbers, sharing, monkeypatch: pytest.MonkeyPatch
+):
     expected = [(torch.device("cuda", number), ranks) for number, ranks in zip(numbers, sharing, strict=True)]
     assert devices(seen, monkeypatch) == expected
     if max(sharing) == 1:

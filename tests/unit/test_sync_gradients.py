@@ -19,6 +19,7 @@ from hvdqn.parts import batch_factor, build_parts
 from hvdqn.sync import Outcome, Totals, make_strategy
 from hvdqn.sync.statistics import LEARNED, REPORTED, STATISTICS
 from hvdqn.trainer import Trainer
+from tests.learning_ranks import share
 from tests.ranks import run_ranks
 from tests.unit.test_learner import SMALL_HEADS, make_batch, make_learner, weighted
 
@@ -106,7 +107,7 @@ def test_ranks_learn_as_one_learner_with_the_global_batch(size):
     for seed in range(5):
         whole = make_batch(16 * size, seed=seed)
         for index, rank in enumerate(ranks):
-            rank.launch(part(whole, index))
+            rank.launch(share(whole, index, size))
         assert [rank.wait().updates for rank in ranks] == [1] * size
         alone.update(whole)
     for rank in ranks:
@@ -117,14 +118,6 @@ def test_ranks_learn_as_one_learner_with_the_global_batch(size):
     found = ranks[0].totals.pop()
     assert {name: found[name] for name in LEARNED} == pytest.approx(
         {name: expected[name] for name in LEARNED}
-    )
-
-
-def part(batch, index):
-    """Return 16 consecutive transitions of a larger minibatch."""
-    arrays = {name: getattr(batch, name) for name in batch.__slots__}  # without masks, theirs are None
-    return type(batch)(
-        **{name: a if a is None else a[16 * index : 16 * (index + 1)] for name, a in arrays.items()}
     )
 
 

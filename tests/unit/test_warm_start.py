@@ -107,11 +107,11 @@ def test_frame_stacks_and_returns_do_not_cross_episodes() -> None:
     ) + (not ends[-1])
 
 
-def test_segments_are_dealt_evenly() -> None:
+def test_segments_are_shared_evenly() -> None:
     lengths = [5, 3, 4, 1, 1, 6, 2]
-    dealt = [ring for index in range(2) for ring in share(lengths, index, 2, 2)]
-    assert sorted(number for ring in dealt for number in ring) == list(range(7))
-    filled = [sum(lengths[number] for number in ring) for ring in dealt]
+    shares = [ring for index in range(2) for ring in share(lengths, index, 2, 2)]
+    assert sorted(number for ring in shares for number in ring) == list(range(7))
+    filled = [sum(lengths[number] for number in ring) for ring in shares]
     assert max(filled) - min(filled) <= max(lengths)
     assert share([7], 0, 2, 1) == [[0], []]
 
