@@ -138,8 +138,8 @@ def test_it_equals_spectral_norm_of_torch() -> None:
 
 def test_the_gradient_flows_through_sigma() -> None:
     """Against finite differences, and against (G - <G, W> / sigma u v^T) / sigma (Miyato et al. 2018, eq. 12)."""
-    conv = layer()
-    images = torch.rand(2, 3, 4, 4, dtype=torch.float64)
+    conv = layer(2, 3)
+    images = torch.rand(2, 2, 3, 3, dtype=torch.float64)
 
     def output(weight: torch.Tensor) -> torch.Tensor:
         return torch.func.functional_call(conv, {"weight": weight}, (images,))
