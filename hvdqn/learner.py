@@ -236,14 +236,15 @@ class Learner:
             if next_mask is not None:
                 next_q = mask_q(next_q, next_mask)
             next_action = next_q.argmax(dim=-1)
-            return head.target(select(next_output, next_action), reward, discount)
+            return head.target(select(head.next_values(next_output), next_action), reward, discount)
         # With n-step returns, Munchausen's bonus covers only the first action: a minibatch does not hold the
         # observations of the others.
         q = mask_q(self.target_passes.q_values(observation), mask)
         temperature = config.munchausen_temperature * head.dimensions
         bonus = munchausen_bonus(q, action, config.munchausen_alpha, temperature, config.munchausen_clip)
         policy, entropy = soft_policy(mask_q(head.q_values(next_output), next_mask), temperature)
-        return head.target(expectation(next_output, policy), reward + bonus + discount * entropy, discount)
+        next_value = expectation(head.next_values(next_output), policy)
+        return head.target(next_value, reward + bonus + discount * entropy, discount)
 
     def apply_gradient(self, progress: float, largest_weight: float = 1.0, scale: float = 1.0) -> bool:
         """Clip `gradient` and take an optimizer step, unless the gradient is not finite.

@@ -158,14 +158,16 @@ def _saved(path: Path, part: Any) -> SavedPolicy:
     return SavedPolicy(path, config, about["env_steps"], spaces_of(about), part)
 
 
-def load_parameters(network: QNetwork, saved: SavedPolicy, remedy: str, only: str = "") -> None:
+def load_parameters(
+    network: QNetwork, saved: SavedPolicy, remedy: str, only: str | tuple[str, ...] = ""
+) -> None:
     """Load the parameters and buffers of a policy into a network.
 
     Args:
         network: whose parameters and buffers are overwritten; buffers that the policy lacks stay.
         saved: the policy.
         remedy: what to do if the network is another one, for the message.
-        only: load only parameters whose name begins like this.
+        only: load only parameters and buffers whose name begins like this, or like one of these.
 
     Raises:
         UserError: the network has other parameters, or spectral normalization where the policy has none.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hvdqn.networks.heads import Head
 from hvdqn.networks.network import QNetwork, make_network
+from hvdqn.networks.normalize import Normalize
 from hvdqn.networks.passes import AutogradPasses, Passes, autograd_passes, make_passes
 from hvdqn.networks.sharded import Group, Layout, split_first
 from hvdqn.networks.spectral import spectral_layers
@@ -15,6 +16,7 @@ __all__ = [
     "Head",
     "Images",
     "Layout",
+    "Normalize",
     "Passes",
     "QNetwork",
     "autograd_passes",

@@ -97,10 +97,11 @@ class Parameters(Strategy):
         if learner.target_tau < 1.0:
             self.averaged.append(learner.target_parameters)
         self.averaged += [layer.u for layer in learner.spectral]
-        sizes = [*(tensor.numel() for tensor in self.averaged), Trailer.length(comm.size, SLOTS)]
+        normalize = learner.online.normalize
+        sizes = [*(tensor.numel() for tensor in self.averaged), Trailer.length(comm.size, SLOTS, normalize)]
         self.message = torch.zeros(sum(sizes), dtype=learner.dtype, device=learner.device)
         *self.parts, trailer = torch.split(self.message, sizes)
-        self.trailer = Trailer(trailer, comm.rank, comm.size, SLOTS)
+        self.trailer = Trailer(trailer, comm.rank, comm.size, SLOTS, normalize)
         # All ranks must divide by the same largest importance weight, or samples of one rank would count more than
         # another's. Ranks learn each other's largest only with a trailer, so they divide by that of the last trailer.
         self.largest_weight = torch.zeros(1, dtype=torch.float64)

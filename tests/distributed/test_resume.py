@@ -32,6 +32,7 @@ SETTINGS = (
 ENVIRONMENTS = {
     "native": ("--env", "CartPole-v1"),
     "sync": ("--env", "Acrobot-v1"),
+    "normalized": ("--env", "Acrobot-v1", "--normalize-observations"),
     "minatar": ("--env", "MinAtar/Breakout-v1", "--hidden", "16", "--envs-per-rank", "4"),
     "impala": (
         *("--env", "MinAtar/Breakout-v1", "--hidden", "16", "--envs-per-rank", "4", "--replay-ratio", "1"),
@@ -78,7 +79,7 @@ def recorded(run_dir: Path) -> list[dict[str, Any]]:
         ("python", 1, "sync", "prioritized", 1, [500]),
         ("python", 1, "minatar", "uniform", 3, [1000]),
         ("mpirun", 2, "native", "prioritized", 3, [1000]),
-        ("mpirun", 2, "sync", "uniform", 3, [500]),  # test_faults.py covers other launchers
+        ("mpirun", 2, "normalized", "uniform", 3, [500]),  # test_faults.py covers other launchers
         ("mpirun", 2, "minatar", "prioritized", 1, [1500]),
         ("mpirun", 2, "impala", "prioritized", 3, [1000]),
     ],
