@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hvdqn.config import LearningConfig
 from hvdqn.dense_update import DenseUpdate
 from hvdqn.losses import expectation, mask_q, munchausen_bonus, select, soft_policy
-from hvdqn.networks import QNetwork, autograd_passes, split_first
+from hvdqn.networks import QNetwork, autograd_passes, spectral_layers, split_first
 from hvdqn.optimizers import SGD, Adam, Optimizer, RMSProp
 from hvdqn.replay import Batch
 
@@ -101,6 +101,8 @@ class Learner:
         grad_norm: the gradient's norm at the last step, before clipping.
         target_tau: the share by which the target network moves toward the online one at every update; 1: it does not
             move, and `update_target` copies it.
+        spectral: the layers with spectral normalization in the networks whose weights change at every update. They
+            take a power iteration whenever the weights have changed.
     """
 
     def __init__(
@@ -127,6 +129,8 @@ class Learner:
         self.optimizer = make_optimizer(config, self.parameters, batch_factor)
         # A k times larger batch means k times fewer updates. The target must still follow as fast per env step.
         self.target_tau = 1.0 - (1.0 - config.target_tau) ** batch_factor
+        changing = (network,) if self.target_tau == 1.0 else (network, self.target)
+        self.spectral = [layer for each in changing for layer in spectral_layers(each)]
         self.passes, self.target_passes = (autograd_passes(each, autocast) for each in (network, self.target))
         self.move = partial(Tensor.to, device=device, non_blocking=True)
         self.td_errors = torch.empty(0)
@@ -269,6 +273,8 @@ class Learner:
             self.optimizer.step(self.gradient, self.lr)
             if self.target_tau < 1.0:
                 self.target_parameters.lerp_(self.parameters, self.target_tau)
+            for layer in self.spectral:
+                layer.power_iteration()
         return True
 
     def apply_gradient_on_device(
@@ -295,6 +301,8 @@ class Learner:
             if self.target_tau < 1.0:
                 followed = (self.target_tau * (1.0 - skip)).to(self.dtype)
                 self.target_parameters.lerp_(self.parameters, followed)
+            for layer in self.spectral:
+                layer.power_iteration((1.0 - skip).to(self.dtype))
         return norm
 
     def log_step(self, lr: float, grad_norm: float) -> None:
@@ -304,10 +312,10 @@ class Learner:
     def update_target(self, parameters: Tensor | None = None) -> None:
         """Overwrite the target network with these flat parameters `[parameters]`, by default the online network's.
 
-        Its buffers become the online network's.
+        Its buffers become the online network's, unless it moves at every update: then they move with it.
         """
         self.target_parameters.copy_(self.parameters if parameters is None else parameters)
-        for name in self.copied_buffers:
+        for name in self.copied_buffers if self.target_tau == 1.0 else ():
             self.buffers[f"target.{name}"].copy_(self.buffers[f"online.{name}"])
 
     def sha256(self, parameters: Tensor | None = None) -> str:

@@ -24,7 +24,7 @@ from hvdqn.config import Config, check_saved
 from hvdqn.envs import Spaces, make_space
 from hvdqn.errors import UserError
 from hvdqn.links import follow_link
-from hvdqn.networks import QNetwork
+from hvdqn.networks import QNetwork, spectral_layers
 
 POLICY = "policy"
 """Name of the part that holds the online network, and of the entry in it that is no tensor."""
@@ -170,8 +170,10 @@ def load_parameters(
         only: load only parameters and buffers whose name begins like this, or like one of these.
 
     Raises:
-        UserError: the network has other parameters.
+        UserError: the network has other parameters, or spectral normalization where the policy has none.
     """
+    if spectral_layers(network) and not saved.config.network.spectral_norm:
+        raise UserError(f"'{saved.path}' has no --spectral-norm, and the network has; {remedy}")
     kept = {name: buffer for name, buffer in network.state_buffers().items() if name in saved.parameters}
     every = {**dict(network.named_parameters()), **kept}
     own = {name: tensor for name, tensor in every.items() if name.startswith(only)}

@@ -47,6 +47,7 @@ NEEDS_SCHEDULE = Needs("exploration", "linear", "softmax")
 NEEDS_LOCKSTEP = Needs("sync", "gradients", "parameters")
 NEEDS_ATOMS = Needs("head", "c51", "hl-gauss")
 NEEDS_ADAPTIVE = Needs("optimizer", "adam", "rmsprop")
+NEEDS_IMPALA = Needs("torso", "impala")
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,12 @@ class NetworkConfig:
     """`mlp`, `nature`, `impala`, `minatar`, or `module:attribute`: your own class, called with the shape of one
     observation. `auto`: mlp for vectors and for images narrower than 3 pixels, nature for large
     images, minatar for small ones."""
+    torso_width: Annotated[Count, NEEDS_IMPALA, FIXED] = 1
+    """impala: multiplies the number of filters of every convolution."""
+    torso_pool: Annotated[CountOrZero, NEEDS_IMPALA, FIXED] = 0
+    """impala: max-pool the last planes to this many rows and columns, whatever the size of images; 0: do not pool."""
+    spectral_norm: Annotated[bool, NEEDS_IMPALA, FIXED] = False
+    """impala: divide the weight of each convolution in residual blocks by its largest singular value."""
     hidden: Annotated[tuple[int, ...], Range("at least 1 unit in every layer", low=1), FIXED] = (120, 84)
     """Units of the fully connected layers (after the convolutions, if any)."""
     head: Annotated[Literal["scalar", "c51", "hl-gauss", "qr", "iqn"], FIXED] = "scalar"

@@ -7,6 +7,7 @@ from hvdqn.networks.network import QNetwork, make_network
 from hvdqn.networks.normalize import Normalize
 from hvdqn.networks.passes import AutogradPasses, Passes, autograd_passes, make_passes
 from hvdqn.networks.sharded import Group, Layout, split_first
+from hvdqn.networks.spectral import spectral_layers
 from hvdqn.networks.torsos import Images
 
 __all__ = [
@@ -21,5 +22,6 @@ __all__ = [
     "autograd_passes",
     "make_network",
     "make_passes",
+    "spectral_layers",
     "split_first",
 ]

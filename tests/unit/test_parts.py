@@ -68,6 +68,7 @@ SWITCHES = {
     "mlp": "--torso mlp",
     "minatar": "--torso minatar",
     "impala": "--torso impala",
+    "spectral": "--torso impala --spectral-norm --torso-width 2 --torso-pool 1",
     "centered": "--torso minatar --center-images",
     "own torso": "--torso tests.unit.test_parts:Own",
 }
@@ -76,8 +77,8 @@ ALTERNATIVES = (
     ("double", "no double", "munchausen"),
     ("noise explores", "ladder", "softmax", "noisy"),
     ("c51", "hl-gauss", "qr", "iqn"),
-    ("mlp", "minatar", "impala", "centered", "own torso"),
-    *(("normalized", images) for images in ("minatar", "impala", "centered")),
+    ("mlp", "minatar", "impala", "spectral", "centered", "own torso"),
+    *(("normalized", images) for images in ("minatar", "impala", "spectral", "centered")),
 )
 REFUSED = {
     ("c51", "munchausen"): "--munchausen is not defined for --head c51",
@@ -156,7 +157,7 @@ def test_any_two_switches(pair):
         with pytest.raises(UserError, match=reason):
             parse([*TINY, *argv])
         return
-    images = {"minatar", "impala", "centered"} & set(pair)
+    images = {"minatar", "impala", "spectral", "centered"} & set(pair)
     learn([*(IMAGE if images else VECTOR), *argv])
 
 
@@ -305,7 +306,7 @@ def test_joined_presets_take_what_is_tuned_for_the_two():
     assert both.network.head == "c51"
 
 
-@pytest.mark.parametrize("algorithm", ["dqn", "double-dueling", "rainbow", "iqn", "m-iqn"])
+@pytest.mark.parametrize("algorithm", ["dqn", "double-dueling", "rainbow", "iqn", "m-iqn", "btr"])
 @pytest.mark.parametrize("first", [True, False])
 def test_algorithms_join_environments_in_any_order(algorithm, first):
     """Neither touches what the other is about: the parts are the algorithm's, but for what both together name."""
