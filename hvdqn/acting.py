@@ -13,7 +13,7 @@ from torch import Tensor
 from hvdqn.config import ExplorationConfig
 from hvdqn.envs import Environments, Step, draw_legal
 from hvdqn.graphs import Record, Recorded
-from hvdqn.networks import QNetwork, make_passes
+from hvdqn.networks import Normalize, QNetwork, make_passes
 from hvdqn.step import Bools
 
 
@@ -234,6 +234,7 @@ class Actor:
         temperature: temperature of the softmax from which actions are drawn; 0: greedy actions.
         repeat: the exponent in `RandomActions`.
         record: records the network's forward pass as a CUDA graph; None: do not record it.
+        normalize: collects the observations of training; None: they are not collected.
     """
 
     def __init__(
@@ -246,8 +247,9 @@ class Actor:
         temperature: float = 0.0,
         repeat: float = 0.0,
         record: Record | None = None,
+        normalize: Normalize | None = None,
     ) -> None:
-        self.envs, self.frame_stack = envs, frame_stack
+        self.envs, self.frame_stack, self.normalize = envs, frame_stack, normalize
         self.passes = make_passes(network)
         self.rng, self.device, self.temperature = rng, device, temperature
         self.q_values = Recorded(self._q_values, record, device) if record else self._q_values
@@ -264,6 +266,8 @@ class Actor:
             The first observations `[envs, *shape]`, without frame stack.
         """
         first = self.envs.reset(seed)
+        if self.normalize is not None:
+            self.normalize.observe(first)
         self.frames = self._stack(first)
         self.random.interrupt(np.ones(self.envs.num_envs, np.bool_))
         return first
@@ -306,21 +310,30 @@ class Actor:
     def receive(self) -> Step:
         """Wait for the env step that `send` began, add its frames to the stacks, and return it."""
         step = self.envs.receive()
+        if self.normalize is not None:
+            self.normalize.observe(step.next_observation[step.valid])
+            self.normalize.observe(step.observation[step.fresh])
         self.frames.push(step.observation, step.fresh)
         self.random.interrupt(step.fresh)
         return step
 
     def state(self) -> dict[str, Any]:
-        """Return plain data for a checkpoint: exploration, frame stacks, and environments (None if not savable)."""
+        """Return plain data for a checkpoint; the state of environments that cannot be saved is None.
+
+        `observed` are those observations that are in no statistics yet; None if observations are not normalized.
+        """
         return {
             "random": self.random.state(),
             "frames": self.frames.frames,
             "environments": self.envs.state(),
+            "observed": self.normalize.state() if self.normalize else None,
         }
 
     def load_state(self, state: Mapping[str, Any]) -> bool:
         """Restore what `state` returned; return False if environments must begin new episodes (call `start`)."""
         self.random.load_state(state["random"])
+        if self.normalize is not None:
+            self.normalize.load_state(state["observed"])
         if state["environments"] is None:
             return False
         try:

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -21,10 +22,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hvdqn.config import LearningConfig
-from hvdqn.losses import categorical_loss, huber_derivative, pairwise_td_error, scaled_log_policy
+from hvdqn.losses import (
+    categorical_loss,
+    gaussian_histogram,
+    huber_derivative,
+    pairwise_td_error,
+    scaled_log_policy,
+)
 from hvdqn.networks import QNetwork
 from hvdqn.networks.dense import DenseNetwork
-from hvdqn.networks.heads import CategoricalHead, Head, QuantileHead, ScalarHead
+from hvdqn.networks.heads import CategoricalHead, Head, HLGaussHead, QuantileHead, ScalarHead
 from hvdqn.replay import Batch
 
 Array: TypeAlias = NDArray[Any]
@@ -44,20 +51,27 @@ class Losses(NamedTuple):
     """Of each loss with respect to its `value`, shaped as that."""
 
 
-class DenseHead(Protocol):
+class DenseHead(ABC):
     """What an update must know of a head."""
 
+    @abstractmethod
     def q_values(self, output: Array) -> Array:
         """Return the expected return of each action, `[rows, actions]`."""
 
+    def next_values(self, output: Array) -> Array:
+        """Return what targets bootstrap from, as `Head.next_values` does: by default the output itself."""
+        return output
+
+    @abstractmethod
     def target(self, next_value: Array, reward: Array, discount: Array) -> Array:
         """Return what the value of the action taken should have been, as `Head.target` does."""
 
+    @abstractmethod
     def losses(self, value: Array, target: Array) -> Losses:
         """Return what `Head.loss` returns, and the derivative of the losses."""
 
 
-class DenseScalar:
+class DenseScalar(DenseHead):
     """The equations of `ScalarHead`."""
 
     def __init__(self, head: ScalarHead) -> None:
@@ -80,7 +94,7 @@ class DenseScalar:
         return Losses(losses.numpy(), np.abs(d), derivative.numpy())
 
 
-class DenseCategorical:
+class DenseCategorical(DenseHead):
     """The equations of `CategoricalHead`."""
 
     def __init__(self, head: CategoricalHead) -> None:
@@ -121,7 +135,26 @@ class DenseCategorical:
         return Losses(losses, losses, _softmax(value) - target)
 
 
-class DenseQuantile:
+class DenseHLGauss(DenseCategorical):
+    """The equations of `HLGaussHead`."""
+
+    def __init__(self, head: HLGaussHead) -> None:
+        super().__init__(head)
+        self.edges, self.sigma = head.edges, head.sigma
+
+    def next_values(self, output: Array) -> Array:
+        """Return the mean of each distribution, `[...]`."""
+        return self.q_values(output)
+
+    def target(self, next_value: Array, reward: Array, discount: Array) -> Array:
+        """Return the histogram of a Gaussian around r + discount * Q(s', a'), `[batch, bins]`."""
+        mean = reward + discount * next_value
+        histogram = gaussian_histogram(torch.from_numpy(mean), self.edges, self.sigma).numpy()
+        target: Array = histogram + 0.0 * mean[:, None]  # as in `HLGaussHead.target`
+        return target
+
+
+class DenseQuantile(DenseHead):
     """The equations of `QuantileHead`."""
 
     def __init__(self, head: QuantileHead) -> None:
@@ -158,6 +191,8 @@ def dense_head(head: Head) -> DenseHead | None:
         return DenseScalar(head)
     if type(head) is CategoricalHead:
         return DenseCategorical(head)
+    if type(head) is HLGaussHead:
+        return DenseHLGauss(head)
     if type(head) is QuantileHead:
         return DenseQuantile(head)
     return None
@@ -232,7 +267,8 @@ class DenseUpdate:
             if len(batch.next_observation):
                 target = self.td_target(batch, q)
             else:  # discount is 0, so that the value beside it does not matter
-                target = head.target(output[self.rows, action], batch.reward, batch.discount)
+                value = head.next_values(output[self.rows, action])
+                target = head.target(value, batch.reward, batch.discount)
             losses, priorities, derivative = head.losses(output[self.rows, action], target)
             mean_weight = np.asarray(batch.weight, self.dtype) * (1.0 / size)
             slope = np.zeros((size, *output.shape[1:]), self.dtype)
@@ -248,7 +284,7 @@ class DenseUpdate:
         return torch.from_numpy(statistics), torch.from_numpy(priorities)
 
     def load_observations(self, batch: Batch) -> None:
-        """Write the observations and the next observations into one matrix of floats; bytes are scaled to [0, 1]."""
+        """Write observations and next observations into one matrix of floats, scaled and normalized as inputs."""
         size, inputs = len(batch.action), math.prod(batch.observation.shape[1:])
         if size != len(self.rows):
             self.rows = np.arange(size)
@@ -257,6 +293,11 @@ class DenseUpdate:
         self.observations[size:] = batch.next_observation.reshape(len(self.observations) - size, inputs)
         if batch.observation.dtype == np.uint8:
             self.observations /= 255
+        if self.online.normalize is not None:
+            rows = torch.from_numpy(self.observations).view(
+                len(self.observations), *batch.observation.shape[1:]
+            )
+            rows.copy_(self.online.normalize(rows))
 
     def td_target(self, batch: Batch, q: Array) -> Array:
         """Return the target of the outputs of the actions taken, `[batch, ...]`: see `Learner.td_target`.
@@ -270,7 +311,8 @@ class DenseUpdate:
         if not config.munchausen:
             next_output, _ = self.target.forward(self.observations[size:])
             next_action = (q[size:] if self.double else head.q_values(next_output)).argmax(axis=1)
-            return head.target(next_output[self.rows, next_action], reward, discount)
+            chosen = next_output[self.rows, next_action]
+            return head.target(head.next_values(chosen), reward, discount)
         output, _ = self.target.forward(self.observations)
         temperature = config.munchausen_temperature
         # tau log pi of both states; it is never above 0.
@@ -279,7 +321,7 @@ class DenseUpdate:
         log_policy = log_policy[size:]
         policy = np.exp(log_policy / temperature)
         entropy = -np.einsum("ba,ba->b", policy, log_policy)
-        next_value: Array = np.einsum("ba...,ba->b...", output[size:], policy)
+        next_value: Array = np.einsum("ba...,ba->b...", head.next_values(output[size:]), policy)
         return head.target(
             next_value, reward + config.munchausen_alpha * bonus + discount * entropy, discount
         )

@@ -67,6 +67,8 @@ class ExportedPolicy(nn.Module):
         for module in self.network.modules():
             if isinstance(module, WideLinear):  # oneDNN's tensors exist on CPUs only, and not in a model
                 module.__class__ = nn.Linear  # type: ignore[assignment]
+            if isinstance(module, nn.AdaptiveMaxPool2d):
+                module.__class__ = SlicedMaxPool
         self.leaves = [space for _, space in leaves(policy.observation_space)]
         self.is_box = isinstance(policy.observation_space, spaces.Box)
         self.stacked = int(policy.config.environment.frame_stack > 1)
@@ -101,6 +103,21 @@ class ExportedPolicy(nn.Module):
                 [functional.one_hot(c, n) for c, n in zip(columns, sizes, strict=True)], lead
             ).to(self.dtype)
         return part.flatten(lead).to(self.dtype) if part.ndim > lead else part.unsqueeze(lead).to(self.dtype)
+
+
+class SlicedMaxPool(nn.AdaptiveMaxPool2d):
+    """Computes adaptive max-pooling as the largest numbers of slices, because ONNX has no such operation."""
+
+    def forward(self, planes: Tensor) -> Tensor:
+        """Map planes `[batch, channels, H, W]` to `[batch, channels, *output_size]`."""
+        sizes = self.output_size if isinstance(self.output_size, tuple) else (self.output_size,) * 2
+        for dim, size in zip((2, 3), sizes, strict=True):
+            if size is not None:  # it stands for the size of the input
+                n = planes.shape[dim]
+                slices = [(i * n // size, -(-(i + 1) * n // size)) for i in range(size)]
+                largest = [planes.narrow(dim, start, end - start).amax(dim) for start, end in slices]
+                planes = torch.stack(largest, dim)
+        return planes
 
 
 def _tensor(array: NDArray[Any] | None) -> Tensor | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hvdqn.config import LearningConfig
 from hvdqn.dense_update import DenseUpdate
 from hvdqn.losses import expectation, mask_q, munchausen_bonus, select, soft_policy
-from hvdqn.networks import QNetwork, autograd_passes, split_first
+from hvdqn.networks import QNetwork, autograd_passes, spectral_layers, split_first
 from hvdqn.optimizers import SGD, Adam, Optimizer, RAdam, RMSProp
 from hvdqn.replay import Batch
 
@@ -94,6 +94,8 @@ class Learner:
 
     Attributes:
         parameters, target_parameters: all parameters of the online and of the target network, flat `[parameters]`.
+        buffers: the persistent buffers of both networks as "online.NAME" and "target.NAME"; those that the networks
+            share appear once. They change in place only.
         gradient: flat `[parameters]`; `compute_gradient` writes it, `apply_gradient` reads it.
         td_errors: the errors of the last minibatch that prioritized replay ranks transitions by `[batch]`: the second
             result of `Head.loss`.
@@ -101,6 +103,8 @@ class Learner:
         grad_norm: the gradient's norm at the last step, before clipping.
         target_tau: the share by which the target network moves toward the online one at every update; 1: it does not
             move, and `update_target` copies it.
+        spectral: the layers with spectral normalization in the networks whose weights change at every update. They
+            take a power iteration whenever the weights have changed.
     """
 
     def __init__(
@@ -119,10 +123,16 @@ class Learner:
         self.target = network.target_copy()
         self.parameters = flatten_parameters(network, device)
         self.target_parameters = flatten_parameters(self.target, device)
+        online, target = network.state_buffers(), self.target.state_buffers()
+        self.copied_buffers = [name for name in online if target[name] is not online[name]]
+        self.buffers = {f"online.{name}": buffer for name, buffer in online.items()}
+        self.buffers |= {f"target.{name}": target[name] for name in self.copied_buffers}
         self.dtype = self.parameters.dtype
         self.optimizer = make_optimizer(config, self.parameters, batch_factor)
         # A k times larger batch means k times fewer updates. The target must still follow as fast per env step.
         self.target_tau = 1.0 - (1.0 - config.target_tau) ** batch_factor
+        changing = (network,) if self.target_tau == 1.0 else (network, self.target)
+        self.spectral = [layer for each in changing for layer in spectral_layers(each)]
         self.passes, self.target_passes = (autograd_passes(each, autocast) for each in (network, self.target))
         self.move = partial(Tensor.to, device=device, non_blocking=True)
         self.td_errors = torch.empty(0)
@@ -197,7 +207,7 @@ class Learner:
                 target = self.td_target(observation, action, reward, next_observation, discount, *masks)
             output, tape = self.passes.forward(observation)
             if not bootstraps:  # discount is 0, so that the value beside it does not matter
-                target = head.target(select(output, action), reward, discount)
+                target = head.target(select(head.next_values(output), action), reward, discount)
             loss, td_errors, slope = head.loss_and_gradient(output, action, target, weight)
             # Scaling `slope`, the small gradient with respect to the output, is cheaper than scaling the gradient.
             self.passes.backward(tape, slope if self.gradient_scale == 1.0 else slope * self.gradient_scale)
@@ -231,14 +241,15 @@ class Learner:
             if next_mask is not None:
                 next_q = mask_q(next_q, next_mask)
             next_action = next_q.argmax(dim=-1)
-            return head.target(select(next_output, next_action), reward, discount)
+            return head.target(select(head.next_values(next_output), next_action), reward, discount)
         # With n-step returns, Munchausen's bonus covers only the first action: a minibatch does not hold the
         # observations of the others.
         q = mask_q(self.target_passes.q_values(observation), mask)
         temperature = config.munchausen_temperature * head.dimensions
         bonus = munchausen_bonus(q, action, config.munchausen_alpha, temperature, config.munchausen_clip)
         policy, entropy = soft_policy(mask_q(head.q_values(next_output), next_mask), temperature)
-        return head.target(expectation(next_output, policy), reward + bonus + discount * entropy, discount)
+        next_value = expectation(head.next_values(next_output), policy)
+        return head.target(next_value, reward + bonus + discount * entropy, discount)
 
     def apply_gradient(self, progress: float, largest_weight: float = 1.0, scale: float = 1.0) -> bool:
         """Clip `gradient` and take an optimizer step, unless the gradient is not finite.
@@ -267,6 +278,8 @@ class Learner:
             self.optimizer.step(self.gradient, self.lr)
             if self.target_tau < 1.0:
                 self.target_parameters.lerp_(self.parameters, self.target_tau)
+            for layer in self.spectral:
+                layer.power_iteration()
         return True
 
     def apply_gradient_on_device(
@@ -293,6 +306,8 @@ class Learner:
             if self.target_tau < 1.0:
                 followed = (self.target_tau * (1.0 - skip)).to(self.dtype)
                 self.target_parameters.lerp_(self.parameters, followed)
+            for layer in self.spectral:
+                layer.power_iteration((1.0 - skip).to(self.dtype))
         return norm
 
     def log_step(self, lr: float, grad_norm: float) -> None:
@@ -300,21 +315,35 @@ class Learner:
         self.lr, self.grad_norm = lr, grad_norm
 
     def update_target(self, parameters: Tensor | None = None) -> None:
-        """Overwrite the target network with these flat parameters `[parameters]`, by default the online network's."""
-        self.target_parameters.copy_(self.parameters if parameters is None else parameters)
+        """Overwrite the target network with these flat parameters `[parameters]`, by default the online network's.
 
-    def sha256(self) -> str:
-        """Return the SHA-256 hash of the online network's parameters, in hexadecimal."""
-        return hashlib.sha256(self.parameters.cpu().numpy().tobytes()).hexdigest()
+        Its buffers become the online network's, unless it moves at every update: then they move with it.
+        """
+        self.target_parameters.copy_(self.parameters if parameters is None else parameters)
+        for name in self.copied_buffers if self.target_tau == 1.0 else ():
+            self.buffers[f"target.{name}"].copy_(self.buffers[f"online.{name}"])
+
+    def sha256(self, parameters: Tensor | None = None) -> str:
+        """Return the hash of these flat parameters, by default the online network's, and of its buffers."""
+        online = [buffer for name, buffer in self.buffers.items() if name.startswith("online.")]
+        return sha256([self.parameters if parameters is None else parameters, *online])
 
     def state(self) -> dict[str, Tensor]:
-        """Return the tensors for a checkpoint: both networks and the optimizer's moments; they are no copies."""
+        """Return the flat tensors for a checkpoint: both networks and the optimizer's moments; they are no copies."""
         moments = {f"optimizer.{name}": value for name, value in self.optimizer.moments().items()}
         return {"online": self.parameters, "target": self.target_parameters, **moments}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Overwrite both networks and the optimizer's moments with those that `state` returned."""
         load_tensors(self.state(), state)
+
+
+def sha256(tensors: Iterable[Tensor]) -> str:
+    """Return the SHA-256 hash of the content of these tensors, in hexadecimal."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_tensors(tensors: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:

@@ -28,10 +28,15 @@ def select(values: Tensor, action: Tensor) -> Tensor:
     """
     assert values.shape[0] == action.shape[0]
     if action.ndim == 2:
-        each = select(values.reshape(action.numel(), -1, *values.shape[2:]), action.flatten())
-        return each.view(*action.shape, *values.shape[2:]).mean(dim=1)
+        return select_each(values, action).mean(dim=1)
     index = action.view(-1, *[1] * (values.ndim - 1)).expand(-1, 1, *values.shape[2:])
     return values.gather(1, index).squeeze(1)
+
+
+def select_each(values: Tensor, action: Tensor) -> Tensor:
+    """Return what `select` averages over the dimensions of actions, `[batch, dimensions, ...]`."""
+    each = select(values.reshape(action.numel(), -1, *values.shape[2:]), action.flatten())
+    return each.view(*action.shape, *values.shape[2:])
 
 
 def mask_q(q: Tensor, mask: Tensor | None) -> Tensor:
@@ -151,8 +156,26 @@ def categorical_projection(
     return torch.bmm(probabilities[:, None], minus_share)[:, 0].neg_()
 
 
+def gaussian_histogram(mean: Tensor, edges: Tensor, sigma: float) -> Tensor:
+    """Return the probability of each bin under a Gaussian around each mean, `[batch, bins]` (Imani and White 2018).
+
+        p_i = (Phi(e_{i+1}) - Phi(e_i)) / (Phi(e_bins) - Phi(e_0)),   Phi(e) = CDF of N(mean, sigma) at e
+
+    It is the Gaussian truncated to the bins, as in Farebrother et al. 2024 ("Stop Regressing"), section 3.1. A mean
+    outside of the bins is moved to their first or last edge, as C51 clips returns.
+
+    Args:
+        mean: y `[batch]`.
+        edges: e, the edges of the bins, ascending `[bins + 1]`.
+        sigma: standard deviation of the Gaussian, in units of return.
+    """
+    inside = mean.clamp(edges[0], edges[-1])
+    cdf: Tensor = torch.special.ndtr((edges - inside[:, None]) / sigma)
+    return cdf.diff(dim=1) / (cdf[:, -1:] - cdf[:, :1])
+
+
 def categorical_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Return the KL divergence of the predicted from the target distribution, `[batch]` (Bellemare et al. 2017).
+    """Return the KL divergence of the predicted from the target distribution, `[...]` (Bellemare et al. 2017).
 
         D_KL(target || softmax(logits)) = sum_i target_i (log target_i - log softmax(logits)_i)
 
@@ -160,11 +183,11 @@ def categorical_loss(logits: Tensor, target: Tensor) -> Tensor:
     prioritized replay can use it as a priority (Hessel et al. 2018).
 
     Args:
-        logits: the predicted distribution, before the softmax `[batch, atoms]`.
-        target: the probabilities of the target distribution `[batch, atoms]`.
+        logits: the predicted distribution, before the softmax `[..., atoms]`.
+        target: the probabilities of the target distribution `[..., atoms]`.
     """
     assert logits.shape == target.shape
-    return functional.kl_div(functional.log_softmax(logits, dim=1), target, reduction="none").sum(dim=1)
+    return functional.kl_div(functional.log_softmax(logits, dim=-1), target, reduction="none").sum(dim=-1)
 
 
 def pairwise_td_error(prediction: Tensor, target: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from hvdqn.envs import Environments, Spaces, make_environments
 from hvdqn.errors import UserError
 from hvdqn.faults import raise_on_all_ranks
 from hvdqn.graphs import Record, Recorded, record_cuda_graph
-from hvdqn.learner import Learner
+from hvdqn.learner import Learner, load_tensors
 from hvdqn.metrics import PhaseTimer
 from hvdqn.networks import Layout, QNetwork, make_network
 from hvdqn.paths import absolute
@@ -140,15 +140,21 @@ def first_network(config: Config, spaces: Spaces, source: str, group: RankGroup 
     """Make the network of a run, and load the weights of the run or checkpoint `source`, if there is one.
 
     Raises:
-        UserError: the weights cannot be read, or belong to another network.
+        UserError: observations cannot be normalized, or the weights cannot be read or belong to another network.
     """
+    if config.network.normalize_observations and not spaces.are_numbers:
+        raise UserError(
+            "--normalize-observations is for vectors of numbers, and these observations are images or one-hot vectors; "
+            "leave it out"
+        )
     network = network_for(config, spaces, group)
     if source:
         torso = config.run.init_torso_only
         remedy = (
             "give its settings of the torso" if torso else "give its network's settings, or --init-torso-only"
         )
-        load_parameters(network, read_policy(absolute(source)), remedy, only="torso." if torso else "")
+        only = ("torso.", "normalize.") if torso else ""
+        load_parameters(network, read_policy(absolute(source)), remedy, only)
     return network
 
 
@@ -214,6 +220,9 @@ def make_learner(
     if group is not None:
         group.peers.broadcast_(learner.parameters[:split_numel])
     comm.broadcast_(learner.parameters[split_numel:])
+    if learner.buffers:
+        on_host = {name: buffer.cpu() for name, buffer in learner.buffers.items()}
+        load_tensors(learner.buffers, comm.broadcast_object(on_host))
     learner.update_target()
     return learner
 
@@ -231,7 +240,8 @@ def make_actor(
     temperature = config.exploration.temperature if softmax else 0.0
     repeat = config.exploration.epsilon_repeat
     stack = config.environment.frame_stack
-    return Actor(envs, network, stack, rng, device, temperature, repeat, recording(config))
+    record = recording(config)
+    return Actor(envs, network, stack, rng, device, temperature, repeat, record, network.normalize)
 
 
 def make_clock(config: Config, role: Role, size: int) -> Clock:

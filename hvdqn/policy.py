@@ -117,8 +117,7 @@ class Policy:
         Raises:
             OSError: the file cannot be written.
         """
-        parameters = dict(self.network.named_parameters())
-        write_part(absolute(path), policy_part(parameters, self.config, self.spaces, self.env_steps))
+        write_part(absolute(path), policy_part(self.network, self.config, self.spaces, self.env_steps))
 
     def _stacked(self, inputs: NDArray[Any], remember: bool) -> NDArray[Any]:
         """Return inputs `[batch, *shape]` and the frames before them `[batch, depth, *shape]`, if there is a stack."""

@@ -254,9 +254,8 @@ class Recorder:
         network = self.parts.strategy.whole_network()
         if self.comm.rank > 0:
             return {}
-        parameters = {name: parameter.detach() for name, parameter in network.named_parameters()}
         env_steps = self.parts.clock.env_steps
-        return {POLICY: policy_part(parameters, self.config, self.parts.spaces, env_steps, **more)}
+        return {POLICY: policy_part(network, self.config, self.parts.spaces, env_steps, **more)}
 
     def write_checkpoint(self, parts: Mapping[str, Any], best: bool = False) -> bool:
         """Write a checkpoint; return False if that failed, which is counted and logged but does not end the run.

@@ -45,7 +45,9 @@ NETWORKS = {
     "layer norm": Network(settings={"hidden": (32, 20), "layer_norm": True, "dueling": True}),
     "layer norm, three hidden layers": Network(FRAMES, {"hidden": (16, 12, 24), "layer_norm": True}),
     "c51": Network(settings={"hidden": (32, 20, 16), "head": "c51", "atoms": 11}),
+    "hl-gauss": Network(settings={"hidden": (32, 20), "head": "hl-gauss", "atoms": 11}),
     "qr": Network(FRAMES, {"hidden": (32, 16), "head": "qr", "quantiles": 9}),
+    "normalized": Network(settings={"hidden": (32, 20), "normalize_observations": True}),
     "munchausen": Network(settings={"hidden": (32,), "munchausen": True, "double": False}),
     "masked": Network(settings={"hidden": (32, 20)}, masked=True),
     "masked munchausen": Network(
@@ -82,7 +84,7 @@ def build(network: Network, group: RankGroup | None, seed: int = 5) -> QNetwork:
     config = config_of(network, 1)
     with _seeding:
         torch.manual_seed(seed)
-        return make_network(
+        made = make_network(
             config.network,
             config.learning.loss,
             network.shape,
@@ -91,6 +93,10 @@ def build(network: Network, group: RankGroup | None, seed: int = 5) -> QNetwork:
             actions=ACTIONS,
             group=group,
         )
+    if made.normalize is not None:
+        made.normalize.observe(3 + np.random.default_rng(0).normal(size=(50, *network.shape)))
+        made.normalize.merge(made.normalize.pop_sums())
+    return made
 
 
 def make_rank(network: Network, comm: Comm, group: RankGroup | None, dtype: torch.dtype) -> LearningRank:

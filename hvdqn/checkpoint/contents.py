@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hvdqn.checkpoint.files import BrokenCheckpointError
 from hvdqn.comm import Comm
+from hvdqn.learner import load_tensors
 from hvdqn.networks import QNetwork
 from hvdqn.rank import Parts
 from hvdqn.seeds import torch_state
@@ -46,10 +47,11 @@ def shared_state(parts: Parts, totals: Totals, progress: Progress) -> dict[str, 
     Its tensors are those of the parts, not copies. It is equal on all ranks, but where ranks hold one network between
     them, only rank 0 gets the networks.
     """
-    strategy = parts.strategy
+    strategy, buffers = parts.strategy, parts.learner.buffers
     carried = {f"sync.{name}": tensor for name, tensor in strategy.state().items()}
     return {
         "learner": {**strategy.learner_state(), **carried},
+        **({"buffers": buffers} if buffers else {}),
         "counters": {
             **totals.counters(),
             "skipped_in_a_row": strategy.skipped_in_a_row,
@@ -76,6 +78,9 @@ def load_shared_state(
     carried = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
     counters, strategy = state["counters"], parts.strategy
     strategy.load_learner_state(tensors)
+    if "buffers" in state:
+        buffers = {name: torch.as_tensor(values) for name, values in state["buffers"].items()}
+        load_tensors(parts.learner.buffers, buffers)
     strategy.load_state(carried)
     totals.load_counters(counters)
     strategy.skipped_in_a_row = counters["skipped_in_a_row"]

@@ -1,7 +1,7 @@
-"""The policy file of a checkpoint: the parameters of the online network by name, and what it takes to act with them.
+"""The policy file of a checkpoint: the online network's parameters by name, and what it takes to act with them.
 
-`policy.safetensors` holds one tensor for each parameter. Its metadata hold, as JSON, the settings of the run and the
-spaces of its environments, so that the file alone is a policy: it may be copied anywhere.
+`policy.safetensors` holds one tensor for each parameter and each persistent buffer. Its metadata hold, as JSON, the
+settings of the run and the spaces of its environments, so that the file alone is a policy: it may be copied anywhere.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from hvdqn import __version__
 from hvdqn.checkpoint.contents import LEARNER, check_learner
@@ -24,6 +24,7 @@ from hvdqn.config import Config, check_saved
 from hvdqn.envs import Spaces, make_space
 from hvdqn.errors import UserError
 from hvdqn.links import follow_link
+from hvdqn.networks import QNetwork, spectral_layers
 
 POLICY = "policy"
 """Name of the part that holds the online network, and of the entry in it that is no tensor."""
@@ -35,7 +36,7 @@ class SavedPolicy:
 
     Attributes:
         path: of the file or the checkpoint.
-        parameters: of the online network, by name.
+        parameters: those of the online network and its persistent buffers, by name.
         config: settings of the run.
         spaces: of its environments; None in checkpoints of version 0.1.
         env_steps: at which it was saved.
@@ -51,12 +52,12 @@ class SavedPolicy:
 
 
 def policy_part(
-    parameters: Mapping[str, Tensor], config: Config, spaces: Spaces, env_steps: int, **more: Any
+    network: QNetwork, config: Config, spaces: Spaces, env_steps: int, **more: Any
 ) -> dict[str, Any]:
     """Return the content of a policy file.
 
     Args:
-        parameters: of the online network, by name. They are not copied.
+        network: the online network. Its tensors are not copied.
         config: settings of the run.
         spaces: of its environments.
         env_steps: of the run so far.
@@ -69,7 +70,8 @@ def policy_part(
         "spaces": spaces._asdict(),
         **more,
     }
-    return {**parameters, POLICY: about}
+    parameters = {name: parameter.detach() for name, parameter in network.named_parameters()}
+    return {**parameters, **network.state_buffers(), POLICY: about}
 
 
 def check_policy(part: Any, path: object) -> None:
@@ -82,8 +84,8 @@ def check_policy(part: Any, path: object) -> None:
     if not isinstance(about, dict) or len(part) < 2:
         raise BrokenCheckpointError(f"{path} holds no policy")
     for name, values in part.items():
-        if name != POLICY and not (isinstance(values, np.ndarray) and values.dtype.kind == "f"):
-            raise BrokenCheckpointError(f"{path}: {name} is no array of floats")
+        if name != POLICY and not (isinstance(values, np.ndarray) and values.dtype.kind in "fiub"):
+            raise BrokenCheckpointError(f"{path}: {name} is no array of numbers")
     try:
         check_saved(about["config"])
         if type(about["env_steps"]) is not int:
@@ -156,19 +158,25 @@ def _saved(path: Path, part: Any) -> SavedPolicy:
     return SavedPolicy(path, config, about["env_steps"], spaces_of(about), part)
 
 
-def load_parameters(network: nn.Module, saved: SavedPolicy, remedy: str, only: str = "") -> None:
-    """Load the parameters of a policy into a network.
+def load_parameters(
+    network: QNetwork, saved: SavedPolicy, remedy: str, only: str | tuple[str, ...] = ""
+) -> None:
+    """Load the parameters and buffers of a policy into a network.
 
     Args:
-        network: whose parameters are overwritten.
+        network: whose parameters and buffers are overwritten; buffers that the policy lacks stay.
         saved: the policy.
         remedy: what to do if the network is another one, for the message.
-        only: load only parameters whose name begins like this.
+        only: load only parameters and buffers whose name begins like this, or like one of these.
 
     Raises:
-        UserError: the network has other parameters.
+        UserError: the network has other parameters, or spectral normalization where the policy has none.
     """
-    own = {name: tensor for name, tensor in network.named_parameters() if name.startswith(only)}
+    if spectral_layers(network) and not saved.config.network.spectral_norm:
+        raise UserError(f"'{saved.path}' has no --spectral-norm, and the network has; {remedy}")
+    kept = {name: buffer for name, buffer in network.state_buffers().items() if name in saved.parameters}
+    every = {**dict(network.named_parameters()), **kept}
+    own = {name: tensor for name, tensor in every.items() if name.startswith(only)}
     if saved.flat is not None:
         expected = sum(tensor.numel() for tensor in own.values())
         if only or saved.flat.size != expected:

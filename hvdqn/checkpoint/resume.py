@@ -270,8 +270,9 @@ def _read_shared(parts: Parts, checkpoint: Checkpoint) -> dict[str, Any]:
         UserError: the network of the checkpoint is another one.
     """
     shared: dict[str, Any] = checkpoint.read(LEARNER)
+    no_parameters = {POLICY, *parts.learner.online.state_buffers()}
     named = (
-        {name: array for name, array in checkpoint.read(POLICY).items() if name != POLICY}
+        {name: array for name, array in checkpoint.read(POLICY).items() if name not in no_parameters}
         if checkpoint.has_names
         else {}
     )

@@ -29,6 +29,11 @@ SHARED_MEMORY = Path("/dev/shm")
 # How long a waiting rank yields its core to others before it sleeps. To wake it takes the kernel about as long, but
 # a core that is needed elsewhere is soon free.
 YIELD_SECONDS = 2e-4
+# A yield that takes longer than this let another process run. The kernel charges a rank that yields for the rest of its
+# time slice, so that on a busy core it falls behind; a rank that sleeps runs as soon as a signal arrives. So the rank
+# stops yielding for BUSY_SECONDS.
+SLOW_YIELD_SECONDS = 1e-4
+BUSY_SECONDS = 1.0
 # How often a sleeping rank looks whether the rank that it waits for is alive.
 ALIVE_MS = 1000
 
@@ -46,7 +51,7 @@ class Signals:
     """
 
     def __init__(self, folder: Path, index: int, size: int) -> None:
-        self.index, self.size = index, size
+        self.index, self.size, self._busy_until = index, size, 0.0
         self.others = [peer for peer in range(size) if peer != index]
         self._received = [
             bytearray(256) for _ in range(size)
@@ -96,7 +101,7 @@ class Signals:
             received[signal] -= 1
 
     def _read(self, peer: int) -> bytes:
-        """Return the signals from a rank, at least one: yield at first, then sleep."""
+        """Return the signals from a rank, at least one: yield at first, then sleep; on a busy core, only sleep."""
         pipe, until = self._pipes_from[peer], 0.0
         while True:
             try:
@@ -104,8 +109,11 @@ class Signals:
             except BlockingIOError:
                 now = time.perf_counter()
                 until = until or now + YIELD_SECONDS
-                if now < until:
+                if self._busy_until <= now < until:
                     os.sched_yield()
+                    after = time.perf_counter()
+                    if after - now > SLOW_YIELD_SECONDS:
+                        self._busy_until = after + BUSY_SECONDS
                 elif not self._sleepers[peer].poll(ALIVE_MS):
                     self._check_alive()
 

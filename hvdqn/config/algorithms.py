@@ -85,6 +85,27 @@ ALGORITHMS: Mapping[str, Mapping[str, Any]] = {
         "exploration": "softmax",
         "temperature": 0.03,
     },
+    # Clark et al. 2025 (Beyond The Rainbow), table D6. Noise and epsilon-greedy explore together. The table has no
+    # exponent of importance weights, so that is `rainbow`'s.
+    "btr": {
+        **IQN,
+        "iqn_samples": 8,
+        "iqn_target_samples": 8,
+        "iqn_policy_samples": 8,
+        "munchausen": True,
+        "munchausen_alpha": 0.9,
+        "munchausen_temperature": 0.03,
+        "munchausen_clip": -1.0,
+        "dueling": True,
+        "noisy": True,
+        "noisy_sigma": 0.5,
+        "n_step": 3,
+        "replay": "prioritized",
+        "priority_alpha": 0.2,
+        "priority_beta": 0.4,
+        "gamma": 0.997,
+        "max_grad_norm": 10.0,
+    },
 }  # fmt: skip
 
 # Settings of an environment and an algorithm together: the best learning rate of an algorithm depends on both.
@@ -153,5 +174,23 @@ JOINED: Mapping[tuple[str, str], Mapping[str, Any]] = {
         "learning_starts": 20_000,
         "target_every": 8_000,
         "exploration_env_steps": 250_000,
+    },
+    # Clark et al. 2025, table D6: an update of 256 transitions every 64 env steps, a target update every 500 updates,
+    # epsilon falls within 8M frames (it is off after 100M there), and epsilon of Adam is 0.005 / batch.
+    ("atari", "btr"): {
+        "envs_per_rank": 64,
+        "torso": "impala",
+        "torso_width": 2,
+        "torso_pool": 6,
+        "spectral_norm": True,
+        "replay_capacity": 1_048_576,
+        "learning_starts": 200_000,
+        "replay_ratio": 4.0,
+        "batch_per_rank": 256,
+        "lr": 1e-4,
+        "optimizer_eps": 1.953125e-5,
+        "target_every": 32_000,
+        "exploration_env_steps": 2_000_000,
+        "epsilon_end": 0.01,
     },
 }  # fmt: skip

@@ -45,7 +45,9 @@ Share = Annotated[float, between(0, 1)]
 Positive = Annotated[float, above(0)]
 NEEDS_SCHEDULE = Needs("exploration", "linear", "softmax")
 NEEDS_LOCKSTEP = Needs("sync", "gradients", "parameters")
+NEEDS_ATOMS = Needs("head", "c51", "hl-gauss")
 NEEDS_ADAPTIVE = Needs("optimizer", "adam", "radam", "rmsprop")
+NEEDS_IMPALA = Needs("torso", "impala")
 NEEDS_REPLAY = Needs("replay", "uniform", "prioritized")
 NEEDS_ROLLOUT = Needs("replay", "none")
 
@@ -143,11 +145,20 @@ class NetworkConfig:
     """`mlp`, `nature`, `impala`, `minatar`, or `module:attribute`: your own class, called with the shape of one
     observation. `auto`: mlp for vectors and for images narrower than 3 pixels, nature for large
     images, minatar for small ones."""
+    torso_width: Annotated[Count, NEEDS_IMPALA, FIXED] = 1
+    """impala: multiplies the number of filters of every convolution."""
+    torso_pool: Annotated[CountOrZero, NEEDS_IMPALA, FIXED] = 0
+    """impala: max-pool the last planes to this many rows and columns, whatever the size of images; 0: do not pool."""
+    spectral_norm: Annotated[bool, NEEDS_IMPALA, FIXED] = False
+    """impala: divide the weight of each convolution in residual blocks by its largest singular value."""
     hidden: Annotated[tuple[int, ...], Range("at least 1 unit in every layer", low=1), FIXED] = (120, 84)
     """Units of the fully connected layers (after the convolutions, if any)."""
-    head: Annotated[Literal["scalar", "c51", "qr", "iqn"], FIXED] = "scalar"
+    head: Annotated[Literal["scalar", "c51", "hl-gauss", "qr", "iqn"], FIXED] = "scalar"
     """What the network predicts of each action's return. `scalar`: the mean. `c51`: probabilities of fixed returns.
-    `qr`: fixed quantiles. `iqn`: sampled quantiles."""
+    `hl-gauss`: the mean, by classification into bins. `qr`: fixed quantiles. `iqn`: sampled quantiles."""
+    normalize_observations: Annotated[bool, FIXED] = False
+    """Vector observations: subtract their mean and divide by their standard deviation, clipped to [-10, 10]. Both are
+    those of all ranks' observations so far; evaluations do not change them."""
     dueling: Annotated[bool, FIXED] = False
     """Separate streams for value and advantages, which share all but the last hidden layer."""
     noisy: Annotated[bool, FIXED] = False
@@ -158,12 +169,14 @@ class NetworkConfig:
     """Layer normalization before every ReLU."""
     center_images: Annotated[bool, FIXED] = False
     """Subtract the mean of its pixels from each image, so that a bright background does not dominate."""
-    atoms: Annotated[int, Needs("head", "c51"), FIXED] = 51
-    """c51: number of fixed returns."""
-    v_min: Annotated[float, Needs("head", "c51"), FIXED] = -10.0
-    """c51: smallest of the fixed returns, discounted (and of clipped rewards, with `clip_rewards`)."""
-    v_max: Annotated[float, Needs("head", "c51"), FIXED] = 10.0
-    """c51: largest of the fixed returns."""
+    atoms: Annotated[int, NEEDS_ATOMS, FIXED] = 51
+    """c51: number of fixed returns. hl-gauss: number of bins."""
+    v_min: Annotated[float, NEEDS_ATOMS, FIXED] = -10.0
+    """c51, hl-gauss: smallest of the returns, discounted (and of clipped rewards, with `clip_rewards`)."""
+    v_max: Annotated[float, NEEDS_ATOMS, FIXED] = 10.0
+    """c51, hl-gauss: largest of the returns."""
+    hl_gauss_sigma: Annotated[Positive, Needs("head", "hl-gauss")] = 0.75
+    """hl-gauss: standard deviation of the Gaussian around a target, in widths of a bin."""
     quantiles: Annotated[Count, Needs("head", "qr"), FIXED] = 200
     """qr: number of quantiles."""
     iqn_samples: Annotated[Count, Needs("head", "iqn")] = 64
@@ -185,7 +198,7 @@ class LearningConfig:
     double: Annotated[bool, NEEDS_REPLAY] = True
     """Double DQN: the online network picks the action that the target network evaluates."""
     loss: Literal["huber", "mse"] = "huber"
-    """Loss of the TD error. c51 uses cross-entropy; quantile heads use the quantile Huber loss."""
+    """Loss of the TD error. c51 and hl-gauss use cross-entropy; quantile heads use the quantile Huber loss."""
     munchausen: Annotated[bool, NEEDS_REPLAY] = False
     """Add the scaled log-policy of the action taken to its reward, and bootstrap from the softmax policy."""
     munchausen_alpha: Annotated[Share, Needs("munchausen", True)] = 0.9

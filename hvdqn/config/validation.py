@@ -32,6 +32,11 @@ def check(config: Config) -> None:
         raise UserError(
             "--tolerate-dead-workers needs the watchdog to find them; leave --stall-timeout 0 out, or give seconds"
         )
+    if config.network.normalize_observations and config.parallel.sync == "server":
+        raise UserError(
+            "--normalize-observations does not support --sync server, whose workers would each have a mean of their "
+            "own; use --sync gradients or parameters"
+        )
     if config.run.init_torso_only and not config.run.init_from:
         raise UserError("--init-torso-only needs --init-from, the run whose torso is taken")
     if config.replay.replay == "none":
@@ -103,10 +108,11 @@ def _check_network(network: NetworkConfig, learning: LearningConfig) -> None:
             f"unknown --torso '{torso}'{did_you_mean(torso, TORSOS)}; there are {', '.join(TORSOS)}, or give "
             "module:attribute"
         )
-    if network.head == "c51" and (network.atoms < 2 or network.v_min >= network.v_max):
+    has_atoms = network.head in ("c51", "hl-gauss")
+    if has_atoms and (network.atoms < 2 or network.v_min >= network.v_max):
         raise UserError(
-            f"--head c51 with --atoms {network.atoms} from --v-min {network.v_min:g} to --v-max {network.v_max:g}; "
-            "give at least 2 atoms, and a --v-min below --v-max"
+            f"--head {network.head} with --atoms {network.atoms} from --v-min {network.v_min:g} to --v-max "
+            f"{network.v_max:g}; give at least 2 atoms, and a --v-min below --v-max"
         )
     if network.head != "scalar" and learning.loss == "mse":
         raise UserError(
@@ -116,7 +122,7 @@ def _check_network(network: NetworkConfig, learning: LearningConfig) -> None:
 
 def _check_munchausen(network: NetworkConfig, learning: LearningConfig) -> None:
     if learning.munchausen and network.head == "c51":
-        raise UserError("--munchausen is not defined for --head c51; use --head scalar, qr or iqn")
+        raise UserError("--munchausen is not defined for --head c51; use --head scalar, hl-gauss, qr or iqn")
     if learning.munchausen and learning.double:
         raise UserError(
             "--munchausen bootstraps from a softmax policy, which leaves --double no action to choose; add --no-double"

@@ -38,6 +38,12 @@ class Spaces(NamedTuple):
     action_space: Mapping[str, Any] | None = None
     """Of the environment, from `describe_actions`; None: Discrete."""
 
+    @property
+    def are_numbers(self) -> bool:
+        """Whether observations are vectors of numbers, and neither images nor one-hot vectors."""
+        one_hot = self.observation_space["kind"] in ("Discrete", "MultiDiscrete", "MultiBinary")
+        return not self.is_image and not one_hot
+
 
 def flatten_observations(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
     """Return the environment with flat Box observations; their space remembers the one that it was made from."""

@@ -1,15 +1,11 @@
-"""Heads for actions of several dimensions: decoupled Q-values."""
+"""The head for actions of several dimensions: decoupled Q-values."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from hvdqn.config import NetworkConfig
-from hvdqn.errors import UserError
-from hvdqn.networks.heads import Head, make_head
+from hvdqn.networks.heads import Head
 from hvdqn.networks.layers import Dueling
 
 
@@ -53,35 +49,18 @@ class DecoupledHead(Head):
         """Return the values of each dimension's actions, `[batch, D, actions]`."""
         return torch.unflatten(self.inner.q_values(output), 1, (self.dimensions, -1))
 
-    def target(self, next_output: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
+    def next_values(self, output: Tensor) -> Tensor:
+        """Return what targets bootstrap from, `[batch, D * actions, ...]`, as the inner head does."""
+        return self.inner.next_values(output)
+
+    def target(self, next_value: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
         """Return the target of the mean over dimensions, as the inner head does."""
-        return self.inner.target(next_output, reward, discount)
+        return self.inner.target(next_value, reward, discount)
+
+    def chosen(self, output: Tensor, action: Tensor) -> Tensor:
+        """Return the output for the actions taken, as the inner head does."""
+        return self.inner.chosen(output, action)
 
     def loss(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Return the loss of the mean over dimensions, as the inner head does."""
         return self.inner.loss(output, target)
-
-
-def make_decoupled_head(
-    config: NetworkConfig, loss: str, features: int, hidden: Sequence[int], actions: int, dimensions: int
-) -> DecoupledHead:
-    """Make the head that `--head` names, for actions of several dimensions.
-
-    Args:
-        config: which head, and how its layers are made.
-        loss: name of a scalar head's loss.
-        features: number of features the torso returns.
-        hidden: units of the head's own hidden layers.
-        actions: number of actions in each dimension.
-        dimensions: of an action.
-
-    Raises:
-        UserError: the head is not defined for several dimensions.
-    """
-    if config.head == "c51":
-        raise UserError(
-            "--head c51 is not defined for actions of several dimensions, whose distributions have no mean on its "
-            "atoms; use --head scalar, qr or iqn"
-        )
-    inner = make_head(config, loss, features, hidden, dimensions * actions, dimensions=dimensions)
-    return DecoupledHead(inner, dimensions)

@@ -185,7 +185,7 @@ class DenseNetwork:
     pinned_inputs = False
 
     def __init__(self, network: QNetwork, trunk: Stack, streams: tuple[Stack, Stack] | None = None) -> None:
-        self.head, self.dtype = network.head, network.dtype
+        self.head, self.dtype, self.normalize = network.head, network.dtype, network.normalize
         self.trunk, self.streams = trunk, streams
 
     @classmethod
@@ -210,11 +210,13 @@ class DenseNetwork:
     def q_values(self, observation: Tensor) -> Tensor:
         """Return the Q-values `[batch, actions]` for observations `[batch, ...]`; the next call may overwrite them."""
         scaled = scale_observation(observation, self.dtype)
+        if self.normalize is not None:
+            scaled = self.normalize(scaled)
         output, _ = self.forward(scaled.numpy().reshape(len(scaled), -1))
         return self.head.q_values(torch.from_numpy(output))
 
     def forward(self, inputs: Array) -> tuple[Array, list[list[Trace]]]:
-        """Return the head's output for flat observations in the network's dtype `[rows, inputs]`.
+        """Return the head's output for flat inputs in the network's dtype, scaled and normalized `[rows, inputs]`.
 
         Returns:
             The output `[rows, actions, ...]`, which the next pass with as many rows overwrites, and what `backward`

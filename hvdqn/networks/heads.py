@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +18,14 @@ from hvdqn.losses import (
     TD_LOSSES,
     categorical_loss,
     categorical_projection,
+    gaussian_histogram,
     mask_q,
     pairwise_td_error,
     q_learning_target,
     quantile_huber_loss,
     select,
+    select_each,
 )
-from hvdqn.networks.layers import make_streams
-from hvdqn.networks.sharded import Splitter
 
 
 class Head(nn.Module, ABC):
@@ -50,21 +49,28 @@ class Head(nn.Module, ABC):
     def q_values(self, output: Tensor) -> Tensor:
         """Return the expected return of each action, `[batch, actions]`, from the head's output."""
 
+    def next_values(self, output: Tensor) -> Tensor:
+        """Return what targets bootstrap from, `[batch, actions, ...]`: by default the output itself.
+
+        It may be averaged over actions, and over dimensions of actions.
+        """
+        return output
+
     def greedy(self, output: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return the entry of each row's best legal action, `[batch, ...]`.
+        """Return the `next_values` of each row's best legal action, `[batch, ...]`.
 
         Args:
             output: `[batch, actions, ...]`.
             mask: legal actions, shaped as the Q-values; None: all are legal.
         """
-        return select(output, mask_q(self.q_values(output), mask).argmax(dim=-1))
+        return select(self.next_values(output), mask_q(self.q_values(output), mask).argmax(dim=-1))
 
     @abstractmethod
-    def target(self, next_output: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
+    def target(self, next_value: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
         """Return the learning target for the output of the action taken, `[batch, ...]`.
 
         Args:
-            next_output: the target network's output for the next observation and the action chosen there
+            next_value: the target network's `next_values` for the next observation and the action chosen there
                 `[batch, ...]`.
             reward: the (n-step) reward `[batch]`.
             discount: what the next value is multiplied by `[batch]`; 0 after a termination.
@@ -75,9 +81,18 @@ class Head(nn.Module, ABC):
         """Return each sample's loss, and its priority in replay, which is detached from the graph. Both `[batch]`.
 
         Args:
-            output: the head's output for the action that was taken, `[batch, ...]`.
+            output: what `chosen` returned for the action that was taken, `[batch, ...]`.
             target: what the method `target` returned, `[batch, ...]`.
         """
+
+    def chosen(self, output: Tensor, action: Tensor) -> Tensor:
+        """Return what `loss` compares with the target, `[batch, ...]`: the output for the actions taken.
+
+        Args:
+            output: `[batch, actions, ...]`.
+            action: `[batch]`, or `[batch, dimensions]`.
+        """
+        return select(output, action)
 
     def loss_and_gradient(
         self, output: Tensor, action: Tensor, target: Tensor, weight: Tensor
@@ -96,7 +111,7 @@ class Head(nn.Module, ABC):
         with torch.inference_mode(False), torch.enable_grad():
             # Copies, because autograd refuses tensors that were made in inference mode.
             output, target = output.clone().requires_grad_(), target.clone()
-            losses, priorities = self.loss(select(output, action), target)
+            losses, priorities = self.loss(self.chosen(output, action), target)
             loss = torch.dot(weight, losses) / len(losses)
             (gradient,) = torch.autograd.grad(loss, output)
         return loss.detach(), priorities, gradient
@@ -140,9 +155,9 @@ class ScalarHead(Head):
         # Not the largest masked value: in a terminal state perhaps no action is legal, and -inf times 0 is NaN.
         return output.amax(dim=1) if mask is None else super().greedy(output, mask)
 
-    def target(self, next_output: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
-        """Return the Q-learning target `reward + discount * next_output`, `[batch]`."""
-        return q_learning_target(reward, discount, next_output)
+    def target(self, next_value: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
+        """Return the Q-learning target `reward + discount * next_value`, `[batch]`."""
+        return q_learning_target(reward, discount, next_value)
 
     def loss(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Return the loss of each sample's TD error, and its absolute TD error as priority. Both `[batch]`."""
@@ -175,7 +190,7 @@ class CategoricalHead(Head):
     def __init__(self, streams: nn.Module, support: Tensor) -> None:
         super().__init__()
         self.streams = streams
-        self.register_buffer("support", support)
+        self.register_buffer("support", support, persistent=False)
 
     def forward(self, features: Tensor) -> Tensor:
         """Map `[batch, features]` to logits `[batch, actions, atoms]`."""
@@ -187,9 +202,9 @@ class CategoricalHead(Head):
         # A product and a sum, because autocast would compute a matrix product in bf16.
         return (functional.softmax(output, dim=2) * self.support).sum(dim=2)
 
-    def target(self, next_output: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
+    def target(self, next_value: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
         """Return the distribution of reward + discount * next return, projected onto the atoms, `[batch, atoms]`."""
-        probabilities = functional.softmax(next_output, dim=1)
+        probabilities = functional.softmax(next_value, dim=1)
         target = categorical_projection(probabilities, self.support, reward, discount)
         # The projection clips an infinite reward to the last atom. This makes its target NaN, so the update is skipped.
         return target + 0.0 * reward[:, None]
@@ -197,6 +212,52 @@ class CategoricalHead(Head):
     def loss(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Return each sample's KL divergence from the target, as loss and as priority (Hessel et al. 2018)."""
         losses = categorical_loss(output, target)
+        return losses, losses.detach()
+
+
+class HLGaussHead(CategoricalHead):
+    """Predicts the probabilities of bins of returns, and learns expected returns: HL-Gauss (Imani and White 2018).
+
+    The target of Q-learning, a number, is spread over the bins by a Gaussian and learned as a classification. The
+    Q-value is the mean of the bins' centers (Farebrother et al. 2024, section 3.1).
+
+    Args:
+        streams: the layers from features to one logit per action and bin.
+        edges: the edges of the bins, evenly spaced `[bins + 1]`.
+        sigma: standard deviation of the Gaussian, in widths of a bin.
+    """
+
+    edges: Tensor
+
+    def __init__(self, streams: nn.Module, edges: Tensor, sigma: float) -> None:
+        super().__init__(streams, (edges[1:] + edges[:-1]) / 2)
+        self.register_buffer("edges", edges, persistent=False)
+        self.sigma = sigma * float(edges[1] - edges[0])
+
+    def next_values(self, output: Tensor) -> Tensor:
+        """Return the Q-values `[batch, actions]`: the mean of logits would be those of another distribution."""
+        return self.q_values(output)
+
+    def target(self, next_value: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
+        """Return the histogram of a Gaussian around reward + discount * next Q-value, `[batch, bins]`."""
+        mean = q_learning_target(reward, discount, next_value)
+        # The bins clip an infinite mean. This makes its target NaN, so the update is skipped.
+        return gaussian_histogram(mean, self.edges, self.sigma) + 0.0 * mean[:, None]
+
+    def chosen(self, output: Tensor, action: Tensor) -> Tensor:
+        """Return logits `[batch, bins]`; with several dimensions, those of each, `[batch, dimensions, bins]`."""
+        return select(output, action) if action.ndim == 1 else select_each(output, action)
+
+    def loss(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Return each sample's KL divergence from the target, as loss and as priority, as C51 does.
+
+        With several dimensions of an action, each learns the same target, as in BDQ (Tavakoli et al. 2018), and these
+        are means over dimensions.
+        """
+        if output.ndim == 2:
+            return super().loss(output, target)
+        losses, _ = super().loss(output, target[:, None].expand_as(output))
+        losses = losses.mean(dim=1)
         return losses, losses.detach()
 
 
@@ -213,7 +274,7 @@ class QuantileHead(Head):
     def __init__(self, streams: nn.Module, quantiles: int) -> None:
         super().__init__()
         self.streams = streams
-        self.register_buffer("fraction", midpoints(quantiles))
+        self.register_buffer("fraction", midpoints(quantiles), persistent=False)
 
     def forward(self, features: Tensor) -> Tensor:
         """Map `[batch, features]` to quantiles `[batch, actions, quantiles]`."""
@@ -224,9 +285,9 @@ class QuantileHead(Head):
         """Return the mean of each action's quantiles, `[batch, actions]`."""
         return output.mean(dim=2)
 
-    def target(self, next_output: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
+    def target(self, next_value: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
         """Return reward + discount * each quantile of the next return, `[batch, quantiles]`."""
-        return q_learning_target(reward[:, None], discount[:, None], next_output)
+        return q_learning_target(reward[:, None], discount[:, None], next_value)
 
     def loss(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Return each sample's quantile loss, and as priority the mean |TD error| over all pairs of quantiles."""
@@ -254,8 +315,9 @@ class ImplicitQuantileHead(Head):
         self.draws, self.target_draws = config.iqn_samples, config.iqn_target_samples
         self.embedding = nn.Linear(config.iqn_embedding, features)
         self.streams = streams
-        self.register_buffer("order", math.pi * torch.arange(config.iqn_embedding, dtype=torch.float32))
-        self.register_buffer("evenly", midpoints(config.iqn_policy_samples)[None])
+        order = math.pi * torch.arange(config.iqn_embedding, dtype=torch.float32)
+        self.register_buffer("order", order, persistent=False)
+        self.register_buffer("evenly", midpoints(config.iqn_policy_samples)[None], persistent=False)
 
     def forward(self, features: Tensor) -> Tensor:
         """Draw random fractions, and return each quantile with its fraction, `[batch, actions, draws, 2]`."""
@@ -274,9 +336,9 @@ class ImplicitQuantileHead(Head):
         """Return the mean of each action's quantiles, `[batch, actions]`."""
         return output[..., 0].mean(dim=2)
 
-    def target(self, next_output: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
+    def target(self, next_value: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
         """Return reward + discount * each quantile of the next return, `[batch, draws]`."""
-        return q_learning_target(reward[:, None], discount[:, None], next_output[..., 0])
+        return q_learning_target(reward[:, None], discount[:, None], next_value[..., 0])
 
     def loss(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Return each sample's quantile loss, and as priority the mean |TD error| over all pairs of quantiles."""
@@ -304,38 +366,3 @@ def midpoints(count: int) -> Tensor:
 def _quantile_loss(prediction: Tensor, fraction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     td_error = pairwise_td_error(prediction, target)
     return quantile_huber_loss(td_error, fraction), td_error.detach().abs().mean(dim=(1, 2))
-
-
-def make_head(
-    config: NetworkConfig,
-    loss: str,
-    features: int,
-    hidden: Sequence[int],
-    actions: int,
-    splitter: Splitter | None = None,
-    dimensions: int = 1,
-) -> Head:
-    """Create the head that `--head` names.
-
-    Args:
-        config: the kind of head, and the options of its layers.
-        loss: name of the loss, in `losses.TD_LOSSES`; used by a scalar head only.
-        features: number of features that the torso returns.
-        hidden: number of units of each hidden layer of the head.
-        actions: number of actions, those of all dimensions together.
-        splitter: splits the layers over a group of ranks; None: they are not split.
-        dimensions: of an action, for the dueling streams.
-    """
-
-    def streams(*outputs: int) -> nn.Module:
-        return make_streams(features, hidden, actions, outputs, config, splitter, dimensions)
-
-    if config.head == "c51":
-        return CategoricalHead(
-            streams(config.atoms), torch.linspace(config.v_min, config.v_max, config.atoms)
-        )
-    if config.head == "qr":
-        return QuantileHead(streams(config.quantiles), config.quantiles)
-    if config.head == "iqn":
-        return ImplicitQuantileHead(streams(), features, config)
-    return ScalarHead(streams(), loss)

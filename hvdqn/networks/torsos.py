@@ -13,7 +13,7 @@
 
 The layers of `--hidden` follow your module, then the head. It must not contain batch norm, whose statistics would
 differ between ranks, nor other state that a forward pass changes. Tensors that are not learned must be buffers, with
-equal values on every rank.
+equal values on every rank; policies keep them, unless they are registered with `persistent=False`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from hvdqn.config import NetworkConfig, import_attribute
 from hvdqn.errors import UserError
 from hvdqn.networks.layers import hidden_layers
 from hvdqn.networks.sharded import Splitter
+from hvdqn.networks.spectral import SpectralConv2d
 
 
 class Images(nn.Module):
@@ -140,7 +141,7 @@ def make_torso(
             f"--torso {name} needs images, observations are {tuple(frame_shape)}; use --torso mlp"
         )
     elif name == "impala":
-        body = _impala(Images(frame_shape, frame_stack), config.layer_norm)
+        body = _impala(Images(frame_shape, frame_stack), config)
     else:
         body = _convolutions(Images(frame_shape, frame_stack), name, config.layer_norm)
     shared = max(len(config.hidden) - 1, 1 if name == "mlp" else 0)
@@ -185,16 +186,22 @@ def _convolutions(images: Images, name: str, layer_norm: bool) -> Torso:
 
 
 class Residual(nn.Module):
-    """Computes x + conv(relu(conv(relu(x)))) with 3 x 3 kernels: a residual block of IMPALA (Espeholt et al. 2018)."""
+    """Computes x + conv(relu(conv(relu(x)))) with 3 x 3 kernels: a residual block of IMPALA (Espeholt et al. 2018).
 
-    def __init__(self, channels: int, layer_norm: bool) -> None:
+    Args:
+        channels: number of planes in and out.
+        config: whether there is layer norm before each ReLU, and whether convolutions have spectral normalization.
+    """
+
+    def __init__(self, channels: int, config: NetworkConfig) -> None:
         super().__init__()
+        kind = SpectralConv2d if config.spectral_norm else nn.Conv2d
         layers: list[nn.Module] = []
         for _ in range(2):
             layers += [
-                *_norm(channels, layer_norm),
+                *_norm(channels, config.layer_norm),
                 nn.ReLU(),
-                nn.Conv2d(channels, channels, 3, padding=1),
+                kind(channels, channels, 3, padding=1),
             ]
         self.layers = nn.Sequential(*layers)
 
@@ -204,18 +211,29 @@ class Residual(nn.Module):
         return out
 
 
-def _impala(images: Images, layer_norm: bool) -> Torso:
+def _impala(images: Images, config: NetworkConfig) -> Torso:
     channels, height, width = images.planes
     modules: list[nn.Module] = [images, ChannelsLast()]
-    for filters in IMPALA:
+    for narrow in IMPALA:
+        filters = narrow * config.torso_width
         modules += [
             nn.Conv2d(channels, filters, 3, padding=1),
             nn.MaxPool2d(3, stride=2, padding=1),
-            Residual(filters, layer_norm),
-            Residual(filters, layer_norm),
+            Residual(filters, config),
+            Residual(filters, config),
         ]
         channels, height, width = filters, (height + 1) // 2, (width + 1) // 2
-    return Torso(channels * height * width, *modules, *_norm(channels, layer_norm), nn.ReLU(), nn.Flatten())
+    modules += [*_norm(channels, config.layer_norm), nn.ReLU()]
+    pool = config.torso_pool
+    if pool > min(height, width):
+        raise UserError(
+            f"--torso-pool {pool} cannot pool the {height} x {width} planes that --torso impala makes of an image of "
+            f"{images.planes[1]} x {images.planes[2]}; give {min(height, width)} or less, or 0"
+        )
+    if pool:
+        modules.append(nn.AdaptiveMaxPool2d(pool))
+        height = width = pool
+    return Torso(channels * height * width, *modules, nn.Flatten())
 
 
 def _make_own_torso(path: str, frame_shape: Sequence[int], frame_stack: int, is_image: bool) -> Torso:
@@ -249,8 +267,7 @@ def _make_own_torso(path: str, frame_shape: Sequence[int], frame_stack: int, is_
     features = _width(module, shape, path)
     if not all(map(torch.equal, before, module.buffers())):
         raise UserError(
-            f"--torso '{path}' has buffers that a forward pass changes: ranks would differ, and checkpoints hold "
-            "learned parameters alone; leave them out"
+            f"--torso '{path}' has buffers that a forward pass changes, so that ranks would differ; leave them out"
         )
     return Torso(features, *images, module)
 

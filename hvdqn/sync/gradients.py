@@ -44,9 +44,10 @@ class Gradients(Strategy):
     def __init__(self, learner: Learner, comm: Comm, timer: PhaseTimer, max_skipped_updates: int) -> None:
         super().__init__(learner, timer)
         self.comm, self.max_skipped_updates = comm, max_skipped_updates
-        length = Trailer.length(comm.size, self.slots)
+        normalize = learner.online.normalize
+        length = Trailer.length(comm.size, self.slots, normalize)
         self.message = learner.allocate_gradient(trailing=length, scale=1.0 / comm.size)
-        self.trailer = Trailer(self.message[-length:], comm.rank, comm.size, self.slots)
+        self.trailer = Trailer(self.message[-length:], comm.rank, comm.size, self.slots, normalize)
         self.handle: Handle | None = None
         self.progress = 0.0
 

@@ -72,7 +72,8 @@ class Parameters(Strategy):
     """Averages weights and optimizer moments over all ranks every `sync_every` updates, with one allreduce.
 
     Its message ends with the trailer: a few numbers with statistics and votes to stop. A target network that follows
-    the online network (`target_tau` below 1) is averaged too.
+    the online network (`target_tau` below 1) is averaged too, and so is u of layers with spectral normalization: after
+    the power iteration that follows, their u and v are equal on all ranks.
 
     Args:
         learner: holds the parameters and moments to average.
@@ -95,10 +96,12 @@ class Parameters(Strategy):
         self.averaged = [learner.parameters, *learner.optimizer.moments().values()]
         if learner.target_tau < 1.0:
             self.averaged.append(learner.target_parameters)
-        sizes = [*(tensor.numel() for tensor in self.averaged), Trailer.length(comm.size, SLOTS)]
+        self.averaged += [layer.u for layer in learner.spectral]
+        normalize = learner.online.normalize
+        sizes = [*(tensor.numel() for tensor in self.averaged), Trailer.length(comm.size, SLOTS, normalize)]
         self.message = torch.zeros(sum(sizes), dtype=learner.dtype, device=learner.device)
         *self.parts, trailer = torch.split(self.message, sizes)
-        self.trailer = Trailer(trailer, comm.rank, comm.size, SLOTS)
+        self.trailer = Trailer(trailer, comm.rank, comm.size, SLOTS, normalize)
         # All ranks must divide by the same largest importance weight, or samples of one rank would count more than
         # another's. Ranks learn each other's largest only with a trailer, so they divide by that of the last trailer.
         self.largest_weight = torch.zeros(1, dtype=torch.float64)
@@ -223,6 +226,8 @@ class Parameters(Strategy):
             self.parts[0].copy_(self.outer.step(self.parts[0]))
         for part, tensor in zip(self.parts, self.averaged, strict=True):
             tensor.copy_(part.view(tensor.shape))
+        for layer in self.learner.spectral:
+            layer.power_iteration()
         self.updates_since_average = 0
 
     def _outcome(self) -> Outcome:

@@ -32,9 +32,7 @@ class RecordedGradients(Gradients):
         self, learner: Learner, comm: Comm, timer: PhaseTimer, max_skipped_updates: int, record: Record
     ) -> None:
         super().__init__(learner, comm, timer, max_skipped_updates)
-        self.step = Recorded(
-            self._step, record, learner.device, lambda: [learner.gradient, *learner.state().values()]
-        )
+        self.step = Recorded(self._step, record, learner.device, self._changed)
 
     def wait(self) -> Outcome:
         """Wait for the average and take the step; skip it on all ranks alike if it is not finite."""
@@ -47,6 +45,10 @@ class RecordedGradients(Gradients):
         if applied:
             learner.log_step(lr, float(norm))
         return self._outcome(received, applied)
+
+    def _changed(self) -> list[Tensor]:
+        learner = self.learner
+        return [learner.gradient, *learner.state().values(), *learner.buffers.values()]
 
     def _step(self, lr: Tensor) -> tuple[Tensor]:
         absent, slots = self.trailer.on_device()

@@ -44,7 +44,7 @@ PAUSE_SECONDS = 5e-5
 
 
 def rejoin(comm: MpiComm, learner: Learner, living: Sequence[int], remaining: Sequence[int]) -> list[int]:
-    """Shrink the job to the remaining ranks and give all of them rank 0's weights. All remaining ranks must call it.
+    """Shrink the job to the remaining ranks, which must all call it, and give them rank 0's weights and buffers.
 
     Args:
         comm: the collectives over the ranks that took part until now; it numbers them in the order of `living`.
@@ -60,6 +60,8 @@ def rejoin(comm: MpiComm, learner: Learner, living: Sequence[int], remaining: Se
     comm.broadcast_(learner.parameters)
     if learner.target_tau < 1.0:
         comm.broadcast_(learner.target_parameters)
+    for buffer in learner.buffers.values():
+        comm.broadcast_(buffer)
     return list(remaining)
 
 

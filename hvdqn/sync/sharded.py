@@ -191,7 +191,9 @@ class ShardedGradients(Gradients):
 
     def differing_ranks(self) -> list[int]:
         """Return the ranks whose parts of the networks or moments differ from those of most ranks that hold them."""
-        return self._compare(list(self.learner.state().values()))
+        # With a dimension more, a buffer counts as a tensor that every rank holds.
+        buffers = [buffer[None] for buffer in self.learner.buffers.values()]
+        return self._compare([*self.learner.state().values(), *buffers])
 
     def expected_traffic(self) -> tuple[float, float]:
         """Return the messages and bytes of gradients that one rank should send per update."""
@@ -227,8 +229,7 @@ class ShardedGradients(Gradients):
     def param_sha256(self) -> str:
         """Return the digest of the whole network's parameters; a collective call."""
         full = self.group.assemble(self.layout, self.learner.parameters, wanted=self.group.index == 0)
-        digest = hashlib.sha256(full.numpy().tobytes()).hexdigest()
-        return self.comm.broadcast_object(digest)
+        return self.comm.broadcast_object(self.learner.sha256(full))
 
     def close(self) -> None:
         """Leave the groups; a collective call."""

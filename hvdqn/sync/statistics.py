@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hvdqn.networks import Normalize
+
 # What a rank reports of itself: its vote to stop, then counts and sums over the episodes that ended since the last
 # exchange. The last two are over the environments with the smallest epsilon, where environments have different ones.
 REPORTED = ("stop", "episodes", "return_sum", "length_sum", "greediest_episodes", "greediest_return_sum")
@@ -37,33 +39,37 @@ class Received(NamedTuple):
 class Trailer:
     """Writes statistics to the end of a message before an allreduce sums it over ranks, and reads the sums after it.
 
-        STATISTICS | absent | slot 0 of every rank | slot 1 of every rank | ...
+        STATISTICS | absent | slot 0 of every rank | slot 1 of every rank | ... | sums over observations
 
     `absent` sums to the number of ranks without a gradient. A slot has one place for each rank. Each rank writes its
     number to its own place and 0 to the others, so that after the sum every rank sees the numbers of all.
 
     Args:
-        tensor: a view of the last `length(size, slots)` numbers of a message.
+        tensor: a view of the last `length(size, slots, normalize)` numbers of a message.
         rank: this rank.
         size: number of ranks.
         slots: number of slots.
+        normalize: its sums over observations travel at the end, and are merged into it; None: there are none.
     """
 
-    def __init__(self, tensor: Tensor, rank: int, size: int, slots: int) -> None:
-        self.tensor, self.rank, self.size = tensor, rank, size
+    def __init__(
+        self, tensor: Tensor, rank: int, size: int, slots: int, normalize: Normalize | None = None
+    ) -> None:
+        self.tensor, self.rank, self.size, self.normalize = tensor, rank, size, normalize
         # A message on a GPU has a copy of its trailer in host memory, to be copied as a whole; one on the host needs
         # none.
         self._host = tensor.cpu().pin_memory() if tensor.is_cuda else tensor
         self._numbers: NDArray[np.floating] = self._host.numpy()
         self._end = len(STATISTICS)
+        self._slots = slice(self._end + 1, self._end + 1 + slots * size)
         self._places = [self._end + 1 + slot * size + rank for slot in range(slots)]
         self._learned = tensor[len(REPORTED) : self._end]
         self._last_slot = tensor[self._places[-1]]
 
     @staticmethod
-    def length(size: int, slots: int) -> int:
+    def length(size: int, slots: int, normalize: Normalize | None = None) -> int:
         """Return how many numbers the statistics at the end of a message take, in a job with `size` ranks."""
-        return len(STATISTICS) + 1 + slots * size
+        return len(STATISTICS) + 1 + slots * size + (normalize.num_sums if normalize else 0)
 
     def pack(
         self,
@@ -87,6 +93,8 @@ class Trailer:
             numbers[place] = value
         if learned is not None and not self.tensor.is_cuda:
             *numbers[len(REPORTED) : self._end], numbers[self._places[-1]] = learned.tolist()
+        if self.normalize is not None:
+            numbers[self._slots.stop :] = self.normalize.pop_sums()
         self._numbers[:] = numbers
         if self.tensor.is_cuda:
             self.tensor.copy_(self._host, non_blocking=True)
@@ -95,11 +103,16 @@ class Trailer:
                 self._last_slot.copy_(learned[-1])
 
     def unpack(self) -> Received:
-        """Return the sums over ranks after an exchange. If the message is on a GPU, the host waits for it here."""
+        """Return the sums over ranks after an exchange, and merge those over observations into `normalize`.
+
+        If the message is on a GPU, the host waits for it here.
+        """
         if self.tensor.is_cuda:
             self._host.copy_(self.tensor)
         numbers = self._numbers.astype(np.float64)
-        slots = numbers[self._end + 1 :].reshape(-1, self.size).tolist()
+        slots = numbers[self._slots].reshape(-1, self.size).tolist()
+        if self.normalize is not None:
+            self.normalize.merge(numbers[self._slots.stop :])
         return Received(numbers[: self._end], self.size - round(numbers[self._end]), slots)
 
     def on_device(self) -> tuple[Tensor, list[Tensor]]:
@@ -108,7 +121,7 @@ class Trailer:
         Returns:
             The number of ranks without a gradient `[]`, and each slot `[ranks]`.
         """
-        slots = self.tensor[self._end + 1 :].view(-1, self.size)
+        slots = self.tensor[self._slots].view(-1, self.size)
         return self.tensor[self._end], list(slots)
 
 

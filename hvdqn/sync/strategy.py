@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from hvdqn.comm import Comm
 from hvdqn.errors import NonFiniteError
-from hvdqn.learner import Learner, load_tensors
+from hvdqn.learner import Learner, load_tensors, sha256
 from hvdqn.metrics import PhaseTimer
 from hvdqn.networks import QNetwork
 from hvdqn.sync.statistics import Outcome
@@ -138,7 +137,8 @@ class Strategy(ABC):
 def broadcast_target(learner: Learner, comm: Comm, timer: PhaseTimer) -> list[int]:
     """Copy rank 0's weights to every rank's target network, and compare them bit for bit with each rank's own.
 
-    A target network that follows the online network at every update (`target_tau` below 1) is not overwritten.
+    The networks' buffers are compared too. A target network that follows the online network at every update
+    (`target_tau` below 1) is not overwritten.
 
     Returns:
         The ranks whose weights differ from those of most ranks; rank 0 may be among them.
@@ -147,14 +147,15 @@ def broadcast_target(learner: Learner, comm: Comm, timer: PhaseTimer) -> list[in
     with timer.during("comm"):
         comm.broadcast_(incoming)
         same = torch.equal(incoming.view(torch.uint8), learner.parameters.view(torch.uint8))
-        all_same = all(comm.all_gather_object(same))
+        mine = (same, sha256(learner.buffers.values()))
+        all_same = all(other == (True, mine[1]) for other in comm.all_gather_object(mine))
     if learner.target_tau == 1.0:
         learner.update_target(incoming)
     return [] if all_same else minority(comm.all_gather_object(learner.sha256()))
 
 
 def compare_learners(learner: Learner, comm: Comm, timer: PhaseTimer) -> list[int]:
-    """Compare between ranks, bit for bit, what a checkpoint holds of the learner: both networks and the moments.
+    """Compare between ranks, bit for bit, what a checkpoint holds of the learner: networks, buffers and moments.
 
     Ranks exchange only hashes, so this takes much less time than writing the checkpoint.
 
@@ -163,11 +164,9 @@ def compare_learners(learner: Learner, comm: Comm, timer: PhaseTimer) -> list[in
     """
     if comm.size == 1:
         return []
-    digest = hashlib.sha256()
-    for tensor in learner.state().values():
-        digest.update(tensor.cpu().numpy().tobytes())
+    digest = sha256([*learner.state().values(), *learner.buffers.values()])
     with timer.during("comm"):
-        return minority(comm.all_gather_object(digest.hexdigest()))
+        return minority(comm.all_gather_object(digest))
 
 
 def minority(digests: Sequence[str]) -> list[int]:

@@ -163,6 +163,8 @@ class Worker(Strategy):
         if reply.holds_target:
             self.learner.update_target(next(tensors))
             self.target_version = int(reply.target_version)
+        for layer in self.learner.spectral if reply.holds_weights else ():
+            layer.power_iteration()
         self.sent_messages += 1
         self.sent_bytes += self.reply.with_tensors(int(reply.holds_weights + reply.holds_target)).nbytes
 

@@ -32,7 +32,12 @@ SETTINGS = (
 ENVIRONMENTS = {
     "native": ("--env", "CartPole-v1"),
     "sync": ("--env", "Acrobot-v1"),
+    "normalized": ("--env", "Acrobot-v1", "--normalize-observations"),
     "minatar": ("--env", "MinAtar/Breakout-v1", "--hidden", "16", "--envs-per-rank", "4"),
+    "impala": (
+        *("--env", "MinAtar/Breakout-v1", "--hidden", "16", "--envs-per-rank", "4", "--replay-ratio", "1"),
+        *("--torso", "impala", "--torso-pool", "2", "--spectral-norm", "--noisy", "--head", "iqn"),
+    ),
 }
 
 
@@ -75,9 +80,10 @@ def recorded(run_dir: Path) -> list[dict[str, Any]]:
         ("python", 1, "minatar", "uniform", 3, [1000]),
         ("python", 1, "native", "none", 1, [500, 1500]),  # in the middle of a rollout of 32 env steps
         ("mpirun", 2, "native", "prioritized", 3, [1000]),
-        ("mpirun", 2, "sync", "uniform", 3, [500]),  # test_faults.py covers other launchers
+        ("mpirun", 2, "normalized", "uniform", 3, [500]),  # test_faults.py covers other launchers
         ("mpirun", 2, "minatar", "prioritized", 1, [1500]),
         ("mpirun", 2, "sync", "none", 1, [1000]),
+        ("mpirun", 2, "impala", "prioritized", 3, [1000]),
     ],
 )
 def test_a_killed_run_ends_with_the_same_bits(

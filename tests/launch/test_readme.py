@@ -29,6 +29,10 @@ pytestmark = pytest.mark.launch
 SHORT = (
     "--total-env-steps 600 --learning-starts 200 --rollout-steps 2 --replay-capacity 2000 --eval-episodes 2"
 )
+TINY = (  # for a network that takes seconds to learn from a batch
+    "--total-env-steps 208 --learning-starts 100 --replay-capacity 2000 --eval-episodes 0 --envs-per-rank 16 "
+    "--batch-per-rank 8 --replay-ratio 0.5"
+)
 SHORT_EPISODES = """--env-kwargs '{"max_num_frames_per_episode": 400}'"""  # of Atari
 
 
@@ -76,6 +80,11 @@ RUN_HERE = {line: result_case(line) for line in commands() if re.fullmatch(RESUL
         "2 ranks hold one network",
         {"-np 8": "-np 2", "8192 8192": "64 32", "--model-parallel 2": f"--model-parallel 2 {SHORT}"},
         "minatar",
+    ),
+    "python -m hvdqn.train --preset atari,btr --env ALE/Breakout-v5 --precision bf16 --cuda-graphs": Case(
+        "updates [1-9]",
+        {"--precision bf16 --cuda-graphs": TINY},
+        "ale_py",
     ),
     "mpirun -np 2 python -m tests.benchmarks.model_parallel speed docs/images/model-parallel.png": Case(
         "s whole, .* s split", {"docs/images/model-parallel.png": "chart.png --short"}

@@ -17,6 +17,8 @@ from tests.learning.chain import GAMMA, STATES, munchausen_q, optimal_q
 pytestmark = pytest.mark.learning
 
 C51 = "--head c51 --v-min 0 --v-max 1 --atoms 21"
+# A Gaussian around the largest return must not be cut off at the last bin, or its mean is too small.
+HL_GAUSS = "--head hl-gauss --v-min -0.5 --v-max 1.5 --atoms 41"
 IQN = "--head iqn --iqn-samples 8 --iqn-target-samples 8 --iqn-embedding 16"
 
 
@@ -48,20 +50,23 @@ def test_dqn_learns_the_optimal_q(flags, tmp_path):
     "flags",
     [
         C51,
+        HL_GAUSS,
         "--head qr --quantiles 11",
         IQN,
         "--dueling --replay prioritized --layer-norm",
         # N-step returns are off-policy, so n > 1 would also learn the values of the random actions in between.
         f"--preset rainbow --n-step 1 --exploration linear --hidden 64 64 {C51}",
     ],
-    ids=["c51", "qr", "iqn", "dueling-prioritized", "rainbow"],
+    ids=["c51", "hl-gauss", "qr", "iqn", "dueling-prioritized", "rainbow"],
 )
 def test_every_head_learns_the_optimal_q(flags, tmp_path):
     assert np.abs(learned_q(tmp_path, flags, 10_000) - optimal_q()).max() < 0.05
 
 
 @pytest.mark.parametrize(
-    "flags", ["--exploration softmax", "--head qr --quantiles 11", IQN], ids=["m-dqn", "m-qr", "m-iqn"]
+    "flags",
+    ["--exploration softmax", "--head qr --quantiles 11", IQN, HL_GAUSS],
+    ids=["m-dqn", "m-qr", "m-iqn", "m-hl-gauss"],
 )
 def test_munchausen_learns_its_fixed_point(flags, tmp_path):
     q = learned_q(tmp_path, f"--munchausen --no-double {flags}", 10_000)

@@ -110,7 +110,7 @@ def test_dueling_centers_the_advantages_of_each_dimension() -> None:
     torch.testing.assert_close(made.head.q_values(made.head(features)).mean(dim=2, keepdim=True), expected)
 
 
-@pytest.mark.parametrize("head", ["scalar", "qr"])
+@pytest.mark.parametrize("head", ["scalar", "hl-gauss", "qr"])
 def test_actions_are_chosen_by_hand_written_passes_and_learned_by_autograd(head: str) -> None:
     made = network(head).double()
     observation = torch.randn(BATCH, 6, dtype=torch.float64)
@@ -187,7 +187,7 @@ FLAGS = {
     "Even": "--n-step 3 --replay prioritized",
     "Uneven": "--head iqn --iqn-samples 8 --iqn-target-samples 8 --dueling --exploration ladder --epsilon-repeat 2",
     "Masked": "--munchausen --no-double --exploration softmax",
-    "Matrix": "--noisy --exploration noisy --dueling",
+    "Matrix": "--noisy --exploration noisy --dueling --head hl-gauss",
     "Binary": "--layer-norm --no-double",
     "Box": "--action-bins 5 --head qr --quantiles 11",
 }

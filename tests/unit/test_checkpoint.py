@@ -18,6 +18,7 @@ import pytest
 import safetensors.numpy
 import torch
 
+import hvdqn
 from hvdqn.bench.training import acting_parts
 from hvdqn.checkpoint import (
     BrokenCheckpointError,
@@ -486,9 +487,26 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path):
     assert found.env_steps == 10
 
 
+class Scaled(torch.nn.Linear):
+    """A torso with buffers: two that are saved and one that is made anew."""
+
+    def __init__(self, shape):
+        super().__init__(*shape, 8)
+        self.register_buffer("scale", torch.ones(shape))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("middle", torch.tensor(0.5), persistent=False)
+
+    def forward(self, observation):
+        return super().forward(observation * self.scale * self.middle)
+
+
+SCALED = ["--torso", "tests.unit.test_checkpoint:Scaled"]
+BUFFERS = ["torso.0.scale", "torso.0.count"]
+
+
 @contextmanager
-def small_parts():
-    parts = build_parts(parse(["--preset", "smoke", "--hidden", "8"]), LocalComm(), PhaseTimer())
+def small_parts(*flags):
+    parts = build_parts(parse(["--preset", "smoke", "--hidden", "8", *flags]), LocalComm(), PhaseTimer())
     try:
         yield parts
     finally:
@@ -529,6 +547,46 @@ def test_shared_state_makes_another_rank_equal(tmp_path, through_file):
         assert after.clock.state() == before.clock.state()
         for name, tensor in before.learner.state().items():
             assert torch.equal(after.learner.state()[name], tensor), name
+
+
+@pytest.mark.parametrize("through_file", [False, True])
+def test_shared_state_holds_the_persistent_buffers_of_both_networks(tmp_path, through_file):
+    with small_parts(*SCALED) as before, small_parts(*SCALED) as after:
+        buffers = before.learner.buffers
+        assert list(buffers) == [f"{network}.{name}" for network in ("online", "target") for name in BUFFERS]
+        for number, buffer in enumerate(buffers.values()):
+            buffer += 10 * number
+        state = shared_state(before, Totals(), Progress())
+        if through_file:
+            write_part(tmp_path / "x.safetensors", state)
+            state = read_part(tmp_path / "x.safetensors")
+        load_shared_state(state, after, Totals())
+        for name, buffer in after.learner.buffers.items():
+            assert torch.equal(buffer, buffers[name]), name
+            assert buffer.dtype == buffers[name].dtype, name
+        assert after.learner.sha256() == before.learner.sha256()
+        after.learner.buffers["online.torso.0.scale"][1] += 1
+        assert after.learner.sha256() != before.learner.sha256()
+        after.learner.update_target()
+        after.learner.buffers["online.torso.0.scale"] += 1
+        assert after.learner.buffers["target.torso.0.scale"].tolist() == [1, 2, 1, 1]
+
+
+def test_a_run_resumes_and_a_policy_acts_with_the_buffers_of_its_network(tmp_path):
+    run = {"preset": "smoke", "hidden": (8,), "torso": SCALED[1], "run_dir": tmp_path, "eval_episodes": 0}
+    hvdqn.train(total_env_steps=600, **run)
+    path = tmp_path / "checkpoints" / "latest" / "policy.safetensors"
+    part = read_part(path)
+    assert set(part) - {"policy"} > set(BUFFERS)
+    part["torso.0.scale"] = np.full(4, 3.0, np.float32)
+    write_part(tmp_path / "scaled.safetensors", part)
+    observation = np.array([0.1, 0.2, 0.3, 0.4], np.float32)
+    policy = hvdqn.load(tmp_path / "scaled.safetensors", trust=True)
+    unscaled = hvdqn.load(path, trust=True)
+    np.testing.assert_array_equal(policy.q_values(observation / 4), unscaled.q_values(observation / 4 * 3))
+    policy.save(tmp_path / "again.safetensors")
+    assert read_part(tmp_path / "again.safetensors")["torso.0.scale"].tolist() == [3.0] * 4
+    assert hvdqn.train(total_env_steps=700, **run).summary["env_steps"] == 704
 
 
 def test_updates_wait_for_replay_to_fill_if_it_was_not_saved():

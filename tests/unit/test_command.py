@@ -51,7 +51,7 @@ def test_bash_completes_commands_their_flags_and_choices(tmp_path: Path) -> None
     script.write_text(printed.stdout)
     assert completions(script, "tr") == ["train"]
     assert completions(script, "train", "--total-e") == ["--total-env-steps"]
-    assert completions(script, "train", "--head", "") == ["scalar", "c51", "qr", "iqn"]
+    assert completions(script, "train", "--head", "") == ["scalar", "c51", "hl-gauss", "qr", "iqn"]
     assert completions(script, "eval", "--epi") == ["--episodes"]
     assert "scaling" in completions(script, "bench", "")
     assert completions(script, "plot", "--gr") == ["--group"]

@@ -29,6 +29,7 @@ from hvdqn.config.fields import above, at_least, at_most, between
 from hvdqn.config.names import OTHER_NAMES
 from hvdqn.config.presets import PRESETS
 from hvdqn.config.settings import SETTINGS
+from hvdqn.config.validation import TORSOS
 from hvdqn.errors import UserError
 
 
@@ -301,8 +302,9 @@ def test_the_minibatch_follows_from_the_rollout():
 def test_settings_that_a_resume_must_keep():
     assert set(settings_fixed_on_resume()) == {
         "seed", "env", "env_kwargs", "wrapper", "frame_stack", "torso", "hidden", "head", "dueling", "noisy",
-        "layer_norm", "center_images", "atoms", "v_min", "v_max", "quantiles", "iqn_embedding", "optimizer", "replay",
-        "sync", "outer_lr", "outer_momentum", "action_bins",
+        "layer_norm", "center_images", "torso_width", "torso_pool", "spectral_norm", "atoms", "v_min", "v_max",
+        "quantiles", "iqn_embedding", "optimizer", "replay",
+        "sync", "outer_lr", "outer_momentum", "action_bins", "normalize_observations",
     }  # fmt: skip
 
 
@@ -329,7 +331,8 @@ def test_a_dependency_names_a_setting_and_values_that_it_can_have():
     for field in SETTINGS.values():
         for needs in field.needs:
             chooser = SETTINGS[needs.setting]
-            assert set(needs.values) <= set(chooser.choices or (True, False)), field.name
+            choices = TORSOS if chooser.name == "torso" else chooser.choices or (True, False)
+            assert set(needs.values) <= set(choices), field.name
 
 
 def test_every_default_lies_in_its_range():
@@ -461,7 +464,9 @@ def test_help_breaks_lines_only_where_they_are_full(columns, monkeypatch, capsys
     assert max(map(len, lines)) <= columns
     indent = max(len(line) - len(line.lstrip()) for line in lines)
     for line, after in itertools.pairwise(lines):
-        if line.strip() and after.startswith(" " * indent) and line[indent - 1 : indent] == " ":
+        is_flag_alone = len(line.split()) <= 2 and line.lstrip().startswith("--")
+        is_text = line.strip() and line[indent - 1 : indent] == " " and not is_flag_alone
+        if is_text and after.startswith(" " * indent):
             assert len(line) + 1 + len(after.split()[0]) > columns, f"{line!r} goes on with {after!r}"
 
 

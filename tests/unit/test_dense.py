@@ -23,6 +23,7 @@ DENSE = {
     "one": {"hidden": (16,)},
     "three": {"hidden": (16, 8, 5)},
     "c51": {"hidden": (16,), "head": "c51", "atoms": 7},
+    "hl-gauss": {"hidden": (16,), "head": "hl-gauss", "atoms": 7},
     "qr": {"hidden": (16, 8), "head": "qr", "quantiles": 5},
     "layer norm": {"hidden": (16, 8), "layer_norm": True},
     "dueling": {"hidden": (16, 8), "dueling": True},

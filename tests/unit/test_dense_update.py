@@ -11,9 +11,9 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from hvdqn.config import NetworkConfig
-from hvdqn.dense_update import DenseCategorical, DenseQuantile, DenseScalar
+from hvdqn.dense_update import DenseCategorical, DenseHLGauss, DenseQuantile, DenseScalar
 from hvdqn.networks import make_network
-from hvdqn.networks.heads import CategoricalHead, QuantileHead, ScalarHead
+from hvdqn.networks.heads import CategoricalHead, HLGaussHead, QuantileHead, ScalarHead
 from tests.unit.test_learner import SMALL_HEADS, make_batch, make_learner, returns_of, update
 
 TARGETS = {
@@ -66,7 +66,8 @@ def weighted_batch(seed=0, size=16):
 @pytest.mark.parametrize("dueling", [False, True], ids=["single", "dueling"])
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
-    ("head", "loss"), [("scalar", "huber"), ("scalar", "mse"), ("c51", "huber"), ("qr", "huber")]
+    ("head", "loss"),
+    [("scalar", "huber"), ("scalar", "mse"), ("c51", "huber"), ("hl-gauss", "huber"), ("qr", "huber")],
 )
 def test_it_equals_autograd(head, loss, target, dueling, layer_norm, hidden):
     """Loss, mean Q-value, TD errors and every number of the gradient, in float64; again after a step."""
@@ -88,7 +89,7 @@ def test_it_equals_autograd(head, loss, target, dueling, layer_norm, hidden):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("head", ["scalar", "c51", "qr"])
+@pytest.mark.parametrize("head", ["scalar", "c51", "hl-gauss", "qr"])
 def test_it_equals_autograd_with_whole_returns(head, target):
     network = NetworkConfig(hidden=(8,), head=head, dueling=True, layer_norm=True, **SMALL_HEADS)
     pair = make_pair(torch.float64, network=network, **TARGETS[target])
@@ -101,7 +102,7 @@ def test_it_equals_autograd_with_whole_returns(head, target):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("head", ["scalar", "c51", "qr"])
+@pytest.mark.parametrize("head", ["scalar", "c51", "hl-gauss", "qr"])
 def test_after_100_updates_parameters_equal_those_of_autograd(head, target):
     """In float32: the order of additions differs, so that the last bits do."""
     network = NetworkConfig(hidden=(32, 16), head=head, dueling=True, layer_norm=True, **SMALL_HEADS)
@@ -189,10 +190,26 @@ def test_a_categorical_head_by_hand():
     assert head.q_values(np.zeros((1, 2, 3))).tolist() == [[0.0, 0.0]]
 
 
+def test_an_hl_gauss_head_by_hand():
+    """Two bins, of centers -0.5 and 0.5, sigma 1: the Gaussian around 0.5 * 0.25 - 0.125 = 0 has a half in each."""
+    head = DenseHLGauss(HLGaussHead(torch.nn.Sequential(), torch.tensor([-1.0, 0.0, 1.0]).double(), 1.0))
+    values = head.next_values(np.log([[0.25, 0.75], [0.5, 0.5]]))
+    assert values == pytest.approx([0.25, 0.0])
+    target = head.target(values, np.array([-0.125, 1.0]), np.array([0.5, 0.5]))
+    assert target[0] == pytest.approx([0.5, 0.5])
+    # Around 1: Phi(0) - Phi(-1) of Phi(0) - Phi(-2).
+    assert target[1, 1] == pytest.approx(0.341345 / 0.477250, rel=1e-5)
+
+
 @pytest.mark.parametrize("reward", [np.nan, np.inf, -np.inf])
-def test_a_reward_that_is_not_finite_makes_its_categorical_target_nan(reward):
-    head = DenseCategorical(CategoricalHead(torch.nn.Sequential(), torch.linspace(-1, 1, 3).double()))
-    target = head.target(np.zeros((2, 3)), np.array([reward, 0.0]), np.ones(2))
+@pytest.mark.parametrize("head", ["c51", "hl-gauss"])
+def test_a_reward_that_is_not_finite_makes_its_categorical_target_nan(head, reward):
+    if head == "c51":
+        head = DenseCategorical(CategoricalHead(torch.nn.Sequential(), torch.linspace(-1, 1, 3).double()))
+    else:
+        head = DenseHLGauss(HLGaussHead(torch.nn.Sequential(), torch.linspace(-1, 1, 4).double(), 1.0))
+    next_values = head.next_values(np.zeros((2, 3)))
+    target = head.target(next_values, np.array([reward, 0.0]), np.ones(2))
     assert np.isnan(target[0]).all()
     assert np.isfinite(target[1]).all()
 
@@ -217,7 +234,7 @@ def test_values_that_are_not_finite_cause_no_warning():
 import numpy as np
 from hvdqn.config import NetworkConfig
 from tests.unit.test_learner import SMALL_HEADS, make_batch, make_learner
-for head in ("scalar", "c51", "qr"):
+for head in ("scalar", "c51", "hl-gauss", "qr"):
     for munchausen in (False, True):
         network = NetworkConfig(hidden=(4,), head=head, dueling=True, **SMALL_HEADS)
         learner = make_learner(network=network, munchausen=munchausen, double=not munchausen)

@@ -82,11 +82,13 @@ def test_a_program_of_torch_export_plays_the_policy(
 RAINBOW = {"head": "iqn", "dueling": True, "noisy": True, "layer_norm": True}
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "dict and stack": ("onnx", {"env": Rich, "frame_stack": 3}),
+    "normalized": ("onnx", {"env": Rich, "frame_stack": 2, "normalize_observations": True}),
     "iqn, dueling, noisy": ("pt2", {"env": Rich, **RAINBOW}),
     "c51": ("pt2", {"head": "c51", "v_max": 100.0, "v_min": 0.0}),
     "minatar": ("onnx", {"env": "MinAtar/Breakout-v1", "head": "qr", "quantiles": 25}),
     "wide": ("onnx", {"hidden": (1024, 512)}),
     "uneven dimensions": ("onnx", {"env": "tests.unit.action_envs:AdditiveUneven-v0", "dueling": True}),
+    "dimensions, hl-gauss": ("onnx", {"env": "tests.unit.action_envs:AdditiveEven-v0", "head": "hl-gauss"}),
     "a matrix of actions": ("pt2", {"env": "tests.unit.action_envs:AdditiveMatrix-v0", "head": "qr"}),
     "box actions": ("onnx", {"env": "tests.unit.action_envs:AdditiveBox-v0", "action_bins": 3}),
 }

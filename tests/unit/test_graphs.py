@@ -40,6 +40,11 @@ LEARNERS = {
         "munchausen": True,
         "double": False,
     },
+    "munchausen hl-gauss": {
+        "network": NetworkConfig(hidden=(32,), head="hl-gauss", atoms=11),
+        "munchausen": True,
+        "double": False,
+    },
     "bf16": {"autocast": True},
     "a target that follows": {"target_tau": 0.1},
     "clipped": {"max_grad_norm": 0.01},

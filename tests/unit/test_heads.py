@@ -10,12 +10,12 @@ import torch
 
 from hvdqn.config import NetworkConfig
 from hvdqn.networks import make_network
-from hvdqn.networks.heads import ImplicitQuantileHead, midpoints
+from hvdqn.networks.heads import HLGaussHead, ImplicitQuantileHead, midpoints
 from hvdqn.networks.layers import NoisyLinear
 
-HEADS = ("scalar", "c51", "qr", "iqn")
+HEADS = ("scalar", "c51", "hl-gauss", "qr", "iqn")
 SMALL = {"v_min": -1.0, "v_max": 3.0, "atoms": 5, "quantiles": 7, "iqn_samples": 4, "iqn_target_samples": 6}
-OUTPUTS = {"scalar": (), "c51": (5,), "qr": (7,), "iqn": (4, 2)}
+OUTPUTS = {"scalar": (), "c51": (5,), "hl-gauss": (5,), "qr": (7,), "iqn": (4, 2)}
 
 
 def network(head="scalar", inputs=6, actions=3, hidden=(16, 8), **settings):
@@ -34,8 +34,8 @@ def test_every_head_has_outputs_targets_losses_and_gradients(head, dueling, acti
     assert output.shape == (5, actions, *OUTPUTS[head])
     assert made.head.q_values(output).shape == (5, actions)
     assert made.q_values(observation).shape == (5, actions)
-    next_output = made.target_copy()(observation)[:, 0]
-    target = made.head.target(next_output, torch.ones(5), torch.full((5,), 0.9))
+    next_values = made.head.next_values(made.target_copy()(observation))[:, 0]
+    target = made.head.target(next_values, torch.ones(5), torch.full((5,), 0.9))
     losses, priorities = made.head.loss(output[:, 0], target)
     assert losses.shape == priorities.shape == (5,)
     assert (priorities >= 0).all()
@@ -46,11 +46,13 @@ def test_every_head_has_outputs_targets_losses_and_gradients(head, dueling, acti
 
 @pytest.mark.parametrize("head", HEADS)
 def test_the_target_after_a_termination_is_the_reward(head):
-    """The next state's value does not enter. For c51 the reward must lie within the support."""
-    made = network(head)
+    """The next state's value does not enter. The reward lies within the support, and far from the ends for hl-gauss."""
+    made = network(head, v_min=-4.0, v_max=6.0, atoms=41)
     reward = torch.tensor([0.0, 2.0])
-    target = made.head.target(made(torch.randn(2, 6))[:, 0], reward, torch.zeros(2))
-    mean = target @ made.head.support if head == "c51" else target.view(2, -1).mean(dim=1)
+    next_values = made.head.next_values(made(torch.randn(2, 6)))[:, 0]
+    target = made.head.target(next_values, reward, torch.zeros(2))
+    has_atoms = head in ("c51", "hl-gauss")
+    mean = target @ made.head.support if has_atoms else target.view(2, -1).mean(dim=1)
     torch.testing.assert_close(mean, reward)
 
 
@@ -65,9 +67,10 @@ def test_q_values_of_a_distribution_are_its_mean():
 def test_greedy_returns_the_entry_of_the_largest_q_value(head):
     made = network(head).head
     output = made(torch.randn(5, 16))
-    greedy = made.greedy(output)
-    for row, q in enumerate(made.q_values(output)):
-        assert torch.equal(greedy[row], output[row, int(q.argmax())])
+    greedy, q_values = made.greedy(output), made.q_values(output)
+    for row, q in enumerate(q_values):
+        entries = q_values if head == "hl-gauss" else output
+        assert torch.equal(greedy[row], entries[row, int(q.argmax())])
 
 
 def test_fractions_are_the_midpoints_of_equal_parts():
@@ -83,6 +86,68 @@ def test_priorities_by_hand():
     assert quantile.loss(numbers, numbers)[1].item() == pytest.approx(48 / 21)
     logits = torch.randn(1, 5)
     assert c51.loss(logits, torch.softmax(logits, 1))[1].item() == pytest.approx(0.0, abs=1e-6)
+
+
+# HL-Gauss
+
+
+def test_hl_gauss_by_hand():
+    """Bins of width 1 between -1 and 3, sigma 0.5: y = 1 + 0.5 * 1 = 1.5, the center of the third of four bins.
+
+    Phi(1) - Phi(-1) = 0.682689, Phi(3) - Phi(1) = 0.157305, Phi(5) - Phi(3) = 0.001350 around it, of 0.998650 in all.
+    """
+    made = network("hl-gauss", atoms=4, hl_gauss_sigma=0.5)
+    head = made.head
+    assert made.head.support.tolist() == [-0.5, 0.5, 1.5, 2.5]
+    target = head.target(torch.tensor([1.0]), torch.tensor([1.0]), torch.tensor([0.5]))
+    expected = np.array([0.00134990, 0.15730536, 0.68268949, 0.15730536])
+    assert target[0].tolist() == pytest.approx(expected / expected.sum(), abs=1e-6)
+    logits = torch.log(torch.tensor([[0.1, 0.2, 0.3, 0.4]]))
+    assert made.head.q_values(logits[:, None]).item() == pytest.approx(-0.05 + 0.1 + 0.45 + 1.0)
+    loss, priority = made.head.loss(logits, target)
+    by_hand = sum(p * math.log(p / q) for p, q in zip(target[0].tolist(), (0.1, 0.2, 0.3, 0.4), strict=True))
+    assert loss.item() == priority.item() == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_the_default_sigma_of_hl_gauss_is_that_of_the_paper():
+    head = network("hl-gauss", v_min=-10.0, v_max=10.0, atoms=50).head
+    assert isinstance(head, HLGaussHead)
+    assert head.sigma == pytest.approx(0.75 * 20 / 50)
+
+
+@pytest.mark.parametrize("reward", [math.nan, math.inf, -math.inf])
+def test_a_target_of_hl_gauss_that_is_not_finite_is_nan(reward):
+    head = network("hl-gauss").head
+    target = head.target(torch.tensor([0.5, 0.5]), torch.tensor([reward, 1.0]), torch.ones(2))
+    assert target[0].isnan().all()
+    assert target[1].isfinite().all()
+
+
+def test_the_gradient_of_hl_gauss_is_softmax_minus_target():
+    """Of the logits of the actions taken, divided by the size of the minibatch and times the importance weights."""
+    head = network("hl-gauss").head
+    output, action, weight = torch.randn(6, 3, 5), torch.tensor([0, 1, 2, 2, 1, 0]), torch.rand(6)
+    target = torch.softmax(torch.randn(6, 5), dim=1)
+    _, _, gradient = head.loss_and_gradient(output, action, target, weight)
+    expected = torch.zeros(6, 3, 5)
+    expected[range(6), action] = (
+        weight[:, None] / 6 * (torch.softmax(output[range(6), action], dim=1) - target)
+    )
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_each_dimension_of_an_action_learns_the_same_target_with_hl_gauss():
+    """The loss is the mean over dimensions of the loss of each by itself; so are the priorities."""
+    head = network("hl-gauss").head
+    output, action = torch.randn(4, 2 * 3, 5), torch.tensor([[0, 2], [1, 1], [2, 0], [0, 0]])
+    target, weight = torch.softmax(torch.randn(4, 5), dim=1), torch.rand(4)
+    both = head.loss_and_gradient(output, action, target, weight)
+    each = [
+        head.loss_and_gradient(output[:, 3 * d : 3 * d + 3], action[:, d], target, weight) for d in range(2)
+    ]
+    torch.testing.assert_close(both[0], (each[0][0] + each[1][0]) / 2)
+    torch.testing.assert_close(both[1], (each[0][1] + each[1][1]) / 2)
+    torch.testing.assert_close(both[2], torch.cat([each[0][2], each[1][2]], dim=1) / 2)
 
 
 # IQN
@@ -155,7 +220,7 @@ def test_only_differences_of_advantages_count(head):
 
     before = output()
     streams = made.head.streams
-    outputs = {"c51": 5, "qr": 7}.get(head, 1)
+    outputs = {"c51": 5, "hl-gauss": 5, "qr": 7}.get(head, 1)
     with torch.no_grad():
         bias = next(m for m in reversed(streams.advantage) if hasattr(m, "bias")).bias
         bias.add_(torch.randn(outputs).repeat(3))

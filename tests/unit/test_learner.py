@@ -156,7 +156,7 @@ def test_learning_lowers_the_loss_on_one_batch():
 
 
 @pytest.mark.parametrize("reward", [np.nan, np.inf])
-@pytest.mark.parametrize("head", ["scalar", "c51", "qr", "iqn"])
+@pytest.mark.parametrize("head", ["scalar", "c51", "hl-gauss", "qr", "iqn"])
 def test_the_fourth_statistic_shows_a_reward_that_is_not_finite(head, reward):
     learner = make_learner(network=NetworkConfig(hidden=(32,), **{**SMALL_HEADS, "head": head}))
     batch = make_batch()
@@ -265,7 +265,7 @@ SMALL_HEADS = {
 }
 
 
-@pytest.mark.parametrize("head", ["scalar", "c51", "qr", "iqn"])
+@pytest.mark.parametrize("head", ["scalar", "c51", "hl-gauss", "qr", "iqn"])
 def test_double_chooses_by_the_online_network_and_evaluates_by_the_target(head):
     learner = make_learner(network=NetworkConfig(hidden=(32,), head=head, **SMALL_HEADS), double=True)
     plain = make_learner(network=NetworkConfig(hidden=(32,), head=head, **SMALL_HEADS), double=False)
@@ -281,11 +281,12 @@ def test_double_chooses_by_the_online_network_and_evaluates_by_the_target(head):
     next_output = target(next_observation)
     chosen = learner.online.q_values(next_observation).argmax(dim=1)
     best = target.head.q_values(next_output).argmax(dim=1)
+    next_values = target.head.next_values(next_output)
     assert 0 < (chosen != best).sum() < 64
     for one, action in ((learner, chosen), (plain, best)):
         torch.manual_seed(1)
         found = one.td_target(*tensors)
-        assert torch.equal(found, target.head.target(select(next_output, action), reward, discount))
+        assert torch.equal(found, target.head.target(select(next_values, action), reward, discount))
 
 
 @pytest.mark.parametrize("munchausen", [False, True])

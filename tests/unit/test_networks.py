@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
-from hvdqn.config import NetworkConfig
+from hvdqn.config import NetworkConfig, preset_config
 from hvdqn.errors import UserError
-from hvdqn.networks import Images, make_network
+from hvdqn.networks import Images, make_network, spectral_layers
 from hvdqn.networks.layers import WideLinear
 from hvdqn.networks.torsos import Centered, ChannelsLast
 
@@ -79,6 +81,43 @@ def test_impala_torso(frame, stack, left):
     assert made.q_values(torch.zeros(2, *((stack,) if stack > 1 else ()), *frame)).shape == (2, 4)
 
 
+def test_the_network_of_beyond_the_rainbow_has_the_size_of_the_paper():
+    """2.91 million parameters, 2.52 million of them in linear layers (Clark et al. 2025, figure E7), without noise."""
+    settings = preset_config("atari,btr").network
+    made = make_network(dataclasses.replace(settings, noisy=False), "huber", (84, 84), 4, True, 18)
+    total = sum(p.numel() for p in made.parameters())
+    linear = sum(p.numel() for p in made.head.parameters())
+    assert (round(total / 1e6, 2), round(linear / 1e6, 2)) == (2.91, 2.52)
+    assert made.torso.features == 6 * 6 * 64
+    assert len(spectral_layers(made)) == 3 * 2 * 2  # sections, residual blocks, convolutions
+
+
+@pytest.mark.parametrize(
+    ("frame", "stack", "pool", "left"),
+    [
+        ((84, 84), 4, 0, 11 * 11),
+        ((84, 84), 4, 6, 6 * 6),
+        ((210, 160), 1, 6, 6 * 6),
+        ((10, 10, 4), 1, 2, 2 * 2),
+    ],
+)
+def test_width_and_pool_of_impala(frame, stack, pool, left):
+    made = network(frame, stack, True, torso="impala", torso_width=3, torso_pool=pool, hidden=(8,))
+    assert made.torso.features == 3 * 32 * left
+    observation = torch.zeros((2, stack, *frame) if stack > 1 else (2, *frame))
+    assert made.torso(observation).shape == (2, made.torso.features)
+
+
+def test_a_pool_keeps_the_largest_numbers_of_overlapping_windows():
+    """Rows and columns 0-1, 1-3, 3-5, 5-7, 7-9 and 9-10 of the 11 that are left of an Atari image."""
+    made = network((84, 84), 4, True, torso="impala", torso_pool=6, hidden=(8,))
+    *before, pool, flatten = made.torso
+    planes = torch.nn.Sequential(*before)(torch.rand(2, 4, 84, 84))
+    windows = [(0, 2), (1, 4), (3, 6), (5, 8), (7, 10), (9, 11)]
+    naive = [planes[:, :, a:b, c:d].amax(dim=(2, 3)) for a, b in windows for c, d in windows]
+    assert torch.equal(flatten(pool(planes)), torch.stack(naive, dim=2).flatten(1))
+
+
 @pytest.mark.parametrize("torso", ["minatar", "impala"])
 def test_layer_norm_of_convolutions(torso):
     """There is one before every ReLU, so that large inputs do not give large outputs."""
@@ -132,6 +171,10 @@ def test_a_torso_that_does_not_fit_is_an_error():
         network((4,), torso="nature")
     with pytest.raises(UserError, match="10 x 10"):
         network((10, 10, 4), is_image=True, torso="nature")
+    with pytest.raises(
+        UserError, match=r"--torso-pool 6 cannot pool the 2 x 2 planes .*; give 2 or less, or 0"
+    ):
+        network((10, 10, 4), is_image=True, torso="impala", torso_pool=6)
     with pytest.raises(UserError, match=r"--center-images needs images, observations are \(4,\)"):
         network((4,), center_images=True)
 

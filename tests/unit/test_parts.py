@@ -57,6 +57,7 @@ SWITCHES = {
     "ladder": "--exploration ladder",
     "softmax": "--exploration softmax",
     "c51": "--head c51",
+    "hl-gauss": "--head hl-gauss",
     "qr": "--head qr",
     "iqn": "--head iqn",
     "munchausen": "--munchausen --no-double",
@@ -67,9 +68,11 @@ SWITCHES = {
     "rmsprop": "--optimizer rmsprop",
     "tau": "--target-tau 0.1",
     "bf16": "--precision bf16",
+    "normalized": "--normalize-observations",
     "mlp": "--torso mlp",
     "minatar": "--torso minatar",
     "impala": "--torso impala",
+    "spectral": "--torso impala --spectral-norm --torso-width 2 --torso-pool 1",
     "centered": "--torso minatar --center-images",
     "own torso": "--torso tests.unit.test_parts:Own",
 }
@@ -77,14 +80,16 @@ SWITCHES = {
 ALTERNATIVES = (
     ("double", "no double", "munchausen"),
     ("noise explores", "ladder", "softmax", "noisy"),
-    ("c51", "qr", "iqn"),
+    ("c51", "hl-gauss", "qr", "iqn"),
     ("prioritized", "rollouts"),
     ("radam", "rmsprop"),
-    ("mlp", "minatar", "impala", "centered", "own torso"),
+    ("mlp", "minatar", "impala", "spectral", "centered", "own torso"),
+    *(("normalized", images) for images in ("minatar", "impala", "spectral", "centered")),
 )
 REFUSED = {
     ("c51", "munchausen"): "--munchausen is not defined for --head c51",
     ("c51", "mse"): "--loss mse has no meaning for --head c51",
+    ("hl-gauss", "mse"): "--loss mse has no meaning for --head hl-gauss",
     ("qr", "mse"): "--loss mse has no meaning for --head qr",
     ("iqn", "mse"): "--loss mse has no meaning for --head iqn",
 }
@@ -158,11 +163,11 @@ def test_any_two_switches(pair):
         with pytest.raises(UserError, match=reason):
             parse([*TINY, *argv])
         return
-    images = {"minatar", "impala", "centered"} & set(pair)
+    images = {"minatar", "impala", "spectral", "centered"} & set(pair)
     learn([*(IMAGE if images else VECTOR), *argv])
 
 
-@pytest.mark.parametrize("head", ["scalar", "c51", "qr", "iqn"])
+@pytest.mark.parametrize("head", ["scalar", "c51", "hl-gauss", "qr", "iqn"])
 def test_all_switches_at_once(head):
     learn([*VECTOR, *f"--head {head} --double --dueling --n-step 3 --replay prioritized --noisy".split()])
     if head != "c51":
@@ -170,7 +175,7 @@ def test_all_switches_at_once(head):
         learn([*IMAGE, *f"--head {head} --dueling --n-step 3 --replay prioritized --noisy {images}".split()])
 
 
-@pytest.mark.parametrize("head", ["scalar", "c51", "qr", "iqn"])
+@pytest.mark.parametrize("head", ["scalar", "c51", "hl-gauss", "qr", "iqn"])
 def test_one_action(head):
     flags = f"--env tests.unit.test_parts:Idle-v0 --head {head} --dueling --exploration softmax"
     learn(flags.split())
@@ -186,6 +191,11 @@ def test_one_action(head):
         ("--exploration noisy", "--exploration noisy needs the noise of --noisy"),
         ("--head c51 --v-min 3 --v-max 3", "--v-min 3 to --v-max 3"),
         ("--head c51 --atoms 1", "at least 2 atoms"),
+        (
+            "--head hl-gauss --v-min 3 --v-max 3",
+            "--head hl-gauss with --atoms 51 from --v-min 3 to --v-max 3",
+        ),
+        ("--head hl-gauss --hl-gauss-sigma 0", "--hl-gauss-sigma is 0.0; it must be above 0"),
         ("--head qr --quantiles 0", "--quantiles is 0; it must be at least 1"),
         ("--torso natur", "unknown --torso 'natur'; did you mean 'nature'"),
         ("--priority-alpha 1.5", "--priority-alpha is 1.5; it must be within [0, 1]"),
@@ -308,7 +318,7 @@ def test_joined_presets_take_what_is_tuned_for_the_two():
     assert both.network.head == "c51"
 
 
-@pytest.mark.parametrize("algorithm", ["dqn", "double-dueling", "rainbow", "iqn", "m-iqn"])
+@pytest.mark.parametrize("algorithm", ["dqn", "double-dueling", "rainbow", "iqn", "m-iqn", "btr"])
 @pytest.mark.parametrize("first", [True, False])
 def test_algorithms_join_environments_in_any_order(algorithm, first):
     """Neither touches what the other is about: the parts are the algorithm's, but for what both together name."""

@@ -68,6 +68,19 @@ def test_a_rank_that_differs_in_one_bit_writes_no_checkpoint(part: str, tmp_path
     assert saved == [sorted(path.name for path in (tmp_path / "checkpoints").iterdir())]
 
 
+def test_a_rank_whose_buffers_differ_is_found_when_the_target_is_copied_and_before_a_checkpoint(
+    tmp_path: Path,
+) -> None:
+    def body(comm: ThreadComm) -> tuple[Any, ...]:
+        trainer = trained(comm, tmp_path, "--torso tests.unit.test_checkpoint:Scaled")
+        before = trainer.strategy.update_target(), trainer.strategy.differing_ranks()
+        if comm.rank == 2:
+            trainer.learner.buffers["online.torso.0.scale"][3] += 1
+        return *before, trainer.strategy.differing_ranks(), trainer.strategy.update_target()
+
+    assert run_ranks(3, body) == [([], [], [2], [2])] * 3
+
+
 def test_ranks_that_may_differ_are_not_compared(tmp_path: Path) -> None:
     def body(comm: ThreadComm) -> list[int]:
         return trained(comm, tmp_path, "--sync parameters").strategy.differing_ranks()

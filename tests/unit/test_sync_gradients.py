@@ -121,7 +121,7 @@ def test_ranks_learn_as_one_learner_with_the_global_batch(size):
     )
 
 
-@pytest.mark.parametrize("head", ["scalar", "c51", "qr", "iqn"])
+@pytest.mark.parametrize("head", ["scalar", "c51", "hl-gauss", "qr", "iqn"])
 def test_an_infinite_reward_is_skipped_whatever_the_head(head):
     """Also for C51, whose projection clips it to the last atom."""
     rank = Rank(network=NetworkConfig(hidden=(32,), **{**SMALL_HEADS, "head": head}))
