@@ -39,7 +39,7 @@ class Rollout(Replay):
         td_lambda: lambda of the lambda-returns.
         epochs: number of times that each transition is learned from.
         values: by the online network: `Actor.values`.
-        arguments: those of `Replay`, with n_step of 1; `rollout_rows` tells the capacity.
+        arguments: those of `Replay`, with n_step of 1; `rollout_rows` returns the capacity.
     """
 
     def __init__(
