@@ -266,7 +266,7 @@ class DenseUpdate:
             q = head.q_values(output)
             if len(batch.next_observation):
                 target = self.td_target(batch, q)
-            else:  # discount is 0, so that the value beside it does not matter
+            else:  # rewards are whole returns: with discounts of 0, any value can stand beside them
                 value = head.next_values(output[self.rows, action])
                 target = head.target(value, batch.reward, batch.discount)
             losses, priorities, derivative = head.losses(output[self.rows, action], target)

@@ -63,15 +63,17 @@ def policy_part(
         env_steps: of the run so far.
         more: plain data to keep beside them.
     """
+    buffers = network.state_buffers()
     about = {
         "hvdqn": __version__,
         "env_steps": env_steps,
         "config": config.flat(),
         "spaces": spaces._asdict(),
+        "buffers": list(buffers),
         **more,
     }
     parameters = {name: parameter.detach() for name, parameter in network.named_parameters()}
-    return {**parameters, **network.state_buffers(), POLICY: about}
+    return {**parameters, **buffers, POLICY: about}
 
 
 def check_policy(part: Any, path: object) -> None:
@@ -83,10 +85,11 @@ def check_policy(part: Any, path: object) -> None:
     about = part.get(POLICY) if isinstance(part, dict) else None
     if not isinstance(about, dict) or len(part) < 2:
         raise BrokenCheckpointError(f"{path} holds no policy")
-    for name, values in part.items():
-        if name != POLICY and not (isinstance(values, np.ndarray) and values.dtype.kind in "fiub"):
-            raise BrokenCheckpointError(f"{path}: {name} is no array of numbers")
     try:
+        for name, values in part.items():
+            kinds = "fiub" if name in about.get("buffers", ()) else "f"  # parameters are floats
+            if name != POLICY and not (isinstance(values, np.ndarray) and values.dtype.kind in kinds):
+                raise ValueError(f"{name} is no array of numbers")
         check_saved(about["config"])
         if type(about["env_steps"]) is not int:
             raise ValueError("env_steps is no whole number")

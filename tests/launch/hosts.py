@@ -46,6 +46,10 @@ def require_namespaces() -> None:
         ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "true"], check=False
     ).returncode:
         pytest.skip("namespaces are not permitted here (a container?): NOT TESTED on several hosts")
+    if " " in sys.prefix:
+        pytest.skip(
+            f"Open MPI does not quote {sys.prefix} when it starts ranks through ssh: NOT TESTED on several hosts"
+        )
 
 
 class Host:

@@ -131,9 +131,9 @@ def test_a_gpu_build_is_kept_on_a_host_without_a_gpu(bare_venv: Path, tmp_path: 
 @pytest.fixture
 def python_3_8(tmp_path: Path) -> Path:
     """Return a program that runs this Python but reports version 3.8."""
-    program = tmp_path / "python3.8"
-    program.write_text(
-        f"#!{sys.executable}\n"
+    code, program = tmp_path / "python3.8.py", tmp_path / "python3.8"
+    program.write_text(f"#!/bin/sh\nexec '{sys.executable}' '{code}' \"$@\"\n")
+    code.write_text(
         "import sys\n"
         "sys.version_info = (3, 8, 18, 'final', 0)\n"
         "assert sys.argv[1] == '-c'\n"
