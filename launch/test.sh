@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Set up the environment, then lint, type-check and run the tests. All checks run, even after one has failed.
 #
-#   launch/test.sh                     everything: about 11 minutes on 2 cores
-#   launch/test.sh --fast              only the unit tests: under a minute
+#   launch/test.sh                     everything: about 25 minutes on 2 cores
+#   launch/test.sh --fast              only the unit tests: about 6 minutes
 #   launch/test.sh tests/launch -k x   other arguments go to pytest; a path replaces all tests
 #
 # Test files run in parallel. Environment:

@@ -139,8 +139,18 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+# Evaluating annotations takes milliseconds, and each start reads those of the settings several times.
+_known_fields: dict[type[Any], Mapping[str, Field]] = {}
+
+
 def fields_of(kind: type[Any]) -> Mapping[str, Field]:
     """Return the fields of an options dataclass by name, those of nested dataclasses included."""
+    if kind not in _known_fields:
+        _known_fields[kind] = _read_fields(kind)
+    return _known_fields[kind]
+
+
+def _read_fields(kind: type[Any]) -> Mapping[str, Field]:
     found: dict[str, Field] = {}
     hints = typing.get_type_hints(kind, include_extras=True)
     for field in dataclasses.fields(kind):
