@@ -206,9 +206,8 @@ class Learner:
             if bootstraps:
                 target = self.td_target(observation, action, reward, next_observation, discount, *masks)
             output, tape = self.passes.forward(observation)
-            if (
-                not bootstraps
-            ):  # rewards are whole returns: with discounts of 0, any value can stand beside them
+            if not bootstraps:
+                # Rewards are whole returns: with discounts of 0, any value can stand beside them.
                 target = head.target(select(head.next_values(output), action), reward, discount)
             loss, td_errors, slope = head.loss_and_gradient(output, action, target, weight)
             # Scaling `slope`, the small gradient with respect to the output, is cheaper than scaling the gradient.

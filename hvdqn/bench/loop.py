@@ -27,6 +27,7 @@ from hvdqn.comm import Comm
 from hvdqn.config import Config
 from hvdqn.errors import UserError
 from hvdqn.metrics import PHASES
+from hvdqn.parts import replay_rows
 
 PROG = "hvdqn bench loop"
 WARM_UP_ITERATIONS = 100
@@ -181,8 +182,7 @@ def average_over_ranks(run: TrainingRun, timed: Sequence[Span], waiting: Sequenc
         envs_per_rank=config.environment.envs_per_rank,
         batch_per_rank=config.batch_per_rank,
         parameters=parts.learner.parameters.numel(),
-        replay_bytes_per_transition=acting_parts(parts).replay.nbytes
-        / (config.replay.replay_capacity // comm.size),
+        replay_bytes_per_transition=acting_parts(parts).replay.nbytes / replay_rows(config, parts.role),
         env_steps=env_steps,
         updates=total.updates,
         wall_seconds=wall_seconds,
